@@ -1,0 +1,34 @@
+# `make demo` and `make test` need only Python (3.10 or later) and make: they set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint chat clean
+
+demo: $(VENV)/installed
+	$(BIN)/rlchat demo
+
+chat: $(VENV)/installed
+	$(BIN)/rlchat chat
+
+test: $(VENV)/installed-dev lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# A file as a stamp: pip runs again when pyproject.toml has changed, and a broken install leaves no stamp.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
