@@ -1,0 +1,162 @@
+"""The model bundle: one `.pt` file with all that it takes to talk to a model, or to score with it.
+
+A bundle holds tensors and plain values, loads with ``weights_only=True``, and needs no network and no other file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+
+from rlchat.backbones import Backbone
+from rlchat.errors import UserError
+from rlchat.model import RewardModel, RLChatModel
+from rlchat.tokenizer import ChatTokenizer
+
+log = logging.getLogger("rlchat")
+
+FORMAT = "rlchat-bundle"
+VERSION = 1
+Kind = Literal["policy", "reward"]
+_NAMES = {"policy": "a chat model", "reward": "a reward model"}
+
+
+@dataclass(slots=True)
+class PolicyBundle:
+    """A chat model with its tokenizer. ``about`` tells where it came from: plain values."""
+
+    model: RLChatModel
+    tokenizer: ChatTokenizer
+    max_length: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RewardBundle:
+    """A reward model with its tokenizer."""
+
+    model: RewardModel
+    tokenizer: ChatTokenizer
+    max_length: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
+    """Writes ``bundle``, atomically: a kill or a full disk in the middle leaves what was there before."""
+    tokenizer = bundle.tokenizer.state()
+    tokenizer["ranks"] = torch.frombuffer(bytearray(tokenizer["ranks"]), dtype=torch.uint8)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": "policy" if isinstance(bundle, PolicyBundle) else "reward",
+        "backbone": bundle.model.backbone.config_json(),
+        "hidden_dim": bundle.model.hidden_dim if isinstance(bundle.model, RLChatModel) else 0,
+        "tokenizer": tokenizer,
+        "max_length": bundle.max_length,
+        "about": bundle.about,
+        "state": {name: tensor.cpu() for name, tensor in bundle.model.state_dict().items()},
+    }
+    write_atomically(Path(path), lambda file: torch.save(content, file))
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> PolicyBundle:
+    """The chat model in ``path``, in eval mode. Raises :class:`UserError` for a file that is missing or is none."""
+    content = _read(path, "policy")
+    tokenizer = _tokenizer(content)
+    model = new_policy(Backbone.from_config_json(content["backbone"]), tokenizer, content["hidden_dim"])
+    _fill(model, content, path)
+    return PolicyBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"])
+
+
+def load_reward_model(path: str | Path, device: str | torch.device = "cpu") -> RewardBundle:
+    """The reward model in ``path``, in eval mode. Raises :class:`UserError` for a file that is missing or is none."""
+    content = _read(path, "reward")
+    model = RewardModel(Backbone.from_config_json(content["backbone"]))
+    _fill(model, content, path)
+    return RewardBundle(model.to(device).eval(), _tokenizer(content), content["max_length"], content["about"])
+
+
+def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0) -> RLChatModel:
+    """A policy over ``backbone`` that can say what ``tokenizer`` has text for."""
+    return RLChatModel(backbone, tokenizer.unsayable_ids, hidden_dim)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """``write`` into a new file beside ``path``, then one rename; on failure nothing is left but what was there.
+
+    Raises :class:`UserError` where the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give a place that can") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)  # mkstemp's own mode lets nobody else read
+        Path(name).replace(path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written: {error.strerror}; what was there is unharmed") from error
+        raise
+
+
+def set_aside(path: Path) -> None:
+    """Renames what an earlier run left at ``path``, so that nothing is overwritten."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    older, number = path.with_name(f"{path.stem}.{stamp}{path.suffix}"), 1
+    while older.exists():
+        older, number = path.with_name(f"{path.stem}.{stamp}-{number}{path.suffix}"), number + 1
+    path.rename(older)
+    log.info("%s of an earlier run is now %s", path, older)
+
+
+def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such model; train one with `rlchat demo` or `rlchat fit`, or give its path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds something other than tensors and plain values, or is damaged; it was not opened"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or no bundle of rlchat; make it again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a bundle of rlchat; bundles are what `rlchat fit` leaves in checkpoints/*.pt")
+    if content["version"] != VERSION:
+        raise UserError(f"{path}: a bundle of version {content['version']}, this rlchat reads {VERSION}; update rlchat")
+    if content["kind"] != kind:
+        raise UserError(f"{path}: the bundle of {_NAMES[content['kind']]}, where that of {_NAMES[kind]} is needed")
+    return content
+
+
+def _tokenizer(content: dict[str, Any]) -> ChatTokenizer:
+    state = dict(content["tokenizer"])
+    state["ranks"] = state["ranks"].numpy().tobytes()
+    return ChatTokenizer.from_state(state)
+
+
+def _fill(model: torch.nn.Module, content: dict[str, Any], path: str | Path) -> None:
+    try:
+        model.load_state_dict(content["state"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: its weights do not fit the shape that it names; it is damaged, make it again"
+        ) from error

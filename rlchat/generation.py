@@ -1,0 +1,158 @@
+"""`sample()`: the only token loop in the program. Rollouts, validation, chat and serving all come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlchat.model import RLChatModel
+
+Uniforms = Callable[[int], Tensor]
+"""Position in the reply → one number in [0, 1) for each row, [batch]: all the randomness that sampling uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn.
+
+    ``temperature`` 0 takes the likeliest token. ``top_k`` 0 and ``top_p`` 1 leave the distribution whole, as rollouts
+    need it: the policy's log-probs are those of the distribution that was sampled.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k is {self.top_k} and top_p {self.top_p}; they must be >= 0 and in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Sampled replies. ``mask`` is True where a token was sampled, the end marker included."""
+
+    ids: Tensor  # Long [batch, reply], padding where mask is False
+    mask: Tensor  # Bool [batch, reply]
+    ended: Tensor  # Bool [batch]: the reply closed its turn; False where it ran out of tokens
+
+
+@torch.no_grad()
+def sample(
+    model: RLChatModel,
+    ids: Tensor,
+    attention_mask: Tensor,
+    sampling: Sampling,
+    uniforms: Uniforms,
+    *,
+    end_id: int,
+    pad_id: int,
+) -> Iterator[Tensor]:
+    """Yields the next token of every row, Long [batch], until each has ended or ``max_new_tokens`` are out.
+
+    ``ids`` [batch, prompt] are left-padded prompts, ``attention_mask`` True on their real tokens. A row that has ended
+    yields ``pad_id``. The caller may stop at any token. The model should be in eval mode: dropout would sample from
+    another distribution than the one that is trained.
+    """
+    cache = model.backbone.new_cache()
+    alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    step, mask = ids, attention_mask
+    for position in range(sampling.max_new_tokens):
+        hidden = model(step, mask, cache)[:, -1]
+        token = choose(model.logits(hidden), sampling, uniforms(position).to(ids.device))
+        token = torch.where(alive, token, pad_id)
+        yield token
+        # A finished row goes on as padding, unseen by itself: its positions and the others' stay as they are.
+        mask = torch.cat([mask, alive[:, None]], 1)
+        alive = alive & (token != end_id)
+        if not alive.any():
+            return
+        step = token[:, None]
+
+
+def generate(
+    model: RLChatModel,
+    ids: Tensor,
+    attention_mask: Tensor,
+    sampling: Sampling,
+    uniforms: Uniforms,
+    *,
+    end_id: int,
+    pad_id: int,
+) -> Generated:
+    """Whole replies to ``ids``: :func:`sample` to its end, collected."""
+    tokens = torch.stack(
+        list(sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id)), dim=1
+    )
+    return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1))
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Tokens [batch] drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        worst_kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < worst_kept, -torch.inf)
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return inverse_cdf(logits.softmax(-1), uniform)
+
+
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first token at which the cumulative probability passes ``uniform`` [batch]; never one of probability 0."""
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding can bring u·total up to total, past every token; just below it is the last token that has probability.
+    target = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def addressed_uniforms(seed: int, stream: int, rows: Tensor) -> Uniforms:
+    """Noise that is looked up, not consumed: a number for each (seed, stream, row, position).
+
+    ``stream`` is the iteration; ``rows`` Long [batch] are global row numbers. Whoever asks for the same address gets
+    the same number, on any device, in any order, in any number of processes.
+    """
+    base = _mix(_mix(_mix(torch.tensor(seed)) ^ stream) ^ rows.cpu())
+
+    def uniforms(position: int) -> Tensor:
+        return (_shift(_mix(base ^ position), 40)).to(torch.float32) / 2**24
+
+    return uniforms
+
+
+def generator_uniforms(generator: torch.Generator, batch: int) -> Uniforms:
+    """Noise drawn from ``generator``, for a chat in which nobody needs the same words again."""
+    return lambda _: torch.rand(batch, generator=generator)
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Keeps the likeliest tokens that together have at least ``top_p`` (Holtzman et al. 2020)."""
+    ordered, order = logits.sort(-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    return logits.masked_fill(
+        torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p), -torch.inf
+    )
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele et al. 2014) on int64, whose products wrap as they should."""
+    x = x - 0x61C8864680B583EB  # the golden gamma 0x9E3779B97F4A7C15, as a signed number
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift right; int64's own copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
