@@ -1,0 +1,42 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlchat.tokenizer import ChatTokenizer, format_ranks, packaged_encodings, train_ranks
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what the tests cache out of the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # matplotlib's font cache follows the variable too, and takes seconds to make anew.
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR") or str(cache / "matplotlib"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """A small tokenizer with whole words among its tokens: the packaged one, or one like it made on the spot."""
+    if "rlchat_1k" in packaged_encodings():
+        return ChatTokenizer("rlchat_1k")
+    path = tmp_path_factory.mktemp("encoding") / "small.tiktoken"
+    texts = ["Hello, how are you?", "What is the colour of the sky?", "The sky is blue.", "I do not know."] * 20
+    path.write_bytes(format_ranks(train_ranks(iter(texts), 400)))
+    return ChatTokenizer(str(path))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """A tokenizer whose ids can be worked out by hand: the bytes of the text; then pad 256, system 257, user 258,
+    assistant 259, end 260."""
+    path = tmp_path_factory.mktemp("encoding") / "bytes.tiktoken"
+    path.write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
+    return ChatTokenizer(str(path))
