@@ -1,0 +1,85 @@
+"""The command line: `rlchat COMMAND`. Only the command that was asked for is imported, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from rlchat.errors import UserError
+
+COMMANDS = {
+    "demo": "the whole journey in a few minutes: conversations, SFT, reward model, PPO",
+    "fit": "train one stage: rlchat fit --config demo/ppo",
+    "validate": "measure a model on the held-out validation conversations",
+    "test": "measure a model on conversations that chose nothing",
+    "predict": "write replies for a file of prompts as JSONL",
+    "chat": "talk with a model",
+    "tokenizer": "make a tiktoken rank file from your own data",
+}
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 with one sentence on stderr that names the cure."""
+    argv = list(sys.argv[1:] if args is None else args)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("rlchat"))
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        print(f"rlchat: no command {command!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if command in TRAINER_COMMANDS and not rest:
+        from rlchat.recipes import describe_recipes
+
+        print(f"rlchat {command}: name a recipe, or a file of your own:\n\n{describe_recipes()}", file=sys.stderr)
+        return 2
+    try:
+        return _run(command)(rest)
+    except UserError as error:
+        print(f"rlchat: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str) -> Callable[[list[str]], int]:
+    if command in TRAINER_COMMANDS:
+        from rlchat import cli
+
+        return lambda rest: cli.main([command, *rest])
+    if command == "chat":
+        from rlchat import repl
+
+        return repl.main
+    if command == "demo":
+        from rlchat import demo
+
+        return demo.main
+    from rlchat import tokenizer_cli
+
+    return tokenizer_cli.main
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlchat COMMAND [options]",
+            "",
+            "Train a chat model with reinforcement learning from feedback.",
+            "",
+            *lines,
+            "",
+            "rlchat COMMAND --help tells the options of one command.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The configurations that come with rlchat, by name: ``demo/ppo`` is ``configs/demo/ppo.yaml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlchat.errors import UserError
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+def recipes() -> dict[str, Path]:
+    """Every shipped recipe: its name and its file."""
+    return {str(p.relative_to(FOLDER).with_suffix("")): p for p in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that ``--config name`` means: a file of that path, else the recipe of that name.
+
+    Raises :class:`UserError` where there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in recipes():
+        return recipes()[name]
+    raise UserError(f"no file and no recipe {name!r}; the recipes are {', '.join(recipes())}")
+
+
+def describe_recipes() -> str:
+    """A line a recipe: its name, and the first line of its comment."""
+    lines = []
+    for name, path in recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append(f"  --config {name:<12} {first}")
+    return "\n".join(lines)
