@@ -179,6 +179,13 @@ class OASST2DataModule(LightningDataModule):
         prompts = PromptRows(render_prompts(conversations, self.needs), range(len(conversations)), self._pad_id)
         return self._loader(prompts, self._fixed(range(len(prompts)), f"prompts of {self.predict_path}"))
 
+    def sample_prompts(self, count: int, split: Split = "val") -> list[Conversation]:
+        """``count`` prompts of a split (or all, where it has fewer), evenly spread over it, always the same."""
+        corpus = self._loaded()
+        rows = self._rows(corpus.prompts.tree, split)
+        spread = [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
+        return [corpus.prompts.conversations[row] for row in spread]
+
     def _held_out(self, split: Split) -> list[BatchLoader]:
         if self.needs.task == "reward":
             ranked = self._ranked(split)

@@ -197,9 +197,10 @@ class Rollout:
 
     conversations: Sequence[Conversation]  # [B] the prompts
     replies: Sequence[Reply]  # [B] what was said to them
-    ids: Tensor  # Long [B, P + R] left-padded prompts, then replies
-    attention_mask: Tensor  # Bool [B, P + R]
-    mask: Tensor  # Bool [B, R] True where a token was sampled
+    ids: Tensor  # Long [B, T] prompt and reply without a gap, padded on the right
+    attention_mask: Tensor  # Bool [B, T]
+    said: Tensor  # Bool [B, T] True where ids holds a sampled token
+    mask: Tensor  # Bool [B, R] the same, counted from the start of the reply
     logprobs: Tensor  # [B, R] of the policy that sampled
     ref_logprobs: Tensor  # [B, R] of the frozen reference
     values: Tensor  # [B, R] the critic's, before each token
@@ -365,20 +366,36 @@ class PPOModule(PolicyModule):
         """
         ids = torch.cat([batch.ids, said.ids], 1)
         attention_mask = torch.cat([batch.attention_mask, said.mask], 1)
+        places = torch.cat([torch.zeros_like(batch.attention_mask), said.mask], 1)
+        # Real tokens to the left, in their order: prompts were padded on the left to be sampled from side by side, and
+        # those columns would be computed for nothing in every pass from here on.
+        order = (~attention_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(attention_mask.sum(1).max())]
+        ids, attention_mask, places = (x.gather(1, order) for x in (ids, attention_mask, places))
         self.model.eval()
-        logprobs, _, values = self.read_replies(self.model, ids, attention_mask, said.mask)
-        ref_logprobs, _, _ = self.read_replies(self.reference.eval(), ids, attention_mask, said.mask)
+        logprobs, _, values = self.read_replies(self.model, ids, attention_mask, places, said.mask)
+        ref_logprobs, _, _ = self.read_replies(self.reference.eval(), ids, attention_mask, places, said.mask)
         return Rollout(
-            batch.conversations, self.read(said), ids, attention_mask, said.mask, logprobs, ref_logprobs, values
+            conversations=batch.conversations,
+            replies=self.read(said),
+            ids=ids,
+            attention_mask=attention_mask,
+            said=places,
+            mask=said.mask,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
         )
 
     def read_replies(
-        self, model: RLChatModel, ids: Tensor, attention_mask: Tensor, mask: Tensor
+        self, model: RLChatModel, ids: Tensor, attention_mask: Tensor, said: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, entropies and values [B, R] at the last R tokens of ``ids``; 0 outside ``mask``."""
+        """Log-probs, entropies and values [B, R] of the ``said`` tokens of ``ids`` [B, T]; 0 outside ``mask`` [B, R].
+
+        Logits are made for these alone: the vocabulary is by far the widest layer.
+        """
         hidden = model(ids, attention_mask)
-        before = hidden[:, -mask.shape[1] - 1 : -1][mask]  # [tokens, hidden]: what each sampled token was drawn from
-        stats = model.token_stats(before, ids[:, -mask.shape[1] :][mask], self.options.temperature)
+        before = hidden[:, :-1][said[:, 1:]]  # [tokens, hidden]: what each sampled token was drawn from
+        stats = model.token_stats(before, ids[said], self.options.temperature)
         blank = torch.zeros(mask.shape, device=ids.device)
 
         def unpacked(x: Tensor) -> Tensor:
@@ -421,8 +438,8 @@ class PPOModule(PolicyModule):
     def minibatch_rows(self, batch: int, epoch: int) -> list[Tensor]:
         """This process's rows of each minibatch. All processes together shuffle the global rows as one would."""
         world, rank = self.trainer.world_size, self.global_rank
-        generator = torch.Generator().manual_seed(hash((self.options.seed, self.iterations, epoch)) % 2**63)
-        order = torch.randperm(batch * world, generator=generator)
+        noise = addressed_uniforms(self.options.seed, self.iterations, torch.arange(batch * world))
+        order = noise(-1 - epoch).argsort()  # positions from 0 on are those of sampled tokens
         return [
             part[part % world == rank] // world
             for part in order.tensor_split(min(self.options.minibatches, len(order)))
@@ -440,7 +457,7 @@ class PPOModule(PolicyModule):
         mask = rollout.mask[rows] & (not blank)
         count = self.global_sum(mask.sum()) / self.trainer.world_size
         logprobs, entropy, values = self.read_replies(
-            self.model, rollout.ids[rows], rollout.attention_mask[rows], rollout.mask[rows]
+            self.model, rollout.ids[rows], rollout.attention_mask[rows], rollout.said[rows], rollout.mask[rows]
         )
         old = rollout.logprobs[rows]
         surrogate = policy_loss(logprobs, old, judged.advantages[rows], mask, o.clip_eps, count)

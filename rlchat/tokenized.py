@@ -31,7 +31,7 @@ from rlchat.tokenizer import ChatTokenizer, Rendered
 _log = logging.getLogger("rlchat")
 
 # Part of a cache file's name: count it up when what is stored, or how text is rendered, changes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # Markers and an opening leave no room for words in fewer tokens than these.
 MIN_PROMPT_LENGTH = 8
 PROGRESS_AFTER_SECONDS = 2.0
@@ -186,13 +186,11 @@ class _Tally:
 def tokenize_trees(trees: Sequence[Tree], needs: DataNeeds, report: str = "", *, progress: bool = False) -> Corpus:
     """Everything that ``needs.task`` asks of ``trees``, rendered and truncated."""
     tally = _Tally()
-    with_threads, with_prompts = needs.task in ("sft", "ppo"), needs.task == "ppo"
     sequences, ranked, prompts = _SequenceBuilder(), _RankedBuilder(), _PromptBuilder()
     for index, tree in enumerate(_with_progress(trees, "tokenising", progress)):
-        if with_threads:
+        if needs.task in ("sft", "ppo"):  # in SFT, prompts are there to be asked as samples
             for thread in tree.threads:
                 sequences.add(thread, index, needs, tally)
-        if with_prompts:
             for prompt in tree.prompts:
                 if prompt.is_prompt:
                     prompts.add(prompt, index, needs, tally)
