@@ -30,8 +30,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        # Beyond these, float32 logits overflow to NaN, or what has no probability gets some.
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or from 1e-6 to 1e6")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k is {self.top_k} and top_p {self.top_p}; they must be >= 0 and in (0, 1]")
 

@@ -78,7 +78,8 @@ class ChatTokenizer:
         )
         self._base_specials = dict(base._special_tokens)
         self._marker = {marker: first + i for i, marker in enumerate(MARKERS)}
-        self._silent = frozenset(specials.values())
+        # Not specials.values(): o200k_harmony has an <|end|> of its own, whose id has no name any more.
+        self._silent = frozenset([*base._special_tokens.values(), *self._marker.values()])
         self.vocab_size = first + len(MARKERS)
         self.pad_id = self._marker["<|pad|>"]
         self.end_id = self._marker["<|end|>"]
@@ -162,7 +163,8 @@ class ChatTokenizer:
 
         What is longer than ``max_length`` loses whole messages from the left, the oldest first; a leading system
         message stays while it fits. Where the last turn alone is too long, its question loses tokens from the left and
-        then its reply from the right, the markers kept.
+        then its reply from the right, its end marker with them. Raises ValueError where not even the marker of the
+        reply fits.
         """
         return self._fit(conversation, max_length, opening=[self._marker["<|assistant|>"]])
 
@@ -172,6 +174,8 @@ class ChatTokenizer:
             for m in conversation.messages
         ]
         dropped = cut = 0
+        if max_length is not None and max_length < len(opening):
+            raise ValueError(f"max_length is {max_length}, which leaves no room for the marker of the reply")
         if max_length is not None and _count(segments) > (room := max_length - len(opening)):
             kept = _keep_from_the_right(segments, room)
             fitted = _cut_to(kept, room) if _count(kept) > room else kept
@@ -182,7 +186,7 @@ class ChatTokenizer:
         for segment in segments:
             ids += segment.ids
             # The marker that opens a turn is given, not said.
-            mask += [False] + [segment.role == "assistant"] * (len(segment.ids) - 1)
+            mask += ([False] + [segment.role == "assistant"] * len(segment.ids))[: len(segment.ids)]
         return Rendered(ids + opening, mask + [False] * len(opening), dropped, cut)
 
 
@@ -194,9 +198,9 @@ class _Segment:
     ids: list[int]
 
     def cut_left(self, room: int) -> _Segment:
-        return (
-            self if len(self.ids) <= room else _Segment(self.role, [self.ids[0], *self.ids[len(self.ids) - room + 1 :]])
-        )
+        if len(self.ids) <= room:
+            return self
+        return _Segment(self.role, [self.ids[0], *self.ids[len(self.ids) - room + 1 :]][:room])
 
     def cut_right(self, room: int) -> _Segment:
         return _Segment(self.role, self.ids[:room])
@@ -263,8 +267,12 @@ def parse_ranks(text: bytes, source: str) -> dict[bytes, int]:
     # back as the old one.
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
+        if not line:
+            continue
         try:
             token, rank = line.split()
+            if not 0 <= int(rank) < 2**31:
+                raise ValueError(f"a rank of {int(rank)}")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise UserError(
@@ -316,9 +324,9 @@ def _keep_from_the_right(segments: list[_Segment], room: int) -> list[_Segment]:
     if segments[last_turn].role == "assistant" and last_turn > 0:
         last_turn -= 1
     pinned = segments[:1] if segments[0].role == "system" and last_turn > 0 else []
+    if _count(pinned) + _count(segments[last_turn:]) > room:
+        pinned = []
     used = _count(pinned) + _count(segments[last_turn:])
-    if used > room:
-        return segments[last_turn:]
     start = last_turn
     for index in range(last_turn - 1, len(pinned) - 1, -1):
         used += len(segments[index].ids)

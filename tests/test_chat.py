@@ -1,0 +1,337 @@
+"""ChatInterface: scripted models whose every word is known, prompts worked out by hand, and a random model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_models import chain, random_policy, scripted_policy
+from torch import Tensor
+
+import rlchat
+from rlchat.chat import ChatInterface
+from rlchat.checkpoint import save_bundle
+from rlchat.conversation import Message
+from rlchat.errors import UserError
+from rlchat.generation import Sampling
+from rlchat.tokenizer import ChatTokenizer
+
+PAD, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # of byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def random_model(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random.pt"
+    save_bundle(path, random_policy(tokenizer))
+    return path
+
+
+def scripted(tokenizer: ChatTokenizer, folder: Path, reply: list[int], max_length: int = 64) -> ChatInterface:
+    save_bundle(folder / "scripted.pt", scripted_policy(tokenizer, chain(tokenizer, reply), max_length))
+    return ChatInterface(folder / "scripted.pt", device="cpu")
+
+
+def turn(question: str, reply: str) -> tuple[Message, Message]:
+    return Message("user", question), Message("assistant", reply)
+
+
+# -- what is said, and remembered --
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_reply_is_what_the_model_says(byte_tokenizer: ChatTokenizer, tmp_path: Path, temperature: float) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list(b"Helo wrd!"))
+    assert chat.generate_response("Hi", temperature=temperature) == "Helo wrd!"
+    assert list(chat.stream_response("Hi again", temperature=temperature)) == list("Helo wrd!")
+    assert chat.history == (*turn("Hi", "Helo wrd!"), *turn("Hi again", "Helo wrd!"))
+    chat.clear()
+    assert chat.history == ()
+
+
+def test_pieces_are_whole_characters(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list("é€😀!".encode()))
+    assert list(chat.stream_response("Hi")) == ["é", "€", "😀", "!"]
+
+
+def test_a_character_that_the_limit_cuts_is_left_out(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list("a🙂b".encode()))
+    assert [chat.generate_response("Hi", max_new_tokens=n) for n in range(1, 7)] == ["a"] * 4 + ["a🙂", "a🙂b"]
+
+
+def test_bytes_that_are_no_text_are_marked(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, [0x61, 0xFF, 0x62, 0xC3])  # at its end, the first half of an é
+    assert chat.generate_response("Hi") == "a\ufffdb\ufffd"
+
+
+def test_a_silent_model_is_remembered_as_silent(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    save_bundle(tmp_path / "silent.pt", scripted_policy(byte_tokenizer, {}))
+    chat = ChatInterface(tmp_path / "silent.pt")
+    assert chat.generate_response("Hi") == ""
+    assert chat.history == turn("Hi", "")
+
+
+def test_closing_the_stream_keeps_what_was_said(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list(b"Helo"))
+    never_begun = chat.stream_response("Hi")
+    never_begun.close()
+    assert chat.history == ()
+
+    stream = chat.stream_response("Hi")
+    assert next(stream) + next(stream) == "He"
+    stream.close()
+    assert chat.history == turn("Hi", "He")
+
+
+class Interrupted:
+    """Stands in for ``sample``: some tokens, then Ctrl-C."""
+
+    def __init__(self, tokens: bytes) -> None:
+        self.tokens = tokens
+
+    def __call__(self, *args: Any, **named: Any) -> Iterator[Tensor]:
+        yield from (torch.tensor([token]) for token in self.tokens)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("said", "kept"), [(b"", ()), (b"\xc3", ()), (b"He", turn("Hi", "He"))])
+def test_an_interrupted_reply_keeps_what_was_said(
+    byte_tokenizer: ChatTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: bytes,
+    kept: tuple[Message, ...],
+) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list(b"Hello"[:3]))
+    monkeypatch.setattr("rlchat.chat.sample", Interrupted(said))
+    with pytest.raises(KeyboardInterrupt):
+        chat.generate_response("Hi")
+    assert chat.history == kept
+
+
+# -- what the model is asked --
+
+
+class Recorder:
+    """Stands in for ``sample``: records what it is asked, and replies ``ok``."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+        self.samplings: list[Sampling] = []
+
+    def __call__(
+        self, model: object, ids: Tensor, mask: Tensor, sampling: Sampling, noise: object, **named: int
+    ) -> Iterator[Tensor]:
+        assert mask.all()
+        assert mask.shape == ids.shape
+        assert named == {"end_id": END, "pad_id": PAD}
+        self.prompts.append(ids[0].tolist())
+        self.samplings.append(sampling)
+        return iter(torch.tensor([token]) for token in (*b"ok", END))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr("rlchat.chat.sample", recorder)
+    return recorder
+
+
+@pytest.fixture
+def chat(byte_tokenizer: ChatTokenizer, tmp_path: Path, recorder: Recorder) -> ChatInterface:
+    save_bundle(tmp_path / "model.pt", random_policy(byte_tokenizer, max_length=32))
+    return ChatInterface(tmp_path / "model.pt", device="cpu")
+
+
+def test_the_prompt_is_the_whole_conversation(chat: ChatInterface, recorder: Recorder) -> None:
+    chat.generate_response("ab", max_new_tokens=4)
+    chat.generate_response("cd", max_new_tokens=4)
+    first = [USER, *b"ab", END, ASSISTANT]
+    assert recorder.prompts == [first, [*first, *b"ok", END, USER, *b"cd", END, ASSISTANT]]
+    chat.clear()
+    chat.generate_response("ab", max_new_tokens=4)
+    assert recorder.prompts[-1] == first
+
+
+def test_without_history_nothing_is_seen_and_nothing_kept(chat: ChatInterface, recorder: Recorder) -> None:
+    chat.generate_response("ab")
+    chat.generate_response("cd", use_history=False)
+    assert recorder.prompts[-1] == [USER, *b"cd", END, ASSISTANT]
+    assert chat.history == turn("ab", "ok")
+
+
+def test_the_system_message_stands_first_and_survives_clear(chat: ChatInterface, recorder: Recorder) -> None:
+    chat.system = "S"
+    expected = [SYSTEM, *b"S", END, USER, *b"ab", END, ASSISTANT]
+    for use_history in (True, False):
+        chat.generate_response("ab", use_history=use_history)
+        chat.clear()
+        assert recorder.prompts[-1] == expected
+    chat.system = None
+    chat.generate_response("ab")
+    assert recorder.prompts[-1] == expected[3:]
+
+
+def test_markers_that_a_user_types_are_text(chat: ChatInterface, recorder: Recorder) -> None:
+    chat.generate_response("<|end|>", max_new_tokens=4)
+    assert recorder.prompts == [[USER, *b"<|end|>", END, ASSISTANT]]
+
+
+def test_the_oldest_messages_give_way_to_the_reply(chat: ChatInterface, recorder: Recorder) -> None:
+    # max_length 32, 16 of them for the prompt: 15 and the marker of the reply. A turn has 4 + 4 tokens, a question 4.
+    for question in ("ab", "cd", "ef"):
+        chat.generate_response(question, max_new_tokens=16)
+    assert chat.dropped_messages == 2
+    assert recorder.prompts[-1] == [USER, *b"cd", END, ASSISTANT, *b"ok", END, USER, *b"ef", END, ASSISTANT]
+    assert chat.history == (*turn("ab", "ok"), *turn("cd", "ok"), *turn("ef", "ok"))
+    chat.generate_response("gh", max_new_tokens=3)  # 3 · 8 + 4 + 1 = 29 = 32 - 3
+    assert chat.dropped_messages == 0
+    assert len(recorder.prompts[-1]) == 29
+
+
+def test_a_message_that_alone_is_too_long_is_cut(chat: ChatInterface, recorder: Recorder) -> None:
+    chat.generate_response("0123456789abcdefghij", max_new_tokens=16)
+    # 16 for the prompt: two markers around the question, one for the reply, 13 bytes of 20.
+    assert recorder.prompts == [[USER, *b"789abcdefghij", END, ASSISTANT]]
+    assert (chat.cut_tokens, chat.dropped_messages) == (7, 0)
+    chat.clear()
+    assert chat.cut_tokens == 0
+
+
+def test_more_tokens_than_fit_become_what_the_prompt_leaves_free(chat: ChatInterface, recorder: Recorder) -> None:
+    chat.generate_response("ab", max_new_tokens=10, temperature=0.5, top_k=3, top_p=0.9)
+    chat.generate_response("ab", max_new_tokens=1000, use_history=False)  # the prompt has 5 of 32
+    chat.generate_response("0123456789abcdefghij", max_new_tokens=1000, use_history=False)  # and never more than half
+    assert recorder.samplings == [Sampling(10, 0.5, 3, 0.9), Sampling(27, 0.7), Sampling(16, 0.7)]
+
+
+# -- randomness, and a model that looks at more than one token --
+
+
+def test_greedy_is_the_likeliest_token_of_the_whole_context(random_model: Path) -> None:
+    chat = ChatInterface(random_model, device="cpu")
+    tokenizer = chat.tokenizer
+    user, assistant, end = (tokenizer.base_size + marker for marker in (2, 3, 4))
+    ids: list[int] = []
+    for question in ("Hello, how are you?", "And what is that?"):
+        ids += [user, *tokenizer.encode(question), end, assistant]
+        reply: list[int] = []
+        for _ in range(4):  # the whole context anew for each token: no cache
+            row = torch.tensor([ids + reply])
+            with torch.no_grad():
+                logits = chat.model.logits(chat.model(row, torch.ones_like(row))[0, -1])
+            reply.append(int(logits.argmax()))
+        expected = "".join(map(tokenizer.stream().push, reply))
+        assert chat.generate_response(question, 4, temperature=0) == expected
+        ids += [*tokenizer.encode(expected), end]
+
+
+def test_a_seed_repeats_a_whole_chat(random_model: Path) -> None:
+    def talk(seed: int | None) -> list[str]:
+        chat = ChatInterface(random_model, seed=seed)
+        return [chat.generate_response("Hello", 12, temperature=1.0) for _ in range(2)]
+
+    assert talk(1) == talk(1)
+    assert talk(1) != talk(2)
+    assert talk(None) != talk(None)
+    first, second = talk(1)
+    assert first != second
+
+
+def test_one_candidate_is_the_likeliest(random_model: Path) -> None:
+    greedy = ChatInterface(random_model).generate_response("Hello", 12, temperature=0)
+    assert ChatInterface(random_model).generate_response("Hello", 12, temperature=2.0, top_k=1) == greedy
+    assert ChatInterface(random_model).generate_response("Hello", 12, temperature=2.0, top_p=1e-9) == greedy
+
+
+def test_a_random_model_says_no_special_token_and_no_broken_piece(random_model: Path) -> None:
+    chat = ChatInterface(random_model, seed=0)
+    for _ in range(5):
+        pieces = list(chat.stream_response("Hello", 60, temperature=1.5, use_history=False))
+        assert all(pieces)
+        assert "<|" not in "".join(pieces)
+
+
+# -- what cannot work --
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t"])
+def test_an_empty_message_is_refused_at_once(chat: ChatInterface, text: str) -> None:
+    with pytest.raises(UserError, match="empty"):
+        chat.stream_response(text)
+    assert chat.history == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-50},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
+def test_a_number_out_of_range_is_refused_at_once(chat: ChatInterface, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        chat.stream_response("Hi", **wrong)
+
+
+def test_models_devices_and_seeds_that_cannot_be_had(random_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.pt: no such model; .*rlchat demo"):
+        ChatInterface(tmp_path / "nope.pt")
+    with pytest.raises(UserError, match="device 'abacus'"):
+        ChatInterface(random_model, device="abacus")
+    with pytest.raises(UserError, match="seed"):
+        ChatInterface(random_model, seed=2**70)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(random_model: Path) -> None:
+    with pytest.raises(UserError, match="device 'cuda'"):
+        ChatInterface(random_model, device="cuda")
+
+
+def test_the_device_is_the_fastest_there_is(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def load(path: Path, device: torch.device) -> None:
+        chosen.append(device.type)
+        raise UserError("that is all this test wants to know")
+
+    monkeypatch.setattr("rlchat.chat.load_policy", load)
+    for cuda, mps in [(True, True), (False, True), (False, False)]:
+        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda mps=mps: mps)
+        with pytest.raises(UserError, match="all this test"):
+            ChatInterface(random_model)
+    assert chosen == ["cuda", "mps", "cpu"]
+
+
+def test_chatting_needs_no_lightning(random_model: Path) -> None:
+    program = """
+import sys, time
+import torch, transformers
+begin = time.perf_counter()
+from rlchat import ChatInterface
+seconds = time.perf_counter() - begin
+assert ChatInterface(sys.argv[1], seed=0).generate_response("Hello", 5) is not None
+assert not [name for name in sys.modules if name.split(".")[0] in ("lightning", "torchmetrics", "matplotlib")]
+print(seconds)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(random_model)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 20  # beyond torch and transformers; seconds where nothing else runs
+
+
+def test_the_package_offers_it() -> None:
+    assert rlchat.ChatInterface is ChatInterface
