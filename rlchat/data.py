@@ -12,7 +12,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,9 +33,9 @@ from rlchat.batches import (
     fixed_plan,
     full_batches_plan,
 )
-from rlchat.conversation import Conversation, Message
+from rlchat.conversation import Conversation
 from rlchat.errors import UserError
-from rlchat.formats import read_trees
+from rlchat.formats import read_prompts, read_trees
 from rlchat.tokenized import Corpus, CorpusCache, DataNeeds, cache_key, render_prompts, tokenize_trees
 
 __all__ = ["DataNeeds", "OASST2DataModule", "PromptBatch", "RankedBatch", "SequenceBatch", "split_trees"]
@@ -175,7 +174,7 @@ class OASST2DataModule(LightningDataModule):
         """The prompts of ``predict_path`` in their order, every one of them."""
         if self.predict_path is None:
             raise UserError("no prompts are given; name a file of prompts with --data.predict_path FILE")
-        conversations = _read_prompts(self.predict_path, self.on_bad_line)
+        conversations = read_prompts(self.predict_path, on_bad_line=self.on_bad_line)
         prompts = PromptRows(render_prompts(conversations, self.needs), range(len(conversations)), self._pad_id)
         return self._loader(prompts, self._fixed(range(len(prompts)), f"prompts of {self.predict_path}"))
 
@@ -329,19 +328,3 @@ def _losses(corpus: Corpus, needs: DataNeeds) -> str:
         words += f" ({needs.max_new_tokens:,} of them kept free for the reply)"
     words += f", oldest messages dropped from {dropped:,} and words cut from {cut:,} rows"
     return words + (f"; {left_out:,} threads without a reply left out" if left_out else "")
-
-
-def _read_prompts(path: str, on_bad_line: Literal["error", "skip"]) -> list[Conversation]:
-    """The prompts of ``path`` in order. Raises :class:`UserError` where there are none."""
-    if Path(path).suffix == ".txt":
-        try:
-            lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give a text file with a prompt on each line") from error
-        prompts = [Conversation((Message("user", line.strip()),)) for line in lines if line.strip()]
-    else:
-        trees, _ = read_trees([path], lang=None, on_bad_line=on_bad_line, keep_synthetic=True)
-        prompts = [prompt for tree in trees for prompt in tree.prompts if prompt.is_prompt]
-    if not prompts:
-        raise UserError(f"{path}: no prompts in it; give JSONL rows, or a .txt file with a prompt on each line")
-    return prompts

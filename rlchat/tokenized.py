@@ -188,12 +188,12 @@ def tokenize_trees(trees: Sequence[Tree], needs: DataNeeds, report: str = "", *,
     tally = _Tally()
     sequences, ranked, prompts = _SequenceBuilder(), _RankedBuilder(), _PromptBuilder()
     for index, tree in enumerate(_with_progress(trees, "tokenising", progress)):
-        if needs.task in ("sft", "ppo"):  # in SFT, prompts are there to be asked as samples
+        if needs.task in ("sft", "ppo"):
             for thread in tree.threads:
                 sequences.add(thread, index, needs, tally)
             for prompt in tree.prompts:
-                if prompt.is_prompt:
-                    prompts.add(prompt, index, needs, tally)
+                if prompt.is_prompt:  # in SFT they are there to be asked as samples, and count for nothing
+                    prompts.add(prompt, index, needs, tally if needs.task == "ppo" else _Tally())
         if needs.task == "reward":
             for prompt in filter(_is_judged, tree.prompts):
                 ranked.add(prompt, index, needs, tally)
