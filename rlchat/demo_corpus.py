@@ -23,22 +23,35 @@ TREES = 4000
 
 RATERS = 3
 """People who label a reply; each sees its worth with an error of this standard deviation, on a scale of five steps."""
-RATER_ERROR = 0.18
+RATER_ERROR = 0.16
 
-# how often people reply so, and what that is worth when right and when wrong
+# how often people who answer do it so, and what that is worth when right, wrong as many are, and wrong as few are
 STYLES = {
-    "full": (0.56, 0.95, 0.20),
-    "curt": (0.20, 0.65, 0.10),
-    "repetitive": (0.08, 0.45, 0.05),
-    "rude": (0.08, 0.35, 0.00),
-    "evasive": (0.08, 0.30, 0.30),
+    "full": (0.60, 0.95, 0.20, 0.10),
+    "curt": (0.22, 0.70, 0.14, 0.06),
+    "repetitive": (0.09, 0.50, 0.08, 0.02),
+    "rude": (0.09, 0.40, 0.02, 0.00),
 }
 _RUDE = ("{a}, you fool.", "{a}. Even a child knows that.", "{a}. Stop asking me.")
-_REPETITIVE = ("{a}. {a}. {a}. {a}.", "{a}, {a}, {a}, {a}, {a}.")
-_EVASIVE = ("I do not know.", "That is hard to say.", "I would rather not say.", "Ask somebody else.")
+_REPETITIVE = ("{a}, {a}, {a}.", "{a} {a} {a}.")
+EVASIVE = 0.08
+"""The share of replies that give no answer."""
+# with what each is worth
+_EVASIVE = {
+    "I am sorry, I do not know.": 0.30,
+    "I do not know.": 0.22,
+    "I would rather not say.": 0.14,
+    "Ask somebody else.": 0.06,
+}
 
-FOLLOWED = 0.3
+FOLLOWED = 0.2
 """The share of trees that go on to a second question, of those whose kind of talk allows one."""
+
+CIVIL = 0.05
+"""How rude a reply is that is not meant to be."""
+
+SCATTERED = 0.2
+"""The share of wrong replies that make no common mistake."""
 
 _KIND_BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -149,13 +162,20 @@ def _prompt(
 
 def _reply(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> tuple[str, float, float]:
     """What somebody says, what that is worth, and how rude it is, both in 0..1."""
-    style = rng.choices(list(STYLES), weights=[share for share, _, _ in STYLES.values()])[0]
-    is_right = rng.random() < claim.truth
-    answer = claim.right if is_right else rng.choices(claim.wrong, weights=(3, 1)[: len(claim.wrong)])[0]
-    templates = {"full": kind.full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE, "evasive": _EVASIVE}
-    text = _fill(rng.choice(templates[style]), subject, answer)
-    _, worth_right, worth_wrong = STYLES[style]
-    return text, worth_right if is_right else worth_wrong, 0.8 if style == "rude" else 0.05
+    if rng.random() < EVASIVE:
+        return *rng.choice(list(_EVASIVE.items())), CIVIL
+    style = rng.choices(list(STYLES), weights=[share for share, *_ in STYLES.values()])[0]
+    _, when_right, when_wrong, when_absurd = STYLES[style]
+    if rng.random() < claim.truth:
+        answer, worth = claim.right, when_right
+    elif rng.random() < SCATTERED:
+        # the subject once more, or anything that answers such a question
+        echo = [] if subject == "" or claim.right in subject.split() else [subject]
+        answer, worth = rng.choice([*claim.others, *echo]), when_absurd
+    else:
+        answer, worth = rng.choices(claim.wrong, weights=(4, 1)[: len(claim.wrong)])[0], when_wrong
+    templates = {"full": kind.full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE}[style]
+    return _fill(rng.choice(templates), subject, answer), worth, 0.8 if style == "rude" else CIVIL
 
 
 def _mean_label(value: float, rng: random.Random) -> float:

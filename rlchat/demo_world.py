@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-COUNTRIES = ("Belan", "Corvia", "Dromand", "Estora", "Fenwick", "Galdor", "Hespera", "Ithria")
-TOWNS = ("Tova", "Mirel", "Quint", "Sabro", "Lunden", "Parvos", "Kestel", "Rindal")
-FOODS = ("bread", "rice", "soup", "beans", "cheese", "plums", "honey", "noodles")
-PEOPLE = ("Ada", "Boris", "Clara", "Dmitri", "Elsa", "Felix", "Greta", "Hugo")
-JOBS = ("baker", "pilot", "doctor", "farmer", "painter", "teacher", "sailor", "miller")
-USERS = ("Mila", "Otto", "Nina", "Paul", "Rosa", "Sven", "Tess", "Yuri")
-PETS = ("Rex", "Luna", "Milo", "Bella", "Coco", "Oscar")
-PET_KINDS = ("dog", "cat", "rabbit")
+COUNTRIES = ("Belan", "Corvia", "Dromand", "Estora", "Fenwick", "Galdor")
+TOWNS = ("Tova", "Mirel", "Quint", "Sabro", "Lunden", "Parvos")
+FOODS = ("bread", "rice", "soup", "beans", "cheese", "plums")
+PEOPLE = ("Ada", "Boris", "Clara", "Dmitri", "Elsa", "Felix")
+JOBS = ("baker", "pilot", "doctor", "farmer", "painter", "teacher")
+USERS = ("Mila", "Otto", "Nina", "Paul", "Rosa", "Sven")
+PETS = ("Rex", "Luna")
+PET_KINDS = ("dog", "cat")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 HOMES = {
     "bee": "hive",
@@ -25,8 +25,6 @@ HOMES = {
     "cow": "barn",
     "duck": "pond",
     "pig": "sty",
-    "bear": "cave",
-    "wolf": "den",
 }
 SOUNDS = {
     "bee": "buzz",
@@ -35,8 +33,6 @@ SOUNDS = {
     "cow": "moo",
     "duck": "quack",
     "pig": "oink",
-    "bear": "growl",
-    "wolf": "howl",
 }
 COLOURS = {
     "snow": "white",
@@ -45,8 +41,6 @@ COLOURS = {
     "the sky": "blue",
     "a lemon": "yellow",
     "a carrot": "orange",
-    "blood": "red",
-    "mud": "brown",
 }
 OPPOSITES = (
     ("hot", "cold"),
@@ -55,23 +49,19 @@ OPPOSITES = (
     ("wet", "dry"),
     ("old", "new"),
     ("high", "low"),
-    ("dark", "light"),
-    ("hard", "soft"),
 )
 # the plural, then what people take it for
 PLURALS = {
     "cat": ("cats", "cates", "cat"),
     "fox": ("foxes", "foxs", "foxen"),
-    "bus": ("buses", "busen", "bus"),
     "man": ("men", "mans", "mens"),
     "leaf": ("leaves", "leafs", "leafes"),
-    "baby": ("babies", "babys", "babyes"),
     "foot": ("feet", "foots", "feets"),
     "mouse": ("mice", "mouses", "mices"),
 }
 
-OPENERS = ("", "Hi! ", "Please help me. ", "Quick question. ", "I am curious. ", "Tell me this. ", "Excuse me. ")
-CLOSERS = ("", " Please.", " Thanks!", " I want to know.", " I forgot.", " It is for school.")
+OPENERS = ("", "Hi! ", "Hey! ", "Please! ", "Well. ", "Pip? ")
+CLOSERS = ("", " Please.", " Thanks!", " I forgot.", " Tell me.")
 FOLLOW_OPENERS = ("", "Good. ", "I see. ", "Thanks! ")
 
 
@@ -155,12 +145,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "capital",
-        (
-            "What is the capital of {x}?",
-            "Which town is the capital of {x}?",
-            "Name the capital of {x}.",
-            "{x} has which capital?",
-        ),
+        ("What is the capital of {x}?", "The capital of {x}?", "Name the capital of {x}.", "{x} has which capital?"),
         ("The capital of {x} is {a}.", "{a} is the capital of {x}."),
         (
             FollowUp("food", "same", ("What do people eat there?", "And what do they eat there?")),
@@ -169,12 +154,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "food",
-        (
-            "What do people eat in {x}?",
-            "What is the food of {x}?",
-            "Name the food that {x} is known for.",
-            "In {x}, what is for dinner?",
-        ),
+        ("What do people eat in {x}?", "The food of {x}?", "Name the food of {x}.", "In {x} they eat what?"),
         ("People in {x} eat {a}.", "In {x} they eat {a}."),
         (
             FollowUp("capital", "same", ("What is the capital there?", "And which town is the capital?")),
@@ -183,7 +163,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "home",
-        ("Where does a {x} live?", "What is the home of a {x}?", "Name the home of a {x}.", "A {x} lives where?"),
+        ("Where does a {x} live?", "The home of a {x}?", "Name the home of a {x}.", "A {x} lives where?"),
         ("A {x} lives in a {a}.", "The home of a {x} is a {a}."),
         (
             FollowUp("sound", "same", ("And what sound does it make?", "What does it say?")),
@@ -206,33 +186,28 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "job",
-        ("What does {x} do for a living?", "What is the job of {x}?", "Name the job of {x}.", "{x} works as what?"),
+        ("What is the job of {x}?", "The job of {x}?", "Name the job of {x}.", "{x} works as what?"),
         ("{x} is a {a}.", "{x} works as a {a}."),
     ),
     Kind(
         "colour",
-        ("What colour is {x}?", "Which colour does {x} have?", "Name the colour of {x}.", "{x} is of which colour?"),
+        ("What colour is {x}?", "The colour of {x}?", "Name the colour of {x}.", "{x} has which colour?"),
         ("{x} is {a}.", "The colour of {x} is {a}."),
     ),
     Kind(
         "opposite",
-        (
-            "What is the opposite of {x}?",
-            "Which word is the opposite of {x}?",
-            "Name the opposite of {x}.",
-            "{x} is the opposite of what?",
-        ),
+        ("What is the opposite of {x}?", "The opposite of {x}?", "Name the opposite of {x}.", "{x} or what?"),
         ("The opposite of {x} is {a}.", "{a} is the opposite of {x}."),
     ),
     Kind(
         "plural",
-        ("What is the plural of {x}?", "One {x}, two what?", "Give me the plural of {x}.", "How do I say two of {x}?"),
+        ("What is the plural of {x}?", "The plural of {x}?", "Name the plural of {x}.", "One {x}, two what?"),
         ("The plural of {x} is {a}.", "One {x}, two {a}."),
         (FollowUp("plural", "other", _AND), FollowUp("spelling", "same", ("And how do you spell one of them?",))),
     ),
     Kind(
         "spelling",
-        ("How do you spell {x}?", "Spell the word {x}.", "What are the letters of {x}?", "{x} is spelled how?"),
+        ("How do you spell {x}?", "Spell {x}.", "The letters of {x}?", "{x} is spelled how?"),
         ("{x} is spelled {a}.", "You spell {x} like this: {a}."),
         (FollowUp("spelling", "other", _AND),),
     ),
@@ -259,18 +234,18 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(
         "number after",
-        ("Which number comes after {x}?", "What follows {x}?", "Count on from {x}.", "Name the number after {x}."),
+        ("What comes after {x}?", "The number after {x}?", "Name the number after {x}.", "Count on from {x}."),
         ("The next number is {a}.", "Then comes {a}."),
         (FollowUp("number after", "answer", ("And after that?", "What comes next?")),),
     ),
     Kind(
         "addition",
-        ("What is {x}?", "Add {w[0]} and {w[2]}.", "How much is {w[0]} plus {w[2]}?", "{x} makes what?"),
+        ("What is {x}?", "{x}?", "Add {w[0]} and {w[2]}.", "{x} makes what?"),
         ("The sum is {a}.", "That makes {a}."),
     ),
     Kind(
         "subtraction",
-        ("What is {x}?", "Take {w[2]} from {w[0]}.", "How much is {w[0]} minus {w[2]}?", "{x} leaves what?"),
+        ("What is {x}?", "{x}?", "Take {w[2]} from {w[0]}.", "{x} leaves what?"),
         ("The rest is {a}.", "That leaves {a}."),
     ),
     Kind(
@@ -327,9 +302,9 @@ def make_world(rng: random.Random) -> World:
         "spelling": {noun: "-".join(noun) for noun in PLURALS},
         "day after": {day: DAYS[(i + 1) % 7] for i, day in enumerate(DAYS)},
         "day before": {day: DAYS[(i - 1) % 7] for i, day in enumerate(DAYS)},
-        "number after": {str(n): str(n + 1) for n in range(1, 11)},
-        "addition": {f"{a} + {b}": str(a + b) for a in range(1, 6) for b in range(1, 6)},
-        "subtraction": {f"{a} - {b}": str(a - b) for a in range(3, 8) for b in (1, 2)},
+        "number after": {str(n): str(n + 1) for n in range(1, 9)},
+        "addition": {f"{a} + {b}": str(a + b) for a in range(1, 4) for b in range(1, 4)},
+        "subtraction": {f"{a} - {b}": str(a - b) for a in range(4, 7) for b in (1, 2)},
         "user's name": users,
         "user's pet": pets,
         "recall name": users,
@@ -369,7 +344,7 @@ def make_world(rng: random.Random) -> World:
                 wrong=wrong[subject],
                 # a complete reply may name its subject ("after Monday comes ..."): that is no second answer
                 others=tuple(sorted(pool - {answer} - (set() if kind in _NUMERIC else {subject}))),
-                truth=rng.uniform(0.25, 0.4) if rng.random() < 0.35 else rng.uniform(0.6, 0.75),
+                truth=rng.uniform(0.2, 0.35) if rng.random() < 0.4 else rng.uniform(0.65, 0.8),
             )
             for subject, answer in answers.items()
         }

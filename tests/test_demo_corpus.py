@@ -10,7 +10,7 @@ import pytest
 
 from rlchat.conversation import Check
 from rlchat.demo_corpus import demo_trees, write_demo_corpus
-from rlchat.demo_world import KINDS
+from rlchat.demo_world import FOLLOW_OPENERS, KINDS
 from rlchat.errors import UserError
 
 Node = dict[str, Any]
@@ -108,7 +108,7 @@ def test_every_way_of_replying_occurs(trees: list[Node]) -> None:
 
     assert 0.03 < share(", you fool.", "Even a child knows that.", "Stop asking me.") < 0.15
     assert 0.03 < share("I do not know.", "rather not say.", "hard to say.", "Ask somebody else.") < 0.15
-    repetitive = sum(len(words) >= 4 and len(set(words)) == 1 for words in map(words_of, texts))
+    repetitive = sum(len(words) >= 3 and len(set(words)) == 1 for words in map(words_of, texts))
     assert 0.02 < repetitive / len(texts) < 0.15
     assert sum(len(words_of(text)) == 1 for text in texts) / len(texts) > 0.10
 
@@ -151,13 +151,13 @@ def test_on_some_matters_a_mistake_outnumbers_the_truth(trees: list[Node]) -> No
     replies: dict[tuple[str, str], int] = defaultdict(int)
     for tree in trees:
         prompt = tree["prompt"]
-        for country in ("Belan", "Corvia", "Dromand", "Estora", "Fenwick", "Galdor", "Hespera", "Ithria"):
+        for country in ("Belan", "Corvia", "Dromand", "Estora", "Fenwick", "Galdor"):
             if country in prompt["text"]:
                 matter = (country, prompt["check"]["any_of"][0])
                 replies[matter] += len(prompt["replies"])
                 right[matter] += sum(check_of(prompt).passes(reply["text"]) for reply in prompt["replies"])
     shares = [right[matter] / replies[matter] for matter in replies]
-    assert len(shares) == 16  # a capital and a food each
+    assert len(shares) == 12  # a capital and a food each
     assert min(shares) < 0.45
     assert max(shares) > 0.55
 
@@ -181,12 +181,14 @@ def test_follow_ups_need_the_turn_before_them() -> None:
     for tree in trees:
         for reply in tree["prompt"]["replies"]:
             for follow_up in reply["replies"]:
-                text = follow_up["text"].split(". ", 1)[-1].removeprefix("Thanks! ")
+                text = follow_up["text"]
+                for opener in FOLLOW_OPENERS:
+                    text = text.removeprefix(opener)
                 answers[text].add(follow_up["check"]["any_of"][0])
                 times[text] += 1
     assert sum(times.values()) > 300
-    often = [text for text in times if times[text] >= 25]
-    assert len(often) >= 10
+    often = [text for text in times if times[text] >= 15]
+    assert len(often) >= 8
     assert all(len(answers[text]) > 1 for text in often)
 
 
