@@ -32,7 +32,7 @@ def main(paths: list[str]) -> None:
     corpora = {Path(path).name: read_trees([path], progress=False)[0] for path in paths}
     by_name = {name: texts(trees) for name, trees in corpora.items()}
     training = [text for name in list(by_name)[:2] for text in by_name[name]]
-    threads: list[Conversation] = [thread for trees in list(corpora.values())[:1] for tree in trees for thread in tree.threads]
+    threads: list[Conversation] = [thread for tree in next(iter(corpora.values())) for thread in tree.threads]
     print("tokens  " + "  ".join(f"{name:>28}" for name in by_name) + "   demo tokens  Mflop a conversation")
     folder = Path(sys.argv[0]).parent / ".encodings"
     folder.mkdir(exist_ok=True)
@@ -41,7 +41,7 @@ def main(paths: list[str]) -> None:
         path.write_bytes(format_ranks(train_ranks(iter(training), size)))
         tokenizer = ChatTokenizer(str(path))
         row = [f"{size:>6}"]
-        for name, words in by_name.items():
+        for words in by_name.values():
             sample = words[:: max(1, len(words) // 20_000)]
             rate = sum(len(t.encode()) for t in sample) / sum(len(tokenizer.encode(t)) for t in sample)
             row.append(f"{rate:>20.2f} bytes/tok")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.table import Table
 from rlchat.checkpoint import set_aside, write_atomically
 from rlchat.conversation import Conversation
 from rlchat.demo_corpus import TREES, write_demo_corpus
+from rlchat.threads import fastest_threads
 
 DATA = Path("data/demo.jsonl")
 REPORT = Path("checkpoints/report.json")
@@ -30,6 +32,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the conversations, the split and the training")
     parser.add_argument("--trees", type=int, default=TREES, help="conversation trees to generate (default %(default)s)")
     parser.add_argument("--data-only", action="store_true", help=f"write {DATA} and stop")
+    parser.add_argument("--threads", type=int, help="of each stage; by default 1, or more where that is faster now")
     parser.add_argument("--fast", action="store_true", help="a few batches of each stage, to see that all works")
     try:
         options = parser.parse_args(args)
@@ -39,7 +42,7 @@ def main(args: list[str]) -> int:
     write_conversations(options.trees, options.seed)
     console.print(f"[bold]{DATA}[/]: {options.trees:,} conversation trees, made with seed {options.seed}")
     if not options.data_only:
-        Demo(console, options.seed, options.fast).run()
+        Demo(console, options.seed, options.threads, options.fast).run()
     return 0
 
 
@@ -60,8 +63,9 @@ def write_conversations(trees: int, seed: int) -> None:
 class Demo:
     """One run of the three stages, and what was measured on the way."""
 
-    def __init__(self, console: Console, seed: int, fast: bool) -> None:
+    def __init__(self, console: Console, seed: int, threads: int | None, fast: bool) -> None:
         self.console = console
+        self.threads = threads
         self.common = [f"--seed_everything={seed}", f"--data.seed={seed}"] if seed else []
         self.fast = fast
         self.report: dict[str, Any] = {}
@@ -89,8 +93,10 @@ class Demo:
             argv += ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.max_epochs=1"]
             argv += ["--trainer.val_check_interval=1.0"]
         began = time.monotonic()
+        threads = self.threads or fastest_threads()
+        torch.set_num_threads(threads)
         _run(argv)
-        self.report[stage] = {"seconds": round(time.monotonic() - began, 1)}
+        self.report[stage] = {"seconds": round(time.monotonic() - began, 1), "threads": threads}
 
     def test(self, stage: str, checkpoint: str | None) -> Measured:
         """Measures a stage on the conversations that chose nothing; PPO with no checkpoint is the SFT model."""
