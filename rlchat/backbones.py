@@ -8,6 +8,7 @@ a token and looks whether an earlier position noticed; a backbone that leaks is 
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -50,13 +52,20 @@ class Backbone(nn.Module):
     def __init__(self, base_model: str | dict[str, Any], vocab_size: int, max_length: int, kept_rows: int = 0) -> None:
         super().__init__()
         config = _configuration(base_model, vocab_size, max_length)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                f"base_model: {config.model_type} is an encoder with a decoder; choose a decoder alone, as gpt2"
+            )
         self._is_encoder = config.model_type in ENCODERS
         if isinstance(base_model, str):
             self.transformer, head = _pretrained(base_model, config, self._is_encoder)
             self._fit_vocabulary(head, vocab_size, kept_rows)
         else:
-            self._build(config)
-        _forget_padding_row(self.transformer)
+            try:
+                self._build(config)
+            except ValueError as error:
+                raise UserError(f"base_model: {config.model_type} cannot be built like this: {error}") from error
+        _trim(self.transformer)
         self._refuse_a_leak()
 
     @classmethod
@@ -68,7 +77,7 @@ class Backbone(nn.Module):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         backbone._is_encoder = config.model_type in ENCODERS
         backbone._build(config)
-        _forget_padding_row(backbone.transformer)
+        _trim(backbone.transformer)
         return backbone
 
     def config_json(self) -> str:
@@ -96,9 +105,8 @@ class Backbone(nn.Module):
             log.info("the base model's %d tokens are not the encoding's: embeddings start anew", config.vocab_size)
         self.transformer.resize_token_embeddings(vocab_size, mean_resizing=False)
         std = _initial_std(config)
-        embedding = self.transformer.get_input_embeddings().weight
         with torch.no_grad():
-            embedding[kept_rows if keeps else 0 :].normal_(std=std)
+            _embedding_weight(self.transformer)[kept_rows if keeps else 0 :].normal_(std=std)
         self.head = None
         if head is not None or not _tied(self.transformer):
             self.head = self._new_head()
@@ -119,9 +127,7 @@ class Backbone(nn.Module):
         """[vocabulary, hidden]: the policy head's weight, the embeddings' own where the backbone ties them."""
         if self.head is not None:
             return self.head.weight
-        weight = self.transformer.get_input_embeddings().weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return _embedding_weight(self.transformer)
 
     def new_cache(self) -> Cache:
         """An empty cache, for the ``cache`` of :meth:`forward`; one for each batch of conversations."""
@@ -144,6 +150,9 @@ class Backbone(nn.Module):
                 position_ids=positions + offset,
                 rlchat_cache=cache,
             )
+        elif cache is None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+            # Padding on the right alone: nobody before it can see it, and attention that is causal and no more is fast.
+            output = self.transformer(ids, use_cache=False)
         else:
             output = self.transformer(
                 ids,
@@ -220,6 +229,7 @@ def _configuration(base_model: str | dict[str, Any], vocab_size: int, max_length
         raise UserError(
             f"base_model: model_type {family!r} is no family of transformers; give one such as llama or gpt2"
         )
+    _require_known(values, CONFIG_MAPPING[family](), family)
     values.setdefault("max_position_embeddings", max_length + 2)  # RoBERTa's first position is 2
     values.setdefault("pad_token_id", None if family not in ENCODERS else 0)
     values.setdefault("bos_token_id", None)
@@ -235,13 +245,23 @@ def _configuration(base_model: str | dict[str, Any], vocab_size: int, max_length
     return config
 
 
+def _require_known(values: dict[str, Any], default: PretrainedConfig, family: str) -> None:
+    """transformers takes any key and forgets it: a misspelt size would build a model of billions of parameters."""
+    known = {*default.to_dict(), *default.attribute_map}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            cure = f"did you mean {close[0]}?" if close else f"see the configuration of {family} in transformers"
+            raise UserError(f"base_model: {family} has no option {key!r}; {cure}")
+
+
 def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> None:
     positions = getattr(config, "max_position_embeddings", max_length)
     positions -= config.pad_token_id + 1 if ENCODERS.get(config.model_type, 0) is None else 0
     if positions < max_length:
         raise UserError(
-            f"max_length {max_length} is more than the {positions} positions of base_model {name}; lower max_length, or "
-            f"choose a base model with more"
+            f"max_length {max_length} is more than the {positions} positions of base_model {name}; lower max_length, "
+            f"or choose a base model with more"
         )
 
 
@@ -262,7 +282,7 @@ def _pretrained(name: str, config: PretrainedConfig, is_encoder: bool) -> tuple[
 def _fetch(name: str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         if Path(name).is_dir():
             raise UserError(
                 f"base_model {name}: the folder holds no model that transformers can load: {error}"
@@ -275,15 +295,23 @@ def _fetch(name: str, load: Any) -> Any:
 
 def _tied(model: PreTrainedModel) -> bool:
     """Whether the policy head is the embedding matrix: the backbone ties them and the widths agree (not in ELECTRA)."""
-    width = model.get_input_embeddings().weight.shape[1]
+    width = _embedding_weight(model).shape[1]
     return bool(getattr(model.config, "tie_word_embeddings", True)) and width == model.config.hidden_size
 
 
-def _forget_padding_row(model: PreTrainedModel) -> None:
-    """A row that `padding_idx` names never learns, and here it is the row of a real token."""
+def _embedding_weight(model: PreTrainedModel) -> Tensor:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _trim(model: PreTrainedModel) -> None:
+    """Takes away what would never learn."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None
+        embedding.padding_idx = None  # the row that it names gets no gradient, and here it is that of a real token
+    if getattr(model, "pooler", None) is not None:
+        model.register_module("pooler", None)  # BERT's summary of a text; a parameter that no loss reaches stops DDP
 
 
 def _initial_std(config: PretrainedConfig) -> float:

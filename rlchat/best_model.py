@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rlchat.checkpoint import set_aside
+from rlchat.errors import UserError
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+_STOPPED = "stopped, and nothing is lost; go on with `rlchat fit --ckpt_path last`"
 
 
 class BestModel(ModelCheckpoint):
@@ -22,8 +29,9 @@ class BestModel(ModelCheckpoint):
     Each time the module's ``monitor`` (PPO: ``val/reward``) is better than before, ``folder/<bundle_name>`` becomes the
     model of that moment, beside Lightning's ``best.ckpt`` in the run's own folder; a bundle that an earlier run left
     there is first set aside under its date. ``last.ckpt`` is written every ``save_last_every`` batches and after each
-    validation, so that an interrupted run goes on with ``--ckpt_path last``. Without validation, the bundle is the
-    model at the end.
+    validation, so that an interrupted run goes on with ``--ckpt_path last``. Ctrl-C lets the batch come to its end and
+    writes ``last.ckpt`` then, so that nothing is lost; a second one stops at once. Without validation, the bundle is
+    the model at the end.
 
     Args:
         folder: where the bundles go.
@@ -36,6 +44,8 @@ class BestModel(ModelCheckpoint):
         self.save_last_every = save_last_every
         self.bundle_path: str | None = None
         """Where this run has written its bundle; None before the first."""
+        self._stopping = False
+        self._handler_before: Any = None
 
     @property
     def state_key(self) -> str:
@@ -43,20 +53,33 @@ class BestModel(ModelCheckpoint):
         return "rlchat.BestModel"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes over what the module wants to be judged by."""
+        """Takes over what the module wants to be judged by. Raises :class:`UserError` for a folder that takes none."""
+        if stage == "fit" and not _is_rehearsal(trainer):
+            _require_writable(Path(self.folder))
         self.monitor, self.mode = pl_module.monitor  # type: ignore[misc]
         if self.best_model_score is None:
             self.kth_value = torch.tensor(-torch.inf if self.mode == "max" else torch.inf)
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes charge of Ctrl-C."""
+        super().on_train_start(trainer, pl_module)
+        self._stopping = False
+        # Several processes get it in different batches, and would wait for each other: they stop as Lightning does.
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGINT, self._stop_soon)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes ``last.ckpt`` every so often."""
+        """Writes ``last.ckpt`` every so often, and before the run is stopped."""
         # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several a batch.
         done = trainer.fit_loop.total_batch_idx + 1
-        if self.save_last_every and done % self.save_last_every == 0:
+        stopping = self._stopping or trainer.received_sigterm
+        if stopping or (self.save_last_every and done % self.save_last_every == 0):
             self._save_last(trainer)
+        if self._stopping:
+            raise KeyboardInterrupt(_STOPPED)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the best, where this is it, and the last."""
@@ -69,10 +92,22 @@ class BestModel(ModelCheckpoint):
         if better:
             self._save_bundle(trainer, pl_module)
         self._save_last(trainer)
+        if self._stopping:
+            raise KeyboardInterrupt(_STOPPED)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives Ctrl-C back."""
+        super().on_train_end(trainer, pl_module)
+        self._release_interrupts()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release_interrupts()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that was never validated leaves the model that it ended with."""
-        if self.bundle_path is None and not _is_rehearsal(trainer):
+        if self.bundle_path is None and trainer.global_step and not _is_rehearsal(trainer):
             self._save_bundle(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,6 +119,16 @@ class BestModel(ModelCheckpoint):
         self.bundle_path = state_dict["bundle_path"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
+    def _stop_soon(self, signum: int, frame: Any) -> None:
+        self._release_interrupts()
+        self._stopping = True
+        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
+
+    def _release_interrupts(self) -> None:
+        if self._handler_before is not None:
+            signal.signal(signal.SIGINT, self._handler_before)
+            self._handler_before = None
+
     def _save_last(self, trainer: L.Trainer) -> None:
         if not _is_rehearsal(trainer):
             assert self.dirpath is not None
@@ -93,10 +138,20 @@ class BestModel(ModelCheckpoint):
     def _save_bundle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = Path(self.folder) / pl_module.bundle_name  # type: ignore[operator]
         if trainer.is_global_zero:
-            if self.bundle_path is None and path.exists():
+            if path.exists() and self.bundle_path != str(path):  # not this run's own
                 set_aside(path)
             pl_module.save_bundle(path)  # type: ignore[operator]
         self.bundle_path = str(path)
+
+
+def _require_writable(folder: Path) -> None:
+    """Now, and not when hours of training are to be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"best_model.folder {folder}: cannot be written ({error.strerror}); give another") from error
 
 
 def _is_rehearsal(trainer: L.Trainer) -> bool:

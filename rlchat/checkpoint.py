@@ -28,6 +28,7 @@ FORMAT = "rlchat-bundle"
 VERSION = 1
 Kind = Literal["policy", "reward"]
 _NAMES = {"policy": "a chat model", "reward": "a reward model"}
+_KEYS = {"kind", "backbone", "hidden_dim", "tokenizer", "max_length", "about", "state"}
 
 
 @dataclass(slots=True)
@@ -111,8 +112,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         Path(name).replace(path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written: {error.strerror}; what was there is unharmed") from error
+        # torch.save answers a full disk with an error of its archive's, raised while it handled the system's.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise UserError(f"{path}: cannot be written: {cause.strerror}; what was there is unharmed") from error
         raise
 
 
@@ -140,8 +143,11 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
         raise UserError(f"{path}: damaged, or no bundle of rlchat; make it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a bundle of rlchat; bundles are what `rlchat fit` leaves in checkpoints/*.pt")
-    if content["version"] != VERSION:
-        raise UserError(f"{path}: a bundle of version {content['version']}, this rlchat reads {VERSION}; update rlchat")
+    if content.get("version") != VERSION:
+        found = content.get("version")
+        raise UserError(f"{path}: a bundle of version {found}, this rlchat reads {VERSION}; update rlchat")
+    if _KEYS - content.keys() or content["kind"] not in _NAMES:
+        raise UserError(f"{path}: a bundle of which parts are missing; make it again")
     if content["kind"] != kind:
         raise UserError(f"{path}: the bundle of {_NAMES[content['kind']]}, where that of {_NAMES[kind]} is needed")
     return content

@@ -112,6 +112,8 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first token at which the cumulative probability passes ``uniform`` [batch]; never one of probability 0."""
     cumulative = probabilities.cumsum(-1)
+    if cumulative.is_cuda:  # a parallel sum may dip by a rounding, and at a dip a token of probability 0 could be hit
+        cumulative = cumulative.cummax(-1).values
     total = cumulative[:, -1:]
     # Rounding can bring u·total up to total, past every token; just below it is the last token that has probability.
     target = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -55,7 +55,8 @@ def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) ->
     the mean of the processes' gradients is the gradient of the global mean.
     """
     total = torch.where(mask, x, 0.0).sum()
-    return total / (mask.sum() if count is None else torch.as_tensor(count, device=x.device)).clamp(min=1)
+    divisor = torch.as_tensor(mask.sum() if count is None else count, device=x.device)
+    return total / torch.where(divisor > 0, divisor, 1)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = lambda t: t) -> Tensor:
@@ -298,6 +299,14 @@ class PPOModule(PolicyModule):
             )
         if temperature <= 0:
             raise UserError(f"temperature {temperature}: rollouts are sampled, it must be above 0")
+        for name, count in (("ppo_epochs", ppo_epochs), ("minibatches", minibatches), ("kl_horizon", kl_horizon)):
+            if count < 1:
+                raise UserError(f"{name} is {count}; it must be at least 1")
+        for name, size in (("clip_eps", clip_eps), ("value_clip", value_clip), ("max_grad_norm", max_grad_norm)):
+            if not size >= 0:
+                raise UserError(f"{name} is {size}; it must be 0 or more")
+        if kl_target is not None and not kl_target > 0:
+            raise UserError(f"kl_target is {kl_target}; it must be above 0, or null for a fixed kl_coef")
         self.save_hyperparameters(ignore=["reward"])
         self.automatic_optimization = False
         self.options: Any = self.hparams  # the arguments above, by name

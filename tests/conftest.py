@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlchat.tokenizer import ChatTokenizer, format_ranks, packaged_encodings, train_ranks
 
@@ -40,3 +44,34 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     path = tmp_path_factory.mktemp("encoding") / "bytes.tiktoken"
     path.write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
     return ChatTokenizer(str(path))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory for the command line, which leaves nothing behind in this process."""
+    monkeypatch.chdir(tmp_path)
+    yield from _undisturbed(monkeypatch, tmp_path)
+
+
+def _undisturbed(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
+    log, threads, show = logging.getLogger("rlchat"), torch.get_num_threads(), warnings.formatwarning
+    level = log.level
+    patch.setattr(sys, "path", [*sys.path])
+    patch.setenv("COLUMNS", "120")
+    yield folder
+    log.setLevel(level)
+    torch.set_num_threads(threads)
+    warnings.formatwarning = show
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which tiny models went through the stages 1 and 2 of the demo; copy what you need."""
+    from command_line import train_bundles
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for place in _undisturbed(patch, folder):
+            train_bundles(place)
+    return folder
