@@ -60,6 +60,8 @@ class OASST2DataModule(LightningDataModule):
         lang: The language of the trees to keep; null keeps all.
         on_bad_line: Stop at a line that cannot be read, or count it and go on.
         keep_synthetic: Whether to keep messages that a model wrote.
+        contrast: For a reward model on data that nobody ranked or labelled: a reply is better than the one to another
+            turn of the same conversation.
         val_fraction: The share of trees to validate on; 0 turns validation off.
         test_fraction: The share of trees kept for ``rlchat test``.
         seed: Decides the split and the order of training.
@@ -77,6 +79,7 @@ class OASST2DataModule(LightningDataModule):
         lang: str | None = "en",
         on_bad_line: Literal["error", "skip"] = "error",
         keep_synthetic: bool = False,
+        contrast: bool = False,
         val_fraction: float = 0.05,
         test_fraction: float = 0.05,
         seed: int = 0,
@@ -103,6 +106,7 @@ class OASST2DataModule(LightningDataModule):
         self.lang = lang
         self.on_bad_line = on_bad_line
         self.keep_synthetic = keep_synthetic
+        self.contrast = contrast
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.seed = seed
@@ -113,6 +117,8 @@ class OASST2DataModule(LightningDataModule):
         self._needs: DataNeeds | None = None
         self._corpus: tuple[str, Corpus] | None = None
         self._split_of_tree: list[frozenset[Split]] = []
+        self._training: BatchLoader | None = None
+        self._position: dict[str, int] | None = None
 
     @property
     def needs(self) -> DataNeeds:
@@ -155,10 +161,10 @@ class OASST2DataModule(LightningDataModule):
             self._require(prompts, "prompts")
             mixed_rows = 0 if threads is None else len(threads)
             plan = full_batches_plan(len(prompts), self.batch_size, world, self.seed, mixed_rows)
-            return self._loader(prompts, plan)
+            return self._resumed(self._loader(prompts, plan))
         rows = self._sequences("train") if needs.task == "sft" else self._ranked("train")
         self._require(rows, "replies to imitate" if needs.task == "sft" else "ranked or labelled replies")
-        return self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed))
+        return self._resumed(self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed)))
 
     def val_dataloader(self) -> list[BatchLoader]:
         """One loader in SFT and for the reward model; in PPO the prompts and then the sequences. Each row once."""
@@ -184,6 +190,22 @@ class OASST2DataModule(LightningDataModule):
         rows = self._rows(corpus.prompts.tree, split)
         spread = [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
         return [corpus.prompts.conversations[row] for row in spread]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training is in its epoch, for a checkpoint."""
+        # Lightning keeps this too, and gives it back to the loader: but only where nothing has asked for the loader
+        # before it restores its loops, and the length of a learning-rate schedule is such a question.
+        return {} if self._training is None else {"training": self._training.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next training loader goes on where the one of the checkpoint was."""
+        self._position = state.get("training")
+
+    def _resumed(self, loader: BatchLoader) -> BatchLoader:
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+        self._training, self._position = loader, None
+        return loader
 
     def _held_out(self, split: Split) -> list[BatchLoader]:
         if self.needs.task == "reward":
@@ -255,7 +277,12 @@ class OASST2DataModule(LightningDataModule):
 
     def _load(self) -> Corpus:
         """The corpus of the files and needs of now: from memory, from the cache, or made."""
-        options = {"lang": self.lang, "on_bad_line": self.on_bad_line, "keep_synthetic": self.keep_synthetic}
+        options = {
+            "lang": self.lang,
+            "on_bad_line": self.on_bad_line,
+            "keep_synthetic": self.keep_synthetic,
+            "contrast": self.contrast,
+        }
         key = cache_key(self.paths, self.needs, options)
         if self._corpus is not None and self._corpus[0] == key:
             return self._corpus[1]
@@ -271,7 +298,7 @@ class OASST2DataModule(LightningDataModule):
                 keep_synthetic=self.keep_synthetic,
                 progress=first,
             )
-            corpus = tokenize_trees(trees, self.needs, report.summary(), progress=first)
+            corpus = tokenize_trees(trees, self.needs, report.summary(), contrast=self.contrast, progress=first)
             self.cache.write(key, corpus)
             how = f"tokenised in {time.monotonic() - began:.1f} s"
         self._corpus = key, corpus

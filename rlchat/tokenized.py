@@ -16,7 +16,7 @@ import time
 import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -183,8 +183,10 @@ class _Tally:
         return rendered
 
 
-def tokenize_trees(trees: Sequence[Tree], needs: DataNeeds, report: str = "", *, progress: bool = False) -> Corpus:
-    """Everything that ``needs.task`` asks of ``trees``, rendered and truncated."""
+def tokenize_trees(
+    trees: Sequence[Tree], needs: DataNeeds, report: str = "", *, contrast: bool = False, progress: bool = False
+) -> Corpus:
+    """Everything that ``needs.task`` asks of ``trees``, rendered and truncated; see :func:`contrasted`."""
     tally = _Tally()
     sequences, ranked, prompts = _SequenceBuilder(), _RankedBuilder(), _PromptBuilder()
     for index, tree in enumerate(_with_progress(trees, "tokenising", progress)):
@@ -195,7 +197,7 @@ def tokenize_trees(trees: Sequence[Tree], needs: DataNeeds, report: str = "", *,
                 if prompt.is_prompt:  # in SFT they are there to be asked as samples, and count for nothing
                     prompts.add(prompt, index, needs, tally if needs.task == "ppo" else _Tally())
         if needs.task == "reward":
-            for prompt in filter(_is_judged, tree.prompts):
+            for prompt in filter(_is_judged, contrasted(tree.prompts) if contrast else tree.prompts):
                 ranked.add(prompt, index, needs, tally)
     facts = {
         "trees": len(trees),
@@ -204,6 +206,24 @@ def tokenize_trees(trees: Sequence[Tree], needs: DataNeeds, report: str = "", *,
         "left_out": tally.left_out,
     }
     return Corpus([t.id for t in trees], sequences.build(), ranked.build(), prompts.build(), facts, report)
+
+
+def contrasted(prompts: Sequence[Conversation]) -> list[Conversation]:
+    """Prompts of one tree that nobody judged, each with a worse reply: the one to another turn.
+
+    The better reply is the one that was given. The other is from the same tree, so that it is on the same side of the
+    split, and about the same matter. Prompts that people judged stay as they are.
+    """
+    result = []
+    for index, prompt in enumerate(prompts):
+        if prompt.references and all(r.rank is None and r.quality is None for r in prompt.references):
+            given = prompt.references[0]
+            others = [p.references[0] for p in prompts if p.references and p.references[0].text != given.text]
+            if others:
+                pair = (replace(given, rank=0), replace(others[index % len(others)], rank=1))
+                prompt = replace(prompt, references=pair)
+        result.append(prompt)
+    return result
 
 
 def render_prompts(conversations: Sequence[Conversation], needs: DataNeeds) -> Prompts:

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlchat.batches import BatchLoader, Plan, RankSampler, bucketed_plan, fixed_plan, full_batches_plan
+from rlchat.conversation import Conversation, Message
 from rlchat.data import DataNeeds, OASST2DataModule, PromptBatch, RankedBatch, SequenceBatch, split_trees
 from rlchat.errors import UserError
 from rlchat.formats import read_trees
+from rlchat.tokenized import contrasted
 from rlchat.tokenizer import ChatTokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -703,3 +705,18 @@ def test_oasst1_validation_rows(tmp_path: Path, tokenizer: ChatTokenizer) -> Non
         or len({reply.rank for reply in prompt.references} - {None}) >= 2
     ]
     assert count(DataNeeds("reward", tokenizer, 512)) == {"RankedRows": len(judged)}
+
+
+def test_contrast_pairs_a_reply_with_the_one_to_another_turn() -> None:
+    def prompt(*texts: str, rank: int | None = None) -> Conversation:
+        *said, reply = texts
+        messages = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said))
+        return Conversation(messages, references=(Message("assistant", reply, rank=rank),))
+
+    turns = [prompt("a", "A"), prompt("a", "A", "b", "B"), prompt("c", "C", rank=0), prompt("d", "A")]
+    first, second, judged, fourth = contrasted(turns)
+    assert [(r.text, r.rank) for r in first.references] == [("A", 0), ("B", 1)]
+    assert [(r.text, r.rank) for r in second.references] == [("B", 0), ("C", 1)]  # of A, C, A the one at index 1
+    assert judged == turns[2]
+    assert [(r.text, r.rank) for r in fourth.references] == [("A", 0), ("C", 1)]  # of B, C the one at index 3 mod 2
+    assert contrasted([prompt("a", "A")]) == [prompt("a", "A")]  # nothing to contrast with
