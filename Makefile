@@ -11,6 +11,7 @@ demo: $(VENV)/installed
 chat: $(VENV)/installed
 	$(BIN)/rlchat chat
 
+test: export OMP_NUM_THREADS ?= 1  # two test processes on two cores
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2
 

@@ -21,7 +21,10 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 with one sentence on stderr that names the cure."""
+    """Runs one command; returns the exit code.
+
+    0, 2 with one sentence on stderr that names the cure, or 130 where Ctrl-C stopped it.
+    """
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
@@ -45,6 +48,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"rlchat: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"\nrlchat: {str(stop) or 'stopped'}", file=sys.stderr)
+        return 130
 
 
 def _run(command: str) -> Callable[[list[str]], int]:

@@ -44,7 +44,7 @@ class BestModel(ModelCheckpoint):
         self.save_last_every = save_last_every
         self.bundle_path: str | None = None
         """Where this run has written its bundle; None before the first."""
-        self._stopping = False
+        self._stopping = self._may_stop = False  # Ctrl-C came; and what the run has come to since then is saved
         self._handler_before: Any = None
 
     @property
@@ -64,7 +64,7 @@ class BestModel(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes charge of Ctrl-C."""
         super().on_train_start(trainer, pl_module)
-        self._stopping = False
+        self._stopping = self._may_stop = False
         # Several processes get it in different batches, and would wait for each other: they stop as Lightning does.
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGINT, self._stop_soon)
@@ -75,10 +75,16 @@ class BestModel(ModelCheckpoint):
         """Writes ``last.ckpt`` every so often, and before the run is stopped."""
         # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several a batch.
         done = trainer.fit_loop.total_batch_idx + 1
-        stopping = self._stopping or trainer.received_sigterm
-        if stopping or (self.save_last_every and done % self.save_last_every == 0):
+        stopping = self._stopping
+        if stopping or trainer.received_sigterm or (self.save_last_every and done % self.save_last_every == 0):
             self._save_last(trainer)
-        if self._stopping:
+        self._may_stop = stopping
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops where the batch before is saved; by now its metrics are logged as well."""
+        if self._may_stop:
             raise KeyboardInterrupt(_STOPPED)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -75,7 +75,7 @@ class Demo:
         began = time.monotonic()
         self.fit("sft", "1 of 3: supervised fine-tuning, the model learns to speak as people did, good and bad alike")
         self.report["sft"] |= self.test("sft", "best").figures
-        self.fit("reward", "2 of 3: the reward model learns from people's ranks and labels what a good reply is")
+        self.fit("reward", "2 of 3: reward model, it learns from people's ranks and labels what a good reply is")
         self.report["reward"] |= self.test("reward", "best").figures
         before = self.test("ppo", None)
         self.fit("ppo", "3 of 3: PPO, the model learns to say what people judge better")
@@ -86,7 +86,9 @@ class Demo:
 
     def fit(self, stage: str, what: str) -> None:
         """Trains one stage and notes how long it took."""
-        self.console.rule(f"[bold]Stage {what}", align="left")
+        title, _, gist = what.partition(", ")
+        self.console.rule(f"[bold]Stage {title}", align="left")
+        self.console.print(f"{gist[0].upper()}{gist[1:]}.")
         argv = ["fit", "--config", f"demo/{stage}", *self.seeded(stage)]
         self.announce(argv)
         if self.fast:
@@ -127,9 +129,7 @@ class Demo:
 
     def show(self, before: Measured, after: Measured, seconds: float) -> None:
         """What the reader wants to know: what it says now, how good that is, and what to type next."""
-        self.console.rule(
-            "[bold]What the model says to prompts it has never seen, sampled at temperature 1", align="left"
-        )
+        self.console.rule("[bold]What the model says to prompts it has never seen, at temperature 1", align="left")
         table = Table(show_lines=False, pad_edge=False)
         for heading in ("prompt", "before PPO (SFT)", "after PPO"):
             table.add_column(heading, overflow="fold", ratio=1)

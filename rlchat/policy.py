@@ -52,7 +52,9 @@ def open_policy(
         backbone = Backbone(base_model or DEFAULT_BASE_MODEL, tokenizer.vocab_size, length, tokenizer.base_size)
         return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
     if base_model is not None:
-        raise UserError(f"init_from {init_from} brings its own backbone; leave out base_model, or init_from")
+        raise UserError(
+            f"init_from {init_from} brings its own backbone; set --model.base_model null, or leave out init_from"
+        )
     bundle = load_policy(init_from)
     check_encoding(init_from, bundle.tokenizer, tiktoken_encoding)
     if max_length is not None and max_length > bundle.max_length:
@@ -214,7 +216,13 @@ def gather_objects(value: Any) -> list[Any]:
 def make_optimizer(
     parameters: Iterable[Tensor], learning_rate: float, weight_decay: float, eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, as is usual: norms and biases have no scale of their own to keep down."""
+    """AdamW that decays matrices only, as is usual: norms and biases have no scale of their own to keep down.
+
+    Raises :class:`UserError` for a size that is negative or no number.
+    """
+    for name, size in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("adam_eps", eps)):
+        if not size >= 0:
+            raise UserError(f"{name} is {size}; it must be 0 or more")
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from rlchat.errors import UserError
 
 FOLDER = Path(__file__).parent / "configs"
@@ -25,6 +27,23 @@ def find_recipe(name: str) -> Path:
     if name in recipes():
         return recipes()[name]
     raise UserError(f"no file and no recipe {name!r}; the recipes are {', '.join(recipes())}")
+
+
+def checked_recipe(name: str) -> Path:
+    """The file that ``--config name`` means, which holds options. Raises :class:`UserError` where there is none."""
+    path = find_recipe(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}; mend the line") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds no options; `rlchat fit --config smoke --print_config` shows what they look like"
+        )
+    return path
 
 
 def describe_recipes() -> str:

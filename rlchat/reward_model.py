@@ -145,7 +145,8 @@ class RewardModelModule(L.LightningModule):
         if len(scores) > 1 and not self.trainer.sanity_checking:
             self.model.mean.fill_(float(scores.mean()))
             self.model.std.fill_(max(float(scores.std()), 1e-3))
-        self.log_dict({f"val/{k}": v for k, v in self.tally.means(self.device).items()}, prog_bar=True)
+        for name, value in self.tally.means(self.device).items():
+            self.log(f"val/{name}", value, prog_bar=f"val/{name}" == self.monitor[0])
 
     def test_step(self, batch: RankedBatch, batch_idx: int) -> None:
         """As for validation, on the conversations that chose nothing."""

@@ -73,7 +73,8 @@ class SFTModule(PolicyModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the held-out figures, over all processes."""
-        self.log_dict({f"val/{k}": v for k, v in self.tally.means(self.device).items()}, prog_bar=True)
+        for name, value in self.tally.means(self.device).items():
+            self.log(f"val/{name}", value, prog_bar=f"val/{name}" == self.monitor[0])
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """As for validation, on the conversations that chose nothing."""

@@ -31,7 +31,7 @@ from rlchat.tokenizer import ChatTokenizer, Rendered
 _log = logging.getLogger("rlchat")
 
 # Part of a cache file's name: count it up when what is stored, or how text is rendered, changes.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # Markers and an opening leave no room for words in fewer tokens than these.
 MIN_PROMPT_LENGTH = 8
 PROGRESS_AFTER_SECONDS = 2.0
@@ -193,9 +193,9 @@ def tokenize_trees(
         if needs.task in ("sft", "ppo"):
             for thread in tree.threads:
                 sequences.add(thread, index, needs, tally)
-            for prompt in tree.prompts:
-                if prompt.is_prompt:  # in SFT they are there to be asked as samples, and count for nothing
-                    prompts.add(prompt, index, needs, tally if needs.task == "ppo" else _Tally())
+            # SFT asks prompts as samples alone: one a tree is plenty, and they count for nothing.
+            for prompt in [p for p in tree.prompts if p.is_prompt][: 1 if needs.task == "sft" else None]:
+                prompts.add(prompt, index, needs, tally if needs.task == "ppo" else _Tally())
         if needs.task == "reward":
             for prompt in filter(_is_judged, contrasted(tree.prompts) if contrast else tree.prompts):
                 ranked.add(prompt, index, needs, tally)

@@ -428,6 +428,7 @@ def test_terminal_shows_a_table_in_plain_text(
     bar: type[L.Callback] | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("rich._console", None)  # the one of an earlier test has another width
     callbacks = [SampleResponses(max_rows=2, max_characters=30), *([bar()] if bar else [])]
     trainer(*callbacks, epochs=1, enable_progress_bar=bar is not None).fit(Chatty(), Data())
     shown = capsys.readouterr().out

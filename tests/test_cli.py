@@ -177,7 +177,7 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
         (["--model.tiktoken_encoding", "no.tiktoken"], r"no.tiktoken: no such rank file; give its path, or make one"),
         (
             ["--model.tiktoken_encoding", "cl100k_base"],
-            r"the encoding cl100k_base is not on this machine.*TIKTOKEN_CACH",
+            r"the encoding cl100k_base is not on this machine.*TIKTOKEN_",
         ),
         (["--model.max_new_tokens", "96"], r"max_new_tokens 96 leaves no room for a prompt in max_length 96; lower it"),
         (["--model.temperature", "0"], r"temperature 0.0: rollouts are sampled, it must be above 0"),
@@ -188,7 +188,7 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
         (["--data.val_fraction", "2"], r"data.val_fraction 2.0 and data.test_fraction 0.05 leave nothing to train on"),
         (
             ["--data.lang", "fr", "--data.path", "tree.jsonl"],
-            r"no usable conversation in tree.jsonl: .*1 trees in anoth",
+            r"no usable conversation in tree.jsonl: .*1 trees in an",
         ),
         (["--model.init_from", "m.pt"], r"init_from m.pt brings its own backbone; set --model.base_model null"),
         (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; give a file, or `best` or `last`"),
@@ -268,7 +268,7 @@ def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--model.max_length", "4096"], r"max_length 4096 is more than the 64 of init_from checkpoints/sft_model.pt"),
         (
             ["--ckpt_path", "checkpoints/sft_model.pt"],
-            r"checkpoints/sft_model.pt: not the checkpoint of a run.*init_fr",
+            r"checkpoints/sft_model.pt: not the checkpoint of a run.*init_",
         ),
         (["--ckpt_path", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
         (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, and the configuration is for RewardModel"),
@@ -372,15 +372,8 @@ def test_callbacks_of_the_user_come_on_top(here: Path) -> None:
         "from lightning.pytorch.callbacks import Callback\nclass Watch(Callback):\n    seen = 0\n"
         "    def on_train_batch_end(self, *_):\n        Watch.seen += 1\n"
     )
-    ran = cli.run(
-        [
-            *SMOKE,
-            "--trainer.callbacks+=watch.Watch",
-            "--trainer.callbacks+=LearningRateMonitor",
-            "--trainer.limit_train_batches=1",
-            "--trainer.limit_val_batches=1",
-        ]  # fmt: skip
-    )
+    theirs = ["--trainer.callbacks+=watch.Watch", "--trainer.callbacks+=LearningRateMonitor"]
+    ran = cli.run([*SMOKE, *theirs, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"])
     kinds = [type(callback) for callback in ran.trainer.callbacks]
     ours: list[type[Callback]] = [BestModel, SampleResponses, StatsPlot, Predictions, OneLineProgressBar]
     assert all(kinds.count(kind) == 1 for kind in (*ours, LearningRateMonitor))
@@ -407,12 +400,8 @@ def test_a_reward_of_the_users_own(here: Path) -> None:
         "        super().__init__(weight)\n        self.word = word\n\n"
         "    def score(self, prompt, reply):\n        return 0.25 if self.word == 'thanks' else 0.0\n"
     )
-    (here / "mine.yaml").write_text(
-        factor(
-            "{class_path: my_rewards.Polite, init_args: {weight: 2.0, word: thanks}}, "
-            "{class_path: rlchat.rewards.MissingEnd}"
-        )  # fmt: skip
-    )
+    polite = "{class_path: my_rewards.Polite, init_args: {weight: 2.0, word: thanks}}"
+    (here / "mine.yaml").write_text(factor(polite + ", {class_path: rlchat.rewards.MissingEnd}"))
     rlchat("fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:], "--trainer.limit_train_batches=1")
     assert metrics(RUN, "reward/polite") == [0.5]
     assert {"polite", "missing_end"} == set(rows(RUN / "samples.jsonl")[0]["factors"])
@@ -564,7 +553,31 @@ def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -
     assert ended["rlchat"] == whole["rlchat"]
     assert ended["rlchat"]["iterations"] == 4
     assert all(torch.equal(value, whole["state_dict"][name]) for name, value in ended["state_dict"].items())
-    assert metrics(resumed, "train/reward") == metrics(RUN, "train/reward")[2:]
+    assert metrics(stopped, "train/reward") + metrics(resumed, "train/reward") == metrics(RUN, "train/reward")
+
+
+def test_ctrl_c_in_a_stage_that_lightning_optimizes(here: Path) -> None:
+    (here / "ctrl_c.py").write_text(CTRL_C)
+    words = ["fit", "--config", "demo/sft", "--data.path", "talk.jsonl", *TINY, "--data.batch_size=2"]
+    words += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--trainer.callbacks+=ctrl_c.CtrlC"]
+    rlchat(*words)
+    (here / "stop").touch()
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(words) == 130
+    signal.signal(signal.SIGINT, handler)
+    rlchat("fit", "--ckpt_path", "last")
+    whole, stopped, resumed = (metrics(Path(f"lightning_logs/sft/version_{n}"), "train/loss") for n in range(3))
+    assert (len(whole), len(stopped)) == (10, 2)
+    assert stopped + resumed == whole
+
+
+def test_a_run_that_is_terminated_can_go_on(here: Path) -> None:
+    (here / "terminated.py").write_text(CTRL_C.replace("SIGINT", "SIGTERM"))
+    (here / "stop").touch()
+    assert main([*SMOKE, "--trainer.callbacks+=terminated.CtrlC"]) == 143
+    rlchat("fit", "--ckpt_path", "last")
+    stopped, resumed = (metrics(Path(f"lightning_logs/ppo/version_{n}"), "train/reward") for n in range(2))
+    assert (len(stopped), len(resumed)) == (2, 2)
 
 
 def test_ctrl_c_before_the_first_batch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

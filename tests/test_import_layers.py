@@ -51,7 +51,3 @@ def test_help_is_instant() -> None:
     assert int(out.splitlines()[-1]) < 160
     for name, what in COMMANDS.items():
         assert f"  {name:<9}  {what}" in out
-
-
-def test_chat_needs_no_lightning() -> None:
-    assert python("import sys, rlchat.chat; print('lightning' in sys.modules)") == "False\n"

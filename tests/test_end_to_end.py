@@ -1,0 +1,74 @@
+"""The journey: every shipped recipe, and from a data file to a model that one can talk to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, rlchat, write_talk
+from transformers import DistilBertConfig, DistilBertModel
+
+from rlchat import ChatInterface
+from rlchat.checkpoint import load_policy
+from rlchat.recipes import recipes
+
+
+def tiny_distilbert(folder: Path) -> str:
+    """As ``distilbert-base-uncased``, but small, and from no network."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=60, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=64)
+    DistilBertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_runs(name: str, workplace: Path, trained: Path) -> None:
+    shutil.copytree(trained / "checkpoints", "checkpoints")
+    shutil.copytree(trained / "data", "data")
+    words = ["fit", "--config", name, "--trainer.fast_dev_run=1", "--data.path", "data/demo.jsonl"]
+    if name == "sft":  # the one that starts from a model of the network
+        words += ["--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:]]
+    if name == "ppo":  # for longer texts than the tiny model's
+        words += ["--model.max_new_tokens", "16"]
+    before = {path: path.stat().st_mtime for path in Path("checkpoints").iterdir()}
+    rlchat(*words)
+    assert {path: path.stat().st_mtime for path in Path("checkpoints").iterdir()} == before
+
+
+def test_recipes_for_real_work_in_a_row(workplace: Path) -> None:
+    """SFT of an encoder, a reward model on its backbone, PPO with both; one file of ranked replies for all."""
+    pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No. No. No."} for n in range(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    brief = ["--data.path", "pairs.jsonl", "--data.batch_size=4", "--trainer.max_epochs=1"]
+    brief += ["--trainer.limit_train_batches=1", "--trainer.val_check_interval=1.0"]
+    rlchat("fit", "--config", "sft", *brief, "--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:])
+    rlchat("fit", "--config", "reward", *brief)
+    rlchat("fit", "--config", "ppo", *brief, "--model.max_new_tokens", "8")
+    names = {"sft_model", "reward_model", "rl_chat_model_tiktoken"}
+    assert {path.stem for path in Path("checkpoints").glob("*.pt")} == names
+    bundle = load_policy("checkpoints/rl_chat_model_tiktoken.pt")
+    assert bundle.model.backbone.transformer.config.model_type == "distilbert"
+    assert bundle.model.hidden_dim == 768
+    assert isinstance(ChatInterface("checkpoints/rl_chat_model_tiktoken.pt").generate_response("Hello"), str)
+
+
+def test_from_a_file_to_a_chat(workplace: Path) -> None:
+    """`fit` → `validate` in a new process, as a user of the installed command would → `ChatInterface`."""
+    data = write_talk(workplace / "talk.jsonl")
+    rlchat("fit", "--config", "smoke", "--data.path", str(data), "--data.batch_size", "2")
+    command = [sys.executable, "-m", "rlchat", "validate", "--ckpt_path", "best"]
+    root = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**os.environ, "PYTHONPATH": root, "COLUMNS": "80"}
+    )
+    assert run.returncode == 0, run.stderr
+    assert "perplexity" in run.stdout
+    assert run.stderr.strip() == ""  # no warning, no tip, no news
+    reply = ChatInterface("checkpoints/rl_chat_model_tiktoken.pt").generate_response("Hello, how are you?")
+    assert isinstance(reply, str)
