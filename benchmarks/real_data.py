@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=40, help="training batches of each stage")
     options = parser.parse_args()
     paths = [str(path.resolve()) for path in options.path]
-    folder = Path(__file__).parent / ".real_data"
+    folder = Path(__file__).parent.resolve() / ".real_data" / f"{options.path[0].name.split('.')[0]}-{options.encoding}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     os.chdir(folder)
     common = ["--data.path", *paths, f"--trainer.limit_train_batches={options.batches}", "--trainer.max_epochs=1"]
     common += ["--trainer.limit_val_batches=20", "--trainer.val_check_interval=1.0", "--trainer.limit_test_batches=20"]
