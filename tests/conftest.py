@@ -75,3 +75,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place in _undisturbed(patch, folder):
             train_bundles(place)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_module_of_another_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forgets what a test imported from its own folder: the next one may have a module of the same name."""
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folder):
+            del sys.modules[name]
