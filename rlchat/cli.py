@@ -13,7 +13,7 @@ from argparse import ArgumentError
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from jsonargparse import Namespace
@@ -187,6 +187,7 @@ def main(args: ArgsType = None) -> int:
 def run(argv: list[str]) -> RLChatCLI:
     """Runs ``[command, *options]`` and returns what it made: the trainer, the module, the data module."""
     _quieten(argv)
+    _integers_first()
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # a user's own reward is a module beside where they work
@@ -311,6 +312,18 @@ class _BesideProgressBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
+
+
+def _integers_first() -> None:
+    """Makes ``--trainer.limit_train_batches 1`` one batch, and not 1.0, which is all of them.
+
+    The type of such options is ``Union[int, float, None]``, of which jsonargparse takes the first that fits. ``typing``
+    keeps one object for all unions of the same members, in the order of whoever asked first: some library or other.
+    """
+    annotations = L.Trainer.__init__.__annotations__
+    for name, annotation in annotations.items():
+        if set(get_args(annotation)) == {int, float, type(None)}:
+            annotations[name] = int | float | None
 
 
 def _quieten(argv: list[str]) -> None:

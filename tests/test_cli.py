@@ -636,3 +636,11 @@ def test_what_the_wheel_holds(tmp_path: Path) -> None:
         assert ours
         assert ours == {path.relative_to(unpacked / "rlchat") for path in (unpacked / "rlchat" / folder).glob(pattern)}
     assert not (unpacked / "tests").exists()
+
+
+def test_one_batch_is_not_all_of_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of other libraries make `typing` list float first, and 1 would become 1.0."""
+    annotations = cli.L.Trainer.__init__.__annotations__
+    monkeypatch.setitem(annotations, "limit_train_batches", float | int | None)
+    rlchat(*SMOKE, "--trainer.limit_train_batches=1")
+    assert len(metrics(RUN, "train/reward")) == 1
