@@ -65,6 +65,7 @@ class Demo:
 
     def __init__(self, console: Console, seed: int, threads: int | None, fast: bool) -> None:
         self.console = console
+        self.seed = seed
         self.threads = threads
         self.common = [f"--seed_everything={seed}", f"--data.seed={seed}"] if seed else []
         self.fast = fast
@@ -120,7 +121,7 @@ class Demo:
 
     def seeded(self, stage: str) -> list[str]:
         """The options that make a run of another seed."""
-        noise = [f"--model.seed={self.common[0].split('=')[1]}"] if self.common and stage == "ppo" else []
+        noise = [f"--model.seed={self.seed}"] if self.seed and stage == "ppo" else []
         return [*self.common, *noise]
 
     def announce(self, argv: list[str]) -> None:
