@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from rlchat.checkpoint import set_aside
 from rlchat.errors import UserError
+from rlchat.files import set_aside
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"

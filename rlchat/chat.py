@@ -119,7 +119,7 @@ class ChatInterface:
         """The text of one reply as its tokens come; a character that its last token leaves incomplete is left out."""
         ids = torch.tensor([prompt], device=self.device)
         room = self.max_length - len(prompt)
-        tokens = sample(
+        steps = sample(
             self.model,
             ids,
             torch.ones_like(ids, dtype=torch.bool),
@@ -129,9 +129,9 @@ class ChatInterface:
             pad_id=self.tokenizer.pad_id,
         )
         decoder = self.tokenizer.stream()
-        for token in tokens:
-            end = int(token) == self.tokenizer.end_id
-            if piece := decoder.finish() if end else decoder.push(int(token)):
+        for step in steps:
+            token = int(step.tokens)
+            if piece := decoder.finish() if token == self.tokenizer.end_id else decoder.push(token):
                 yield piece
 
 

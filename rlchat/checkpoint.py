@@ -5,24 +5,18 @@ A bundle holds tensors and plain values, loads with ``weights_only=True``, and n
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from rlchat.backbones import Backbone
 from rlchat.errors import UserError
+from rlchat.files import write_atomically
 from rlchat.model import RewardModel, RLChatModel
 from rlchat.tokenizer import ChatTokenizer
-
-log = logging.getLogger("rlchat")
 
 FORMAT = "rlchat-bundle"
 VERSION = 1
@@ -89,44 +83,6 @@ def load_reward_model(path: str | Path, device: str | torch.device = "cpu") -> R
 def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0) -> RLChatModel:
     """A policy over ``backbone`` that can say what ``tokenizer`` has text for."""
     return RLChatModel(backbone, tokenizer.unsayable_ids, hidden_dim)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """``write`` into a new file beside ``path``, then one rename; on failure nothing is left but what was there.
-
-    Raises :class:`UserError` where the place cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give a place that can") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp's own mode lets nobody else read
-        Path(name).replace(path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        # torch.save answers a full disk with an error of its archive's, raised while it handled the system's.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise UserError(f"{path}: cannot be written: {cause.strerror}; what was there is unharmed") from error
-        raise
-
-
-def set_aside(path: Path) -> None:
-    """Renames what an earlier run left at ``path``, so that nothing is overwritten."""
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-    older, number = path.with_name(f"{path.stem}.{stamp}{path.suffix}"), 1
-    while older.exists():
-        older, number = path.with_name(f"{path.stem}.{stamp}-{number}{path.suffix}"), number + 1
-    path.rename(older)
-    log.info("%s of an earlier run is now %s", path, older)
 
 
 def _read(path: str | Path, kind: Kind) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlchat.checkpoint import set_aside, write_atomically
 from rlchat.conversation import Conversation
 from rlchat.demo_corpus import TREES, write_demo_corpus
+from rlchat.files import set_aside, write_atomically
 from rlchat.threads import fastest_threads
 
 DATA = Path("data/demo.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k} and top_p {self.top_p}; they must be >= 0 and in (0, 1]")
 
 
+class Step(NamedTuple):
+    """One token of every row."""
+
+    tokens: Tensor  # Long [batch]
+    logprobs: Tensor  # [batch] of the distribution that was drawn from; 0 where greedy
+
+
 @dataclass(frozen=True, slots=True)
 class Generated:
     """Sampled replies. ``mask`` is True where a token was sampled, the end marker included."""
@@ -44,6 +52,7 @@ class Generated:
     ids: Tensor  # Long [batch, reply], padding where mask is False
     mask: Tensor  # Bool [batch, reply]
     ended: Tensor  # Bool [batch]: the reply closed its turn; False where it ran out of tokens
+    logprobs: Tensor  # [batch, reply] of the distributions that were drawn from; 0 where mask is False
 
 
 @torch.no_grad()
@@ -56,25 +65,27 @@ def sample(
     *,
     end_id: int,
     pad_id: int,
-) -> Iterator[Tensor]:
-    """Yields the next token of every row, Long [batch], until each has ended or ``max_new_tokens`` are out.
+    goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
+) -> Iterator[Step]:
+    """Yields the next token of every row until each has ended or ``max_new_tokens`` are out.
 
     ``ids`` [batch, prompt] are left-padded prompts, ``attention_mask`` True on their real tokens. A row that has ended
     yields ``pad_id``. The caller may stop at any token. The model should be in eval mode: dropout would sample from
-    another distribution than the one that is trained.
+    another distribution than the one that is trained. ``goes_on`` says of the rows that are ``alive`` [batch] whether
+    there is another step; processes that hold a model in shards have to agree on it.
     """
     cache = model.backbone.new_cache()
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     step, mask = ids, attention_mask
     for position in range(sampling.max_new_tokens):
         hidden = model(step, mask, cache)[:, -1]
-        token = choose(model.logits(hidden), sampling, uniforms(position).to(ids.device))
-        token = torch.where(alive, token, pad_id)
-        yield token
+        drawn = choose(model.logits(hidden), sampling, uniforms(position).to(ids.device))
+        token = torch.where(alive, drawn.tokens, pad_id)
+        yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
         # A finished row goes on as padding, unseen by itself: its positions and the others' stay as they are.
         mask = torch.cat([mask, alive[:, None]], 1)
         alive = alive & (token != end_id)
-        if not alive.any():
+        if not goes_on(alive):
             return
         step = token[:, None]
 
@@ -88,25 +99,27 @@ def generate(
     *,
     end_id: int,
     pad_id: int,
+    goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
 ) -> Generated:
     """Whole replies to ``ids``: :func:`sample` to its end, collected."""
-    tokens = torch.stack(
-        list(sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id)), dim=1
-    )
-    return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1))
+    steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, goes_on=goes_on)
+    tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1), logprobs=logprobs)
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Tokens [batch] drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1)."""
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Step:
+    """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1)."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return Step(logits.argmax(-1), torch.zeros_like(logits[:, 0]))
     logits = logits / sampling.temperature
     if sampling.top_k:
         worst_kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
-    return inverse_cdf(logits.softmax(-1), uniform)
+    probabilities = logits.softmax(-1)
+    tokens = inverse_cdf(probabilities, uniform)
+    return Step(tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log())
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:

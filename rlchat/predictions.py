@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from rlchat.checkpoint import write_atomically
 from rlchat.errors import UserError
+from rlchat.files import write_atomically
 from rlchat.policy import gather_objects
 
 

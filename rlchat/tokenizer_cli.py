@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.errors import UserError
+from rlchat.files import write_atomically
 from rlchat.formats import Tree, read_trees
 from rlchat.tokenizer import ChatTokenizer, format_ranks, train_ranks
 
@@ -81,8 +82,6 @@ def _train(options: argparse.Namespace) -> None:
     texts = _texts(options.data, None if options.lang == "any" else options.lang, options.on_bad_line)
 
     ranks = train_ranks(iter(texts), options.vocab_size, progress=sys.stderr.isatty())
-    from rlchat.checkpoint import write_atomically  # imports torch, which takes seconds: not for --help or a mistake
-
     write_atomically(output, lambda file: file.write(format_ranks(ranks)))
 
     size = sum(len(text.encode()) for text in texts)

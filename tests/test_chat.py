@@ -18,7 +18,7 @@ from rlchat.chat import ChatInterface
 from rlchat.checkpoint import save_bundle
 from rlchat.conversation import Message
 from rlchat.errors import UserError
-from rlchat.generation import Sampling
+from rlchat.generation import Sampling, Step
 from rlchat.tokenizer import ChatTokenizer
 
 PAD, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # of byte_tokenizer
@@ -87,14 +87,18 @@ def test_closing_the_stream_keeps_what_was_said(byte_tokenizer: ChatTokenizer, t
     assert chat.history == turn("Hi", "He")
 
 
+def step(token: int) -> Step:
+    return Step(torch.tensor([token]), torch.zeros(1))
+
+
 class Interrupted:
     """Stands in for ``sample``: some tokens, then Ctrl-C."""
 
     def __init__(self, tokens: bytes) -> None:
         self.tokens = tokens
 
-    def __call__(self, *args: Any, **named: Any) -> Iterator[Tensor]:
-        yield from (torch.tensor([token]) for token in self.tokens)
+    def __call__(self, *args: Any, **named: Any) -> Iterator[Step]:
+        yield from (step(token) for token in self.tokens)
         raise KeyboardInterrupt
 
 
@@ -125,13 +129,13 @@ class Recorder:
 
     def __call__(
         self, model: object, ids: Tensor, mask: Tensor, sampling: Sampling, noise: object, **named: int
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Step]:
         assert mask.all()
         assert mask.shape == ids.shape
         assert named == {"end_id": END, "pad_id": PAD}
         self.prompts.append(ids[0].tolist())
         self.samplings.append(sampling)
-        return iter(torch.tensor([token]) for token in (*b"ok", END))
+        return iter(step(token) for token in (*b"ok", END))
 
 
 @pytest.fixture

@@ -277,8 +277,8 @@ def test_tokens_come_one_by_one_and_the_caller_may_stop() -> None:
     model = Script([[1, 2, 3, 4], [5, END, 6, 6]])
     ids, mask = pad(PROMPTS[:2], PAD, "left")
     noise = generator_uniforms(torch.Generator(), 2)
-    tokens = sample(model, ids, mask, Sampling(4, 1.0), noise, end_id=END, pad_id=PAD)
-    assert [next(tokens).tolist() for _ in range(3)] == [[1, 5], [2, END], [3, PAD]]
+    steps = sample(model, ids, mask, Sampling(4, 1.0), noise, end_id=END, pad_id=PAD)
+    assert [next(steps).tokens.tolist() for _ in range(3)] == [[1, 5], [2, END], [3, PAD]]
     assert model.position == 2  # nothing is computed ahead
 
 
@@ -310,7 +310,7 @@ def support(sampling: Sampling, probabilities: Iterable[float] = PROBABILITIES) 
     """Each token that can come out, and how often, over an even grid of noise."""
     logits = torch.tensor(list(probabilities)).log()
     count = 20_000
-    tokens = choose(logits.expand(count, -1), sampling, torch.arange(count) / count)
+    tokens = choose(logits.expand(count, -1), sampling, torch.arange(count) / count).tokens
     return {i: n / count for i, n in enumerate(tokens.bincount().tolist()) if n}
 
 

@@ -194,7 +194,7 @@ def test_targets_by_hand(encoding: str) -> None:
     """A critic at zero, γ = λ = 1 and no KL: every return is the score, and whitening brings them to ± 1."""
     module = alone(ppo(encoding, lam=1.0, kl_coef=0.0))
     tokens = torch.tensor([[97, 98, 260], [99, 260, 256]])
-    said = Generated(tokens, tokens != 256, torch.tensor([True, True]))
+    said = Generated(tokens, tokens != 256, torch.tensor([True, True]), torch.zeros(2, 3))
     batch = prompts(module.tokenizer, QUESTIONS[:2])
     rollout = module.recall(batch, said)
     assert [reply.text for reply in rollout.replies] == ["ab", "c"]
@@ -259,7 +259,9 @@ def test_padding_moves_no_number(encoding: str, left: int, right: int) -> None:
     padded_batch = PromptBatch(
         wider(batch.ids, left, 0, pad_id), wider(batch.attention_mask, left, 0), batch.conversations
     )
-    padded_said = Generated(wider(said.ids, 0, right, pad_id), wider(said.mask, 0, right), said.ended)
+    padded_said = Generated(
+        wider(said.ids, 0, right, pad_id), wider(said.mask, 0, right), said.ended, wider(said.logprobs, 0, right)
+    )
     with torch.no_grad():
         plain, recalled = module.recall(batch, said), module.recall(padded_batch, padded_said)
     assert plain.replies == recalled.replies
@@ -462,6 +464,7 @@ def test_right_answers_are_counted(encoding: str) -> None:
         torch.tensor([[ord("a"), 260], [ord("b"), 260], [ord("a"), 260]]),
         torch.ones(3, 2, dtype=torch.bool),
         torch.ones(3, dtype=torch.bool),
+        torch.zeros(3, 2),
     )
     asked = tuple(
         Conversation((Message("user", text),), check=check)
