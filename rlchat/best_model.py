@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from rlchat.errors import UserError
 from rlchat.files import set_aside
+from rlchat.trainer_facts import is_rehearsal
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -54,7 +55,7 @@ class BestModel(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes over what the module wants to be judged by. Raises :class:`UserError` for a folder that takes none."""
-        if stage == "fit" and not _is_rehearsal(trainer):
+        if stage == "fit" and not is_rehearsal(trainer):
             _require_writable(Path(self.folder))
         self.monitor, self.mode = pl_module.monitor  # type: ignore[misc]
         if self.best_model_score is None:
@@ -89,7 +90,7 @@ class BestModel(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the best, where this is it, and the last."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or _is_rehearsal(trainer):
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or is_rehearsal(trainer):
             return
         before = self.best_model_score
         if self.monitor in trainer.callback_metrics:
@@ -113,7 +114,7 @@ class BestModel(ModelCheckpoint):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that was never validated leaves the model that it ended with."""
-        if self.bundle_path is None and trainer.global_step and not _is_rehearsal(trainer):
+        if self.bundle_path is None and trainer.global_step and not is_rehearsal(trainer):
             self._save_bundle(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ class BestModel(ModelCheckpoint):
             self._handler_before = None
 
     def _save_last(self, trainer: L.Trainer) -> None:
-        if not _is_rehearsal(trainer):
+        if not is_rehearsal(trainer):
             assert self.dirpath is not None
             self.last_model_path = str(Path(self.dirpath) / LAST)
             trainer.save_checkpoint(self.last_model_path)
@@ -158,8 +159,3 @@ def _require_writable(folder: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"best_model.folder {folder}: cannot be written ({error.strerror}); give another") from error
-
-
-def _is_rehearsal(trainer: L.Trainer) -> bool:
-    """Whether this is ``fast_dev_run``, which leaves nothing behind."""
-    return bool(getattr(trainer, "fast_dev_run", False))  # Lightning sets it where type checkers cannot see

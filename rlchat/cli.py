@@ -28,6 +28,7 @@ from rich import get_console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from rlchat.alarms import Alarms
 from rlchat.best_model import BestModel
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.data import OASST2DataModule
@@ -38,6 +39,7 @@ from rlchat.predictions import Predictions
 from rlchat.progress import OneLineProgressBar
 from rlchat.recipes import checked_recipe
 from rlchat.reward_model import RewardModelModule
+from rlchat.rollout_log import RolloutLog
 from rlchat.runs import LOGS, check_checkpoint, configuration_of, newest_run
 from rlchat.sft import SFTModule
 
@@ -68,6 +70,8 @@ class RLChatCLI(LightningCLI):
         parser.add_lightning_class_args(SampleResponses, "sample_responses")
         parser.add_lightning_class_args(StatsPlot, "stats_plot")
         parser.add_lightning_class_args(Predictions, "predictions")
+        parser.add_lightning_class_args(Alarms, "alarms")
+        parser.add_lightning_class_args(RolloutLog, "rollout_log")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Raises :class:`UserError` where jsonargparse would show the usage and exit."""

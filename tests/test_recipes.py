@@ -15,6 +15,7 @@ from command_line import rlchat
 from jsonargparse.util import import_object
 
 import rlchat as package
+from rlchat.alarms import Alarms
 from rlchat.best_model import BestModel
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.data import OASST2DataModule
@@ -33,11 +34,14 @@ from rlchat.rewards import (
     TooLong,
     TooShort,
 )
+from rlchat.rollout_log import RolloutLog
 from rlchat.sft import SFTModule
 
 NAMES = ["demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", "sft", "smoke"]
 MODULES = [SFTModule, RewardModelModule, PPOModule]
 CALLBACKS = {
+    "alarms": Alarms,
+    "rollout_log": RolloutLog,
     "best_model": BestModel,
     "sample_responses": SampleResponses,
     "stats_plot": StatsPlot,
@@ -128,7 +132,9 @@ def test_recipes_for_real_work_show_every_option(name: str) -> None:
     assert set(shown["model"]["init_args"]) == options_of(module)
     assert set(shown["data"]) == options_of(OASST2DataModule)
     # The reward model says nothing, so there is nothing to sample or to predict.
-    groups = {"best_model", "stats_plot"} if name == "reward" else set(CALLBACKS)
+    groups = {"best_model", "stats_plot"}
+    groups |= {} if name == "reward" else {"sample_responses", "predictions"}
+    groups |= {"alarms", "rollout_log"} if name == "ppo" else set()
     assert groups == set(CALLBACKS) & set(shown)
     for group in groups:
         assert set(shown[group]) == options_of(CALLBACKS[group]), group
