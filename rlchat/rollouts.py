@@ -147,7 +147,7 @@ class RolloutModule(PolicyModule):
         What the user says next is what the user of the data said, though it was said to another reply.
         """
         talks = [
-            _Talk(conversation, conversation.later, ids[mask].tolist())
+            _Talk(replace(conversation, later=()), conversation.later, ids[mask].tolist())
             for ids, mask, conversation in zip(
                 batch.ids.cpu(), batch.attention_mask.cpu(), batch.conversations, strict=True
             )
@@ -208,9 +208,10 @@ class RolloutModule(PolicyModule):
         inside, span = span <= last, span.clamp(max=ids.shape[1] - 1)
         reply_of = torch.where(inside, transcript.reply_of.gather(1, span), -1)
         mask = reply_of >= 0
-        self.model.eval()
+        for network in filter(None, (self.model, self.reference, self.critic)):
+            network.eval()  # and so it stays for the update: dropout would be another policy
         policy = self.read_replies(self.model, ids, attention_mask, said, mask)
-        reference = self.read_replies(self.reference.eval(), ids, attention_mask, said, mask)
+        reference = self.read_replies(self.reference, ids, attention_mask, said, mask)
         return Rollout(
             conversations=transcript.conversations,
             replies=transcript.replies,

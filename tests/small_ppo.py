@@ -100,7 +100,7 @@ def fit(module: PPOModule, iterations: int, batch: PromptBatch | None = None, **
     """The metrics of each of ``iterations`` over the same prompts."""
     log = Log()
     batch = batch or prompts(module.tokenizer, mixed=module.data_needs.mix_sequences)
-    trainer(callbacks=[log], **options).fit(module, serve([batch] * iterations))
+    trainer(callbacks=[*options.pop("callbacks", []), log], **options).fit(module, serve([batch] * iterations))
     return log.rows
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rlchat.conversation import Check, Conversation, Message
 from rlchat.data import PromptBatch
 from rlchat.errors import UserError
 from rlchat.generation import Generated
+from rlchat.ppo import PPOModule
 from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
 
 
@@ -258,6 +260,80 @@ def test_gradients_are_clipped(encoding: str) -> None:
     assert row["train/grad_norm"] > 2e-3  # what it was
     last = torch.stack([p.grad.norm() for p in module.model.parameters() if p.grad is not None]).norm()
     assert float(last) == pytest.approx(1e-3, rel=1e-2)  # what the optimizer got
+
+
+# ---- steps without a finite gradient ---------------------------------------------------------------------------------
+
+
+def breaks(module: PPOModule, steps: Iterable[int], kind: str) -> None:
+    """The loss, or the gradient of one weight alone, is not a number in the given steps, counted from 0."""
+    plain, count = module.minibatch_loss, iter(range(10**6))
+
+    def broken(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = plain(*args)
+        if next(count) in steps:
+            if kind == "loss":
+                return loss * torch.nan, {**stats, "policy_loss": stats["policy_loss"] * torch.nan}
+            weight = next(module.model.backbone.parameters())
+            loss = loss + (weight.flatten()[0] - weight.detach().flatten()[0]).abs().sqrt()  # 0, of infinite slope
+        return loss, stats
+
+    module.minibatch_loss = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
+    encoding: str, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    module = ppo(encoding, ppo_epochs=1, minibatches=2)
+    breaks(module, {1, 2}, kind)
+    rows = fit(module, 3)
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert [row["train/skipped_steps"] for row in rows] == [1, 2, 2]
+    assert [row["train/optimizer_steps"] for row in rows] == [1, 1, 2]
+    assert rows[0]["train/policy_loss"] == rows[0]["train/policy_loss"]  # the mean of the steps that were taken
+    name = "policy_loss" if kind == "loss" else "the gradient of model.backbone.transformer."
+    warnings = [record.message for record in caplog.records if record.name == "rlchat"]
+    assert [warning.partition(": ")[0] for warning in warnings] == ["iteration 1", "iteration 2"]
+    assert all(name in warning for warning in warnings)
+
+
+def test_a_skipped_step_leaves_the_optimizer_alone(encoding: str) -> None:
+    """One step taken and one skipped are one step taken, for the weights and for AdamW's memory."""
+    states = []
+    for skipped in ({1}, set()):
+        module = ppo(encoding, ppo_epochs=1, minibatches=2 if skipped else 1)
+        rollout = rolled_out(module)
+        module.minibatches = lambda rows, epoch: [[torch.arange(8)]] * (2 if skipped else 1)  # type: ignore[method-assign]  # noqa: B023
+        breaks(module, skipped, "loss")
+        run = trainer()
+        run.fit(module, serve([prompts(module.tokenizer)]))
+        moments = [s["exp_avg"] for s in run.optimizers[0].state_dict()["state"].values()]
+        states.append([*moments, *(p.detach() for p in module.model.parameters())])
+        assert len(rollout.replies) == 8
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = ppo(encoding, ppo_epochs=2, minibatches=2)
+    before = [p.detach().clone() for p in module.model.parameters()]
+    breaks(module, {0, 1, 2, 3}, "loss")
+    says = "iteration 1: policy_loss is not a finite number, in 3 steps in a row; the batch is in .*not_finite_0.jsonl"
+    with pytest.raises(UserError, match=says):
+        fit(module, 3, default_root_dir=str(tmp_path))
+    assert all(torch.equal(one, other) for one, other in zip(before, module.model.parameters(), strict=True))
+    (dump,) = tmp_path.rglob("not_finite_0.jsonl")
+    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+    assert [row["prompt"][0]["content"] for row in rows] == list(QUESTIONS)
+    assert {"reply", "reward", "factors", "kl", "value", "ended_by"} <= set(rows[0])
+
+
+def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: str) -> None:
+    module = ppo(encoding, ppo_epochs=3, minibatches=2)
+    breaks(module, {0, 1, 3, 4}, "loss")
+    assert fit(module, 1)[0]["train/skipped_steps"] == 4
 
 
 # ---- minibatches and processes ---------------------------------------------------------------------------------------
