@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_ppo import LetterE, fit, ppo
+from small_ppo import Letters, fit, ppo
 from torch import Tensor
 
 from rlchat.alarms import Alarms
@@ -125,12 +125,12 @@ def test_a_resumed_run_knows_what_it_has_said(run: Run, encoding: str) -> None:
 
 
 def test_a_real_run_that_is_told_to_say_one_thing(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
-    """An e for everything, without a price: it leaves its reference; and no reply of eight bytes is ever too long."""
-    module = ppo(encoding, reward=Reward([LetterE(), TooLong()]), kl_coef=0.0)
+    """Letters without a price: it leaves its reference; and no reply of eight bytes is ever too long."""
+    module = ppo(encoding, reward=Reward([Letters(), TooLong()]), kl_coef=0.0)
     alarms = Alarms(patience=5, kl_bound=0.2)
     fit(module, 12, callbacks=[alarms])
     assert {"kl", "reward/too_long"} <= set(alarms.raised)
-    assert "reward/letter_e" not in alarms.raised
+    assert "reward/letters" not in alarms.raised
     assert sum(record.name == "rlchat" for record in caplog.records) == len(alarms.raised)
 
 
