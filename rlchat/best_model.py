@@ -143,10 +143,9 @@ class BestModel(ModelCheckpoint):
 
     def _save_bundle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = Path(self.folder) / pl_module.bundle_name  # type: ignore[operator]
-        if trainer.is_global_zero:
-            if path.exists() and self.bundle_path != str(path):  # not this run's own
-                set_aside(path)
-            pl_module.save_bundle(path)  # type: ignore[operator]
+        if trainer.is_global_zero and path.exists() and self.bundle_path != str(path):  # not this run's own
+            set_aside(path)
+        pl_module.save_bundle(path)  # type: ignore[operator]
         self.bundle_path = str(path)
 
 

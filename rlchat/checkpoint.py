@@ -16,6 +16,7 @@ from rlchat.backbones import Backbone
 from rlchat.errors import UserError
 from rlchat.files import write_atomically
 from rlchat.model import RewardModel, RLChatModel
+from rlchat.processes import is_first, whole_state
 from rlchat.tokenizer import ChatTokenizer
 
 FORMAT = "rlchat-bundle"
@@ -46,7 +47,13 @@ class RewardBundle:
 
 
 def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
-    """Writes ``bundle``, atomically: a kill or a full disk in the middle leaves what was there before."""
+    """Writes ``bundle``, atomically: a kill or a full disk in the middle leaves what was there before.
+
+    Every process calls it, for each may hold a part of the model; the first one writes.
+    """
+    state = whole_state(bundle.model)
+    if not is_first():
+        return
     tokenizer = bundle.tokenizer.state()
     tokenizer["ranks"] = torch.frombuffer(bytearray(tokenizer["ranks"]), dtype=torch.uint8)
     content = {
@@ -58,7 +65,7 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
         "tokenizer": tokenizer,
         "max_length": bundle.max_length,
         "about": bundle.about,
-        "state": {name: tensor.cpu() for name, tensor in bundle.model.state_dict().items()},
+        "state": state,
     }
     write_atomically(Path(path), lambda file: torch.save(content, file))
 

@@ -30,12 +30,11 @@ from rlchat.model import RLChatModel
 from rlchat.policy import (
     VALIDATION_STREAM,
     PolicyModule,
-    gather_objects,
-    global_sum,
     make_optimizer,
     make_scheduler,
     open_policy,
 )
+from rlchat.processes import anywhere, gather_objects, global_sum, whole
 from rlchat.rewards import Reply, Reward, distinct_n
 
 KLKind = Literal["k1", "k2", "k3"]
@@ -491,7 +490,7 @@ class PPOModule(PolicyModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips here, where gradients are unscaled in every precision."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-        self.grad_norm = float(norm)
+        self.grad_norm = float(whole(norm))
 
     # What is seen of it ---------------------------------------------------------------------------------------------
 
@@ -561,7 +560,7 @@ class PPOModule(PolicyModule):
         self.tally.add("response_length", rollout.mask.sum(1))
         self.tally.add("truncated_fraction", torch.tensor([not reply.ended for reply in rollout.replies]))
         self.tally_answers("answer_accuracy", rollout.conversations, rollout.replies)
-        if not self.trainer.training and any(c.check for c in rollout.conversations):
+        if not self.trainer.training and anywhere(self, any(c.check for c in rollout.conversations)):
             greedy = Sampling(self.options.max_new_tokens, temperature=0.0)
             noise = addressed_uniforms(0, 0, torch.arange(len(batch.ids)))
             said = self.read(self.generate(batch.ids, batch.attention_mask, greedy, noise))
