@@ -28,11 +28,17 @@ def global_sum(module: L.LightningModule, value: Tensor | float) -> Tensor:
 
 
 def anywhere(module: L.LightningModule, condition: bool | Tensor) -> bool:
-    """Whether ``condition`` holds on any process; one of more numbers holds where any of them does."""
-    holds = torch.as_tensor(condition, device=module.device).any().long()
-    if module.trainer.world_size > 1:
-        dist.all_reduce(holds, op=dist.ReduceOp.MAX)
-    return bool(holds)
+    """Whether ``condition`` holds on any process; one of several values holds where any of them does."""
+    return bool(greatest(module, int(torch.as_tensor(condition).any())))
+
+
+def greatest(module: L.LightningModule, value: int) -> int:
+    """The greatest ``value`` of any process."""
+    if module.trainer.world_size == 1:
+        return value
+    found = torch.tensor(value, device=module.device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def gather_objects(value: Any) -> list[Any]:
