@@ -43,7 +43,7 @@ class BestModel(ModelCheckpoint):
         """Where this run has written its bundle; None before the first."""
         self._signals = StopSignals()
         self._stop = 0  # the signal for which the run ends where the next batch would begin; 0: it goes on
-        self._before_validation = False
+        self._due = self._before_validation = False
 
     @property
     def state_key(self) -> str:
@@ -64,6 +64,10 @@ class BestModel(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._stop = 0
         self._signals.take_charge()
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if validation.restarted_mid_evaluation:  # what on_save_checkpoint noted is read by now, and was no batch
+            batches: Any = validation.batch_progress.total
+            batches.ready, batches.started = batches.ready - 1, batches.started - 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,8 +76,15 @@ class BestModel(ModelCheckpoint):
         # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several a batch.
         done = trainer.fit_loop.total_batch_idx + 1
         self._stop = self._signals.agreed(pl_module)
-        due = self._stop or (self.save_last_every and done % self.save_last_every == 0)
-        if due and not _validation_follows(trainer):  # which saves before it begins: from here, it would be left out
+        self._due = bool(self._stop or (self.save_last_every and done % self.save_last_every == 0))
+        # From here, Lightning would go on without the validation or the end of the epoch that follow: they save.
+        if self._due and not trainer.is_last_batch and not _validation_follows(trainer):
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what is due since the last batch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._due:
             self._save_last(trainer)
 
     def on_train_batch_start(
@@ -124,6 +135,7 @@ class BestModel(ModelCheckpoint):
         if better:
             self._save_bundle(trainer, pl_module)
         self._save_last(trainer)
+        self._due = False
         if number := self._signals.agreed(pl_module):
             self._signals.stop(number)
 
@@ -149,6 +161,7 @@ class BestModel(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run has a folder of its own, but the best so far is still the one to beat."""
         self.bundle_path = state_dict["bundle_path"]
+        self.current_score = state_dict["current_score"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def _save_last(self, trainer: L.Trainer) -> None:
