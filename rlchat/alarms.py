@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlchat.errors import UserError, at_least_one
-from rlchat.policy import gather_objects
 from rlchat.ppo import PPOModule
+from rlchat.processes import gather_objects
 
 _log = logging.getLogger("rlchat")
 

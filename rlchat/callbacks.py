@@ -27,7 +27,7 @@ from torch import Tensor
 from rlchat.best_model import BestModel
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError, at_least_one
-from rlchat.files import append_lines
+from rlchat.files import append_lines, write_atomically
 from rlchat.rewards import Reply
 from rlchat.stats_figure import draw_stats
 from rlchat.trainer_facts import batches_seen, is_rehearsal
@@ -159,22 +159,16 @@ class StatsPlot(Callback):
         began = time.monotonic()
         try:
             self._write(self._picture, batches_seen(trainer))
-        except OSError as error:
-            rank_zero_warn(f"StatsPlot could not write {self._picture}: {error}. Training goes on.")
+        except UserError as error:
+            rank_zero_warn(f"StatsPlot: {error}. Training goes on.")
         ended = time.monotonic()
         self._next_drawing = ended + max(self.min_seconds, self._SHARE_OF_TIME * (ended - began))
 
     def _write(self, picture: Path, batches: int) -> None:
         history = {name: (series.steps, series.values) for name, series in self._history.items()}
         figure = draw_stats(history, picture.stem.removesuffix("_stats"), batches)
-        picture.parent.mkdir(parents=True, exist_ok=True)
         # Whoever looks at the picture while it is replaced sees the old one or the new one, and never half of one.
-        unfinished = picture.with_name(f".{picture.name}.unfinished")
-        try:
-            figure.savefig(unfinished, format=picture.suffix[1:], dpi=self.dpi)
-            unfinished.replace(picture)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_atomically(picture, lambda file: figure.savefig(file, format=picture.suffix[1:], dpi=self.dpi))
 
 
 class SampleResponses(Callback):

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlchat.errors import at_least_one
 from rlchat.files import append_lines
-from rlchat.policy import gather_objects
 from rlchat.ppo import PPOModule
+from rlchat.processes import gather_objects
 from rlchat.trainer_facts import batches_seen, is_rehearsal
 
 

@@ -1,0 +1,60 @@
+"""A run goes on from any of its checkpoints as if nothing had been, in every stage; and after kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import TINY, rlchat
+from prove.runs import QUIET, differences, last_checkpoint, metrics, write_talk
+
+# Copies each state of `last.ckpt` under a number of its own.
+KEEPER = """
+import shutil
+from pathlib import Path
+from rlchat.strategies import AtomicCheckpointIO
+
+class Keeper(AtomicCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if Path(path).name == "last.ckpt":
+            Path("kept").mkdir(exist_ok=True)
+            shutil.copy(path, f"kept/{len(list(Path('kept').iterdir())):02}.ckpt")
+"""
+# Two epochs of five batches, saved after each of them and around validations.
+FIT = ["--data.path=talk.jsonl", "--data.batch_size=8", "--data.val_fraction=0.2", "--trainer.limit_train_batches=5"]
+FIT += ["--trainer.max_epochs=2", "--best_model.save_last_every=1", "--trainer.num_sanity_val_steps=0"]
+FIT += ["--trainer.enable_model_summary=false", "--model.schedule=linear"]
+STAGES = {
+    "sft": ["--model=rlchat.SFTModule", *TINY],
+    "reward": ["--model=rlchat.RewardModelModule", *TINY],
+    "ppo": ["--config=smoke", "--model.kl_target=0.5", "--model.kl_horizon=100", "--model.max_new_tokens=6"],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "validate_every", "tried"),
+    [
+        # Before and after the first validation, after the third batch, after an epoch that ends without a validation.
+        ("sft", 2, [1, 2, 3, 6]),
+        ("ppo", 2, [1, 2, 3, 6]),
+        # Before the last batch of an epoch, before and after the validation at its end, before the very last one.
+        ("reward", 5, [3, 4, 5, 10]),
+        ("ppo", 5, [3, 4, 5, 10]),
+    ],
+)
+def test_every_checkpoint_leads_to_the_same_end(
+    stage: str, validate_every: int, tried: list[int], workplace: Path
+) -> None:
+    write_talk(workplace / "talk.jsonl", 60)
+    (workplace / "keeper.py").write_text(KEEPER)
+    words = ["fit", *STAGES[stage], *FIT, *QUIET, f"--trainer.val_check_interval={validate_every}"]
+    rlchat(*words, "--trainer.plugins+=keeper.Keeper")
+    end, logged = last_checkpoint(workplace), {(step, name): value for step, name, value in metrics(workplace)}
+    kept = sorted(Path("kept").iterdir())
+    assert len(kept) == {2: 14, 5: 12}[validate_every]
+    for number in tried:
+        rlchat(*words, "--ckpt_path", str(kept[number]))
+        assert differences(end, last_checkpoint(workplace)) == [], number
+    for step, name, value in metrics(workplace):
+        assert logged[step, name] == value, (step, name)
