@@ -254,7 +254,9 @@ def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
     if options.get("gradient_clip_val"):
         raise UserError("trainer.gradient_clip_val: PPO clips by itself; set --model.max_grad_norm instead")
     if (options.get("accumulate_grad_batches") or 1) > 1:
-        raise UserError("trainer.accumulate_grad_batches: PPO takes its steps by itself; lower --model.minibatches")
+        raise UserError(
+            "trainer.accumulate_grad_batches: PPO takes its steps by itself; set --model.micro_batch_size instead"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:
