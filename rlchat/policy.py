@@ -212,7 +212,7 @@ class Tally:
 
 
 def make_optimizer(
-    parameters: Iterable[Tensor], learning_rate: float, weight_decay: float, eps: float = 1e-8
+    parameters: Iterable[Tensor], learning_rate: float, weight_decay: float, eps: float = 1e-8, beta2: float = 0.95
 ) -> torch.optim.AdamW:
     """AdamW that decays matrices only, as is usual: norms and biases have no scale of their own to keep down.
 
@@ -221,12 +221,14 @@ def make_optimizer(
     for name, size in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("adam_eps", eps)):
         if not size >= 0:
             raise UserError(f"{name} is {size}; it must be 0 or more")
+    if not 0 <= beta2 < 1:
+        raise UserError(f"adam_beta2 is {beta2}; it must be from 0 up to, but not, 1")
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=eps)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: float, steps: float) -> LambdaLR:

@@ -105,6 +105,7 @@ class PPOModule(RolloutModule):
         warmup: share of the iterations in which the learning rate rises.
         weight_decay: of AdamW, on matrices.
         adam_eps: of AdamW.
+        adam_beta2: of AdamW; rewards are noisy, so its squares are remembered for longer than in the other stages.
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
         micro_batch_size: rows that a device takes at one time; gradients accumulate over a minibatch. None: all.
@@ -156,6 +157,7 @@ class PPOModule(RolloutModule):
         warmup: float = 0.0,
         weight_decay: float = 0.0,
         adam_eps: float = 1e-5,
+        adam_beta2: float = 0.999,
         ppo_epochs: int = 4,
         minibatches: int = 4,
         micro_batch_size: int | None = None,
@@ -507,7 +509,7 @@ class PPOModule(RolloutModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over policy and critic, and a learning rate that goes over the run's iterations."""
         o = self.options
-        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps)
+        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, o.adam_beta2)
         iterations = self.trainer.estimated_stepping_batches
         return {"optimizer": optimizer, "lr_scheduler": make_scheduler(optimizer, o.schedule, o.warmup, iterations)}
 
