@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import TINY, rlchat
+from prove.kill_and_resume import PPO, kill_and_resume
 from prove.runs import KEEPER, QUIET, differences, last_checkpoint, metrics, write_talk
 
 # Two epochs of five batches, saved after each of them and around validations.
@@ -45,3 +46,11 @@ def test_every_checkpoint_leads_to_the_same_end(
         assert differences(end, last_checkpoint(workplace)) == [], number
     for step, name, value in metrics(workplace):
         assert logged[step, name] == value, (step, name)
+
+
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    """A short form of `make prove`'s 20 kills: real processes, killed without a chance to tidy up."""
+    words = [*(word.format(batch=8) for word in PPO), "--trainer.max_epochs=6"]
+    report = kill_and_resume(tmp_path, words, kills=2)
+    assert report.batches == 30
+    assert report.compared > 500
