@@ -149,6 +149,9 @@ class BestModel(ModelCheckpoint):
         """Gives the signals back."""
         super().on_exception(trainer, pl_module, exception)
         self._signals.release()
+        if self._signals.stopped:
+            # The first draws and writes more than the others; where one ends much earlier, Lightning kills the rest.
+            trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that was never validated leaves the model that it ended with."""

@@ -90,8 +90,10 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether ``network`` has parameters of which this process holds a part."""
-    return any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
+    """Whether :func:`shard` had ``network``."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(network, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = 0
         """The signal that came to this process, 0 before one has."""
+        self.stopped = False
+        """Whether :meth:`stop` has ended the run, on all processes alike."""
         self._came_at = 0.0
         self._before: dict[int, Any] = {}
 
     def take_charge(self) -> None:
         """From here on; only the main thread can."""
-        self.requested = 0
+        self.requested, self.stopped = 0, False
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -51,6 +53,7 @@ class StopSignals:
 
     def stop(self, number: int) -> None:
         """Ends the run as the signal ``number`` is meant to: raises KeyboardInterrupt or SIGTERMException."""
+        self.stopped = True
         raise KeyboardInterrupt(_STOPPED) if number == signal.SIGINT else SIGTERMException(_STOPPED)
 
     def _note(self, number: int, frame: Any) -> None:

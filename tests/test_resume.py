@@ -1,4 +1,4 @@
-"""A run goes on from any of its checkpoints as if nothing had been, in every stage; and after kills."""
+"""A run goes on from any of its checkpoints as if nothing had been, in every stage."""
 
 from __future__ import annotations
 
@@ -6,21 +6,9 @@ from pathlib import Path
 
 import pytest
 from command_line import TINY, rlchat
-from prove.runs import QUIET, differences, last_checkpoint, metrics, write_talk
+from prove.kill_and_resume import PPO, kill_and_resume
+from prove.runs import KEEPER, QUIET, differences, last_checkpoint, metrics, write_talk
 
-# Copies each state of `last.ckpt` under a number of its own.
-KEEPER = """
-import shutil
-from pathlib import Path
-from rlchat.strategies import AtomicCheckpointIO
-
-class Keeper(AtomicCheckpointIO):
-    def save_checkpoint(self, checkpoint, path, storage_options=None):
-        super().save_checkpoint(checkpoint, path, storage_options)
-        if Path(path).name == "last.ckpt":
-            Path("kept").mkdir(exist_ok=True)
-            shutil.copy(path, f"kept/{len(list(Path('kept').iterdir())):02}.ckpt")
-"""
 # Two epochs of five batches, saved after each of them and around validations.
 FIT = ["--data.path=talk.jsonl", "--data.batch_size=8", "--data.val_fraction=0.2", "--trainer.limit_train_batches=5"]
 FIT += ["--trainer.max_epochs=2", "--best_model.save_last_every=1", "--trainer.num_sanity_val_steps=0"]
@@ -51,10 +39,18 @@ def test_every_checkpoint_leads_to_the_same_end(
     words = ["fit", *STAGES[stage], *FIT, *QUIET, f"--trainer.val_check_interval={validate_every}"]
     rlchat(*words, "--trainer.plugins+=keeper.Keeper")
     end, logged = last_checkpoint(workplace), {(step, name): value for step, name, value in metrics(workplace)}
-    kept = sorted(Path("kept").iterdir())
+    kept = sorted(Path().glob("lightning_logs/*/version_0/checkpoints/kept/*"))
     assert len(kept) == {2: 14, 5: 12}[validate_every]
     for number in tried:
         rlchat(*words, "--ckpt_path", str(kept[number]))
         assert differences(end, last_checkpoint(workplace)) == [], number
     for step, name, value in metrics(workplace):
         assert logged[step, name] == value, (step, name)
+
+
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    """A short form of `make prove`'s 20 kills: real processes, killed without a chance to tidy up."""
+    words = [*(word.format(batch=8) for word in PPO), "--trainer.max_epochs=6"]
+    report = kill_and_resume(tmp_path, words, kills=2)
+    assert report.batches == 30
+    assert report.compared > 500

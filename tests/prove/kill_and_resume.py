@@ -1,6 +1,6 @@
 """Kills runs at random moments and resumes them; what they come to is, bit for bit, what an undisturbed run comes to.
 
-python -m prove.kill_and_resume --kills 20 --ranks 2      (with tests/ as the working directory)
+python -m prove.kill_and_resume --kills 20 --ranks 2      (`make prove` runs it)
 """
 
 from __future__ import annotations

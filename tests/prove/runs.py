@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import os
@@ -18,10 +17,14 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-# What every run leaves of each training batch: `trace.<rank>.jsonl` has its metrics and what the weights and the
-# optimizer came to; with a folder in RLCHAT_DUMP, every optimizer step leaves the weights there.
-WITNESS = '''
-import hashlib, json, os
+# What a run leaves in the folder of `trainer.default_root_dir`: `trace.<rank>.jsonl` has for each training batch its
+# metrics, the replies that were drawn, and what the weights and the optimizer came to; with `dump`, `steps` has the
+# weights before each optimizer step and after the last. An untrained model hardly ever ends a reply: with `unequal`,
+# replies are broken off, each where its number among all processes' says; and in the second iteration, every second of
+# them, which are all of the second of two processes, is nothing but its end.
+WITNESS = """
+import hashlib, json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,42 +36,83 @@ from rlchat.processes import whole
 def digest(tensors):
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(whole(tensor.detach()).float().numpy().tobytes())
+        found.update(whole(tensor.detach()).float().clone().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
 class Witness(Callback):
-    def on_fit_start(self, trainer, module):
-        self.steps = 0
+    def __init__(self, dump: bool = False, unequal: bool = False):
+        self.dump, self.unequal = dump, unequal
+        self.step = 0
+        self.drawn = []
 
-    def on_before_zero_grad(self, trainer, module, optimizer):
-        self.dump(module)
+    def setup(self, trainer, module, stage):
+        generate = getattr(module, "generate", None)
+
+        def watched(ids, *rest):
+            said = generate(ids, *rest)
+            if trainer.training and self.unequal:
+                said = self.cut(said, module)
+            self.drawn = [row[keep].tolist() for row, keep in zip(said.ids, said.mask)]
+            return said
+
+        if generate is not None:
+            module.generate = watched
+
+    def cut(self, said, module):
+        tokenizer, rows = module.tokenizer, module.noise_rows(len(said.ids))
+        lengths = 1 + (5 * rows + 3 * module.iterations) % said.ids.shape[1]
+        if module.iterations == 1:
+            lengths = torch.where(rows % 2 == 1, 1, lengths)
+        place = torch.arange(said.ids.shape[1])
+        mask = said.mask & (place < lengths[:, None])
+        ids = said.ids.where(place < lengths[:, None] - 1, torch.where(mask, tokenizer.end_id, tokenizer.pad_id))
+        longest = int(mask.sum(1).max())
+        ended = (ids == tokenizer.end_id).any(1)
+        ids, mask, logprobs = (x[:, :longest] for x in (ids, mask, said.logprobs))
+        return replace(said, ids=ids, mask=mask, ended=ended, logprobs=logprobs)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.keep(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        optimizer = trainer.optimizers[0]
-        states = [value for state in optimizer.state.values() for value in state.values()]
+        states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
         line = {
             "batch": trainer.fit_loop.total_batch_idx + 1,
             "weights": digest(module.parameters()),
             "optimizer": digest(states),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "drawn": self.drawn,
         }
-        with open(f"trace.{trainer.global_rank}.jsonl", "a") as file:
+        with Path(trainer.default_root_dir, f"trace.{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\\n")
 
     def on_train_end(self, trainer, module):
-        self.dump(module)
+        self.keep(trainer, module)
 
-    def dump(self, module):
-        """Before each step, and after the last: what the step before came to."""
-        folder = os.environ.get("RLCHAT_DUMP")
-        if folder:
+    def keep(self, trainer, module):
+        if self.dump:
             weights = {name: whole(value.detach()).clone() for name, value in module.named_parameters()}
-            path = Path(folder, f"{self.steps:04}.{module.global_rank}.pt")
+            path = Path(trainer.default_root_dir, "steps", f"{self.step:04}.{trainer.global_rank}.pt")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(weights, path)
-            self.steps += 1
-'''
+            self.step += 1
+"""
+# Copies each state of `last.ckpt` under a number of its own.
+KEEPER = """
+import shutil
+from pathlib import Path
+from rlchat.strategies import AtomicCheckpointIO
+
+class Keeper(AtomicCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        if path.name == "last.ckpt":
+            kept = path.with_name("kept")
+            kept.mkdir(exist_ok=True)
+            shutil.copy(path, kept / f"{len(list(kept.iterdir())):02}.ckpt")
+"""
 QUIET = [
     "--trainer.enable_progress_bar=false",
     "--trainer.accelerator=cpu",
@@ -92,13 +136,14 @@ def prepare(folder: Path) -> Path:
     folder.mkdir(parents=True)
     write_talk(folder / "talk.jsonl")
     (folder / "witness.py").write_text(WITNESS)
+    (folder / "keeper.py").write_text(KEEPER)
     return folder
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """As `make test` has it: this tree, one thread a process."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return {**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", **more}
+    return {**clean, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
 def fit_words(words: Sequence[str], ranks: int = 1, strategy: str = "ddp") -> list[str]:
@@ -107,13 +152,13 @@ def fit_words(words: Sequence[str], ranks: int = 1, strategy: str = "ddp") -> li
     return ["fit", *words, *QUIET, *many, "--data.path=talk.jsonl", "--trainer.callbacks+=witness.Witness"]
 
 
-def start(folder: Path, words: Sequence[str], **variables: str) -> subprocess.Popen[str]:
+def start(folder: Path, words: Sequence[str], module: str = "rlchat") -> subprocess.Popen[str]:
     """``rlchat`` in ``folder``, in a process group of its own; what it says goes to ``output.txt``."""
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "rlchat", *words],
+            [sys.executable, "-m", module, *words],
             cwd=folder,
-            env=environment(**variables),
+            env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -130,9 +175,9 @@ def finish(run: subprocess.Popen[str], folder: Path, seconds: float = 240) -> in
         raise AssertionError(f"hung for {seconds:.0f} s; it had said:\n{tail(folder)}") from None
 
 
-def complete(folder: Path, words: Sequence[str], seconds: float = 240, **variables: str) -> None:
+def complete(folder: Path, words: Sequence[str], seconds: float = 240, module: str = "rlchat") -> None:
     """Runs to the end, and has to succeed."""
-    code = finish(start(folder, words, **variables), folder, seconds)
+    code = finish(start(folder, words, module), folder, seconds)
     assert code == 0, f"exit code {code}:\n{tail(folder)}"
 
 
@@ -185,8 +230,13 @@ def boards(folder: Path) -> Iterator[tuple[int, str, float]]:
 
 def last_checkpoint(folder: Path) -> dict[str, Any]:
     """The newest ``last.ckpt`` of the run in ``folder``."""
+    return torch.load(newest_checkpoint(folder), weights_only=True)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Its path."""
     paths = folder.glob("lightning_logs/*/version_*/checkpoints/last.ckpt")
-    return torch.load(max(paths, key=lambda path: path.stat().st_mtime), weights_only=True)
+    return max(paths, key=lambda path: path.stat().st_mtime)
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[str]:
@@ -207,11 +257,6 @@ def differences(one: Any, other: Any, place: str = "") -> list[str]:
 def steps(folder: Path) -> dict[int, list[dict[str, torch.Tensor]]]:
     """The weights after each optimizer step, by step, on each rank; 0 is before the first."""
     found: dict[int, list[dict[str, torch.Tensor]]] = {}
-    for path in sorted(folder.glob("*.pt")):
+    for path in sorted(folder.glob("steps/*.pt")):
         found.setdefault(int(path.name.split(".")[0]), []).append(torch.load(path, weights_only=True))
     return found
-
-
-def fingerprint(path: Path) -> str:
-    """A hash of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
