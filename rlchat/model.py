@@ -107,7 +107,8 @@ class RewardModel(nn.Module):
         """Scores [batch] of right-padded conversations [batch, time], read at the last real token."""
         hidden = self.backbone(ids, attention_mask)
         last = attention_mask.long().sum(-1) - 1
-        scores: Tensor = self.score_head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+        at_end = hidden[torch.arange(len(ids), device=ids.device), last]
+        scores: Tensor = torch.squeeze_copy(self.score_head(at_end), -1).float()  # FSDP2 wants no view to leave here
         return scores
 
 
@@ -135,7 +136,7 @@ class Critic(nn.Module):
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [batch, time] in float32: the return expected after each of ``ids``, as :meth:`Backbone.forward`."""
         hidden = self.backbone(ids, attention_mask)
-        values: Tensor = self.value_head(hidden).squeeze(-1).float()
+        values: Tensor = torch.squeeze_copy(self.value_head(hidden), -1).float()  # FSDP2 wants no view to leave here
         return values
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from prove.runs import QUIET, complete, metrics, prepare, steps, trace
 
-ROWS = 12  # of a global batch
+ROWS = 12  # prompts of a global batch
+COPIES = 2  # replies to each prompt of a group
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -38,6 +39,18 @@ STAGES = {
         "--model.sft_coef=0.1",
         "--trainer.callbacks.unequal=true",
     ],
+    "critic": [
+        "--config=smoke",
+        "--model.critic=separate",
+        "--model.critic_warmup=1",
+        "--model.micro_batch_size=2",
+        "--model.kl_in=loss",
+        "--model.kl_kind=k3",
+        "--trainer.callbacks.unequal=true",
+    ],
+    "grpo": ["--config=smoke", "--model.advantage=grpo", f"--model.group_size={COPIES}", "--model.minibatches=5"],
+    # Some conversations go on when all of another process's are over.
+    "turns": ["--config=smoke", "--model.turns=3", "--model.max_new_tokens=8"],
 }
 
 
@@ -51,7 +64,7 @@ def words(name: str, stage: str, ranks: int, scale: str, *more: str) -> list[str
         *STAGES[stage],
         *([f"--config=scale/{scale}"] if ranks > 1 else []),
         "--trainer.accelerator=cpu",
-        "--data.path=talk.jsonl",
+        f"--data.path={'turns' if stage == 'turns' else 'talk'}.jsonl",
         f"--data.batch_size={ROWS // ranks}",
         f"--data.val_batch_size={8 // ranks}",
         "--data.val_fraction=0.3",
@@ -67,7 +80,7 @@ def words(name: str, stage: str, ranks: int, scale: str, *more: str) -> list[str
     ]
 
 
-def run(folder: Path, runs: Sequence[Sequence[str]], seconds: float = 240) -> None:
+def run(folder: Path, runs: Sequence[Sequence[str]], seconds: float = 600) -> None:
     """Several runs in a row, in the same processes."""
     complete(folder, [json.dumps([list(words) for words in runs])], seconds, "prove.several")
 
@@ -88,14 +101,18 @@ class Differences:
         )
 
 
-def compare(one: Path, many: Path, ranks: int) -> Differences:
+def compare(one: Path, many: Path, ranks: int, stage: str) -> Differences:
     """``many`` of ``ranks`` processes against ``one``; raises AssertionError where they did not do the same things."""
     alone, together = steps(one), steps(many)
     assert len(alone) == len(together) > 4, (len(alone), len(together))
     first, *others = (trace(many, rank) for rank in range(ranks))
     drawn = trace(one)[0]["drawn"]
     merged = [other[0]["drawn"] for other in (first, *others)]
-    assert drawn == [merged[i % ranks][i // ranks] for i in range(len(drawn))], "other replies in the first iteration"
+    if stage != "turns":  # there, what was drawn last is no more than the rows that still had something to say
+        copies = COPIES if stage == "grpo" else 1
+        prompts = range(len(drawn) // copies)
+        rows = [merged[p % ranks][p // ranks * copies + copy] for p in prompts for copy in range(copies)]
+        assert drawn == rows, "other replies in the first iteration"
     for other in others:
         for mine, theirs in zip(first, other, strict=True):
             assert untimed(mine) == untimed(theirs), "metrics differ between ranks"
@@ -127,9 +144,9 @@ def main() -> None:
         folder = prepare(Path(place, "runs"))
         run(folder, [words(f"one-{stage}", stage, 1, "auto") for stage in STAGES])
         for ranks, strategy in ((2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2")):
-            run(folder, [words(f"{ranks}-{strategy}-{stage}", stage, ranks, strategy) for stage in STAGES], 600)
+            run(folder, [words(f"{ranks}-{strategy}-{stage}", stage, ranks, strategy) for stage in STAGES], 900)
             for stage in STAGES:
-                found = compare(folder / f"one-{stage}", folder / f"{ranks}-{strategy}-{stage}", ranks)
+                found = compare(folder / f"one-{stage}", folder / f"{ranks}-{strategy}-{stage}", ranks, stage)
                 print(f"{stage} on {ranks} processes, {strategy}: {found}", flush=True)
                 assert found.between_ranks == 0
                 assert found.weights <= 1e-5

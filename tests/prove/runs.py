@@ -131,10 +131,20 @@ def write_talk(path: Path, count: int = 60) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_turns(path: Path, count: int = 60) -> None:
+    """``count`` conversations of one to three turns."""
+    rows = []
+    for n in range(count):
+        turns = [{"content": text} for k in range(1 + n % 3) for text in (f"What comes after {n + k}?", "It is.")]
+        rows.append({"messages": turns})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def prepare(folder: Path) -> Path:
     """An empty working directory with data, and the callback that writes down what happens."""
     folder.mkdir(parents=True)
     write_talk(folder / "talk.jsonl")
+    write_turns(folder / "turns.jsonl")
     (folder / "witness.py").write_text(WITNESS)
     (folder / "keeper.py").write_text(KEEPER)
     return folder

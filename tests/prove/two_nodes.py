@@ -98,7 +98,7 @@ def main() -> None:
             name, ranks = f"nodes-{processes}", 2 * processes
             fit = words(name, "ppo", ranks, "nodes", f"--trainer.devices={processes}", "--trainer.num_nodes=2")
             train_on_two_nodes(folder, fit, processes, 400)
-            found = compare(folder / "one", folder / name, ranks)
+            found = compare(folder / "one", folder / name, ranks, "ppo")
             print(f"ppo on 2 nodes with {processes} processes each (torchrun, gloo): {found}", flush=True)
             assert found.between_ranks == 0
             assert found.weights <= 1e-5
