@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,12 @@ log = logging.getLogger("rlchat")
 # Families that need our own attention; the number is the position that their first token has.
 ENCODERS = {"distilbert": 0, "bert": 0, "electra": 0, "roberta": None, "xlm-roberta": None, "camembert": None}
 
-Cache = DynamicCache | dict[nn.Module, tuple[Tensor, Tensor]]
+
+class EncoderCache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
+    """Keys and values of each attention layer. No dict, because FSDP2 moves dicts to its device as copies."""
+
+
+Cache = DynamicCache | EncoderCache
 
 
 class Backbone(nn.Module):
@@ -131,7 +137,7 @@ class Backbone(nn.Module):
 
     def new_cache(self) -> Cache:
         """An empty cache, for the ``cache`` of :meth:`forward`; one for each batch of conversations."""
-        return {} if self._is_encoder else DynamicCache(config=self.transformer.config)
+        return EncoderCache() if self._is_encoder else DynamicCache(config=self.transformer.config)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states [batch, time, hidden] of ``ids`` [batch, time].
@@ -189,7 +195,7 @@ def _causal_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    rlchat_cache: dict[nn.Module, tuple[Tensor, Tensor]] | None = None,
+    rlchat_cache: EncoderCache | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention [batch, heads, time, width] under a mask [batch, 1, time, cached + time], appending to a cache."""

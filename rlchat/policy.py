@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,17 @@ class Tally:
         if "nll" in result:
             result["perplexity"] = math.exp(min(result.pop("nll"), 700.0))
         return result
+
+
+def seed_dropout(module: L.LightningModule) -> None:
+    """Begins PyTorch's own noise anew for this training batch and process.
+
+    Dropout draws from it, and a checkpoint does not hold it: so a resumed run drops what an uninterrupted one would
+    have dropped.
+    """
+    seed = os.environ.get("PL_GLOBAL_SEED", "0")  # seed_everything
+    address = f"{seed}/{module.trainer.fit_loop.total_batch_idx}/{module.global_rank}/dropout"
+    torch.manual_seed(int.from_bytes(hashlib.sha256(address.encode()).digest()[:7], "big"))
 
 
 def make_optimizer(

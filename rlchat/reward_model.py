@@ -22,7 +22,7 @@ from rlchat.data import DataNeeds, RankedBatch
 from rlchat.errors import UserError
 from rlchat.model import RewardModel
 from rlchat.padding import pad
-from rlchat.policy import Tally, make_optimizer, make_scheduler, open_policy
+from rlchat.policy import Tally, make_optimizer, make_scheduler, open_policy, seed_dropout
 from rlchat.processes import gather_objects, global_sum, shard_networks
 from rlchat.rewards import Factor, Reply
 
@@ -108,6 +108,10 @@ class RewardModelModule(L.LightningModule):
     def data_needs(self) -> DataNeeds:
         """What the data module serves to this stage."""
         return DataNeeds(task="reward", tokenizer=self.tokenizer, max_length=self.max_length)
+
+    def on_train_batch_start(self, batch: RankedBatch, batch_idx: int) -> None:
+        """Makes dropout a matter of the batch, and not of what came before."""
+        seed_dropout(self)
 
     def training_step(self, batch: RankedBatch, batch_idx: int) -> Tensor:
         """Mean loss of pairs plus ``label_coef`` times that of labels, over all processes."""

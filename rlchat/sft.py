@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from rlchat.data import DataNeeds, SequenceBatch
-from rlchat.policy import PolicyModule, make_optimizer, make_scheduler, open_policy
+from rlchat.policy import PolicyModule, make_optimizer, make_scheduler, open_policy, seed_dropout
 from rlchat.processes import global_sum, gradient_norm
 
 
@@ -56,6 +56,10 @@ class SFTModule(PolicyModule):
     def data_needs(self) -> DataNeeds:
         """What the data module serves to this stage."""
         return DataNeeds(task="sft", tokenizer=self.tokenizer, max_length=self.max_length)
+
+    def on_train_batch_start(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Makes dropout a matter of the batch, and not of what came before."""
+        seed_dropout(self)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the assistant's tokens, over all processes."""

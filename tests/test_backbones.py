@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.utils import _to_kwargs
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -22,7 +23,7 @@ from transformers import (
     RobertaModel,
 )
 
-from rlchat.backbones import Backbone, _causal_mask
+from rlchat.backbones import Backbone, EncoderCache, _causal_mask
 from rlchat.errors import UserError
 
 VOCABULARY = 40
@@ -328,3 +329,10 @@ def test_a_leak_is_refused_from_a_folder_too(tmp_path: Path) -> None:
     albert = AlbertModel(AlbertConfig(vocab_size=30, max_position_embeddings=POSITIONS, embedding_size=8, **LAYERS))
     with pytest.raises(UserError, match="'albert' sees tokens that come later"):
         Backbone(saved(albert, tmp_path), 35, POSITIONS)
+
+
+def test_the_cache_of_an_encoder_is_moved_to_no_device_as_a_copy() -> None:
+    """As FSDP2 does on a GPU with what a forward pass is given: what is appended to a copy would be lost."""
+    cache = EncoderCache({torch.nn.Identity(): (torch.zeros(1), torch.zeros(1))})
+    _, (passed_on,) = _to_kwargs((), {"cache": cache}, torch.device("cpu"), False)
+    assert passed_on["cache"] is cache

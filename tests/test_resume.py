@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from command_line import TINY, rlchat
+from command_line import rlchat
 from prove.kill_and_resume import PPO, kill_and_resume
 from prove.runs import KEEPER, QUIET, differences, last_checkpoint, metrics, write_talk
 
@@ -13,9 +14,11 @@ from prove.runs import KEEPER, QUIET, differences, last_checkpoint, metrics, wri
 FIT = ["--data.path=talk.jsonl", "--data.batch_size=8", "--data.val_fraction=0.2", "--trainer.limit_train_batches=5"]
 FIT += ["--trainer.max_epochs=2", "--best_model.save_last_every=1", "--trainer.num_sanity_val_steps=0"]
 FIT += ["--trainer.enable_model_summary=false", "--model.schedule=linear"]
+ENCODER = {"model_type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}  # with dropout
+SMALL = ["--model.base_model", json.dumps(ENCODER), "--model.tiktoken_encoding=rlchat_1k", "--model.max_length=64"]
 STAGES = {
-    "sft": ["--model=rlchat.SFTModule", *TINY],
-    "reward": ["--model=rlchat.RewardModelModule", *TINY],
+    "sft": ["--model=rlchat.SFTModule", *SMALL],
+    "reward": ["--model=rlchat.RewardModelModule", *SMALL],
     "ppo": ["--config=smoke", "--model.kl_target=0.5", "--model.kl_horizon=100", "--model.max_new_tokens=6"],
 }
 

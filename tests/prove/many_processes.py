@@ -15,17 +15,33 @@ from prove.runs import QUIET, complete, metrics, prepare, steps, trace
 
 ROWS = 12  # prompts of a global batch
 COPIES = 2  # replies to each prompt of a group
-SHAPE = {
+DECODER = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-MODEL = ["--model.base_model", json.dumps(SHAPE), "--model.tiktoken_encoding=rlchat_1k", "--model.max_length=96"]
+# Dropout is noise of each process for itself, and would not be that of one.
+ENCODER = {
+    "model_type": "distilbert",
+    "dim": 32,
+    "hidden_dim": 64,
+    "n_layers": 2,
+    "n_heads": 2,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+NEW = ["--model.tiktoken_encoding=rlchat_1k", "--model.max_length=96"]
 STAGES = {
-    "sft": ["--model=rlchat.SFTModule", *MODEL, "--trainer.gradient_clip_val=1.0"],
-    "reward": ["--model=rlchat.RewardModelModule", *MODEL],
+    "sft": [
+        "--model=rlchat.SFTModule",
+        "--model.base_model",
+        json.dumps(ENCODER),
+        *NEW,
+        "--trainer.gradient_clip_val=0.1",
+    ],
+    "reward": ["--model=rlchat.RewardModelModule", "--model.base_model", json.dumps(DECODER), *NEW],
     # 12 rows in 8 minibatches are one or two each, so that of two processes some have none; `target_kl` breaks off
     # passes; conversations are mixed in.
     "ppo": [
