@@ -31,14 +31,13 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from rlchat.caches import Cache
 from rlchat.errors import UserError
 
 log = logging.getLogger("rlchat")
 
 # Families that need our own attention; the number is the position that their first token has.
 ENCODERS = {"distilbert": 0, "bert": 0, "electra": 0, "roberta": None, "xlm-roberta": None, "camembert": None}
-
-Cache = DynamicCache | dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 class Backbone(nn.Module):

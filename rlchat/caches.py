@@ -1,0 +1,67 @@
+"""Key-value caches whose rows come and go while a batch is being generated.
+
+Keys and values are [batch, heads, columns, width], the newest token in the last column. Rows of different lengths share
+a cache because the shorter ones begin with padding, which the attention mask hides and positions do not count.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch.nn.functional as F
+from torch import LongTensor, Tensor, cat, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+Cache = DynamicCache | dict[nn.Module, tuple[Tensor, Tensor]]
+"""transformers' own for decoders; for encoders made causal, keys and values by attention module."""
+
+
+def can_append(cache: Cache) -> bool:
+    """Whether rows can join: every layer keeps every column, unlike sliding windows and recurrent states."""
+    return isinstance(cache, dict) or all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def keep_rows(cache: Cache, rows: Tensor) -> None:
+    """Leaves the rows numbered ``rows`` Long [kept], in that order."""
+    if isinstance(cache, dict):
+        for module, (keys, values) in cache.items():
+            cache[module] = keys[rows], values[rows]
+    else:
+        cache.reorder_cache(cast(LongTensor, rows))
+
+
+def drop_columns(cache: Cache, count: int) -> None:
+    """Takes away the first ``count`` columns, which no row needs any more; only where :func:`can_append`."""
+    if isinstance(cache, dict):
+        for module, (keys, values) in cache.items():
+            cache[module] = keys[:, :, count:], values[:, :, count:]
+    else:
+        for layer in _layers(cache):
+            layer.keys, layer.values = layer.keys[:, :, count:], layer.values[:, :, count:]
+
+
+def append_rows(cache: Cache, other: Cache) -> None:
+    """Adds the rows of ``other`` behind those of ``cache``; the one with fewer columns gets zeros on the left."""
+    if isinstance(cache, dict):
+        assert isinstance(other, dict)
+        for module, (keys, values) in cache.items():
+            cache[module] = _stack(keys, other[module][0]), _stack(values, other[module][1])
+    else:
+        assert isinstance(other, DynamicCache)
+        for layer, more in zip(_layers(cache), _layers(other), strict=True):
+            layer.keys, layer.values = _stack(layer.keys, more.keys), _stack(layer.values, more.values)
+
+
+class _Layer(Protocol):
+    keys: Tensor
+    values: Tensor
+
+
+def _layers(cache: DynamicCache) -> list[_Layer]:
+    return cast(list[_Layer], cache.layers)
+
+
+def _stack(first: Tensor, second: Tensor) -> Tensor:
+    columns = max(first.shape[2], second.shape[2])
+    return cat([F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in (first, second)])
