@@ -35,7 +35,7 @@ class ChatInterface:
         device: str | None = None,
         seed: int | None = None,
     ) -> None:
-        self.device = _device(device)
+        self.device = choose_device(device)
         self._generator = _generator(seed)
         bundle = load_policy(model_path, self.device)
         self.model = bundle.model
@@ -143,7 +143,8 @@ def sampling_from(max_new_tokens: int, temperature: float, top_k: int, top_p: fl
         raise UserError(str(error)) from error
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; where none is given, CUDA, then MPS, then the CPU. Raises :class:`UserError`."""
     if name is None:
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")

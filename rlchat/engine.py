@@ -154,7 +154,7 @@ class Engine:
             self.counts.generated_tokens += len(rows)
             for row, token in zip(rows, step.tokens.tolist(), strict=True):
                 row.push(token)
-            self.counts.cancelled += sum(row.ticket.cancelled for row in rows)
+            self.counts.cancelled += sum(row.abandoned for row in rows)
             keep = [number for number, row in enumerate(rows) if not row.over]
             stay = [rows[number] for number in keep]
             self.running = len(stay)
@@ -203,6 +203,7 @@ class _Row:
         self.ticket = ticket
         self.begun = begun
         self.over = False
+        self.abandoned = False
         self._end_id = tokenizer.end_id
         self._decoder = tokenizer.stream()
         self._stop = StopStrings(ticket.stop)
@@ -212,7 +213,7 @@ class _Row:
     def push(self, token: int) -> None:
         """Takes the next token of the reply; it is ``over`` where that was the last, or nobody wants it any more."""
         if self.ticket.cancelled:
-            self.over = True
+            self.over = self.abandoned = True
             return
         self._tokens += 1
         ended = token == self._end_id
