@@ -261,7 +261,8 @@ def _answer_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return APIError(400, "the body is not JSON").response
-        where = ".".join(str(part) for part in first["loc"][1:])
+        # Names of fields and numbers of items; pydantic also tells which type of a union it tried.
+        where = ".".join(part for part in map(str, first["loc"][1:]) if re.fullmatch(r"\w+", part))
         message = str(first["msg"]).removeprefix("Value error, ")
         return APIError(400, f"{where}: {message}" if where else message, param=where or None).response
 
