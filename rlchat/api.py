@@ -49,6 +49,13 @@ from rlchat.replies import Limits, Replies
 
 log = logging.getLogger("rlchat")
 
+# One event of a stream, for the API's description.
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk, an error, or [DONE]."}},
+    "required": ["data"],
+}
+
 _CLIENT_GONE = 499  # nginx's number; nobody is left to read it, but /metrics counts it
 
 
@@ -89,7 +96,7 @@ def create_api(
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/event-stream": {"schema": _EVENT}}}},
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Replies to a conversation."""

@@ -242,10 +242,9 @@ def generator_uniforms(generator: torch.Generator, batch: int) -> Uniforms:
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Keeps the likeliest tokens that together have at least ``top_p`` (Holtzman et al. 2020)."""
     ordered, order = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.masked_fill(
-        torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p), -torch.inf
-    )
+    left_out = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1) >= top_p
+    left_out[..., 0] = False  # however small top_p is: as float32 it may be 0
+    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
 
 
 def _mix(x: Tensor) -> Tensor:

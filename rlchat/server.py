@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     option("model", "a model bundle", nargs="?", default="checkpoints/rl_chat_model_tiktoken.pt", metavar="MODEL")
     option("--host", "the address to listen on; 0.0.0.0 is all", default="127.0.0.1", metavar="ADDRESS")
-    option("--port", "the port to listen on; 0 is any that is free", type=int, default=8000)
+    option("--port", "the port to listen on; 0 is any that is free", type=_port, default=8000)
     option("--device", "where the model runs, as cpu or cuda", metavar="DEVICE")
     option(
         "--feedback",
@@ -129,4 +129,11 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{number} is no port; they go from 0 to 65535")
     return number

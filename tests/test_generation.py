@@ -428,6 +428,7 @@ def support(sampling: Sampling, probabilities: Iterable[float] = PROBABILITIES) 
         (Sampling(temperature=1.0, top_p=0.6), {1: 0.4 / 0.65, 3: 0.25 / 0.65}),
         (Sampling(temperature=1.0, top_p=0.8), {1: 0.4 / 0.85, 3: 0.25 / 0.85, 4: 0.2 / 0.85}),
         (Sampling(temperature=1.0, top_p=1e-9), {1: 1.0}),
+        (Sampling(temperature=1.0, top_p=1e-320), {1: 1.0}),  # less than any float32
         # top_p counts what top_k has left: of 0.4, 0.25 and 0.2 the first two are 0.76.
         (Sampling(temperature=1.0, top_k=3, top_p=0.7), {1: 0.4 / 0.65, 3: 0.25 / 0.65}),
         # Squared: 0.0025, 0.16, 0.0625, 0.04 and 0.01 of 0.275.
