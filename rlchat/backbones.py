@@ -28,6 +28,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -179,6 +180,27 @@ class Backbone(nn.Module):
                 f"the backbone family {family!r} sees tokens that come later and cannot be made causal here; choose a "
                 f"decoder (gpt2, llama, qwen3, …) or one of {', '.join(ENCODERS)}"
             )
+
+
+def shorten(cache: Cache, length: int) -> bool:
+    """Cuts ``cache`` to its first ``length`` tokens, as if no more had been seen; False where that cannot be done.
+
+    A layer that keeps a summary of the past, or a window that is already full, knows nothing to go back to.
+    """
+    if isinstance(cache, dict):
+        cache.update({module: (key[:, :, :length], value[:, :, :length]) for module, (key, value) in cache.items()})
+        return True
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return False
+        assert isinstance(layer, DynamicLayer)
+        too_many = layer.get_seq_length() - length if layer.is_initialized else 0
+        full = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+        if too_many < 0 or (too_many > 0 and full):
+            return False
+        if too_many:
+            layer.crop(-too_many)
+    return True
 
 
 def _causal_attention(

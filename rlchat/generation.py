@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlchat.backbones import Cache
 from rlchat.model import RLChatModel
 
 Uniforms = Callable[[int], Tensor]
@@ -66,6 +67,7 @@ def sample(
     end_id: int,
     pad_id: int,
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
+    cache: Cache | None = None,
 ) -> Iterator[Step]:
     """Yields the next token of every row until each has ended or ``max_new_tokens`` are out.
 
@@ -73,8 +75,11 @@ def sample(
     yields ``pad_id``. The caller may stop at any token. The model should be in eval mode: dropout would sample from
     another distribution than the one that is trained. ``goes_on`` says of the rows that are ``alive`` [batch] whether
     there is another step; processes that hold a model in shards have to agree on it.
+
+    ``cache`` holds what stands before ``ids``, and ``attention_mask`` covers that too: [batch, cached + prompt]. It
+    grows by ``ids`` and by every token that was yielded, but for the last. None: nothing stands before them.
     """
-    cache = model.backbone.new_cache()
+    cache = model.backbone.new_cache() if cache is None else cache
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     step, mask = ids, attention_mask
     for position in range(sampling.max_new_tokens):
