@@ -8,7 +8,10 @@ from rlchat.errors import UserError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``; with None CUDA, then MPS, then the CPU. Raises :class:`UserError` for one not there."""
+    """The device called ``name``; with None CUDA, then MPS, then the CPU.
+
+    Raises :class:`UserError` for a device that this machine has not.
+    """
     if name is None:
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")

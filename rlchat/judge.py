@@ -37,7 +37,8 @@ class Judge:
         self._path = Path(path)
         self._device = str(bundle.model.unsayable.device)
         self.left_out: list[str] = []
-        factors = [factor for row in described if (factor := self._factor(row)) is not None]
+        rows = described if isinstance(described, list) else [described]
+        factors = [factor for row in rows if (factor := self._factor(row)) is not None]
         if not factors:
             raise UserError(f"{path}: the reward is made of {', '.join(self.left_out)} alone, which is not in rlchat")
         self.reward = Reward(factors)
@@ -62,23 +63,22 @@ class Judge:
         return float(model.values(model(ids, mask)[0, -1]))
 
     def _factor(self, row: Any) -> Factor | None:
-        try:
-            class_path, init_args = str(row["class_path"]), dict(row.get("init_args", {}))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{self._path}: its description of the reward is damaged; make the bundle again") from error
+        init_args = row.get("init_args", {}) if isinstance(row, dict) else None
+        if not isinstance(init_args, dict) or not isinstance(row.get("class_path"), str):
+            raise UserError(f"{self._path}: its description of the reward is damaged; make the bundle again")
+        class_path: str = row["class_path"]
         package, _, name = class_path.rpartition(".")
         factor = _factors().get(name) if package.partition(".")[0] == "rlchat" else None
         if factor is None:
             self.left_out.append(class_path)
             return None
         if factor is LearnedQuality:
-            init_args |= {"bundle": str(self._reward_model(init_args.get("bundle"))), "device": self._device}
+            bundle = self._reward_model(init_args.get("bundle"))
+            init_args = {**init_args, "bundle": str(bundle), "device": self._device}
         try:
             return factor(**init_args)
         except TypeError as error:
-            raise UserError(
-                f"{self._path}: it describes {class_path} as this rlchat cannot make it: {error}"
-            ) from error
+            raise UserError(f"{self._path}: {class_path} cannot be made as it describes it: {error}") from error
 
     def _reward_model(self, path: Any) -> Path:
         there = Path(str(path))
@@ -90,5 +90,6 @@ class Judge:
 
 def _factors() -> dict[str, type[Factor]]:
     """rlchat's own factors, by name."""
-    known = [value for value in vars(rewards).values() if isinstance(value, type) and issubclass(value, Factor)]
-    return {factor.__name__: factor for factor in (*known, LearnedQuality) if not inspect.isabstract(factor)}
+    known: list[type[Factor]] = [LearnedQuality]
+    known += [value for value in vars(rewards).values() if isinstance(value, type) and issubclass(value, Factor)]
+    return {factor.__name__: factor for factor in known if not inspect.isabstract(factor)}
