@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlchat.chat import ChatInterface
     from rlchat.data import OASST2DataModule
+    from rlchat.learned_quality import LearnedQuality
     from rlchat.ppo import PPOModule
-    from rlchat.reward_model import LearnedQuality, RewardModelModule
+    from rlchat.reward_model import RewardModelModule
     from rlchat.rewards import Reward
     from rlchat.sft import SFTModule
     from rlchat.tokenizer import ChatTokenizer
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ChatInterface": "chat",
     "ChatTokenizer": "tokenizer",
-    "LearnedQuality": "reward_model",
+    "LearnedQuality": "learned_quality",
     "OASST2DataModule": "data",
     "PPOModule": "ppo",
     "Reward": "rewards",

@@ -1,4 +1,4 @@
-"""Key-value caches whose rows come and go while a batch is being generated.
+"""Key-value caches: cut back when a conversation changes, with rows that come and go while others are generated.
 
 Keys and values are [batch, heads, columns, width], the newest token in the last column. Rows of different lengths share
 a cache because the shorter ones begin with padding, which the attention mask hides and positions do not count.
@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, cat, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 Cache = DynamicCache | dict[nn.Module, tuple[Tensor, Tensor]]
 """transformers' own for decoders; for encoders made causal, keys and values by attention module."""
@@ -51,6 +51,27 @@ def append_rows(cache: Cache, other: Cache) -> None:
         assert isinstance(other, DynamicCache)
         for layer, more in zip(_layers(cache), _layers(other), strict=True):
             layer.keys, layer.values = _stack(layer.keys, more.keys), _stack(layer.values, more.values)
+
+
+def shorten(cache: Cache, length: int) -> bool:
+    """Cuts ``cache`` to its first ``length`` tokens, as if no more had been seen; False where that cannot be done.
+
+    A layer that keeps a summary of the past, or a window that is already full, knows nothing to go back to.
+    """
+    if isinstance(cache, dict):
+        cache.update({module: (key[:, :, :length], value[:, :, :length]) for module, (key, value) in cache.items()})
+        return True
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return False
+        assert isinstance(layer, DynamicLayer)
+        too_many = layer.get_seq_length() - length if layer.is_initialized else 0
+        full = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+        if too_many < 0 or (too_many > 0 and full):
+            return False
+        if too_many:
+            layer.crop(-too_many)
+    return True
 
 
 class _Layer(Protocol):

@@ -84,6 +84,7 @@ def sample(
     end_id: int,
     pad_id: int,
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
+    cache: Cache | None = None,
 ) -> Generator[Step, Change | None, None]:
     """Yields the next token of every row until each has ended or its ``max_new_tokens`` are out.
 
@@ -95,8 +96,11 @@ def sample(
 
     A server keeps one batch going for ever: ``send(change)`` instead of the next step takes rows out and lets others
     join. A row says the same whoever sits beside it, and whenever it came.
+
+    ``cache`` holds what stands before ``ids``, and ``attention_mask`` covers that too: [batch, cached + prompt]. It
+    grows by ``ids`` and by every token that was yielded, but for the last. None: nothing stands before them.
     """
-    cache = model.backbone.new_cache()
+    cache = model.backbone.new_cache() if cache is None else cache
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     step, mask, ends = ids, attention_mask, _ends(sampling, len(ids), 0).to(ids.device)
     for position in itertools.count():

@@ -45,11 +45,13 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     import uvicorn
 
     from rlchat.api import create_api
-    from rlchat.chat import choose_device
     from rlchat.checkpoint import load_policy
+    from rlchat.devices import choose_device, choose_dtype
     from rlchat.engine import Engine
 
-    bundle = load_policy(options.model, choose_device(options.device))
+    device = choose_device(options.device)
+    bundle = load_policy(options.model, device)
+    bundle.model.to(choose_dtype(options.dtype, device))
     name = Path(options.model).stem
     engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting)
     api = create_api(
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--host", "the address to listen on; 0.0.0.0 is all", default="127.0.0.1", metavar="ADDRESS")
     option("--port", "the port to listen on; 0 is any that is free", type=_port, default=8000)
     option("--device", "where the model runs, as cpu or cuda", metavar="DEVICE")
+    option("--dtype", "the numbers it computes with, as float32 or bfloat16", metavar="DTYPE")
     option(
         "--feedback",
         "the file that 👍, 👎 and corrected replies are appended to, as training data",

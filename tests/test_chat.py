@@ -128,11 +128,11 @@ class Recorder:
         self.samplings: list[Sampling] = []
 
     def __call__(
-        self, model: object, ids: Tensor, mask: Tensor, sampling: Sampling, noise: object, **named: int
+        self, model: object, ids: Tensor, mask: Tensor, sampling: Sampling, noise: object, **named: object
     ) -> Iterator[Step]:
         assert mask.all()
         assert mask.shape == ids.shape
-        assert named == {"end_id": END, "pad_id": PAD}
+        assert {name: named[name] for name in ("end_id", "pad_id")} == {"end_id": END, "pad_id": PAD}
         self.prompts.append(ids[0].tolist())
         self.samplings.append(sampling)
         return iter(step(token) for token in (*b"ok", END))
@@ -142,6 +142,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr("rlchat.chat.sample", recorder)
+    monkeypatch.setattr("rlchat.chat.shorten", lambda cache, length: False)  # it fills no cache to go on from
     return recorder
 
 
@@ -313,6 +314,7 @@ def test_the_device_is_the_fastest_there_is(random_model: Path, monkeypatch: pyt
     monkeypatch.setattr("rlchat.chat.load_policy", load)
     for cuda, mps in [(True, True), (False, True), (False, False)]:
         monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
         monkeypatch.setattr("torch.backends.mps.is_available", lambda mps=mps: mps)
         with pytest.raises(UserError, match="all this test"):
             ChatInterface(random_model)

@@ -16,7 +16,7 @@ from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.feedback import MAX_CONTEXT, Correction, append_feedback, feedback_row
 from rlchat.formats import ranked_pairs, read_trees
-from rlchat.reward_model import LearnedQuality
+from rlchat.learned_quality import LearnedQuality
 from rlchat.rewards import Reply
 
 

@@ -284,6 +284,27 @@ def test_tokens_come_one_by_one_and_the_caller_may_stop() -> None:
     assert model.position == 2  # nothing is computed ahead
 
 
+@every_family
+def test_it_goes_on_from_a_cache(family: str) -> None:
+    """What stands in the cache is not fed again, and the words are those that the whole prompt would get."""
+    model, sampling, no_noise = policy(family), Sampling(4, temperature=0), addressed_uniforms(0, 0, rows(0))
+    (first,) = replies(model, [PROMPTS[0]], no_noise, sampling)
+    whole = [*PROMPTS[0], *first, 1, 2]
+    (expected,) = replies(model, [whole], no_noise, sampling)
+
+    cache = model.backbone.new_cache()
+    ids, mask = pad([PROMPTS[0]], PAD, "left")
+    said = list(sample(model, ids, mask, sampling, no_noise, end_id=END, pad_id=PAD, cache=cache))
+    assert [int(step.tokens) for step in said] == first
+    seen = len(PROMPTS[0]) + len(first) - 1  # the last token was drawn, and not fed
+    fed = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    rest, mask = torch.tensor([whole[seen:]]), torch.ones(1, len(whole), dtype=torch.bool)
+    steps = sample(model, rest, mask, sampling, no_noise, end_id=END, pad_id=PAD, cache=cache)
+    assert [int(step.tokens) for step in steps] == expected
+    assert fed == [3, 1, 1, 1][: len(expected)]
+
+
 def test_every_number_of_the_prompts_is_left_alone() -> None:
     ids, mask = pad(PROMPTS, PAD, "left")
     before = ids.clone(), mask.clone()
