@@ -20,6 +20,8 @@ from rlchat.errors import UserError
 if TYPE_CHECKING:
     from rlchat.replies import Limits
 
+# A connection may idle for so long: longer than clients let theirs, so that none is closed just as it is used again.
+_IDLE_SECONDS = 75
 _GRACE_SECONDS = 3  # that replies under way have to end when the server is told to
 
 
@@ -64,7 +66,12 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
         api_key=options.api_key or None,
     )
     config = uvicorn.Config(
-        api, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS
+        api,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
