@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 import uvicorn
 from torch import Tensor
@@ -25,6 +26,10 @@ from rlchat.generation import Sampling, addressed_uniforms, generate
 
 ROOT = Path(__file__).parents[1]
 SILENT = [sys.executable, "-W", "ignore", "-m", "rlchat"]
+
+
+# One for all: each client of its own would read the machine's certificates anew, which takes longer than most tests.
+HTTP = httpx.Client(timeout=60)
 
 
 class Server:

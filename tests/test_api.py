@@ -15,9 +15,10 @@ import httpx
 import openai
 import pytest
 from chat_models import chain, random_policy, scripted_policy
-from servers import Server, alone, serving, slow_down, wait_until
+from servers import HTTP, Server, alone, serving, slow_down, wait_until
 
 from rlchat.checkpoint import PolicyBundle
+from rlchat.engine import Piece, Ticket
 from rlchat.generation import Sampling
 from rlchat.replies import Limits
 from rlchat.tokenizer import ChatTokenizer
@@ -45,7 +46,7 @@ def ask(question: str = "Hi", **more: Any) -> dict[str, Any]:
 
 
 def post(server: Server, body: Any, path: str = "/v1/chat/completions", **more: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, timeout=60, **more)
+    return HTTP.post(f"{server.url}{path}", json=body, **more)
 
 
 def connect(server: Server) -> socket.socket:
@@ -213,7 +214,7 @@ def test_what_does_not_fit_is_dropped_and_told(server: Server) -> None:
 def test_bad_requests_are_told_what_is_wrong(server: Server, body: Any, sentence: str) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body)
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+    answer = HTTP.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert sentence in error["message"]
@@ -226,15 +227,15 @@ def test_a_lone_surrogate_harms_nobody(server: Server) -> None:
         (b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 3}', 200),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "model": "\\ud800"}', 404),
     ]:
-        assert httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers).status_code == status
+        assert HTTP.post(f"{server.url}/v1/chat/completions", content=body, headers=headers).status_code == status
 
 
 def test_other_paths_and_methods(server: Server) -> None:
-    assert httpx.get(f"{server.url}/nothing").json()["error"]["type"] == "not_found_error"
-    assert httpx.get(f"{server.url}/v1/chat/completions").status_code == 405
-    assert httpx.get(f"{server.url}/../etc/passwd").status_code == 404
-    assert httpx.get(f"{server.url}/docs").status_code == 404  # its page would load scripts from elsewhere
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert HTTP.get(f"{server.url}/nothing").json()["error"]["type"] == "not_found_error"
+    assert HTTP.get(f"{server.url}/v1/chat/completions").status_code == 405
+    assert HTTP.get(f"{server.url}/../etc/passwd").status_code == 404
+    assert HTTP.get(f"{server.url}/docs").status_code == 404  # its page would load scripts from elsewhere
+    assert HTTP.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 # -- limits --
@@ -318,22 +319,21 @@ def test_what_breaks_is_told(tokenizer: ChatTokenizer, tmp_path: Path, monkeypat
         assert "the model failed" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
 
 
-def test_time_runs_out(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    bundle = slow_down(random_policy(tokenizer), 0.02)
-    with serving(bundle, tmp_path / "f", rows=1, limits=Limits(max_seconds=0.4)) as server:
-        answers: list[httpx.Response] = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(post(server, ask(max_tokens=50, temperature=0))))
-            for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(answer.status_code for answer in answers) == [200, 503, 503]
-        (cut,) = (answer.json() for answer in answers if answer.status_code == 200)
+def test_time_runs_out(tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = slow_down(random_policy(tokenizer), 0.05)
+    with serving(bundle, tmp_path / "f", limits=Limits(max_seconds=1)) as server:
+        cut = post(server, ask(max_tokens=50, temperature=0)).json()  # which would take 2.5 seconds
         assert cut["choices"][0]["finish_reason"] == "length"
-        assert cut["usage"]["completion_tokens"] < 50
+        assert 0 < cut["usage"]["completion_tokens"] < 50
+
+        def too_late(tickets: list[Ticket]) -> None:
+            for ticket in tickets:
+                ticket.deliver(Piece("", 0, "expired"))
+
+        monkeypatch.setattr(server.engine, "submit", too_late)
+        answer = post(server, ask())
+        assert answer.status_code == 503
+        assert "did not come to this request in time" in answer.json()["error"]["message"]
 
 
 # -- feedback, metrics, the page --
@@ -370,9 +370,9 @@ def test_metrics(bundle: PolicyBundle, tmp_path: Path) -> None:
     with serving(bundle, tmp_path / "f") as server:
         usage = post(server, ask(max_tokens=5, temperature=0)).json()["usage"]
         post(server, ask(n=77))
-        httpx.get(f"{server.url}/made/up")
-        wait_until(lambda: "other" in httpx.get(f"{server.url}/metrics").text)
-        answer = httpx.get(f"{server.url}/metrics")
+        HTTP.get(f"{server.url}/made/up")
+        wait_until(lambda: "other" in HTTP.get(f"{server.url}/metrics").text)
+        answer = HTTP.get(f"{server.url}/metrics")
         assert answer.headers["Content-Type"].startswith("text/plain; version=")
         values = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
         path = 'path="/v1/chat/completions"'
@@ -385,7 +385,7 @@ def test_metrics(bundle: PolicyBundle, tmp_path: Path) -> None:
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(server: Server) -> None:
-    answer = httpx.get(server.url)
+    answer = HTTP.get(server.url)
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == "'none'"

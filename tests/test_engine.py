@@ -155,9 +155,9 @@ def test_whoever_goes_away_costs_no_more_tokens(tokenizer: ChatTokenizer) -> Non
 
 
 def test_time_runs_out(tokenizer: ChatTokenizer) -> None:
-    bundle = slow_down(random_policy(tokenizer), 0.02)
+    bundle = slow_down(random_policy(tokenizer), 0.05)
     engine = Engine(bundle, max_rows=1)
-    running, waiting = Reply(bundle, "Hi", Sampling(50), seconds=0.3), Reply(bundle, "Hi", seconds=0.1)
+    running, waiting = Reply(bundle, "Hi", Sampling(50), seconds=1.5), Reply(bundle, "Hi", seconds=0.3)
     engine.submit([running.ticket, waiting.ticket])
     assert waiting.wait() == ""
     assert waiting.finish == "expired"

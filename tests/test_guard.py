@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import httpx
 import pytest
 from chat_models import random_policy
-from servers import Server, serving
+from servers import HTTP, Server, serving
 
 from rlchat.tokenizer import ChatTokenizer
 
@@ -22,7 +21,7 @@ def server(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def status(server: Server, path: str = "/health", **headers: str) -> int:
-    return httpx.get(f"{server.url}{path}", headers=headers).status_code
+    return HTTP.get(f"{server.url}{path}", headers=headers).status_code
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_only_pages_of_this_server(server: Server, origin: str, expected: int) -
 
 def test_no_page_elsewhere_is_let_in_by_a_preflight(server: Server) -> None:
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
-    answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
+    answer = HTTP.options(f"{server.url}/v1/chat/completions", headers=headers)
     assert answer.status_code == 403
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
@@ -73,26 +72,26 @@ def test_a_form_elsewhere_cannot_post(server: Server) -> None:
     """Text that happens to be JSON, as a form can send without asking, is not taken for JSON."""
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "text/plain"}
     body = '{"messages": [{"role": "user", "content": "Hi"}], "reply": "Yo.", "verdict": "good"}'
-    assert httpx.post(f"{server.url}/feedback", content=body, headers=headers).status_code == 400
+    assert HTTP.post(f"{server.url}/feedback", content=body, headers=headers).status_code == 400
     assert not server.feedback.exists()
 
 
 def test_the_key(server: Server) -> None:
     for authorization in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer \xff"):
         headers = {"Authorization": authorization.encode("latin-1")}
-        answer = httpx.get(f"{server.url}/v1/models", headers=headers)
+        answer = HTTP.get(f"{server.url}/v1/models", headers=headers)
         assert answer.status_code == 401, authorization
         assert answer.json()["error"]["code"] == "invalid_api_key"
     for path in ("/v1/models", "/metrics", "/openapi.json"):
         assert status(server, path) == 401
         assert status(server, path, Authorization=f"Bearer {KEY}") == 200
     assert status(server, "/") == status(server, "/health") == 200
-    assert httpx.post(f"{server.url}/feedback", json={}).status_code == 401
+    assert HTTP.post(f"{server.url}/feedback", json={}).status_code == 401
 
 
 def test_every_answer_is_closed_to_others(server: Server) -> None:
     for path in ("/", "/nothing", "/health"):
-        headers = httpx.get(f"{server.url}{path}").headers
+        headers = HTTP.get(f"{server.url}{path}").headers
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["X-Frame-Options"] == "DENY"
         assert headers["Cross-Origin-Resource-Policy"] == "same-origin"

@@ -150,6 +150,13 @@ def test_regenerate_and_edit(page: Any, server: Server) -> None:
     page.locator(".editor").get_by_role("button", name="Send").click()
     expect(finished(page)).to_have_text(SAID)  # what came after is gone
     expect(page.locator(".message.user .text")).to_have_text("Uno")
+    page.get_by_role("button", name="Undo").click()  # … but not lost
+    expect(page.locator(".message.user .text")).to_have_text(["One", "Two"])
+    page.locator(".message.user").first.hover()
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_label("Send").first.fill("Uno")
+    page.keyboard.press("Enter")
+    expect(finished(page)).to_have_text(SAID)
     page.locator(".message.user").hover()
     page.get_by_role("button", name="Edit").click()
     page.keyboard.press("Escape")

@@ -11,12 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 import torch
 from chat_models import random_policy
-from servers import ROOT, alone, server_process
+from servers import HTTP, ROOT, alone, server_process
 
 from rlchat.__main__ import main
 from rlchat.checkpoint import PolicyBundle, save_bundle
@@ -60,7 +59,7 @@ def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyB
             assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == expected
 
         opinion = {"messages": body["messages"], "reply": expected, "verdict": "bad"}
-        assert httpx.post(f"{url}/feedback", json=opinion).status_code == 200
+        assert HTTP.post(f"{url}/feedback", json=opinion).status_code == 200
         (row,) = (folder / "kept" / "mine.jsonl").read_text().splitlines()
         assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot"
 
@@ -72,10 +71,10 @@ def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyB
 
 def test_a_key_from_the_environment_and_sigterm_in_mid_reply(folder: Path) -> None:
     with server_process("parrot.pt", cwd=folder, RLCHAT_API_KEY="s3cret") as (process, url):
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert HTTP.get(f"{url}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer s3cret"}
         body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "n": 16, "temperature": 2}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
+        with HTTP.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer:
             assert next(answer.iter_lines()).startswith("data: ")
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
