@@ -193,6 +193,7 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
     page.get_by_label("System message").fill("Be kind.")
     page.get_by_label("Longest reply, in tokens").fill("7")
     page.get_by_label("Seed").fill("42")
+    page.get_by_label("Top k").fill("9")
     send(page, "Füße 😀")
     finished(page)
     with page.expect_download() as download:
@@ -206,7 +207,7 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
         ("assistant", SAID[:7]),
     ]
     assert saved.model == "tiny"
-    assert saved.sampling == {"max_new_tokens": 7, "temperature": 0.7, "top_k": 0, "top_p": 1, "seed": 42}
+    assert saved.sampling == {"max_new_tokens": 7, "temperature": 0.7, "top_k": 9, "top_p": 1, "seed": 42}
     assert all(message.time for message in saved.messages[1:])
 
     messages = (
