@@ -28,8 +28,6 @@ from rlchat.rewards import Reply
 from rlchat.tokenizer import ChatTokenizer
 from rlchat.waiting import with_progress
 
-DEFAULT_MODEL = "checkpoints/rl_chat_model_tiktoken.pt"
-
 _SAMPLES = (
     "Hello, how are you?",
     "  two spaces,\ttabs\nand lines\r\n",
@@ -63,7 +61,7 @@ class ChatInterface:
 
     def __init__(
         self,
-        model_path: str | Path = DEFAULT_MODEL,
+        model_path: str | Path = "checkpoints/rl_chat_model_tiktoken.pt",
         *,
         device: str | None = None,
         dtype: str | None = None,
