@@ -15,12 +15,13 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlchat import commands
+from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.feedback import Correction, Verdict
 from rlchat.files import write_atomically
@@ -123,7 +124,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"loading {model} …", flush=True)
     # Not before the arguments are known to be good: this imports torch, which takes seconds.
     with no_garbage_collection():
-        from rlchat.batch_chat import as_json, reply_to_all
         from rlchat.chat import ChatInterface, sampling_from
 
         sampling = sampling_from(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
@@ -134,16 +134,7 @@ def _run(options: argparse.Namespace) -> int:
 
         talk.terminal = Terminal()
     if prompts is not None:
-        out = None if options.out is None else Path(options.out).expanduser()
-        if out is not None and not talk.may_write(out):
-            return _FAILED
-        text = as_json(reply_to_all(chat, prompts, sampling))
-        talk.tell_what_was_not_seen()
-        if out is None:
-            print(text, end="", flush=True)
-        else:
-            write_atomically(out, lambda file: file.write(text.encode("utf-8", errors="replace")))
-            talk.note(f"wrote {len(prompts)} replies to {out}")
+        talk.reply_to_all(prompts, None if options.out is None else Path(options.out).expanduser())
     elif question is not None:
         talk.say(question)
     else:
@@ -224,6 +215,29 @@ class Talk:
         self._seconds = time.perf_counter() - began
         print(stopped, flush=True)
         self.tell_what_was_not_seen()
+
+    def reply_to_all(self, prompts: Sequence[Conversation], out: Path | None) -> None:
+        """Writes the replies to ``prompts`` as JSON to ``out``, or to standard output where that is None.
+
+        Raises :class:`UserError` where ``out`` exists and there is nobody to ask.
+        """
+        from rlchat.batch_chat import as_json, reply_to_all
+        from rlchat.generation import Sampling
+
+        if out is not None and not self.may_write(out):
+            self.note("nothing was written")
+            return
+        text = as_json(reply_to_all(self.chat, prompts, Sampling(**self.how)))
+        if self.chat.dropped_messages or self.chat.cut_tokens:
+            self.note(
+                f"some prompts are longer than the model sees: {self.chat.dropped_messages} of their oldest messages "
+                f"and {self.chat.cut_tokens} tokens were left out"
+            )
+        if out is None:
+            print(text, end="", flush=True)
+        else:
+            write_atomically(out, lambda file: file.write(text.encode("utf-8", errors="replace")))
+            self.note(f"wrote {len(prompts)} replies to {out}")
 
     def tell_what_was_not_seen(self) -> None:
         """Notes that the last reply knew only a part of the conversation; of forgetting, when it begins."""

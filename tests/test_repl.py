@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -149,6 +150,23 @@ def test_mistakes_end_with_one_sentence(
     assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "warm") == 2
     assert "invalid float value: 'warm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"PK\x03\x04 and no more", "damaged, or no bundle of rlchat; make it again"),
+        (b"", "damaged, or no bundle of rlchat; make it again"),
+        (pickle.dumps(print), "holds something other than tensors and plain values, or is damaged; it was not opened"),
+    ],
+)
+def test_a_model_that_cannot_be_opened(
+    content: bytes, why: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.pt").write_bytes(content)
+    monkeypatch.setattr("warnings.showwarning", lambda *_, **__: pytest.fail("more than one sentence"))
+    assert pipe(monkeypatch, "Hi\n", "mine.pt") == 2
+    assert capsys.readouterr() == ("", f"rlchat: mine.pt: {why}\n")
 
 
 def test_help_is_instant() -> None:
