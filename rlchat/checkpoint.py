@@ -92,9 +92,7 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
         raise UserError(f"{path}: no such model; train one with `rlchat demo` or `rlchat fit`, or give its path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # torch's about other programs' pickles; one sentence is enough
+            warnings.simplefilter("ignore", UserWarning)  # torch's, about pickles of other programs
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
