@@ -131,6 +131,7 @@ def _retry(talk: Talk, _: str) -> None:
     if (text := talk.chat.undo()) is None:
         raise UserError("nothing was said yet; say something first")
     talk.say(text)
+    talk.chat.redo()  # where Ctrl-C came before the first word, the old reply stands
 
 
 def _test(talk: Talk, _: str) -> None:

@@ -489,6 +489,12 @@ def test_undo_takes_back_a_turn(byte_tokenizer: ChatTokenizer, tmp_path: Path) -
     assert chat.undo() == "a"
     assert chat.undo() is None
     assert chat.last_turn is None
+    chat.redo()
+    assert chat.history == turn("a", "Helo")
+    chat.undo()
+    chat.generate_response("c")
+    chat.redo()  # too late
+    assert chat.history == turn("c", "Helo")
 
 
 def test_feedback_on_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:

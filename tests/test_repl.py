@@ -200,6 +200,24 @@ def test_ctrl_c_keeps_what_was_said(
     assert [how["history"] for _, how in asked] == [0, 2]
 
 
+def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = ChatInterface.stream_response
+
+    def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
+        def stopped() -> Iterator[str]:
+            raise KeyboardInterrupt
+            yield
+
+        monkeypatch.setattr(ChatInterface, "stream_response", lambda *_, **__: stopped())
+        return stream(self, text, **how)
+
+    monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
+    pipe(monkeypatch, "Hi\nretry\nhistory\n", polite)
+    assert capsys.readouterr().err == f"you> Hi\nmodel> {REPLY}\n"
+
+
 def test_stray_bytes_end_no_chat(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
