@@ -42,4 +42,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'rlchat' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"rlchat.{_HOMES[name]}"), name)
+    from rlchat.quick_import import no_garbage_collection
+
+    with no_garbage_collection():
+        return getattr(import_module(f"rlchat.{_HOMES[name]}"), name)

@@ -28,8 +28,6 @@ from rlchat.rewards import Reply
 from rlchat.tokenizer import ChatTokenizer
 from rlchat.waiting import with_progress
 
-DEFAULT_MODEL = "checkpoints/rl_chat_model_tiktoken.pt"
-
 _SAMPLES = (
     "Hello, how are you?",
     "  two spaces,\ttabs\nand lines\r\n",
@@ -63,7 +61,7 @@ class ChatInterface:
 
     def __init__(
         self,
-        model_path: str | Path = DEFAULT_MODEL,
+        model_path: str | Path = "checkpoints/rl_chat_model_tiktoken.pt",
         *,
         device: str | None = None,
         dtype: str | None = None,
@@ -81,6 +79,7 @@ class ChatInterface:
         self.dropped_messages = 0
         self.cut_tokens = 0
         self._said: list[SavedMessage] = []
+        self._undone: list[SavedMessage] = []  # what the last undo took back, until something else is said
         self._last: Reply | None = None  # where it is the last of what was said, and was generated here
         self._sampling = Sampling()
         self._seen: tuple[Cache, list[int]] | None = None  # a cache, and the ids whose keys and values stand in it
@@ -108,8 +107,8 @@ class ChatInterface:
 
     def clear(self) -> None:
         """Forgets what was said; the system message stays."""
-        self._said = []
-        self._last = None
+        self._said, self._undone = [], []
+        self._last = self._seen = None
         self.dropped_messages = self.cut_tokens = 0
 
     def undo(self) -> str | None:
@@ -117,10 +116,15 @@ class ChatInterface:
         users = [number for number, message in enumerate(self._said) if message.role == "user"]
         if not users:
             return None
-        text = self._said[users[-1]].text
+        self._undone = self._said[users[-1] :]
         del self._said[users[-1] :]
         self._last = None
-        return text
+        return self._undone[0].text
+
+    def redo(self) -> None:
+        """Puts back what :meth:`undo` took back last, where nothing was said since."""
+        self._said += self._undone
+        self._undone = []
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes the conversation to ``path``, with the model and how it was last asked; whole or not at all.
@@ -302,6 +306,7 @@ class ChatInterface:
             if use_history and (finished or said):
                 reply = "".join(said)
                 self._said += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply, now())]
+                self._undone = []
                 self._last = Reply(reply, len(tokens), ended=tokens[-1:] == [self.tokenizer.end_id])
 
     def _row(self, prompt: str | Conversation, number: int, sampling: Sampling) -> list[int]:

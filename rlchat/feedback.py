@@ -47,7 +47,8 @@ def append_feedback(path: str | Path, prompt: Conversation, reply: str, verdict:
     ``model`` names who replied. Several processes may append at once; a line is there whole or not at all.
 
     Raises:
-        UserError: the reply, or its correction, is empty; the correction is the reply; the file cannot be written.
+        UserError: the message, the reply or its correction is empty; the correction is the reply; the file cannot be
+            written.
     """
     row = feedback_row(prompt, reply, verdict, model=model)
     line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -109,7 +110,7 @@ def _context(prompt: Conversation) -> list[Message]:
     while start < len(messages) and messages[start].role != "user":
         start += 1
     if start == len(messages):
-        raise ValueError("feedback is about the reply to a user's message, and this one is empty")
+        raise UserError("the message that was replied to is empty, and data has no place for that")
     return system + messages[start:]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlchat.errors import UserError
+from rlchat.quick_import import no_garbage_collection
 
 if TYPE_CHECKING:
     from rlchat.replies import Limits
@@ -44,12 +45,13 @@ def main(args: list[str]) -> int:
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
-    import uvicorn
+    with no_garbage_collection():
+        import uvicorn
 
-    from rlchat.api import create_api
-    from rlchat.checkpoint import load_policy
-    from rlchat.devices import choose_device, choose_dtype
-    from rlchat.engine import Engine
+        from rlchat.api import create_api
+        from rlchat.checkpoint import load_policy
+        from rlchat.devices import choose_device, choose_dtype
+        from rlchat.engine import Engine
 
     device = choose_device(options.device)
     bundle = load_policy(options.model, device)

@@ -154,6 +154,13 @@ def test_feedback_without_meaning_is_refused(tmp_path: Path, reply: str, verdict
     assert not (tmp_path / "f.jsonl").exists()
 
 
+def test_a_reply_to_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the message that was replied to is empty"):
+        append_feedback(tmp_path / "f.jsonl", asked("a", "b", " "), "Hi.", "good")
+    with pytest.raises(ValueError, match="does not end on one"):
+        append_feedback(tmp_path / "f.jsonl", Conversation((Message("assistant", "Hi."),)), "Hi.", "good")
+
+
 def test_a_line_too_long_for_the_reader_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"takes 9,000,\d+ bytes"):
         append_feedback(tmp_path / "f.jsonl", asked("x" * 9_000_000), "Oh.", "good")
