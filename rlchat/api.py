@@ -217,10 +217,12 @@ async def _events(
     for choice in range(len(replies)):
         opening = Delta(role="assistant", content="")
         yield event(ChunkChoice(index=choice, delta=opening, finish_reason=None), rlchat=replies.seen)
+    begun = False
     try:
         async for choice, piece in replies:
-            first_piece, begun = _nothing, first_piece
-            begun()
+            if not begun:
+                begun = True
+                first_piece()
             if piece.text:
                 yield event(ChunkChoice(index=choice, delta=Delta(content=piece.text), finish_reason=None))
             if piece.finish is not None:
@@ -231,10 +233,6 @@ async def _events(
     if wants_usage:
         yield event(usage=replies.usage)
     yield "data: [DONE]\n\n"
-
-
-def _nothing() -> None:
-    """What is done at every piece but the first."""
 
 
 def _reason(finish: Finish) -> Literal["stop", "length"]:
