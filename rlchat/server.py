@@ -106,15 +106,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="rlchat serve", description="A page, and an API in OpenAI's protocol, to talk with a model."
     )
 
-    def option(name: str, what: str, **more: object) -> None:
+    def option(name: str, what: str, usual: str = "%(default)s", **more: object) -> None:
         more.setdefault("metavar", "N")
-        parser.add_argument(name, help=f"{what} (default: %(default)s)", **more)  # type: ignore[arg-type]
+        parser.add_argument(name, help=f"{what} (default: {usual})", **more)  # type: ignore[arg-type]
 
     option("model", "a model bundle", nargs="?", default="checkpoints/rl_chat_model_tiktoken.pt", metavar="MODEL")
     option("--host", "the address to listen on; 0.0.0.0 is all", default="127.0.0.1", metavar="ADDRESS")
     option("--port", "the port to listen on; 0 is any that is free", type=_port, default=8000)
-    option("--device", "where the model runs, as cpu or cuda", metavar="DEVICE")
-    option("--dtype", "the numbers it computes with, as float32 or bfloat16", metavar="DTYPE")
+    option("--device", "where the model runs, as cpu or cuda", "the fastest there is", metavar="DEVICE")
+    option("--dtype", "the numbers it computes with, as float32", "bfloat16 on CUDA, else float32", metavar="DTYPE")
     option(
         "--feedback",
         "the file that 👍, 👎 and corrected replies are appended to, as training data",
@@ -127,7 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="what clients must show; better in the environment, as RLCHAT_API_KEY (default: nothing)",
     )
-    option("--allow-host", "a name by which clients may call this server", action="append", default=[], metavar="NAME")
+    option(
+        "--allow-host",
+        "a name by which clients may call this server; may be repeated",
+        "localhost and any address",
+        action="append",
+        default=[],
+        metavar="NAME",
+    )
     option("--max-rows", "replies generated at a time", type=_positive, default=64)
     option("--max-waiting", "replies that may wait for their turn; more get status 429", type=_positive, default=256)
     option("--max-tokens", "tokens of a reply at most", type=_positive, default=1_024)
