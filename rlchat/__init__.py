@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlchat.chat import ChatInterface
     from rlchat.data import OASST2DataModule
+    from rlchat.learned_quality import LearnedQuality
     from rlchat.ppo import PPOModule
-    from rlchat.reward_model import LearnedQuality, RewardModelModule
+    from rlchat.reward_model import RewardModelModule
     from rlchat.rewards import Reward
     from rlchat.sft import SFTModule
     from rlchat.tokenizer import ChatTokenizer
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ChatInterface": "chat",
     "ChatTokenizer": "tokenizer",
-    "LearnedQuality": "reward_model",
+    "LearnedQuality": "learned_quality",
     "OASST2DataModule": "data",
     "PPOModule": "ppo",
     "Reward": "rewards",
@@ -41,4 +42,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'rlchat' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"rlchat.{_HOMES[name]}"), name)
+    from rlchat.quick_import import no_garbage_collection
+
+    with no_garbage_collection():
+        return getattr(import_module(f"rlchat.{_HOMES[name]}"), name)

@@ -14,6 +14,7 @@ COMMANDS = {
     "test": "measure a model on conversations that chose nothing",
     "predict": "write replies for a file of prompts as JSONL",
     "chat": "talk with a model",
+    "serve": "a page and an API to talk with a model: rlchat serve, then http://127.0.0.1:8000",
     "tokenizer": "make a tiktoken rank file from your own data",
 }
 
@@ -62,6 +63,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat import repl
 
         return repl.main
+    if command == "serve":
+        from rlchat import server
+
+        return server.main
     if command == "demo":
         from rlchat import demo
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,13 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from rlchat.caches import Cache, EncoderCache
 from rlchat.errors import UserError
 
 log = logging.getLogger("rlchat")
 
 # Families that need our own attention; the number is the position that their first token has.
 ENCODERS = {"distilbert": 0, "bert": 0, "electra": 0, "roberta": None, "xlm-roberta": None, "camembert": None}
-
-
-class EncoderCache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
-    """Keys and values of each attention layer. No dict, because FSDP2 moves dicts to its device as copies."""
-
-
-Cache = DynamicCache | EncoderCache
 
 
 class Backbone(nn.Module):

@@ -6,6 +6,7 @@ A bundle holds tensors and plain values, loads with ``weights_only=True``, and n
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +115,9 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such model; train one with `rlchat demo` or `rlchat fit`, or give its path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, about pickles of other programs
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds something other than tensors and plain values, or is damaged; it was not opened"

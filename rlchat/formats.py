@@ -257,20 +257,20 @@ class _Forest:
             end = len(messages)
             while end and messages[end - 1].role != "assistant":
                 end -= 1
-            self._grow(_tree_id(messages), [Conversation(messages[:end])] if end else [], prompts)
+            self._grow(tree_id_of(messages), [Conversation(messages[:end])] if end else [], prompts)
         elif kind == "prompt":
             prompt = prompt_row(row)
-            self._grow(_tree_id(prompt.messages), [], [prompt])
+            self._grow(tree_id_of(prompt.messages), [], [prompt])
         elif kind == "text":
             response = text_row(row)
-            self._grow(_tree_id([response]), [Conversation((response,))], [Conversation((), (response,))])
+            self._grow(tree_id_of([response]), [Conversation((response,))], [Conversation((), (response,))])
         else:
             pair = pair_row(row) if kind == "pair" else hh_pair_row(row)
             if pair.flaw is not None:
                 self.dropped[pair.flaw] += 1
             elif pair.prompt is not None:
                 better = pair.prompt.references[0]
-                self._grow(_tree_id(pair.prompt.messages), [pair.prompt.with_reply(better)], [pair.prompt])
+                self._grow(tree_id_of(pair.prompt.messages), [pair.prompt.with_reply(better)], [pair.prompt])
 
     def trees(self) -> list[Tree]:
         """All that was added, linked, selected and merged."""
@@ -299,7 +299,7 @@ class _Forest:
         growing.prompts += prompts
 
 
-def _tree_id(opening: Iterable[Message]) -> str:
+def tree_id_of(opening: Iterable[Message]) -> str:
     """A stable name of all rows that open with the same user message (or, without one, the same message)."""
     messages = tuple(opening)
     text = next((message.text for message in messages if message.role == "user"), messages[0].text)

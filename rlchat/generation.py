@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rlchat.caches import Cache, append_rows, can_append, drop_columns, keep_rows
 from rlchat.model import RLChatModel
+from rlchat.padding import pad
 
 Uniforms = Callable[[int], Tensor]
 """Position in the reply → one number in [0, 1) for each row, [batch]: all the randomness that sampling uses."""
@@ -46,6 +50,20 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Who leaves a batch and who joins it between two tokens; what the caller of :func:`sample` may send for a step.
+
+    ``sampling`` and ``uniforms`` are those of the new batch: the rows that stay, then the rows that join. Positions go
+    on counting from the first token of the batch.
+    """
+
+    keep: Sequence[int]  # the rows that stay, by their number in the batch as it was
+    prompts: Sequence[Sequence[int]]  # the rows that join: ids, two or more each
+    sampling: Sequence[Sampling]
+    uniforms: Uniforms
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """Sampled replies. ``mask`` is True where a token was sampled, the end marker included."""
 
@@ -60,41 +78,94 @@ def sample(
     model: RLChatModel,
     ids: Tensor,
     attention_mask: Tensor,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     uniforms: Uniforms,
     *,
     end_id: int,
     pad_id: int,
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
-) -> Iterator[Step]:
-    """Yields the next token of every row until each has ended or ``max_new_tokens`` are out.
+    cache: Cache | None = None,
+) -> Generator[Step, Change | None, None]:
+    """Yields the next token of every row until each has ended or its ``max_new_tokens`` are out.
 
-    ``ids`` [batch, prompt] are left-padded prompts, ``attention_mask`` True on their real tokens. A row that has ended
-    yields ``pad_id``. The caller may stop at any token. The model should be in eval mode: dropout would sample from
-    another distribution than the one that is trained. ``goes_on`` says of the rows that are ``alive`` [batch] whether
-    there is another step; processes that hold a model in shards have to agree on it.
+    ``ids`` [batch, prompt] are left-padded prompts, ``attention_mask`` True on their real tokens. ``sampling`` is one
+    for all rows, or one for each. A row that has ended yields ``pad_id``. The caller may stop at any token. The model
+    should be in eval mode: dropout would sample from another distribution than the one that is trained. ``goes_on``
+    says of the rows that are ``alive`` [batch] whether there is another step; processes that hold a model in shards
+    have to agree on it.
+
+    A server keeps one batch going for ever: ``send(change)`` instead of the next step takes rows out and lets others
+    join. A row says the same whoever sits beside it, and whenever it came.
+
+    ``cache`` holds what stands before ``ids``, and ``attention_mask`` covers that too: [batch, cached + prompt]. It
+    grows by ``ids`` and by every token that was yielded, but for the last. None: nothing stands before them.
     """
-    cache = model.backbone.new_cache()
+    cache = model.backbone.new_cache() if cache is None else cache
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    step, mask = ids, attention_mask
-    for position in range(sampling.max_new_tokens):
+    step, mask, ends = ids, attention_mask, _ends(sampling, len(ids), 0).to(ids.device)
+    for position in itertools.count():
         hidden = model(step, mask, cache)[:, -1]
         drawn = choose(model.logits(hidden), sampling, uniforms(position).to(ids.device))
         token = torch.where(alive, drawn.tokens, pad_id)
-        yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
+        change = yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
         # A finished row goes on as padding, unseen by itself: its positions and the others' stay as they are.
         mask = torch.cat([mask, alive[:, None]], 1)
-        alive = alive & (token != end_id)
+        alive = alive & (token != end_id) & (position + 1 < ends)
+        step = token[:, None]
+        if change is not None:
+            sampling, uniforms = change.sampling, change.uniforms
+            joining, keep = len(change.prompts), torch.tensor(change.keep, dtype=torch.long, device=ids.device)
+            step, mask = _change_rows(model, cache, step, mask, keep, change.prompts, pad_id)
+            alive = torch.cat([alive[keep], alive.new_ones(joining)])
+            ends = torch.cat([ends[keep], _ends(sampling[len(keep) :], joining, position + 1).to(ids.device)])
         if not goes_on(alive):
             return
-        step = token[:, None]
+
+
+def _ends(sampling: Sampling | Sequence[Sampling], rows: int, position: int) -> Tensor:
+    """Long [rows]: the positions that rows which begin at ``position`` do not reach."""
+    each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
+    return torch.tensor([position + one.max_new_tokens for one in each], dtype=torch.long)
+
+
+def _change_rows(
+    model: RLChatModel,
+    cache: Cache,
+    step: Tensor,
+    mask: Tensor,
+    keep: Tensor,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Brings ``cache`` to the new batch; returns its next tokens [batch, 1] and its mask [batch, columns + 1].
+
+    The prompts that join are read up to their last token, which is the next that their rows see. Raises ValueError for
+    a backbone whose cache cannot take them in.
+    """
+    keep_rows(cache, keep)
+    step, mask = step[keep], mask[keep]
+    if not can_append(cache):
+        if prompts:
+            raise ValueError("the cache of this backbone takes no rows in; let the batch end first")
+        return step, mask
+    if prompts:
+        ids, theirs = (rows.to(step.device) for rows in pad(prompts, pad_id, "left"))
+        read = model.backbone.new_cache()
+        model(ids[:, :-1], theirs[:, :-1], read)
+        append_rows(cache, read)
+        width = max(mask.shape[1], theirs.shape[1])
+        step = torch.cat([step, ids[:, -1:]])
+        mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (mask, theirs)])
+    unused = int(mask.any(0).int().argmax())  # columns that only those who left had filled
+    drop_columns(cache, unused)
+    return step, mask[:, unused:]
 
 
 def generate(
     model: RLChatModel,
     ids: Tensor,
     attention_mask: Tensor,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     uniforms: Uniforms,
     *,
     end_id: int,
@@ -107,8 +178,13 @@ def generate(
     return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1), logprobs=logprobs)
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Step:
-    """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1)."""
+def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Tensor) -> Step:
+    """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1).
+
+    ``sampling`` is one for all rows, or one for each.
+    """
+    if not isinstance(sampling, Sampling):
+        return _choose_each(logits, sampling, uniform)
     if sampling.temperature == 0:
         return Step(logits.argmax(-1), torch.zeros_like(logits[:, 0]))
     logits = logits / sampling.temperature
@@ -122,6 +198,20 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Step:
     return Step(tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log())
 
 
+def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) -> Step:
+    """Rows that are drawn alike are drawn together: in a crowd most are."""
+    alike: dict[Sampling, list[int]] = {}
+    for row, one in enumerate(sampling):
+        alike.setdefault(replace(one, max_new_tokens=1), []).append(row)
+    if len(alike) == 1:
+        return choose(logits, sampling[0], uniform)
+    tokens, logprobs = torch.empty_like(uniform, dtype=torch.long), torch.empty_like(uniform)
+    for one, numbers in alike.items():
+        rows = torch.tensor(numbers, device=logits.device)
+        tokens[rows], logprobs[rows] = choose(logits[rows], one, uniform[rows])
+    return Step(tokens, logprobs)
+
+
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first token at which the cumulative probability passes ``uniform`` [batch]; never one of probability 0."""
     cumulative = probabilities.cumsum(-1)
@@ -133,16 +223,17 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
-def addressed_uniforms(seed: int, stream: int, rows: Tensor) -> Uniforms:
+def addressed_uniforms(seed: int | Tensor, stream: int, rows: Tensor, start: int | Tensor = 0) -> Uniforms:
     """Noise that is looked up, not consumed: a number for each (seed, stream, row, position).
 
     ``stream`` is the iteration; ``rows`` Long [batch] are global row numbers. Whoever asks for the same address gets
-    the same number, on any device, in any order, in any number of processes.
+    the same number, on any device, in any order, in any number of processes. Where rows came into a batch one after
+    the other, ``seed`` and ``start``, the position that is each one's first, are Long [batch].
     """
-    base = _mix(_mix(_mix(torch.tensor(seed)) ^ stream) ^ rows.cpu())
+    base = _mix(_mix(_mix(torch.as_tensor(seed)) ^ stream) ^ rows.cpu())
 
     def uniforms(position: int) -> Tensor:
-        return (_shift(_mix(base ^ position), 40)).to(torch.float32) / 2**24
+        return (_shift(_mix(base ^ (position - start)), 40)).to(torch.float32) / 2**24
 
     return uniforms
 
@@ -155,10 +246,9 @@ def generator_uniforms(generator: torch.Generator, batch: int) -> Uniforms:
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Keeps the likeliest tokens that together have at least ``top_p`` (Holtzman et al. 2020)."""
     ordered, order = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    return logits.masked_fill(
-        torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p), -torch.inf
-    )
+    left_out = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1) >= top_p
+    left_out[..., 0] = False  # however small top_p is: as float32 it may be 0
+    return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlchat.backbones import Backbone, Cache
+from rlchat.backbones import Backbone
+from rlchat.caches import Cache
 
 # Logits made at one time: 64 million numbers, 256 MiB. More tokens than that are taken in chunks whose logits are made
 # again in the backward pass, so that no [batch · time, vocabulary] tensor exists with a vocabulary of 100,000.

@@ -18,7 +18,7 @@ from rlchat.checkpoint import PolicyBundle, load_reward_model
 from rlchat.conversation import Conversation, Message
 from rlchat.data import PromptBatch, SequenceBatch
 from rlchat.errors import UserError
-from rlchat.generation import Sampling, Uniforms, addressed_uniforms
+from rlchat.generation import Sampling, addressed_uniforms
 from rlchat.model import Critic, RLChatModel
 from rlchat.padding import pad
 from rlchat.policy import VALIDATION_STREAM, PolicyModule
@@ -164,8 +164,8 @@ class RolloutModule(PolicyModule):
             # A process that has nobody left takes part all the same: a model that lies in shards needs everybody.
             waiting = torch.tensor(speaking or [0])
             ids, mask = pad([talks[row].ids for row in waiting.tolist()], self.tokenizer.pad_id, "left")
-            noise = addressed_uniforms(self.noise_seed, stream, rows.cpu()[waiting])
-            noise = _later_noise(noise, turn * self.sampling.max_new_tokens)
+            start = -turn * self.sampling.max_new_tokens  # each turn has noise of its own
+            noise = addressed_uniforms(self.noise_seed, stream, rows.cpu()[waiting], start)
             said = self.generate(ids.to(self.device), mask.to(self.device), self.sampling, noise)
             for row, reply, tokens, logprobs in zip(
                 speaking, self.read(said), said.ids.tolist(), said.logprobs.tolist(), strict=False
@@ -377,11 +377,6 @@ class _Talk:
         self.ids += ids
         self.reply_of += [-1] * len(ids)
         self.logprobs += [0.0] * len(ids)
-
-
-def _later_noise(noise: Uniforms, first: int) -> Uniforms:
-    """``noise`` from the position ``first`` on."""
-    return lambda position: noise(first + position)
 
 
 def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:

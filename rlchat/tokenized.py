@@ -11,10 +11,9 @@ import json
 import logging
 import os
 import pickle
-import time
 import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -27,6 +26,7 @@ from rlchat.errors import UserError
 from rlchat.files import write_atomically
 from rlchat.formats import Tree, ranked_pairs
 from rlchat.tokenizer import ChatTokenizer, Rendered
+from rlchat.waiting import with_progress
 
 _log = logging.getLogger("rlchat")
 
@@ -34,7 +34,6 @@ _log = logging.getLogger("rlchat")
 CACHE_VERSION = 4
 # Markers and an opening leave no room for words in fewer tokens than these.
 MIN_PROMPT_LENGTH = 8
-PROGRESS_AFTER_SECONDS = 2.0
 
 T = TypeVar("T")
 Task = Literal["sft", "reward", "ppo"]
@@ -190,7 +189,7 @@ def tokenize_trees(
     """Everything that ``needs.task`` asks of ``trees``, rendered and truncated; see :func:`contrasted`."""
     tally = _Tally()
     sequences, ranked, prompts = _SequenceBuilder(), _RankedBuilder(), _PromptBuilder()
-    for index, tree in enumerate(_with_progress(trees, "tokenising", progress)):
+    for index, tree in enumerate(with_progress(trees, "tokenising", progress)):
         if needs.task in ("sft", "ppo"):
             for thread in tree.threads:
                 sequences.add(thread, index, needs, tally)
@@ -430,26 +429,3 @@ def _ragged_to_state(rows: Ragged) -> tuple[Tensor, Tensor]:
 
 def _long(values: array[int]) -> Tensor:
     return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
-
-
-def _with_progress(items: Sequence[T], what: str, show: bool) -> Iterator[T]:
-    """``items``, with a progress bar once they have taken a while."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    show = show and console.is_terminal
-    bar: Progress | None = None
-    began = time.monotonic()
-    try:
-        for done, item in enumerate(items):
-            if bar is None and show and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
-                bar = Progress(console=console, transient=True)
-                task = bar.add_task(what, total=len(items))
-                bar.start()
-            if bar is not None:
-                bar.update(task, completed=done)
-            yield item
-    finally:
-        if bar is not None:
-            bar.stop()

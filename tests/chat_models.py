@@ -12,7 +12,7 @@ from rlchat.conversation import Conversation
 from rlchat.tokenizer import ChatTokenizer
 
 
-def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0) -> PolicyBundle:
+def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0, hidden_dim: int = 0) -> PolicyBundle:
     """An untrained model that says anything, with weights large enough for its words to depend on all before them."""
     torch.manual_seed(seed)
     shape = {
@@ -27,7 +27,7 @@ def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0)
         for weight in backbone.parameters():
             if weight.dim() == 2:
                 weight.normal_(std=0.3)
-    return PolicyBundle(new_policy(backbone, tokenizer), tokenizer, max_length)
+    return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim), tokenizer, max_length)
 
 
 def scripted_policy(tokenizer: ChatTokenizer, follows: Mapping[int, int], max_length: int = 64) -> PolicyBundle:

@@ -23,7 +23,8 @@ from transformers import (
     RobertaModel,
 )
 
-from rlchat.backbones import Backbone, EncoderCache, _causal_mask
+from rlchat.backbones import Backbone, _causal_mask
+from rlchat.caches import EncoderCache, shorten
 from rlchat.errors import UserError
 
 VOCABULARY = 40
@@ -129,6 +130,36 @@ def test_a_hole_in_the_cache_is_not_seen(family: str) -> None:
     hidden = cached(backbone, ids, mask, (4, 1, 1, 1, 1))
     torch.testing.assert_close(hidden[0], backbone(*row(*IDS))[0], atol=1e-5, rtol=0)
     assert hidden.isfinite().all()
+
+
+@every_family
+@torch.no_grad()
+def test_a_shortened_cache_has_seen_no_more(family: str) -> None:
+    backbone = build(family)
+    cache = backbone.new_cache()
+    backbone(*row(*IDS[:3], 33, 34, 35), cache)
+    assert shorten(cache, 3)
+    assert shorten(cache, 3)  # nothing more to cut
+    rest, _ = row(*IDS[3:])
+    hidden = backbone(rest, torch.ones(1, 8, dtype=torch.bool), cache)
+    torch.testing.assert_close(hidden, backbone(*row(*IDS))[:, 3:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_window_knows_nothing_to_go_back_to() -> None:
+    backbone = build("mistral", sliding_window=4)
+    cache = backbone.new_cache()
+    backbone(*row(*IDS), cache)
+    assert shorten(cache, 8)
+    assert not shorten(cache, 7)
+
+
+@torch.no_grad()
+def test_a_cache_cannot_be_lengthened() -> None:
+    backbone = build("llama")
+    cache = backbone.new_cache()
+    backbone(*row(*IDS[:3]), cache)
+    assert not shorten(cache, 4)
 
 
 def test_an_encoder_sees_the_past_and_itself_by_hand() -> None:

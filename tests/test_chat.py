@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from chat_models import chain, random_policy, scripted_policy
+from full_disk import largest_file
 from torch import Tensor
 
 import rlchat
 from rlchat.chat import ChatInterface
 from rlchat.checkpoint import save_bundle
-from rlchat.conversation import Message
+from rlchat.conversation import Conversation, Message
+from rlchat.conversation_files import load_conversation
 from rlchat.errors import UserError
+from rlchat.feedback import Correction
 from rlchat.generation import Sampling, Step
+from rlchat.rewards import Reply
 from rlchat.tokenizer import ChatTokenizer
 
 PAD, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # of byte_tokenizer
@@ -128,11 +133,11 @@ class Recorder:
         self.samplings: list[Sampling] = []
 
     def __call__(
-        self, model: object, ids: Tensor, mask: Tensor, sampling: Sampling, noise: object, **named: int
+        self, model: object, ids: Tensor, mask: Tensor, sampling: Sampling, noise: object, **named: object
     ) -> Iterator[Step]:
         assert mask.all()
         assert mask.shape == ids.shape
-        assert named == {"end_id": END, "pad_id": PAD}
+        assert {name: named[name] for name in ("end_id", "pad_id")} == {"end_id": END, "pad_id": PAD}
         self.prompts.append(ids[0].tolist())
         self.samplings.append(sampling)
         return iter(step(token) for token in (*b"ok", END))
@@ -142,6 +147,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr("rlchat.chat.sample", recorder)
+    monkeypatch.setattr("rlchat.chat.shorten", lambda cache, length: False)  # it fills no cache to go on from
     return recorder
 
 
@@ -260,6 +266,280 @@ def test_a_random_model_says_no_special_token_and_no_broken_piece(random_model: 
         assert "<|" not in "".join(pieces)
 
 
+# -- the cache that lasts from turn to turn --
+
+
+def counted(chat: ChatInterface) -> list[int]:
+    """How many tokens the model is fed at a time, from now on."""
+    fed: list[int] = []
+    chat.model.backbone.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    return fed
+
+
+QUESTIONS = ["Hello, how are you?", "And what is that?", "Why?", "I do not know."]
+
+
+def test_what_was_said_is_fed_once(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list(b"Helo"))
+    fed = counted(chat)
+    chat.generate_response("ab", 8)
+    assert fed == [5, 1, 1, 1, 1]  # the question with its markers; each letter; the end marker was drawn, and not fed
+    del fed[:]
+    chat.generate_response("c", 8)
+    assert fed == [5, 1, 1, 1, 1]  # the end marker, and c with its markers
+    del fed[:]
+    chat.generate_response("d", 3)
+    assert fed == [5, 1, 1]  # stopped by the limit: H and e are fed, l is not
+    del fed[:]
+    chat.generate_response("e", 3)
+    assert fed == [6, 1, 1]  # l, the end marker, and e with its markers
+    assert chat.dropped_messages == 0
+    del fed[:]
+    chat.generate_response("f" * 55, 3)  # nothing else fits beside that; all that is alike is the first marker
+    assert chat.dropped_messages == 8
+    assert fed == [57, 1, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replies_are_the_same_without_the_cache(
+    tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    save_bundle(tmp_path / "model.pt", random_policy(tokenizer, max_length=512))
+
+    def talk() -> tuple[tuple[Message, ...], int]:
+        chat = ChatInterface(tmp_path / "model.pt", device="cpu", seed=3)
+        fed = counted(chat)
+        for question in QUESTIONS * 2:
+            chat.generate_response(question, 8, temperature)
+        return chat.history, sum(fed)
+
+    said, fed = talk()
+    monkeypatch.setattr("rlchat.chat.shorten", lambda cache, length: False)
+    said_without, fed_without = talk()
+    assert said == said_without
+    assert fed < fed_without / 2
+
+
+def test_a_conversation_that_was_changed_is_read_anew(random_model: Path, tmp_path: Path) -> None:
+    """Undo, a correction, Ctrl-C, a loaded file, another system message, a question aside: never stale words."""
+    chat = ChatInterface(random_model, device="cpu")
+
+    def check() -> None:
+        fresh = ChatInterface(random_model, device="cpu")
+        chat.save(tmp_path / "talk.json", overwrite=True)
+        fresh.load(tmp_path / "talk.json")
+        assert chat.generate_response("So?", 6, 0) == fresh.generate_response("So?", 6, 0)
+
+    chat.generate_response("Hello", 6, 0)
+    chat.generate_response("aside", 6, 0, use_history=False)
+    check()
+    chat.undo()
+    check()
+    chat.judge(Correction("I am fine."), tmp_path / "feedback.jsonl")
+    check()
+    chat.system = "Be brief."
+    check()
+    chat.clear()
+    stream = chat.stream_response("Hello", 30, 0)
+    next(stream)
+    stream.close()
+    check()
+
+
+def test_ctrl_c_within_the_model_leaves_no_half_in_the_cache(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, fresh = (ChatInterface(random_model, device="cpu") for _ in range(2))
+    last_layer = chat.model.backbone.transformer.layers[-1]
+    calls = []
+
+    def interrupt(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    hook = last_layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat.generate_response("Hello", 30, 0)
+    hook.remove()
+    said = chat.history[-1].text
+    assert 0 < len(chat.tokenizer.encode(said)) <= 3
+    fed = counted(chat)
+    reply = chat.generate_response("So?", 6, 0)
+    assert fed[0] < len(chat.tokenizer.encode("HelloSo?")) + 3 + len(chat.tokenizer.encode(said))
+    fresh._said = chat._said[:2]
+    assert fresh.generate_response("So?", 6, 0) == reply
+
+
+# -- many prompts at once --
+
+
+PROMPTS = ["Hello", "And what is that? I do not know.", "Why?", "Hello, how are you?", "x", "y", "<|end|>"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_batch_says_what_each_alone_would(random_model: Path, batch_size: int) -> None:
+    chat = ChatInterface(random_model, device="cpu")
+    alone = [chat.generate_response(prompt, 10, 0, use_history=False) for prompt in PROMPTS]
+    assert len(set(alone)) > 3
+    fed = counted(chat)
+    assert chat.batch(PROMPTS, 10, 0, batch_size=batch_size) == alone
+    assert len(fed) <= 10 * -(-len(PROMPTS) // batch_size)  # of the model's passes, one serves a whole batch
+    assert chat.history == ()
+
+
+def test_a_batch_near_the_end_of_the_context(random_model: Path) -> None:
+    """Of 64 tokens, a prompt may have half; the longer it is, the fewer are left to its reply."""
+    chat = ChatInterface(random_model, device="cpu")
+    prompts = [*PROMPTS, "Hello, how are you? " * 20]
+    alone = [chat.generate_response(prompt, 60, 0, use_history=False) for prompt in prompts]
+    assert chat.cut_tokens > 0
+    cut = chat.cut_tokens
+    assert chat.batch(prompts, 60, 0) == alone
+    assert chat.cut_tokens == cut
+
+
+def test_the_noise_of_a_batch_is_each_prompts_own(random_model: Path) -> None:
+    def talk(seed: int, batch_size: int) -> list[str]:
+        return ChatInterface(random_model, device="cpu", seed=seed).batch(["Hello"] * 5, 10, 1.0, batch_size=batch_size)
+
+    assert talk(1, 5) == talk(1, 2)
+    assert len(set(talk(1, 5))) > 1
+    assert talk(1, 5) != talk(2, 5)
+
+
+def test_a_batch_of_conversations(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list("Helo 🙂".encode()))
+    chat.system = "S"
+    talk = Conversation((Message("user", "a"), Message("assistant", "b"), Message("user", "c")))
+    replies = chat.batch_replies(["Hi", talk], 8, 0)
+    assert replies == [Reply("Helo ", 8, False)] * 2  # the character that the limit cuts is left out
+    assert chat.batch(["Hi", talk], 9, 0) == ["Helo 🙂"] * 2
+    assert chat.batch([]) == []
+
+
+def test_a_batch_shows_its_progress(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = ChatInterface(random_model, device="cpu")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    chat.batch(PROMPTS, 2, 0, batch_size=2)
+    assert capsys.readouterr().err == ""  # that was quick
+    monkeypatch.setattr("rlchat.waiting.PROGRESS_AFTER_SECONDS", 0.0)
+    chat.batch(PROMPTS, 2, 0, batch_size=2)
+    assert "replying" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", ["", " \n", Conversation((Message("assistant", "Hi"),)), Conversation(())])
+def test_an_empty_prompt_is_named(random_model: Path, empty: str | Conversation) -> None:
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        ChatInterface(random_model).batch(["Hello", empty])
+
+
+# -- files, feedback and the rest of a conversation --
+
+
+def test_a_saved_conversation_goes_on(random_model: Path, tmp_path: Path) -> None:
+    chat = ChatInterface(random_model, device="cpu", seed=5)
+    chat.system = "Be brief."
+    chat.generate_response("Hello", 5, 0.5, top_k=3)
+    chat.save(tmp_path / "talk.json")
+    with pytest.raises(UserError, match="exists"):
+        chat.save(tmp_path / "talk.json")
+    saved = load_conversation(tmp_path / "talk.json")
+    assert saved.model == "random.pt"
+    assert saved.sampling == {"max_new_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 1.0, "seed": 5}
+    assert [message.role for message in saved.messages] == ["system", "user", "assistant"]
+    assert all(message.time for message in saved.messages[1:])
+
+    other = ChatInterface(random_model, device="cpu")
+    other.generate_response("Something else", 5)
+    assert other.load(tmp_path / "talk.json") == saved
+    assert (other.system, other.history) == (chat.system, chat.history)
+    assert other.generate_response("So?", 6, 0) == chat.generate_response("So?", 6, 0)
+
+
+def test_a_file_that_cannot_be_loaded_harms_nothing(random_model: Path, tmp_path: Path) -> None:
+    chat = ChatInterface(random_model, device="cpu")
+    chat.generate_response("Hello", 5)
+    before = chat.history
+    (tmp_path / "damaged.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        chat.load(tmp_path / "damaged.json")
+    with largest_file(10), pytest.raises(UserError, match="File too large"):
+        chat.save(tmp_path / "talk.json")
+    assert chat.history == before
+
+
+def test_an_older_file(random_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"conversation_history": [{"user": "Hi", "assistant": "Hello!"}]}')
+    chat = ChatInterface(random_model, device="cpu")
+    chat.system = "Be brief."
+    chat.load(tmp_path / "old.json")
+    assert (chat.system, chat.history) == (None, turn("Hi", "Hello!"))
+    assert chat.last_turn == (Conversation((Message("user", "Hi"),)), Reply("Hello!", 3, True))
+
+
+def test_undo_takes_back_a_turn(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat = scripted(byte_tokenizer, tmp_path, list(b"Helo"))
+    for question in ("a", "b"):
+        chat.generate_response(question)
+    assert chat.undo() == "b"
+    assert chat.history == turn("a", "Helo")
+    assert chat.undo() == "a"
+    assert chat.undo() is None
+    assert chat.last_turn is None
+    chat.redo()
+    assert chat.history == turn("a", "Helo")
+    chat.undo()
+    chat.generate_response("c")
+    chat.redo()  # too late
+    assert chat.history == turn("c", "Helo")
+
+
+def test_feedback_on_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
+    with pytest.raises(UserError, match="no reply yet"):
+        chat.judge("good", path)
+    chat.generate_response("Hi")
+    chat.judge("good", path)
+    chat.judge(Correction("Hello!"), path)
+    assert chat.history == turn("Hi", "Hello!")
+    good, better = (json.loads(line)["prompt"]["replies"] for line in path.read_text().splitlines())
+    assert [(r["text"], r["labels"]["quality"]["value"], r["model_name"]) for r in good] == [
+        ("Helo", 1.0, "scripted.pt")
+    ]
+    assert [(r["text"], r["rank"]) for r in better] == [("Hello!", 0), ("Helo", 1)]
+
+
+def test_the_reward_of_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"Helo wrd")))
+    bundle.about["reward"] = [{"class_path": "rlchat.rewards.MissingEnd", "init_args": {"weight": 0.5}}]
+    save_bundle(tmp_path / "rl.pt", bundle)
+    chat = ChatInterface(tmp_path / "rl.pt")
+    chat.generate_response("Hi", 3)
+    assert chat.judgement() == ({"missing_end": -0.5}, None)
+    chat.generate_response("Hi")
+    assert chat.judgement() == ({"missing_end": 0.0}, None)
+
+
+def test_texts_through_the_tokenizer(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = ChatInterface(random_model, device="cpu")
+    checks = chat.tokenization_test()
+    assert all(check.intact for check in checks)
+    assert {"<|user|>" in check.text for check in checks} == {True, False}
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda ids: "Hello, how are you?")
+    assert [check.intact for check in chat.tokenization_test()] == [True] + [False] * (len(checks) - 1)
+
+
+def test_the_dtype_can_be_chosen(random_model: Path) -> None:
+    assert ChatInterface(random_model, device="cpu").dtype == torch.float32
+    chat = ChatInterface(random_model, device="cpu", dtype="bfloat16")
+    assert {weight.dtype for weight in chat.model.parameters()} == {torch.bfloat16}
+    assert isinstance(chat.generate_response("Hello", 5, 0), str)
+    assert len(chat.batch(["Hello", "Why?"], 5)) == 2
+
+
 # -- what cannot work --
 
 
@@ -313,6 +593,7 @@ def test_the_device_is_the_fastest_there_is(random_model: Path, monkeypatch: pyt
     monkeypatch.setattr("rlchat.chat.load_policy", load)
     for cuda, mps in [(True, True), (False, True), (False, False)]:
         monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
         monkeypatch.setattr("torch.backends.mps.is_available", lambda mps=mps: mps)
         with pytest.raises(UserError, match="all this test"):
             ChatInterface(random_model)

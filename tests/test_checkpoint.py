@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import largest_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -155,17 +154,6 @@ def test_a_failing_write_leaves_what_was_there(
     assert raised is KeyboardInterrupt or "No space left on device" in str(caught.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond ``size`` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_disk_that_is_full_in_earnest(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlchat.backbones import Backbone
+from rlchat.caches import Cache
 from rlchat.generation import (
+    Change,
     Generated,
     Sampling,
     Uniforms,
@@ -282,6 +284,27 @@ def test_tokens_come_one_by_one_and_the_caller_may_stop() -> None:
     assert model.position == 2  # nothing is computed ahead
 
 
+@every_family
+def test_it_goes_on_from_a_cache(family: str) -> None:
+    """What stands in the cache is not fed again, and the words are those that the whole prompt would get."""
+    model, sampling, no_noise = policy(family), Sampling(4, temperature=0), addressed_uniforms(0, 0, rows(0))
+    (first,) = replies(model, [PROMPTS[0]], no_noise, sampling)
+    whole = [*PROMPTS[0], *first, 1, 2]
+    (expected,) = replies(model, [whole], no_noise, sampling)
+
+    cache = model.backbone.new_cache()
+    ids, mask = pad([PROMPTS[0]], PAD, "left")
+    said = list(sample(model, ids, mask, sampling, no_noise, end_id=END, pad_id=PAD, cache=cache))
+    assert [int(step.tokens) for step in said] == first
+    seen = len(PROMPTS[0]) + len(first) - 1  # the last token was drawn, and not fed
+    fed = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    rest, mask = torch.tensor([whole[seen:]]), torch.ones(1, len(whole), dtype=torch.bool)
+    steps = sample(model, rest, mask, sampling, no_noise, end_id=END, pad_id=PAD, cache=cache)
+    assert [int(step.tokens) for step in steps] == expected
+    assert fed == [3, 1, 1, 1][: len(expected)]
+
+
 def test_every_number_of_the_prompts_is_left_alone() -> None:
     ids, mask = pad(PROMPTS, PAD, "left")
     before = ids.clone(), mask.clone()
@@ -299,6 +322,107 @@ def test_greedy_takes_the_likeliest() -> None:
         hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))
         likeliest = model.logits(hidden)[0].argmax(-1).tolist()
         assert likeliest[len(prompt) - 1 : -1] == said
+
+
+# ---- rows that differ, leave and join --------------------------------------------------------------------------------
+
+CROWD = [
+    Sampling(8, temperature=1.0),
+    Sampling(3, temperature=0.0),
+    Sampling(8, temperature=0.7, top_k=3),
+    Sampling(5, temperature=1.5, top_p=0.8),
+]
+
+
+def alone(model: RLChatModel, row: int) -> list[int]:
+    """What prompt ``row`` gets by itself, with the noise and the sampling that are its own."""
+    return replies(model, [PROMPTS[row]], addressed_uniforms(3, 0, rows(row)), CROWD[row % 4])[0]
+
+
+@every_family
+def test_each_row_has_a_sampling_of_its_own(family: str) -> None:
+    model = policy(family)
+    ids, mask = pad(PROMPTS, PAD, "left")
+    each = [CROWD[row % 4] for row in range(8)]
+    said = generate(model, ids, mask, each, addressed_uniforms(3, 0, torch.arange(8)), end_id=END, pad_id=PAD)
+    assert [row[own].tolist() for row, own in zip(said.ids, said.mask, strict=True)] == [
+        alone(model, row) for row in range(8)
+    ]
+    assert said.mask.sum(1).tolist()[1] == 3  # of which the others knew nothing
+
+
+@every_family
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_says_the_same_whenever_it_comes_and_whoever_leaves(family: str, seed: int) -> None:
+    """Rows come one by one and in groups, finish or are thrown out, in an order drawn at random."""
+    model, order = policy(family), torch.Generator().manual_seed(seed)
+    waiting = torch.randperm(24, generator=order).tolist()  # row r asks PROMPTS[r % 8], with a noise of its own
+    waiting = [row for row in waiting if len(PROMPTS[row % 8]) > 1]
+    running = [waiting.pop() for _ in range(2)]
+    began = [0, 0]
+    said: dict[int, list[int]] = {row: [] for row in running}
+    thrown_out: set[int] = set()
+
+    def noise() -> Uniforms:
+        return addressed_uniforms(3, 0, torch.tensor(running).long(), torch.tensor(began).long())
+
+    ids, mask = pad([PROMPTS[row % 8] for row in running], PAD, "left")
+    how = [CROWD[row % 4] for row in running]
+    steps = sample(model, ids, mask, how, noise(), end_id=END, pad_id=PAD)
+    change, position = None, 0
+    while True:
+        try:
+            step = steps.send(change)
+        except StopIteration:
+            break
+        position += 1
+        for row, token in zip(running, step.tokens.tolist(), strict=True):
+            said[row].append(token)
+        ended = [said[row][-1] == END or len(said[row]) == CROWD[row % 4].max_new_tokens for row in running]
+        chance = torch.rand(len(running), generator=order).tolist()
+        thrown_out |= {row for row, end, u in zip(running, ended, chance, strict=True) if not end and u < 0.05}
+        keep = [i for i, row in enumerate(running) if not ended[i] and row not in thrown_out]
+        joining = [waiting.pop() for _ in range(min(len(waiting), int(torch.randint(1, 4, (), generator=order))))]
+        running = [running[i] for i in keep] + joining
+        began = [began[i] for i in keep] + [position] * len(joining)
+        said.update({row: [] for row in joining})
+        prompts = [PROMPTS[row % 8] for row in joining]
+        change = Change(keep, prompts, [CROWD[row % 4] for row in running], noise())
+    assert thrown_out
+    assert len(said) - len(thrown_out) > 5
+    for row, tokens in said.items():
+        (expected,) = replies(model, [PROMPTS[row % 8]], addressed_uniforms(3, 0, rows(row)), CROWD[row % 4])
+        assert tokens == (expected[: len(tokens)] if row in thrown_out else expected), row
+
+
+def test_a_batch_is_as_wide_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a row that left had filled is given back, or a server's batch would widen for ever."""
+    model = policy()
+    widths = []
+
+    def forward(ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        widths.append(mask.shape[1])
+        return model.backbone(ids, mask, cache)
+
+    monkeypatch.setattr(model, "forward", forward)
+    ids, mask = pad([PROMPTS[0], PROMPTS[2]], PAD, "left")  # of 7 tokens and of 3
+    how, noise = Sampling(8, 1.0), addressed_uniforms(0, 0, rows(1))
+    steps = sample(model, ids, mask, how, addressed_uniforms(0, 0, rows(0, 1)), end_id=END, pad_id=PAD)
+    next(steps)
+    steps.send(Change([1], [], [how], noise))
+    steps.send(Change([0], [PROMPTS[7]], [how, how], addressed_uniforms(0, 0, rows(1, 2))))
+    assert widths == [7, 4, 4, 5]  # the prompts; the shorter row's; the newcomer's 4 of 5, read; both
+
+
+def test_a_cache_that_forgets_takes_no_rows_in() -> None:
+    config = {"model_type": "mistral", **CONFIGS["llama"], "sliding_window": 4}
+    model = RLChatModel(Backbone(config, VOCABULARY, 32), unsayable=[PAD]).eval()
+    ids, mask = pad(PROMPTS[:2], PAD, "left")
+    how, noise = Sampling(8, 1.0), addressed_uniforms(0, 0, rows(0, 1))
+    steps = sample(model, ids, mask, how, noise, end_id=END, pad_id=PAD)
+    next(steps)
+    with pytest.raises(ValueError, match="takes no rows in"):
+        steps.send(Change([0], [PROMPTS[2]], [how, how], noise))
 
 
 # ---- truncated distributions -----------------------------------------------------------------------------------------
@@ -325,6 +449,7 @@ def support(sampling: Sampling, probabilities: Iterable[float] = PROBABILITIES) 
         (Sampling(temperature=1.0, top_p=0.6), {1: 0.4 / 0.65, 3: 0.25 / 0.65}),
         (Sampling(temperature=1.0, top_p=0.8), {1: 0.4 / 0.85, 3: 0.25 / 0.85, 4: 0.2 / 0.85}),
         (Sampling(temperature=1.0, top_p=1e-9), {1: 1.0}),
+        (Sampling(temperature=1.0, top_p=1e-320), {1: 1.0}),  # less than any float32
         # top_p counts what top_k has left: of 0.4, 0.25 and 0.2 the first two are 0.76.
         (Sampling(temperature=1.0, top_k=3, top_p=0.7), {1: 0.4 / 0.65, 3: 0.25 / 0.65}),
         # Squared: 0.0025, 0.16, 0.0625, 0.04 and 0.01 of 0.275.

@@ -11,7 +11,17 @@ import pytest
 from rlchat.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "lightning", "transformers", "tiktoken", "numpy", "matplotlib", "jsonargparse", "rich"}
+HEAVY = {
+    "torch",
+    "lightning",
+    "transformers",
+    "tiktoken",
+    "numpy",
+    "matplotlib",
+    "jsonargparse",
+    "rich",
+    "prompt_toolkit",
+}
 
 
 def python(code: str) -> str:

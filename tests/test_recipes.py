@@ -22,10 +22,11 @@ from rlchat.best_model import BestModel
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.data import OASST2DataModule
 from rlchat.errors import UserError
+from rlchat.learned_quality import LearnedQuality
 from rlchat.ppo import PPOModule
 from rlchat.predictions import Predictions
 from rlchat.recipes import checked_recipe, describe_recipes, find_recipe, recipes
-from rlchat.reward_model import LearnedQuality, RewardModelModule
+from rlchat.reward_model import RewardModelModule
 from rlchat.rewards import (
     AppropriateLength,
     DistinctNgrams,

@@ -1,10 +1,12 @@
-"""`rlchat chat`: through a pipe, and in a real terminal."""
+"""`rlchat chat` through a pipe, with one question, and with options; `test_terminal.py` has it in a real terminal."""
 
 from __future__ import annotations
 
 import inspect
 import io
+import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -14,15 +16,17 @@ from typing import Any
 
 import pytest
 from chat_models import chain, scripted_policy
+from full_disk import largest_file
 
 from rlchat import repl
 from rlchat.__main__ import main
 from rlchat.chat import ChatInterface
 from rlchat.checkpoint import save_bundle
+from rlchat.errors import UserError
+from rlchat.formats import read_trees
 from rlchat.tokenizer import ChatTokenizer
 
 REPLY = "Helo wrd"
-PATIENCE = 60  # seconds; a busy machine takes long to import torch
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +34,6 @@ def polite(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFacto
     """A model that always says REPLY."""
     path = tmp_path_factory.mktemp("models") / "polite.pt"
     save_bundle(path, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode()))))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def talkative(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that says ``abc abc abc `` and never ends."""
-    path = tmp_path_factory.mktemp("models") / "talkative.pt"
-    save_bundle(path, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"abc "), endless=True), 1_000_000))
     return str(path)
 
 
@@ -83,22 +79,11 @@ def test_other_lines_are_messages(
 def test_an_unknown_command_names_the_nearest(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, nearest: str
 ) -> None:
-    assert pipe(monkeypatch, f"{typed}\n", polite) == 0
+    assert pipe(monkeypatch, f"{typed}\n", polite) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"no command {typed}; did you mean {nearest}")
     assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("word", ["help", "/help", "HELP"])
-def test_help_tells_of_every_command(
-    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
-) -> None:
-    assert pipe(monkeypatch, f"{word}\n", polite) == 0
-    err = capsys.readouterr().err
-    for command in repl.COMMANDS:
-        assert re.search(rf"^  {', '.join(command.names)} +{re.escape(command.what)}$", err, re.MULTILINE)
-    assert {name for command in repl.COMMANDS for name in command.names} == {"quit", "exit", "bye", "clear", "help"}
 
 
 def listen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
@@ -134,14 +119,15 @@ def test_options_reach_the_model(
 
 
 def test_the_defaults_are_those_of_the_interface() -> None:
-    options = vars(repl._parser().parse_args([]))
+    options = vars(repl._parser().parse_intermixed_args([]))
     expected = {
         name: parameter.default
         for function in (ChatInterface.__init__, ChatInterface.stream_response)
         for name, parameter in inspect.signature(function).parameters.items()
     }
-    assert options.pop("model") == expected["model_path"]
-    assert options == {name: expected[name] for name in ("temperature", "max_new_tokens", "seed", "top_k", "top_p")}
+    assert expected["model_path"] == repl.DEFAULT_MODEL
+    named = ("temperature", "max_new_tokens", "seed", "top_k", "top_p", "device", "dtype")
+    assert {name: options[name] for name in named} == {name: expected[name] for name in named}
 
 
 def test_what_the_model_no_longer_sees_is_said_once(
@@ -164,6 +150,23 @@ def test_mistakes_end_with_one_sentence(
     assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "warm") == 2
     assert "invalid float value: 'warm'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")  # one sentence, and no warning of torch's beside it
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"PK\x03\x04 and no more", "damaged, or no bundle of rlchat; make it again"),
+        (b"", "damaged, or no bundle of rlchat; make it again"),
+        (pickle.dumps(print), "holds something other than tensors and plain values, or is damaged; it was not opened"),
+    ],
+)
+def test_a_model_that_cannot_be_opened(
+    content: bytes, why: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.pt").write_bytes(content)
+    assert pipe(monkeypatch, "Hi\n", "mine.pt") == 2
+    assert capsys.readouterr() == ("", f"rlchat: mine.pt: {why}\n")
 
 
 def test_help_is_instant() -> None:
@@ -197,6 +200,24 @@ def test_ctrl_c_keeps_what_was_said(
     assert [how["history"] for _, how in asked] == [0, 2]
 
 
+def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = ChatInterface.stream_response
+
+    def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
+        def stopped() -> Iterator[str]:
+            raise KeyboardInterrupt
+            yield
+
+        monkeypatch.setattr(ChatInterface, "stream_response", lambda *_, **__: stopped())
+        return stream(self, text, **how)
+
+    monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
+    pipe(monkeypatch, "Hi\nretry\nhistory\n", polite)
+    assert capsys.readouterr().err == f"you> Hi\nmodel> {REPLY}\n"
+
+
 def test_stray_bytes_end_no_chat(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,7 +228,7 @@ def test_stray_bytes_end_no_chat(
 
 
 def test_a_model_cannot_drive_the_terminal() -> None:
-    assert repl._without_controls("a\x1b[2Jb\rc\n\td\x9b\x07é🙂") == "a[2Jbc\n\tdé🙂"
+    assert repl.without_controls("a\x1b[2Jb\rc\n\td\x9b\x07é🙂") == "a[2Jbc\n\tdé🙂"
 
 
 def test_a_reader_that_leaves_ends_the_chat(
@@ -222,40 +243,201 @@ def test_a_reader_that_leaves_ends_the_chat(
     assert capsys.readouterr().err == ""
 
 
-# -- in a terminal --
+# -- one question --
 
 
-def test_a_chat_in_a_terminal(talkative: str) -> None:
-    pexpect = pytest.importorskip("pexpect", reason="pexpect plays the terminal")
-    arguments = ["-m", "rlchat", "chat", talkative, "--max_new_tokens", "100000", "--temperature", "0"]
-    terminal = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=PATIENCE, dimensions=(40, 200))
+def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", polite, "--temperature", "0", "clear"]) == 0  # what asks once has no commands
+    assert capsys.readouterr() == (f"{REPLY}\n", "")
+    with pytest.raises(UserError, match="the message is empty"):
+        repl.main([polite, " "])
 
-    def say(line: str) -> None:
-        terminal.expect_exact("you> ")
-        terminal.sendline(line)
 
-    terminal.expect_exact("loading")
-    terminal.expect(r"[\d,]+ parameters on \w+; help lists the commands")
-    say("Hello")
-    terminal.expect_exact("model> abc abc abc")
-    terminal.sendintr()
-    terminal.expect_exact("(stopped)")
-    say("/claer")
-    terminal.expect_exact("did you mean clear?")
-    say("help")
-    terminal.expect_exact("forget the conversation")
-    say("clear")
-    terminal.expect_exact("the conversation is forgotten")
-    say("Still there?")
-    terminal.expect_exact("model> abc abc abc")
-    terminal.sendintr()
-    terminal.expect_exact("(stopped)")
-    terminal.expect_exact("you> ")
-    terminal.sendintr()
-    terminal.expect_exact("Ctrl-D or quit leaves")
-    terminal.expect_exact("you> ")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
-    assert "Traceback" not in terminal.before
-    terminal.close()
-    assert terminal.exitstatus == 0
+@pytest.mark.parametrize(
+    ("words", "model", "question"),
+    [
+        ([], repl.DEFAULT_MODEL, None),
+        (["mine.pt"], "mine.pt", None),
+        (["is_there"], "is_there", None),
+        (["Hello"], repl.DEFAULT_MODEL, "Hello"),
+        (["What is in mine.pt"], repl.DEFAULT_MODEL, "What is in mine.pt"),
+        (["x" * 100_000], repl.DEFAULT_MODEL, "x" * 100_000),
+        (["a\0b"], repl.DEFAULT_MODEL, "a\0b"),
+        (["mine.pt", "mine.pt"], "mine.pt", "mine.pt"),
+    ],
+)
+def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], model: str, question: str | None) -> None:
+    Path("is_there").write_text("")
+    assert repl._model_and_question(words) == (model, question)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["How", "are", "you"], "put the question into quotes"),
+        (["--out", "x.json"], "--out is for the replies to --prompts"),
+        (["mine.pt", "Hello", "--prompts", "x.txt"], "--prompts brings the questions"),
+    ],
+)
+def test_words_that_do_not_go_together(words: list[str], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        repl.main(words)
+
+
+# -- commands through a pipe --
+
+
+def test_a_whole_talk_through_a_pipe(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replies on standard output, all else on standard error; what is saved is what was said."""
+    talk = "system Be brief.\nHi\nagain\nundo\nset temperature 0.5\nset seed 3\nretry\nsave talk.json\nclear\nhistory\n"
+    assert pipe(monkeypatch, talk + "load talk.json\nhistory\nspeed\n", polite, "--max_new_tokens", "20") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n" * 3
+    lines = err.splitlines()
+    assert lines[:6] == [
+        "the system message is: Be brief.",
+        "taken back: again",
+        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed none",
+        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
+        "saved 2 messages to talk.json",
+        "the conversation is forgotten",
+    ]
+    assert lines[6:12] == [
+        "system> Be brief.",
+        "nothing was said yet",
+        "going on from 2 messages in talk.json, last with polite.pt",
+        "the system message is: Be brief.",
+        "system> Be brief.",
+        "you> Hi",
+    ]
+    assert lines[12] == f"model> {REPLY}"
+    assert re.fullmatch(r"9 tokens in \d+\.\d\d s: \d+ tokens per second", lines[13])
+    saved = json.loads(Path("talk.json").read_text())
+    assert saved["sampling"] == {"max_new_tokens": 20, "temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 3}
+    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
+
+
+def test_a_file_is_not_overwritten_through_a_pipe(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("talk.json").write_text("mine")
+    assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite) == 2
+    assert capsys.readouterr().err == "talk.json exists; give another name, or overwrite it with --force\n"
+    assert Path("talk.json").read_text() == "mine"
+    assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite, "--force") == 0
+    assert "saved 2 messages" in capsys.readouterr().err
+    assert json.loads(Path("talk.json").read_text())["model"] == "polite.pt"
+
+
+def test_feedback_through_a_pipe(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = "Hi\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
+    assert pipe(monkeypatch, talk, polite, "--feedback", "mine.jsonl") == 0
+    err = capsys.readouterr().err
+    assert [f"kept in mine.jsonl as {what}" in err for what in ("a good reply", "a bad reply", "the corrected reply")]
+    assert err.endswith(f"you> Hi\nmodel> {REPLY}\nyou> Again\nmodel> Hello there!\n")  # and so it goes on
+    trees, _ = read_trees(["mine.jsonl"], progress=False)
+    judged = {
+        (prompt.messages[-1].text, tuple((r.text, r.quality, r.rank) for r in prompt.references))
+        for tree in trees
+        for prompt in tree.prompts
+    }
+    assert ("Hi", ((REPLY, 1.0, None), (REPLY, None, None))) in judged
+    assert ("Again", ((REPLY, 0.0, None),)) in judged
+    assert ("Again", (("Hello there!", None, 0), (REPLY, None, 1))) in judged
+
+
+def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged.json").write_text('{"format": "rlchat-conversation", "version": 1')
+    Path("folder").mkdir()
+    mistakes = {
+        "good": "there is no reply yet; say something first",
+        "reward": "there is no reply yet; say something first",
+        "retry": "nothing was said yet; say something first",
+        "speed": "nothing was said here yet; say something first",
+        "/save": "this needs a file; type, for instance, save talk.json",
+        "load nope.json": "nope.json: no such file; check the name",
+        "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
+        "/load folder": "folder: cannot be read: Is a directory; check the name",
+        "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
+        "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
+        "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
+        "set seed -1e9": "seed is a whole number, and not '-1e9'; type, for instance, set seed 1",
+        "/set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
+        "/set temperature": "temperature is a number, and not ''; type, for instance, set temperature 1",
+    }
+    assert pipe(monkeypatch, "".join(f"{line}\n" for line in mistakes) + "Hi\nreward\n/edit\nundo\n", polite) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n"
+    *said, no_reward, no_text, undone = err.splitlines()
+    assert len(said) == len(mistakes)
+    for sentence, expected in zip(said, mistakes.values(), strict=True):
+        assert sentence.startswith(expected)
+    assert no_reward.endswith("polite.pt: the bundle carries no reward; those that PPO trained do")
+    assert no_text.startswith("this needs the reply that it should be")
+    assert undone == "taken back: Hi"
+
+
+def test_a_full_disk_leaves_the_conversation(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines() -> Iterator[str]:
+        yield "Hi\n"
+        with largest_file(10):
+            yield "save talk.json\n"
+            yield "good\n"
+        yield "history\n"
+
+    monkeypatch.setattr("sys.stdin", Lines(lines()))
+    assert main(["chat", polite]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "talk.json: cannot be written: File too large; what was there is unharmed",
+        "feedback.jsonl: the feedback cannot be kept: File too large; give a place that can",
+        "you> Hi",
+        f"model> {REPLY}",
+    ]
+    assert not Path("talk.json").exists()
+
+
+class Lines:
+    """Standard input that comes line by line, with something happening in between."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[str]:
+        return self._lines
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_the_reward_and_its_factors(
+    byte_tokenizer: ChatTokenizer, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode())))
+    short, end = ({"class_path": f"rlchat.rewards.{name}"} for name in ("TooShort", "MissingEnd"))
+    bundle.about["reward"] = [{**short, "init_args": {"min_words": 4}}, end, {"class_path": "mine.Polite"}]
+    save_bundle("rl.pt", bundle)
+    pipe(monkeypatch, "Hi\nreward\nset max_new_tokens 4\nretry\nreward\n", "rl.pt")
+    lines = capsys.readouterr().err.splitlines()
+    left_out, critic = "  and without mine.Polite, which is not part of rlchat", "  the bundle has no trained critic"
+    # Two words of four, and an end; then one of four, and none.
+    assert lines[:5] == ["  reward       -0.500", "  too_short    -0.500", "  missing_end  +0.000", left_out, critic]
+    assert lines[6:] == ["  reward       -1.750", "  too_short    -0.750", "  missing_end  -1.000", left_out, critic]
+
+
+def test_texts_that_survive_the_tokenizer(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, "Hi <|end|>\ntest\n", polite)
+    *checks, total = capsys.readouterr().err.splitlines()
+    assert len(checks) == 8  # 6 samples, and what was said
+    assert all(line.startswith("  ok ") for line in checks)
+    assert checks[6:] == ["  ok        10 tokens  'Hi <|end|>'", f"  ok         8 tokens  '{REPLY}'"]
+    assert total == "8 of 8 texts came back whole through the encoding bytes"

@@ -18,9 +18,10 @@ from rlchat.checkpoint import RewardBundle, load_reward_model, save_bundle
 from rlchat.conversation import Conversation, Message
 from rlchat.data import RankedBatch
 from rlchat.errors import UserError
+from rlchat.learned_quality import LearnedQuality
 from rlchat.model import RewardModel
 from rlchat.padding import pad
-from rlchat.reward_model import LearnedQuality, RewardModelModule, preferred_pairs, ranking_loss
+from rlchat.reward_model import RewardModelModule, preferred_pairs, ranking_loss
 from rlchat.rewards import Reply, Reward
 from rlchat.tokenizer import ChatTokenizer, format_ranks
 

@@ -1,0 +1,45 @@
+"""Errors of the API, in the form that clients of OpenAI's expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class APIError(Exception):
+    """An answer other than what was asked for: ``status`` of HTTP, and a sentence."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        # What it quotes of the request may hold lone surrogates, which no UTF-8 can carry.
+        self.message = message.encode("utf-8", errors="replace").decode()
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error as plain values."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The error as an answer."""
+        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
+
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """Sends it, where there is no application to do so."""
+        await self.response(scope, receive, send)
