@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from full_disk import largest_file
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlchat import conversation_files
 from rlchat.conversation_files import (
@@ -133,6 +136,37 @@ def test_a_damaged_file_is_one_sentence(content: object, why: str, tmp_path: Pat
     with pytest.raises(UserError, match=rf"talk\.json: {why}.*; give another file$") as caught:
         load_conversation(path)
     assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NEARLY = st.fixed_dictionaries(
+    {"format": st.just("rlchat-conversation"), "version": st.just(1)},
+    optional={
+        "messages": JSON
+        | st.lists(
+            JSON
+            | st.fixed_dictionaries(
+                {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=3) | JSON},
+                optional={"time": JSON},
+            ),
+            max_size=3,
+        ),
+        "model": JSON,
+        "sampling": JSON | st.dictionaries(st.sampled_from(["temperature", "seed", "top_k"]), JSON),
+        "conversation_history": JSON,
+    },
+)
+
+
+@given(content=JSON | NEARLY)
+def test_whatever_a_file_holds_is_a_conversation_or_one_sentence(content: Any) -> None:
+    with contextlib.suppress(UserError):
+        loaded = conversation_from_dict(content, "it")
+        assert conversation_from_dict(conversation_to_dict(loaded), "it") == loaded
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", b"[" * 100_000, b'{"a": "\xff"}'])

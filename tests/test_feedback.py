@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 from command_line import rlchat
 from full_disk import largest_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.feedback import MAX_CONTEXT, Correction, append_feedback, feedback_row
+from rlchat.feedback import MAX_CONTEXT, Correction, Verdict, append_feedback, feedback_row
 from rlchat.formats import ranked_pairs, read_trees
 from rlchat.learned_quality import LearnedQuality
 from rlchat.rewards import Reply
@@ -135,6 +138,38 @@ def test_unusual_text_survives(tmp_path: Path) -> None:
     (prompt,) = judged(path)
     assert (prompt.messages[0].text, prompt.references[0].text) == (text, text + "!")
     assert path.read_bytes().count(b"\n") == 1
+
+
+TEXTS = st.text(st.characters(), max_size=8)  # NUL and lone surrogates among them
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    before=st.lists(st.tuples(TEXTS, TEXTS), max_size=3),
+    question=TEXTS,
+    reply=TEXTS,
+    verdict=st.sampled_from(["good", "bad"]) | st.builds(Correction, TEXTS),
+)
+def test_the_reader_takes_every_line_that_was_kept(
+    tmp_path: Path, before: list[tuple[str, str]], question: str, reply: str, verdict: Verdict
+) -> None:
+    path = tmp_path / "feedback.jsonl"
+    path.unlink(missing_ok=True)
+    corrected = verdict.text if isinstance(verdict, Correction) else None
+    asked_last, said, meant = (
+        re.sub("[\0\ud800-\udfff]", "\ufffd", text) for text in (question, reply, corrected or "")
+    )
+    prompt = asked(*(text for turn in before for text in turn), question)
+    nothing = not asked_last.strip() or (not said.strip() if corrected is None else not meant.strip() or meant == said)
+    if nothing:
+        with pytest.raises(UserError):
+            append_feedback(path, prompt, reply, verdict)
+        return
+    append_feedback(path, prompt, reply, verdict)
+    (kept,) = judged(path)
+    assert kept.messages[-1].text == asked_last
+    replies = [said] if corrected is None else [meant, said]
+    assert [r.text for r in kept.references] == [text for text in replies if text.strip()]
 
 
 # -- what cannot be kept --
