@@ -64,7 +64,7 @@ def kill_and_resume(
     chance, killed = random.Random(seed), 0
     while killed < kills:
         seen = len(trace(broken))
-        run = start(broken, fit + (RESUME if list(broken.rglob("last.ckpt")) else []))
+        run = start(broken, fit + resume(broken))
         try:
             while len(trace(broken)) == seen:  # it has not come to train yet
                 assert run.poll() is None, f"ended by itself after {killed} kills:\n{tail(broken)}"
@@ -75,9 +75,14 @@ def kill_and_resume(
             kill(run)
         killed += 1
         print(f"kill {killed}: after batch {trace(broken)[-1]['batch']}", flush=True)
-    code = finish(start(broken, fit + RESUME), broken, 600)
+    code = finish(start(broken, fit + resume(broken)), broken, 600)
     assert code == 0, tail(broken)
     return compare(whole, broken, ranks, kills)
+
+
+def resume(folder: Path) -> list[str]:
+    """What to add to the command line: a run that was killed before its first checkpoint begins anew."""
+    return RESUME if list(folder.rglob("last.ckpt")) else []
 
 
 def compare(whole: Path, broken: Path, ranks: int, kills: int) -> Report:

@@ -1,4 +1,4 @@
-"""Signals to runs of one process and of two: each stops after its batch, says so, and loses nothing.
+"""Signals to runs of one process, of two, and of two under torchrun: each stops after its batch and loses nothing.
 
 python -m prove.stop_signals      (`make prove` runs it)
 """
@@ -17,20 +17,30 @@ from prove.runs import complete, finish, fit_words, newest_checkpoint, prepare, 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def stop_and_resume(folder: Path, ranks: int, numbers: Sequence[signal.Signals], whole: Path, fit: list[str]) -> None:
-    """Sends each of ``numbers`` to the first process alone, some batches after it began; then trains to the end."""
+def stop_and_resume(
+    folder: Path, ranks: int, numbers: Sequence[signal.Signals], whole: Path, fit: list[str], torchrun: bool = False
+) -> None:
+    """Sends each of ``numbers`` to the process that was started, some batches after it began; then trains to the end.
+
+    That is the first of the run's processes, which has to tell the others; or torchrun, which tells them all.
+    """
     broken = prepare(folder)
     for number in numbers:
         seen = len(trace(broken))
-        run = start(broken, fit + (RESUME if seen else []))
+        words = fit + (RESUME if seen else [])
+        if torchrun:
+            elastic = [f"--nproc-per-node={ranks}", "--master-port=29511", "--module", "rlchat"]
+            run = start(broken, [*elastic, *words], "torch.distributed.run")
+        else:
+            run = start(broken, words)
         while len(trace(broken)) < seen + 2:
             assert run.poll() is None, tail(broken)
             time.sleep(0.02)
         run.send_signal(number)
         code = finish(run, broken, 60)
-        assert code == CODES[number], f"exit code {code}:\n{tail(broken)}"
+        assert torchrun or code == CODES[number], f"exit code {code}:\n{tail(broken)}"  # torchrun has its own
         assert newest_checkpoint(broken).stat().st_mtime > time.time() - 60
-        print(f"{number.name} to {ranks} processes: after batch {trace(broken)[-1]['batch']}", flush=True)
+        print(f"{number.name}, {ranks} processes: after batch {trace(broken)[-1]['batch']}", flush=True)
     complete(broken, fit + RESUME)
     report = compare(whole, broken, ranks, 0)
     assert report.repeated == 0, "batches were trained twice"
@@ -44,7 +54,11 @@ def main() -> None:
             whole = prepare(Path(place, "whole"))
             complete(whole, fit)
             stop_and_resume(Path(place, "broken"), ranks, [signal.SIGTERM, signal.SIGINT] * 2, whole, fit)
-        print(f"{ranks} processes: 4 stops, no batch lost and none trained twice, not a bit differs", flush=True)
+            print(f"{ranks} processes: 4 stops, no batch lost and none trained twice, not a bit differs", flush=True)
+            if ranks > 1:
+                numbers = [signal.SIGTERM, signal.SIGINT]
+                stop_and_resume(Path(place, "elastic"), ranks, numbers, whole, fit, torchrun=True)
+                print(f"{ranks} processes under torchrun: 2 stops, the same", flush=True)
 
 
 if __name__ == "__main__":
