@@ -439,7 +439,8 @@ def after(ran: Path, here: Path) -> Path:
 
 def test_a_run_leaves_all_its_traces_in_one_folder(after: Path) -> None:
     left = {path.name.partition(".tfevents")[0] for path in RUN.iterdir()}
-    assert left == {"events.out", "metrics.csv", "hparams.yaml", "config.yaml", "samples.jsonl", "checkpoints"}
+    names = "events.out metrics.csv hparams.yaml config.yaml samples.jsonl rollouts.jsonl checkpoints"
+    assert left == set(names.split())
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert [path.name for path in Path("lightning_logs/ppo").iterdir()] == ["version_0"]
     assert {path.name for path in Path("checkpoints").iterdir()} == {

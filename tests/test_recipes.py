@@ -138,7 +138,7 @@ def test_recipes_for_real_work_show_every_option(name: str) -> None:
     assert set(shown["data"]) == options_of(OASST2DataModule)
     # The reward model says nothing, so there is nothing to sample or to predict.
     groups = {"best_model", "stats_plot"}
-    groups |= {} if name == "reward" else {"sample_responses", "predictions"}
+    groups |= set() if name == "reward" else {"sample_responses", "predictions"}
     groups |= {"alarms", "rollout_log"} if name == "ppo" else set()
     assert groups == set(CALLBACKS) & set(shown)
     for group in groups:

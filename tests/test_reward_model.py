@@ -23,7 +23,7 @@ from rlchat.model import RewardModel
 from rlchat.padding import pad
 from rlchat.reward_model import RewardModelModule, preferred_pairs, ranking_loss
 from rlchat.rewards import Reply, Reward
-from rlchat.tokenizer import ChatTokenizer, format_ranks
+from rlchat.tokenizer import ChatTokenizer
 
 LLAMA = {
     "model_type": "llama",
@@ -105,14 +105,6 @@ def test_a_batch_without_pairs_or_labels_costs_nothing_and_has_a_gradient() -> N
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoding(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of an encoding of single bytes."""
-    path = tmp_path_factory.mktemp("encoding") / "bytes.tiktoken"
-    path.write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
-    return str(path)
 
 
 def judge(encoding: str, **options: Any) -> RewardModelModule:

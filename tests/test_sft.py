@@ -20,7 +20,7 @@ from rlchat.errors import UserError
 from rlchat.padding import pad
 from rlchat.policy import Tally, make_optimizer, make_scheduler
 from rlchat.sft import SFTModule
-from rlchat.tokenizer import ChatTokenizer, format_ranks
+from rlchat.tokenizer import ChatTokenizer
 
 LLAMA = {
     "model_type": "llama",
@@ -31,14 +31,6 @@ LLAMA = {
     "initializer_range": 0.2,
 }
 TALK = [("Hi", "Hello."), ("Who?", "A machine of words"), ("x", ""), ("Why", "So."), ("", "Well")]
-
-
-@pytest.fixture(scope="module")
-def encoding(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of an encoding of single bytes."""
-    path = tmp_path_factory.mktemp("encoding") / "bytes.tiktoken"
-    path.write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
-    return str(path)
 
 
 def sft(encoding: str, **options: Any) -> SFTModule:
