@@ -82,6 +82,11 @@ class PromptBatch:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ids, self.attention_mask, self.conversations, self.sequences))
 
+    def repeated(self, times: int) -> PromptBatch:
+        """Each prompt ``times`` in a row; the mixed-in threads stay as they are."""
+        ids, mask = (tensor.repeat_interleave(times, 0) for tensor in (self.ids, self.attention_mask))
+        return PromptBatch(ids, mask, tuple(c for c in self.conversations for _ in range(times)), self.sequences)
+
     def to(self, device: torch.device | str) -> PromptBatch:
         """The same batch on ``device``; the conversations are shared."""
         sequences = None if self.sequences is None else self.sequences.to(device)

@@ -6,7 +6,6 @@ path (``rlchat.callbacks.StatsPlot``).
 
 from __future__ import annotations
 
-import json
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 from rlchat.best_model import BestModel
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
+from rlchat.files import append_lines
 from rlchat.rewards import Reply
 from rlchat.stats_figure import draw_stats
 
@@ -253,7 +253,7 @@ class SampleResponses(Callback):
         samples = _samples(prompts, replies, factors)
         self._write_text(trainer, samples)
         if log_dir is not None and not _is_rehearsal(trainer):
-            self._append_lines(Path(log_dir, "samples.jsonl"), samples)
+            append_lines(Path(log_dir, "samples.jsonl"), self._rows(samples))
         if self.max_rows:
             _print_beside_progress_bar(trainer, self._table(samples))
 
@@ -269,8 +269,8 @@ class SampleResponses(Callback):
             if add_text is not None:
                 add_text("samples", _markdown(samples), self._iteration)
 
-    def _append_lines(self, path: Path, samples: Sequence[_Sample]) -> None:
-        lines = []
+    def _rows(self, samples: Sequence[_Sample]) -> list[dict[str, Any]]:
+        rows = []
         for sample in samples:
             row: dict[str, Any] = {
                 "iteration": self._iteration,
@@ -282,11 +282,8 @@ class SampleResponses(Callback):
             if sample.factors:
                 row["reward"] = round(sample.reward, 6)
                 row["factors"] = {name: round(value, 6) for name, value in sample.factors.items()}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A half of a surrogate pair has no UTF-8; its backslash form is what JSON would have it be.
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(lines))
+            rows.append(row)
+        return rows
 
     def _table(self, samples: Sequence[_Sample]) -> Table:
         """Model and data speak in it, so all of their text goes in as ``Text``, which rich does not read as markup."""

@@ -15,7 +15,7 @@ import torch
 from rlchat.backbones import Backbone
 from rlchat.errors import UserError
 from rlchat.files import write_atomically
-from rlchat.model import RewardModel, RLChatModel
+from rlchat.model import Critic, RewardModel, RLChatModel
 from rlchat.tokenizer import ChatTokenizer
 
 FORMAT = "rlchat-bundle"
@@ -27,12 +27,16 @@ _KEYS = {"kind", "backbone", "hidden_dim", "tokenizer", "max_length", "about", "
 
 @dataclass(slots=True)
 class PolicyBundle:
-    """A chat model with its tokenizer. ``about`` tells where it came from: plain values."""
+    """A chat model with its tokenizer. ``about`` tells where it came from: plain values.
+
+    ``critic`` estimates values where PPO trained a network of its own for that; a shared one is the model's value head.
+    """
 
     model: RLChatModel
     tokenizer: ChatTokenizer
     max_length: int
     about: dict[str, Any] = field(default_factory=dict)
+    critic: Critic | None = None
 
 
 @dataclass(slots=True)
@@ -58,8 +62,14 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
         "tokenizer": tokenizer,
         "max_length": bundle.max_length,
         "about": bundle.about,
-        "state": {name: tensor.cpu() for name, tensor in bundle.model.state_dict().items()},
+        "state": _on_cpu(bundle.model),
     }
+    if isinstance(bundle, PolicyBundle) and (critic := bundle.critic) is not None:
+        content["critic"] = {
+            "backbone": critic.backbone.config_json(),
+            "hidden_dim": critic.hidden_dim,
+            "state": _on_cpu(critic),
+        }
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
@@ -69,7 +79,12 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> PolicyB
     tokenizer = _tokenizer(content)
     model = new_policy(Backbone.from_config_json(content["backbone"]), tokenizer, content["hidden_dim"])
     _fill(model, content, path)
-    return PolicyBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"])
+    critic: Critic | None = None
+    if (part := content.get("critic")) is not None:
+        critic = Critic(Backbone.from_config_json(part["backbone"]), part["hidden_dim"])
+        _fill(critic, part, path)
+        critic = critic.to(device).eval()
+    return PolicyBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"], critic)
 
 
 def load_reward_model(path: str | Path, device: str | torch.device = "cpu") -> RewardBundle:
@@ -113,6 +128,10 @@ def _tokenizer(content: dict[str, Any]) -> ChatTokenizer:
     state = dict(content["tokenizer"])
     state["ranks"] = state["ranks"].numpy().tobytes()
     return ChatTokenizer.from_state(state)
+
+
+def _on_cpu(model: torch.nn.Module) -> dict[str, Any]:
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 
 def _fill(model: torch.nn.Module, content: dict[str, Any], path: str | Path) -> None:

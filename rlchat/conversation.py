@@ -55,13 +55,15 @@ class Conversation:
 
     A *prompt* is a conversation that ends on a user message. In a prompt, ``references`` are the replies that people
     gave to it, with their labels and ranks, and ``check`` tells a right reply from a wrong one where the data carries
-    that. ``tree_id`` names the tree it came from: train, validation and test are split by it.
+    that. ``tree_id`` names the tree it came from: train, validation and test are split by it. ``later`` are the prompts
+    of the same conversation that came after this one, where the whole of it is to be answered.
     """
 
     messages: tuple[Message, ...]
     references: tuple[Message, ...] = ()
     check: Check | None = None
     tree_id: str = ""
+    later: tuple[Conversation, ...] = ()
 
     @property
     def is_prompt(self) -> bool:
@@ -69,12 +71,12 @@ class Conversation:
         return bool(self.messages) and self.messages[-1].role == "user"
 
     def say(self, role: Role, text: str) -> Conversation:
-        """This conversation with one more message; references and check belonged to the old end and are dropped."""
-        return replace(self, messages=(*self.messages, Message(role, text)), references=(), check=None)
+        """This conversation with one more message; what belonged to the old end (references, check) is dropped."""
+        return self.with_reply(Message(role, text))
 
     def with_reply(self, reply: Message) -> Conversation:
         """This conversation continued by ``reply``, labels and all."""
-        return replace(self, messages=(*self.messages, reply), references=(), check=None)
+        return replace(self, messages=(*self.messages, reply), references=(), check=None, later=())
 
 
 def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
         if conversation.check is None
         else [list(conversation.check.any_of), list(conversation.check.none_of)],
         "tree_id": conversation.tree_id,
+        "later": [conversation_to_dict(prompt) for prompt in conversation.later],
     }
 
 
@@ -97,6 +100,7 @@ def conversation_from_dict(row: dict[str, Any]) -> Conversation:
         references=tuple(Message(*m) for m in row["references"]),
         check=None if check is None else Check(tuple(check[0]), tuple(check[1])),
         tree_id=row["tree_id"],
+        later=tuple(map(conversation_from_dict, row["later"])),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rlchat.errors import UserError
 
@@ -41,6 +42,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if isinstance(cause, OSError):
             raise UserError(f"{path}: cannot be written: {cause.strerror}; what was there is unharmed") from error
         raise
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds a line of JSON a row to ``path``, in one write. Raises :class:`UserError` where it cannot be written."""
+    # A half of a surrogate pair has no UTF-8; its backslash form is what JSON would have it be.
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            file.write(lines)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give a place that can") from error
 
 
 def set_aside(path: Path) -> None:

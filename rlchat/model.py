@@ -1,4 +1,4 @@
-"""The two networks: `RLChatModel`, a policy that also estimates values, and `RewardModel`, a judge."""
+"""The networks: `RLChatModel`, a policy that also estimates values; `Critic`, which does that alone; `RewardModel`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,34 @@ class RewardModel(nn.Module):
         last = attention_mask.long().sum(-1) - 1
         scores: Tensor = self.score_head(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
         return scores
+
+
+class Critic(nn.Module):
+    """A causal backbone of its own under a value head, for a policy whose trunk is to learn nothing but words."""
+
+    def __init__(self, backbone: Backbone, hidden_dim: int = 0) -> None:
+        super().__init__()
+        backbone.head = None  # an untied policy head has no part in a value, and DDP forgives no idle parameter
+        self.backbone = backbone
+        self.hidden_dim = hidden_dim
+        self.value_head = value_head(backbone.hidden_size, hidden_dim)
+
+    @classmethod
+    def from_reward_model(cls, judge: RewardModel) -> Critic:
+        """A critic that begins with the judge's standardised score of what was said so far."""
+        critic, score_head = cls(judge.backbone), judge.score_head
+        assert isinstance(critic.value_head, nn.Linear)
+        assert isinstance(score_head, nn.Linear)
+        with torch.no_grad():
+            critic.value_head.weight.copy_(score_head.weight / judge.std)
+            critic.value_head.bias.copy_((score_head.bias - judge.mean) / judge.std)
+        return critic
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values [batch, time] in float32: the return expected after each of ``ids``, as :meth:`Backbone.forward`."""
+        hidden = self.backbone(ids, attention_mask)
+        values: Tensor = self.value_head(hidden).squeeze(-1).float()
+        return values
 
 
 def value_head(width: int, hidden_dim: int) -> nn.Module:

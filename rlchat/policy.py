@@ -151,9 +151,13 @@ class PolicyModule(L.LightningModule):
         """What a stage with a reward adds to each row of a prediction."""
         return [{} for _ in replies]
 
-    def noise_rows(self, batch: int, first: int = 0) -> Tensor:
-        """Global numbers of this process's rows: with N processes, row i of process r is global row i·N + r."""
-        return (first + torch.arange(batch)) * self.trainer.world_size + self.global_rank
+    def noise_rows(self, batch: int, first: int = 0, copies: int = 1) -> Tensor:
+        """Global numbers of this process's rows: with N processes, row i of process r is global row i·N + r.
+
+        Where each row comes in ``copies``, these have numbers that follow each other.
+        """
+        rows = (first + torch.arange(batch)) * self.trainer.world_size + self.global_rank
+        return (rows[:, None] * copies + torch.arange(copies)).flatten()
 
     def respond(self, prompts: Sequence[Conversation]) -> list[Reply]:
         """Replies with the same noise each time, so that what changes is the model."""
@@ -164,8 +168,12 @@ class PolicyModule(L.LightningModule):
 
     def save_bundle(self, path: str | Path) -> None:
         """Writes the chat model as it is now; see :mod:`rlchat.checkpoint`."""
+        save_bundle(path, self.bundle())
+
+    def bundle(self) -> PolicyBundle:
+        """The chat model as it is now, with all that it takes to talk to it."""
         about = {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
-        save_bundle(path, PolicyBundle(self.model, self.tokenizer, self.max_length, about))
+        return PolicyBundle(self.model, self.tokenizer, self.max_length, about)
 
 
 class Tally:

@@ -189,16 +189,18 @@ class LearnedQuality(Factor):
             raise UserError(f"LearnedQuality: clip {clip} and batch_size {batch_size} must be above 0")
         if device == "auto":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        self.bundle = load_reward_model(bundle, device)
+        self.bundle = bundle
+        self.device = device
+        self.judge = load_reward_model(bundle, device)
         self.clip = clip
         self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """Scores [batch], in standard deviations above the mean human reply."""
-        model, tokenizer = self.bundle.model, self.bundle.tokenizer
+        model, tokenizer = self.judge.model, self.judge.tokenizer
         rows = [
-            tokenizer.render(prompt.with_reply(Message("assistant", reply.text)), self.bundle.max_length).ids
+            tokenizer.render(prompt.with_reply(Message("assistant", reply.text)), self.judge.max_length).ids
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         scores = []

@@ -14,11 +14,13 @@ weight is positive, and it is the most that its factor can add to a reply's rewa
 from __future__ import annotations
 
 import abc
+import inspect
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +77,16 @@ class Factor(abc.ABC):
         """``TooShort`` → ``too_short``."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
+    def describe(self) -> dict[str, Any]:
+        """Plain values that make this factor again: ``class_path``, and ``init_args`` by name.
+
+        An argument is known by the attribute of its name; one that has none, or is no plain value, is left out.
+        """
+        names = inspect.signature(type(self)).parameters
+        given = {name: getattr(self, name, None) for name in names}
+        plain = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": plain}
+
     @abc.abstractmethod
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """Unweighted scores, ``[batch]`` floats; row i judges ``replies[i]`` to ``prompts[i]`` and nothing else."""
@@ -110,6 +122,10 @@ class Reward:
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """The reward of each reply: ``[batch]`` float32, on the CPU."""
         return torch.stack(list(self.breakdown(prompts, replies).values())).sum(dim=0)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The factors as plain values, for a file that tells what a model was rewarded for."""
+        return [factor.describe() for factor in self.factors.values()]
 
     def breakdown(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> dict[str, Tensor]:
         """What each factor contributes, its weight included: name → ``[batch]`` float32. They sum to the reward."""

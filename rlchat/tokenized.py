@@ -31,7 +31,7 @@ from rlchat.tokenizer import ChatTokenizer, Rendered
 _log = logging.getLogger("rlchat")
 
 # Part of a cache file's name: count it up when what is stored, or how text is rendered, changes.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 # Markers and an opening leave no room for words in fewer tokens than these.
 MIN_PROMPT_LENGTH = 8
 PROGRESS_AFTER_SECONDS = 2.0
@@ -46,7 +46,7 @@ class DataNeeds:
 
     ``max_length`` is the number of tokens that a row holds at most. Prompts are truncated to
     ``max_length - max_new_tokens``, so that a reply of ``max_new_tokens`` fits behind them. ``mix_sequences`` asks for
-    SFT sequences in PPO's training batches.
+    SFT sequences in PPO's training batches, ``whole_conversations`` for prompts that know what the user says later.
     """
 
     task: Task
@@ -54,6 +54,7 @@ class DataNeeds:
     max_length: int
     max_new_tokens: int = 0
     mix_sequences: bool = False
+    whole_conversations: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -194,7 +195,10 @@ def tokenize_trees(
             for thread in tree.threads:
                 sequences.add(thread, index, needs, tally)
             # SFT asks prompts as samples alone: one a tree is plenty, and they count for nothing.
-            for prompt in [p for p in tree.prompts if p.is_prompt][: 1 if needs.task == "sft" else None]:
+            prompts_of_tree = [p for p in tree.prompts if p.is_prompt]
+            if needs.whole_conversations:
+                prompts_of_tree = whole_conversations(prompts_of_tree)
+            for prompt in prompts_of_tree[: 1 if needs.task == "sft" else None]:
                 prompts.add(prompt, index, needs, tally if needs.task == "ppo" else _Tally())
         if needs.task == "reward":
             for prompt in filter(_is_judged, contrasted(tree.prompts) if contrast else tree.prompts):
@@ -224,6 +228,23 @@ def contrasted(prompts: Sequence[Conversation]) -> list[Conversation]:
                 prompt = replace(prompt, references=pair)
         result.append(prompt)
     return result
+
+
+def whole_conversations(prompts: Sequence[Conversation]) -> list[Conversation]:
+    """Of the prompts of one tree, the first of each conversation, with those that came after it as ``later``.
+
+    A conversation is a way through the tree to a user message that nobody answered further; conversations that open
+    alike and part later are conversations of their own.
+    """
+    by_messages = {prompt.messages: prompt for prompt in prompts}
+    chains = {}
+    for messages in by_messages:
+        beginnings = [messages[:end] for end in range(1, len(messages) + 1)]
+        chains[messages] = [by_messages[beginning] for beginning in beginnings if beginning in by_messages]
+    continued = {earlier.messages for chain in chains.values() for earlier in chain[:-1]}
+    return [
+        replace(first, later=tuple(later)) for messages, (first, *later) in chains.items() if messages not in continued
+    ]
 
 
 def render_prompts(conversations: Sequence[Conversation], needs: DataNeeds) -> Prompts:
@@ -359,7 +380,7 @@ def cache_key(paths: Sequence[str], needs: DataNeeds, options: dict[str, Any]) -
     Raises :class:`UserError` naming a path that cannot be read.
     """
     digest = hashlib.sha256()
-    lengths = (needs.task, needs.max_length, needs.max_new_tokens)
+    lengths = (needs.task, needs.max_length, needs.max_new_tokens, needs.whole_conversations)
     digest.update(json.dumps([CACHE_VERSION, needs.tokenizer.fingerprint, lengths, sorted(options.items())]).encode())
     for path in paths:
         digest.update(_hash_of_file(path))

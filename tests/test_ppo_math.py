@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlchat.formulas import KLKind
 from rlchat.ppo import (
     AdaptiveKL,
-    KLKind,
     gae,
     kl_estimate,
     masked_mean,

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.data import PromptBatch, SequenceBatch
 from rlchat.errors import UserError
-from rlchat.generation import Generated, addressed_uniforms
+from rlchat.generation import Generated
 from rlchat.padding import pad
-from rlchat.ppo import PPOModule, Rollout
+from rlchat.ppo import PPOModule
 from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
+from rlchat.rollouts import Rollout
 from rlchat.tokenizer import ChatTokenizer, format_ranks
 
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -195,8 +196,8 @@ def test_targets_by_hand(encoding: str) -> None:
     module = alone(ppo(encoding, lam=1.0, kl_coef=0.0))
     tokens = torch.tensor([[97, 98, 260], [99, 260, 256]])
     said = Generated(tokens, tokens != 256, torch.tensor([True, True]), torch.zeros(2, 3))
-    batch = prompts(module.tokenizer, QUESTIONS[:2])
-    rollout = module.recall(batch, said)
+    module.generate = lambda *_: said  # type: ignore[method-assign]
+    rollout = rolled_out(module, prompts(module.tokenizer, QUESTIONS[:2]))
     assert [reply.text for reply in rollout.replies] == ["ab", "c"]
     judged = module.judge(rollout, torch.tensor([1.0, -4.0]))
     assert judged.returns.tolist() == [[1, 1, 1], [-4, -4, 0]]
@@ -234,7 +235,8 @@ def test_the_loss_is_the_sum_of_its_parts(encoding: str) -> None:
     def loss(**options: Any) -> tuple[float, dict[str, Tensor]]:
         module = ppo(encoding, **options)
         rollout = rolled_out(module)
-        total, stats = module.minibatch_loss(rollout, module.judge(rollout, torch.arange(8.0)), torch.arange(8))
+        judged, everyone = module.judge(rollout, torch.arange(8.0)), torch.arange(8)
+        total, stats = module.minibatch_loss(rollout, judged, everyone, rollout.mask.sum())
         return total.item(), stats
 
     total, stats = loss(value_coef=0.25, entropy_coef=0.125)
@@ -254,27 +256,23 @@ def test_padding_moves_no_number(encoding: str, left: int, right: int) -> None:
     module = alone(ppo(encoding, "distilbert", entropy_coef=0.1))
     torch.nn.init.normal_(module.model.value_head.weight, std=0.1)  # type: ignore[arg-type]
     batch, pad_id = prompts(module.tokenizer), module.tokenizer.pad_id
-    noise = addressed_uniforms(0, 0, torch.arange(8))
-    said = module.generate(batch.ids, batch.attention_mask, module.sampling, noise)
     padded_batch = PromptBatch(
         wider(batch.ids, left, 0, pad_id), wider(batch.attention_mask, left, 0), batch.conversations
     )
-    padded_said = Generated(
-        wider(said.ids, 0, right, pad_id), wider(said.mask, 0, right), said.ended, wider(said.logprobs, 0, right)
-    )
-    with torch.no_grad():
-        plain, recalled = module.recall(batch, said), module.recall(padded_batch, padded_said)
+    plain, recalled = rolled_out(module, batch), rolled_out(module, padded_batch)
     assert plain.replies == recalled.replies
     sides = {"ids": pad_id, "attention_mask": 0, "said": 0}
     changes: dict[str, Any] = {name: wider(getattr(plain, name), left, right, value) for name, value in sides.items()}
     for name in ("mask", "logprobs", "ref_logprobs", "values"):
-        changes[name] = wider(getattr(plain, name), 0, right)
+        changes[name] = wider(getattr(plain, name), left, right)
+    changes["reply_of"] = wider(plain.reply_of, left, right, -1)
     around = replace(plain, **changes)
     scores, results = torch.randn(8, generator=torch.Generator().manual_seed(0)), []
     for rollout in (plain, recalled, around):
         judged = module.judge(rollout, scores)
         module.zero_grad()
-        loss, stats = module.minibatch_loss(rollout, judged, torch.tensor([6, 1, 3]))
+        rows = torch.tensor([6, 1, 3])
+        loss, stats = module.minibatch_loss(rollout, judged, rows, rollout.mask[rows].sum())
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
         results.append([loss.detach(), gradient, *stats.values(), judged.returns.sum(), rollout.kl])
@@ -363,28 +361,33 @@ def test_minibatches_part_the_rows_anew_in_each_pass(encoding: str) -> None:
     module = alone(ppo(encoding, minibatches=3))
     passes = []
     for epoch in range(2):
-        parts = module.minibatch_rows(8, epoch)
+        parts = [torch.cat(minibatch) for minibatch in module.minibatches(8, epoch)]
         assert sorted(len(part) for part in parts) == [2, 3, 3]
         assert sorted(torch.cat(parts).tolist()) == list(range(8))
         passes.append(torch.cat(parts).tolist())
     assert passes[0] != passes[1]
-    assert passes[0] == torch.cat(module.minibatch_rows(8, 0)).tolist()
+
+    def all_rows(count: int) -> list[Tensor]:
+        return [rows for minibatch in module.minibatches(count, 0) for rows in minibatch]
+
+    assert passes[0] == torch.cat(all_rows(8)).tolist()
     module.iterations = 1
-    assert passes[0] != torch.cat(module.minibatch_rows(8, 0)).tolist()
-    assert [len(part) for part in module.minibatch_rows(2, 0)] == [1, 1]  # no minibatch without a row
+    assert passes[0] != torch.cat(all_rows(8)).tolist()
+    assert [len(rows) for rows in all_rows(2)] == [1, 1]  # no minibatch without a row
 
 
 def test_two_processes_take_the_minibatches_that_one_would(encoding: str) -> None:
     """Row i of process r is global row 2·i + r."""
-    one = alone(ppo(encoding, minibatches=3)).minibatch_rows(8, 0)
-    two = [alone(ppo(encoding, minibatches=3), 2, rank).minibatch_rows(4, 0) for rank in range(2)]
+    one = alone(ppo(encoding, minibatches=3)).minibatches(8, 0)
+    two = [alone(ppo(encoding, minibatches=3), 2, rank).minibatches(4, 0) for rank in range(2)]
     for whole, even, odd in zip(one, *two, strict=True):
-        assert sorted(whole.tolist()) == sorted([*(2 * even).tolist(), *(2 * odd + 1).tolist()])
+        rows = [*(2 * torch.cat(even)).tolist(), *(2 * torch.cat(odd) + 1).tolist()]
+        assert sorted(torch.cat(whole).tolist()) == sorted(rows)
     rows = [alone(ppo(encoding), 2, rank).noise_rows(4, first=4).tolist() for rank in range(2)]
     assert rows == [[8, 10, 12, 14], [9, 11, 13, 15]]
 
 
-def test_gradients_of_processes_average_to_that_of_one(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_processes_average_to_that_of_one(encoding: str) -> None:
     """Also where one of them has no row of the minibatch."""
     module = ppo(encoding, entropy_coef=0.05)
     rollout = rolled_out(module)
@@ -393,11 +396,10 @@ def test_gradients_of_processes_average_to_that_of_one(encoding: str, monkeypatc
 
     def gradient(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         module.zero_grad()
-        tokens = rollout.mask[minibatch].sum()
-        monkeypatch.setattr(module, "global_sum", lambda _: tokens)
+        tokens = rollout.mask[minibatch].sum() / len(parts)
         losses = []
         for rank, part in enumerate(parts):
-            loss, _ = alone(module, len(parts), rank).minibatch_loss(rollout, judged, part)
+            loss, _ = alone(module, len(parts), rank).minibatch_loss(rollout, judged, part, tokens)
             (loss / len(parts)).backward()
             losses.append(loss.detach())
         grads = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
