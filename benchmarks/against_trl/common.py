@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -18,14 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: one thread, so that CPU seconds mean something
-
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-SHORTEST_PROMPT, LONGEST_PROMPT, REPLY = 8, 32, 64
+SHORTEST_PROMPT, LONGEST_PROMPT, REPLY = 8, 32, 16
 SPECIALS = 5  # the last ids of the vocabulary, rlchat's markers: padding the first, the end of a turn the last
 
 
@@ -58,9 +53,9 @@ SIZES = {"T": Size(512, 2, 64, 2), "S": Size(8192, 4, 128, 4)}
 class Hyperparameters:
     """The same on both sides, under rlchat's names."""
 
-    iterations: int = 32
+    iterations: int = 40
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     schedule: str = "linear"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -70,11 +65,10 @@ class Hyperparameters:
     clip_eps: float = 0.2
     value_clip: float = 0.2
     value_coef: float = 0.1
-    kl_coef: float = 0.001
+    kl_coef: float = 0.002
     gamma: float = 1.0
     lam: float = 0.95
     temperature: float = 1.0
-    max_grad_norm: float = float("inf")  # TRL's PPO loop has the option and never clips
 
 
 def gpt2_config(size: Size) -> GPT2Config:
@@ -130,7 +124,8 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Training begins: both clocks at zero."""
+        """Training begins: both clocks at zero, one thread, so that CPU seconds are work and not waiting."""
+        torch.set_num_threads(1)
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def add(self, episodes: int, reward: float, kl: float) -> None:
@@ -149,13 +144,18 @@ class Record:
         print(self.path.stem, *(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """The options of both sides; ``set`` becomes a dict."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of both sides."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the prompts and the sampling")
     parser.add_argument("--out", type=Path, required=True, help="the file that the curve is written to")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values than the common ones")
-    options = parser.parse_args()
-    options.set = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in options.set)}
-    return options
+    parser.add_argument(
+        "--set", nargs="*", type=_setting, default=[], metavar="NAME=VALUE", help="hyper-parameters of this run's own"
+    )
+    return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, value = text.split("=", 1)
+    return name, json.loads(value)

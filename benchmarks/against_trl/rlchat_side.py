@@ -7,6 +7,7 @@ python benchmarks/against_trl/rlchat_side.py --size S --seed 0 --out curves/sepa
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ from common import (
     digest,
     gpt2_config,
     initial_model,
+    make_parser,
     make_prompts,
-    parse_arguments,
     reward,
 )
 from torch.utils.data import DataLoader
@@ -69,12 +70,14 @@ class IdPPO(PPOModule):
 
 
 class Recorder(L.Callback):
-    """Hands what Lightning logged to the record."""
+    """Hands what Lightning logged to the record; ``betas`` of Adam are no option of rlchat's, so it looks at them."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, record: Record, betas: tuple[float, float]) -> None:
+        self.record, self.betas = record, betas
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.optimizers[0].defaults["betas"] != self.betas:
+            raise RuntimeError("rlchat's Adam has other betas than the common ones; set those in common.py")
         self.record.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -95,10 +98,10 @@ def make_tokenizer(size: Size, folder: Path) -> ChatTokenizer:
 def save_initial(initial: GPT2LMHeadModel, size: Size, path: Path) -> None:
     """The bundle of a chat model with the weights of ``initial`` and a value head that is zero."""
     tokenizer = make_tokenizer(size, path.parent)
-    config = gpt2_config(size).to_dict()
-    backbone = Backbone.from_config_json(gpt2_config(size).to_json_string(use_diff=False))
+    config = gpt2_config(size)
+    backbone = Backbone.from_config_json(config.to_json_string(use_diff=False))
     backbone.transformer.load_state_dict(initial.transformer.state_dict())
-    save_bundle(path, PolicyBundle(new_policy(backbone, tokenizer), tokenizer, config["n_positions"]))
+    save_bundle(path, PolicyBundle(new_policy(backbone, tokenizer), tokenizer, config.n_positions))
 
 
 def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> list[PromptBatch]:
@@ -112,42 +115,35 @@ def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> l
     ]
 
 
-def main() -> None:
-    options = parse_arguments(__doc__)
-    size = SIZES[options.size]
-    h = replace(Hyperparameters(), **options.set)
-    initial = initial_model(size, options.seed)
-    prompts = make_prompts(size, options.seed, h.iterations * h.batch_size)
-    folder = Path(tempfile.mkdtemp())
+def options_of(
+    h: Hyperparameters, size: Size, seed: int, critic: str, initial: GPT2LMHeadModel, folder: Path
+) -> dict[str, Any]:
+    """The options of :class:`IdPPO`; ``folder`` will hold the initial model."""
     save_initial(initial, size, folder / "initial.pt")
-    module = IdPPO(
-        init_from=str(folder / "initial.pt"),
-        reward=Reward([InSet(size)]),
-        max_new_tokens=REPLY,
-        temperature=h.temperature,
-        learning_rate=h.learning_rate,
-        schedule=h.schedule,
-        adam_eps=h.adam_eps,
-        ppo_epochs=h.ppo_epochs,
-        minibatches=h.minibatches,
-        clip_eps=h.clip_eps,
-        value_clip=h.value_clip,
-        value_coef=h.value_coef,
-        kl_coef=h.kl_coef,
-        gamma=h.gamma,
-        lam=h.lam,
-        max_grad_norm=h.max_grad_norm,
-        seed=options.seed,
-    )
-    record = Record(
-        options.out,
-        contestant="shared",
-        size=options.size,
-        seed=options.seed,
-        digest=digest(initial, prompts),
-        hyperparameters=asdict(h),
-        versions={"lightning": L.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    )
+    return {
+        "init_from": str(folder / "initial.pt"),
+        "reward": Reward([InSet(size)]),
+        "max_new_tokens": REPLY,
+        "temperature": h.temperature,
+        "learning_rate": h.learning_rate,
+        "schedule": h.schedule,
+        "adam_eps": h.adam_eps,
+        "ppo_epochs": h.ppo_epochs,
+        "minibatches": h.minibatches,
+        "critic": critic,
+        "clip_eps": h.clip_eps,
+        "value_clip": h.value_clip,
+        "value_coef": h.value_coef,
+        "kl_coef": h.kl_coef,
+        "gamma": h.gamma,
+        "lam": h.lam,
+        "max_grad_norm": math.inf,  # TRL's PPO loop has that option and never clips
+        "seed": seed,
+    }
+
+
+def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback) -> None:
+    """Trains on the batches in their order, and leaves nothing on the disk."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
@@ -158,9 +154,30 @@ def main() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Recorder(record)],
+        callbacks=list(callbacks),
     )
-    trainer.fit(module, DataLoader(make_batches(prompts, size, h.batch_size), batch_size=None))
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--critic", choices=("separate", "shared"), default="separate")
+    options = parser.parse_args()
+    size = SIZES[options.size]
+    h = replace(Hyperparameters(), **dict(options.set))
+    initial = initial_model(size, options.seed)
+    prompts = make_prompts(size, options.seed, h.iterations * h.batch_size)
+    record = Record(
+        options.out,
+        contestant=options.critic,
+        size=options.size,
+        seed=options.seed,
+        digest=digest(initial, prompts),
+        hyperparameters=asdict(h),
+        versions={"lightning": L.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    module = IdPPO(**options_of(h, size, options.seed, options.critic, initial, Path(tempfile.mkdtemp())))
+    fit(module, make_batches(prompts, size, h.batch_size), Recorder(record, (h.adam_beta1, h.adam_beta2)))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ python3 -m venv .venv-trl
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+import transformers
+import trl
 from common import (
     REPLY,
     SIZES,
@@ -23,16 +25,10 @@ from common import (
     digest,
     gpt2_config,
     initial_model,
+    make_parser,
     make_prompts,
-    parse_arguments,
     reward,
 )
-
-os.environ.update(TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1")
-
-import torch
-import transformers
-import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
@@ -113,15 +109,13 @@ def make_critic(initial: GPT2LMHeadModel, size: Size) -> GPT2ForSequenceClassifi
     return critic
 
 
-def main() -> None:
-    options = parse_arguments(__doc__)
-    size = SIZES[options.size]
-    h = replace(Hyperparameters(), **options.set)
-    initial = initial_model(size, options.seed)
-    prompts = make_prompts(size, options.seed, h.iterations * h.batch_size)
+def make_trainer(
+    record: Record, h: Hyperparameters, size: Size, seed: int, initial: GPT2LMHeadModel, prompts: list[list[int]]
+) -> Recorded:
+    """TRL's trainer with the common hyper-parameters."""
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(),
-        seed=options.seed,
+        seed=seed,
         total_episodes=len(prompts),
         per_device_train_batch_size=h.batch_size,
         local_rollout_forward_batch_size=h.batch_size,
@@ -148,16 +142,8 @@ def main() -> None:
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Recorded(
-        Record(
-            options.out,
-            contestant="trl",
-            size=options.size,
-            seed=options.seed,
-            digest=digest(initial, prompts),
-            hyperparameters=asdict(h) | {"max_grad_norm": None},
-            versions={"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        ),
+    return Recorded(
+        record,
         args=config,
         processing_class=make_tokenizer(size),
         model=make_policy(initial, size),
@@ -166,7 +152,24 @@ def main() -> None:
         value_model=make_critic(initial, size),
         train_dataset=Dataset.from_dict({"input_ids": prompts}),
     )
-    trainer.train()
+
+
+def main() -> None:
+    options = make_parser(__doc__).parse_args()
+    size = SIZES[options.size]
+    h = replace(Hyperparameters(), **dict(options.set))
+    initial = initial_model(size, options.seed)
+    prompts = make_prompts(size, options.seed, h.iterations * h.batch_size)
+    record = Record(
+        options.out,
+        contestant="trl",
+        size=options.size,
+        seed=options.seed,
+        digest=digest(initial, prompts),
+        hyperparameters=asdict(h),
+        versions={"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    make_trainer(record, h, size, options.seed, initial, prompts).train()
 
 
 if __name__ == "__main__":
