@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint chat clean
+.PHONY: demo test prove lint chat clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -14,6 +14,16 @@ chat: $(VENV)/installed
 test: export OMP_NUM_THREADS ?= 1  # two test processes on two cores
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2
+
+# The long proofs, whose figures the README quotes. Two nodes need root, for network namespaces, and iproute2.
+prove: export OMP_NUM_THREADS ?= 1
+prove: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
+prove: $(VENV)/installed-dev
+	$(BIN)/python -m prove.many_processes
+	$(BIN)/python -m prove.two_nodes
+	$(BIN)/python -m prove.stop_signals
+	$(BIN)/python -m prove.kill_and_resume --kills 20
+	$(BIN)/python -m prove.kill_and_resume --kills 20 --ranks 2
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

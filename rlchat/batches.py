@@ -294,7 +294,8 @@ class BatchLoader(DataLoader[Any]):
                 state["batches_per_epoch"],
                 len(self),
             )
-        self._resume = (state["epoch"], state["batches"])
+        # Also what is saved before another batch is asked for.
+        self._epoch, self._yielded = self._resume = (state["epoch"], state["batches"])
         if isinstance(self.sampler, RankSampler):
             self.sampler.set_epoch(state["epoch"])
 

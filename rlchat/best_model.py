@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from rlchat.errors import UserError
 from rlchat.files import set_aside
+from rlchat.stop_signals import StopSignals
+from rlchat.trainer_facts import is_rehearsal
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
-_STOPPED = "stopped, and nothing is lost; go on with `rlchat fit --ckpt_path last`"
 
 
 class BestModel(ModelCheckpoint):
@@ -28,14 +26,14 @@ class BestModel(ModelCheckpoint):
 
     Each time the module's ``monitor`` (PPO: ``val/reward``) is better than before, ``folder/<bundle_name>`` becomes the
     model of that moment, beside Lightning's ``best.ckpt`` in the run's own folder; a bundle that an earlier run left
-    there is first set aside under its date. ``last.ckpt`` is written every ``save_last_every`` batches and after each
-    validation, so that an interrupted run goes on with ``--ckpt_path last``. Ctrl-C lets the batch come to its end and
-    writes ``last.ckpt`` then, so that nothing is lost; a second one stops at once. Without validation, the bundle is
-    the model at the end.
+    there is first set aside under its date. ``last.ckpt`` is written every ``save_last_every`` batches and before and
+    after each validation, so that an interrupted run goes on with ``--ckpt_path last``. Ctrl-C and SIGTERM let the
+    batch come to its end and write ``last.ckpt`` then, so that nothing is lost; a second Ctrl-C stops at once. Without
+    validation, the bundle is the model at the end.
 
     Args:
         folder: where the bundles go.
-        save_last_every: training batches between two writes of ``last.ckpt``; 0: after validations only.
+        save_last_every: training batches between two writes of ``last.ckpt``; 0: around validations only.
     """
 
     def __init__(self, folder: str = "checkpoints", save_last_every: int = 25) -> None:
@@ -44,8 +42,9 @@ class BestModel(ModelCheckpoint):
         self.save_last_every = save_last_every
         self.bundle_path: str | None = None
         """Where this run has written its bundle; None before the first."""
-        self._stopping = self._may_stop = False  # Ctrl-C came; and what the run has come to since then is saved
-        self._handler_before: Any = None
+        self._signals = StopSignals()
+        self._stop = 0  # the signal for which the run ends where the next batch would begin; 0: it goes on
+        self._due = self._before_validation = False
 
     @property
     def state_key(self) -> str:
@@ -54,7 +53,7 @@ class BestModel(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes over what the module wants to be judged by. Raises :class:`UserError` for a folder that takes none."""
-        if stage == "fit" and not _is_rehearsal(trainer):
+        if stage == "fit" and not is_rehearsal(trainer):
             _require_writable(Path(self.folder))
         self.monitor, self.mode = pl_module.monitor  # type: ignore[misc]
         if self.best_model_score is None:
@@ -62,12 +61,14 @@ class BestModel(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes charge of Ctrl-C."""
+        """Takes charge of Ctrl-C and SIGTERM."""
         super().on_train_start(trainer, pl_module)
-        self._stopping = self._may_stop = False
-        # Several processes get it in different batches, and would wait for each other: they stop as Lightning does.
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, self._stop_soon)
+        self._stop = 0
+        self._signals.take_charge()
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if validation.restarted_mid_evaluation:  # what on_save_checkpoint noted is read by now, and was no batch
+            batches: Any = validation.batch_progress.total
+            batches.ready, batches.started = batches.ready - 1, batches.started - 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,21 +76,58 @@ class BestModel(ModelCheckpoint):
         """Writes ``last.ckpt`` every so often, and before the run is stopped."""
         # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several a batch.
         done = trainer.fit_loop.total_batch_idx + 1
-        stopping = self._stopping
-        if stopping or trainer.received_sigterm or (self.save_last_every and done % self.save_last_every == 0):
+        self._stop = self._signals.agreed(pl_module)
+        self._due = bool(self._stop or (self.save_last_every and done % self.save_last_every == 0))
+        # From here, Lightning would go on without the validation or the end of the epoch that follow: they save.
+        if self._due and not trainer.is_last_batch and not _validation_follows(trainer):
             self._save_last(trainer)
-        self._may_stop = stopping
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what is due since the last batch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._due:
+            self._save_last(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stops where the batch before is saved; by now its metrics are logged as well."""
-        if self._may_stop:
-            raise KeyboardInterrupt(_STOPPED)
+        if self._stop:
+            self._signals.stop(self._stop)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves what training has come to, so that a run that is broken off in validation begins with it anew."""
+        super().on_validation_start(trainer, pl_module)
+        if _is_part_of_training(trainer):
+            self._before_validation = True
+            self._save_last(trainer)
+            self._before_validation = False
+            if self._stop:
+                self._signals.stop(self._stop)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stops: what came before the validation is saved."""
+        if _is_part_of_training(trainer) and (number := self._signals.agreed(pl_module)):
+            self._signals.stop(number)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes that a validation has begun, by which Lightning knows that it has to be run before anything else."""
+        if self._before_validation:
+            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+            batches["ready"] += 1
+            batches["started"] += 1
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the best, where this is it, and the last."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or _is_rehearsal(trainer):
+        if not _is_part_of_training(trainer) or is_rehearsal(trainer):
             return
         before = self.best_model_score
         if self.monitor in trainer.callback_metrics:
@@ -98,22 +136,26 @@ class BestModel(ModelCheckpoint):
         if better:
             self._save_bundle(trainer, pl_module)
         self._save_last(trainer)
-        if self._stopping:
-            raise KeyboardInterrupt(_STOPPED)
+        self._due = False
+        if number := self._signals.agreed(pl_module):
+            self._signals.stop(number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives Ctrl-C back."""
+        """Gives the signals back."""
         super().on_train_end(trainer, pl_module)
-        self._release_interrupts()
+        self._signals.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives Ctrl-C back."""
+        """Gives the signals back."""
         super().on_exception(trainer, pl_module, exception)
-        self._release_interrupts()
+        self._signals.release()
+        if self._signals.stopped:
+            # The first draws and writes more than the others; where one ends much earlier, Lightning kills the rest.
+            trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that was never validated leaves the model that it ended with."""
-        if self.bundle_path is None and trainer.global_step and not _is_rehearsal(trainer):
+        if self.bundle_path is None and trainer.global_step and not is_rehearsal(trainer):
             self._save_bundle(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,30 +165,20 @@ class BestModel(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A resumed run has a folder of its own, but the best so far is still the one to beat."""
         self.bundle_path = state_dict["bundle_path"]
+        self.current_score = state_dict["current_score"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
-    def _stop_soon(self, signum: int, frame: Any) -> None:
-        self._release_interrupts()
-        self._stopping = True
-        print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
-
-    def _release_interrupts(self) -> None:
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-            self._handler_before = None
-
     def _save_last(self, trainer: L.Trainer) -> None:
-        if not _is_rehearsal(trainer):
+        if not is_rehearsal(trainer):
             assert self.dirpath is not None
             self.last_model_path = str(Path(self.dirpath) / LAST)
             trainer.save_checkpoint(self.last_model_path)
 
     def _save_bundle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = Path(self.folder) / pl_module.bundle_name  # type: ignore[operator]
-        if trainer.is_global_zero:
-            if path.exists() and self.bundle_path != str(path):  # not this run's own
-                set_aside(path)
-            pl_module.save_bundle(path)  # type: ignore[operator]
+        if trainer.is_global_zero and path.exists() and self.bundle_path != str(path):  # not this run's own
+            set_aside(path)
+        pl_module.save_bundle(path)  # type: ignore[operator]
         self.bundle_path = str(path)
 
 
@@ -160,6 +192,13 @@ def _require_writable(folder: Path) -> None:
         raise UserError(f"best_model.folder {folder}: cannot be written ({error.strerror}); give another") from error
 
 
-def _is_rehearsal(trainer: L.Trainer) -> bool:
-    """Whether this is ``fast_dev_run``, which leaves nothing behind."""
-    return bool(getattr(trainer, "fast_dev_run", False))  # Lightning sets it where type checkers cannot see
+def _is_part_of_training(trainer: L.Trainer) -> bool:
+    """Whether a validation belongs to a fit that has begun."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether the training batch that ends now is one of those after which the run validates."""
+    epoch = trainer.fit_loop.epoch_loop
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and not epoch.val_loop.skip and epoch._should_check_val_fx(fetcher)

@@ -26,18 +26,11 @@ from torch import Tensor
 
 from rlchat.best_model import BestModel
 from rlchat.conversation import Conversation, Message
-from rlchat.errors import UserError
-from rlchat.files import append_lines
+from rlchat.errors import UserError, at_least_one
+from rlchat.files import append_lines, write_atomically
 from rlchat.rewards import Reply
 from rlchat.stats_figure import draw_stats
-
-
-def batches_seen(trainer: Trainer) -> int:
-    """Training batches that the run has begun, over all epochs and resumes.
-
-    ``trainer.global_step`` would count optimizer steps, several a batch where a module optimizes by hand.
-    """
-    return trainer.fit_loop.total_batch_idx + 1
+from rlchat.trainer_facts import batches_seen, is_rehearsal
 
 
 class StatsPlot(Callback):
@@ -68,9 +61,9 @@ class StatsPlot(Callback):
         if path is not None and Path(path).suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"StatsPlot: path is {path!r}, it must end in .png, .svg or .pdf")
         self.path = path
-        self.every_n_batches = _at_least_one("StatsPlot", "every_n_batches", every_n_batches)
+        self.every_n_batches = at_least_one("StatsPlot", "every_n_batches", every_n_batches)
         self.min_seconds = min_seconds
-        self.dpi = _at_least_one("StatsPlot", "dpi", dpi)
+        self.dpi = at_least_one("StatsPlot", "dpi", dpi)
         self._history: dict[str, _Series] = {}
         self._fresh: list[tuple[int, dict[str, Tensor]]] = []
         self._seen: dict[str, Tensor] = {}
@@ -161,27 +154,21 @@ class StatsPlot(Callback):
             # After a device-side error no value comes back; that must not hide the error, nor what is known already.
             if not device_may_be_broken:
                 raise
-        if not (trainer.is_global_zero and self._history and self._picture) or _is_rehearsal(trainer):
+        if not (trainer.is_global_zero and self._history and self._picture) or is_rehearsal(trainer):
             return
         began = time.monotonic()
         try:
             self._write(self._picture, batches_seen(trainer))
-        except OSError as error:
-            rank_zero_warn(f"StatsPlot could not write {self._picture}: {error}. Training goes on.")
+        except UserError as error:
+            rank_zero_warn(f"StatsPlot: {error}. Training goes on.")
         ended = time.monotonic()
         self._next_drawing = ended + max(self.min_seconds, self._SHARE_OF_TIME * (ended - began))
 
     def _write(self, picture: Path, batches: int) -> None:
         history = {name: (series.steps, series.values) for name, series in self._history.items()}
         figure = draw_stats(history, picture.stem.removesuffix("_stats"), batches)
-        picture.parent.mkdir(parents=True, exist_ok=True)
         # Whoever looks at the picture while it is replaced sees the old one or the new one, and never half of one.
-        unfinished = picture.with_name(f".{picture.name}.unfinished")
-        try:
-            figure.savefig(unfinished, format=picture.suffix[1:], dpi=self.dpi)
-            unfinished.replace(picture)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_atomically(picture, lambda file: figure.savefig(file, format=picture.suffix[1:], dpi=self.dpi))
 
 
 class SampleResponses(Callback):
@@ -213,12 +200,12 @@ class SampleResponses(Callback):
         if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
             raise UserError("SampleResponses: prompts has an empty message or none at all: give some text, or leave it")
         self.prompts = prompts
-        self.every_n_validations = _at_least_one("SampleResponses", "every_n_validations", every_n_validations)
-        self.count = _at_least_one("SampleResponses", "count", count)
+        self.every_n_validations = at_least_one("SampleResponses", "every_n_validations", every_n_validations)
+        self.count = at_least_one("SampleResponses", "count", count)
         if max_rows < 0:
             raise UserError(f"SampleResponses: max_rows is {max_rows}, it must be 0 (no table) or more")
         self.max_rows = max_rows
-        self.max_characters = _at_least_one("SampleResponses", "max_characters", max_characters)
+        self.max_characters = at_least_one("SampleResponses", "max_characters", max_characters)
         self._validations = 0
         self._iteration = 0
 
@@ -252,7 +239,7 @@ class SampleResponses(Callback):
             return
         samples = _samples(prompts, replies, factors)
         self._write_text(trainer, samples)
-        if log_dir is not None and not _is_rehearsal(trainer):
+        if log_dir is not None and not is_rehearsal(trainer):
             append_lines(Path(log_dir, "samples.jsonl"), self._rows(samples))
         if self.max_rows:
             _print_beside_progress_bar(trainer, self._table(samples))
@@ -374,17 +361,6 @@ def _print_beside_progress_bar(trainer: Trainer, table: Table) -> None:
     else:
         # Lightning's rich bar draws on this very console, which keeps the two apart.
         console.print(table)
-
-
-def _is_rehearsal(trainer: Trainer) -> bool:
-    """Whether this is ``--trainer.fast_dev_run``, which must leave no trace in the files of real runs."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _at_least_one(callback: str, option: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{callback}: {option} is {value}, it must be at least 1")
-    return value
 
 
 @dataclass

@@ -16,6 +16,7 @@ from rlchat.backbones import Backbone
 from rlchat.errors import UserError
 from rlchat.files import write_atomically
 from rlchat.model import Critic, RewardModel, RLChatModel
+from rlchat.processes import is_first, whole_state
 from rlchat.tokenizer import ChatTokenizer
 
 FORMAT = "rlchat-bundle"
@@ -50,7 +51,15 @@ class RewardBundle:
 
 
 def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
-    """Writes ``bundle``, atomically: a kill or a full disk in the middle leaves what was there before."""
+    """Writes ``bundle``, atomically: a kill or a full disk in the middle leaves what was there before.
+
+    Every process calls it, for each may hold a part of the model; the first one writes.
+    """
+    state = whole_state(bundle.model)
+    critic = bundle.critic if isinstance(bundle, PolicyBundle) else None
+    critic_state = None if critic is None else whole_state(critic)
+    if not is_first():
+        return
     tokenizer = bundle.tokenizer.state()
     tokenizer["ranks"] = torch.frombuffer(bytearray(tokenizer["ranks"]), dtype=torch.uint8)
     content = {
@@ -62,13 +71,13 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
         "tokenizer": tokenizer,
         "max_length": bundle.max_length,
         "about": bundle.about,
-        "state": _on_cpu(bundle.model),
+        "state": state,
     }
-    if isinstance(bundle, PolicyBundle) and (critic := bundle.critic) is not None:
+    if critic is not None:
         content["critic"] = {
             "backbone": critic.backbone.config_json(),
             "hidden_dim": critic.hidden_dim,
-            "state": _on_cpu(critic),
+            "state": critic_state,
         }
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
@@ -128,10 +137,6 @@ def _tokenizer(content: dict[str, Any]) -> ChatTokenizer:
     state = dict(content["tokenizer"])
     state["ranks"] = state["ranks"].numpy().tobytes()
     return ChatTokenizer.from_state(state)
-
-
-def _on_cpu(model: torch.nn.Module) -> dict[str, Any]:
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 
 def _fill(model: torch.nn.Module, content: dict[str, Any], path: str | Path) -> None:

@@ -11,13 +11,14 @@ import traceback
 import warnings
 from argparse import ArgumentError
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import lightning as L
 from jsonargparse import Namespace
 from jsonargparse.util import import_object
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,6 +29,7 @@ from rich import get_console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from rlchat.alarms import Alarms
 from rlchat.best_model import BestModel
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.data import OASST2DataModule
@@ -38,8 +40,10 @@ from rlchat.predictions import Predictions
 from rlchat.progress import OneLineProgressBar
 from rlchat.recipes import checked_recipe
 from rlchat.reward_model import RewardModelModule
+from rlchat.rollout_log import RolloutLog
 from rlchat.runs import LOGS, check_checkpoint, configuration_of, newest_run
 from rlchat.sft import SFTModule
+from rlchat.strategies import AtomicCheckpointIO, check_strategy
 
 _log = logging.getLogger("rlchat")
 
@@ -68,6 +72,8 @@ class RLChatCLI(LightningCLI):
         parser.add_lightning_class_args(SampleResponses, "sample_responses")
         parser.add_lightning_class_args(StatsPlot, "stats_plot")
         parser.add_lightning_class_args(Predictions, "predictions")
+        parser.add_lightning_class_args(Alarms, "alarms")
+        parser.add_lightning_class_args(RolloutLog, "rollout_log")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Raises :class:`UserError` where jsonargparse would show the usage and exit."""
@@ -105,13 +111,14 @@ class RLChatCLI(LightningCLI):
         """Refuses what cannot train, before anything is loaded. Raises :class:`UserError`."""
         options = self.config[self.config["subcommand"]]
         module = import_object(str(options["model"]["class_path"]))
+        check_strategy(options["trainer"])
         if isinstance(module, type) and issubclass(module, PPOModule):
             check_trainer_for_ppo(options["trainer"])
         if self.config["subcommand"] == "predict" and not is_overridden("predict_step", module, L.LightningModule):
             raise UserError(f"{module.__name__} has no replies to give; name the configuration of a chat model")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """TensorBoard and CSV in one version folder, and our progress bar, unless the configuration names others."""
+        """Both loggers in one folder, our progress bar, atomic checkpoints, unless the configuration names others."""
         options = self.config[self.config["subcommand"]]
         given = self._get(self.config_init, "trainer")
         if given["logger"] in (None, True):
@@ -122,11 +129,13 @@ class RLChatCLI(LightningCLI):
                 board,
                 CSVLogger(folder, name=stage, version=board.version, flush_logs_every_n_steps=10),
             ]
-        callbacks = given["callbacks"] or []
-        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        plugins = _as_list(given["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        callbacks = _as_list(given["callbacks"])
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(OneLineProgressBar())
-        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks, "plugins": plugins})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -242,16 +251,16 @@ def with_recipes(argv: list[str]) -> list[str]:
 
 def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
     """Raises :class:`UserError` for options of the trainer that cannot be had where a module optimizes by hand."""
-    strategy = options.get("strategy")
-    name = strategy if isinstance(strategy, str) else str((strategy or {}).get("class_path", ""))
-    if name.startswith("fsdp") or name.endswith("FSDPStrategy"):
-        raise UserError(
-            "trainer.strategy: PPO takes its optimizer steps by hand, which Lightning's FSDP cannot do; use ddp"
-        )
     if options.get("gradient_clip_val"):
         raise UserError("trainer.gradient_clip_val: PPO clips by itself; set --model.max_grad_norm instead")
     if (options.get("accumulate_grad_batches") or 1) > 1:
-        raise UserError("trainer.accumulate_grad_batches: PPO takes its steps by itself; lower --model.minibatches")
+        raise UserError(
+            "trainer.accumulate_grad_batches: PPO takes its steps by itself; set --model.micro_batch_size instead"
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _logs_folder(options: Namespace) -> Path:

@@ -198,8 +198,10 @@ class OASST2DataModule(LightningDataModule):
         return {} if self._training is None else {"training": self._training.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next training loader goes on where the one of the checkpoint was."""
+        """The training loader, or the next one, goes on where the one of the checkpoint was."""
         self._position = state.get("training")
+        if self._training is not None:  # FSDP2 asks for the optimizer, and that for the loader, before it restores
+            self._resumed(self._training)
 
     def _resumed(self, loader: BatchLoader) -> BatchLoader:
         if self._position is not None:

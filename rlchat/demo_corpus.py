@@ -9,7 +9,6 @@ holds), which measures held-out answers and is never a reward.
 from __future__ import annotations
 
 import json
-import os
 import random
 import uuid
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 from rlchat.demo_world import FOLLOW_OPENERS, KINDS, Claim, FollowUp, Kind, World, make_world
 from rlchat.errors import UserError
+from rlchat.files import write_atomically
 
 TREES = 4000
 
@@ -62,15 +62,8 @@ def write_demo_corpus(path: Path, *, trees: int = TREES, seed: int = 0) -> None:
     The file appears under its name only when it is complete. Raises UserError where ``trees`` is more than there are
     different questions.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for tree in demo_trees(trees, seed):
-                file.write(json.dumps(tree, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    lines = (json.dumps(tree, ensure_ascii=False).encode() + b"\n" for tree in demo_trees(trees, seed))
+    write_atomically(path, lambda file: file.writelines(lines))
 
 
 def demo_trees(trees: int = TREES, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -23,6 +22,7 @@ from rlchat.errors import UserError
 from rlchat.generation import Generated, Sampling, Uniforms, addressed_uniforms, generate
 from rlchat.model import RLChatModel, TokenStats, value_head
 from rlchat.padding import pad
+from rlchat.processes import anywhere, gather_objects, shard_networks
 from rlchat.rewards import Reply
 from rlchat.tokenizer import ChatTokenizer
 
@@ -93,6 +93,10 @@ class PolicyModule(L.LightningModule):
         self.tally = Tally()
         self.sampling = Sampling(min(100, self.max_length // 2), temperature=1.0)
 
+    def configure_model(self) -> None:
+        """Leaves this process a part of each network, where the strategy says so."""
+        shard_networks(self)
+
     def token_stats(self, batch: SequenceBatch) -> TokenStats:
         """Of the assistant's tokens in ``batch``, each predicted from what comes before it; [tokens]."""
         hidden = self.model(batch.ids, batch.attention_mask)
@@ -106,14 +110,17 @@ class PolicyModule(L.LightningModule):
         self.tally.add("nll", -stats.logprobs)
 
     def generate(self, ids: Tensor, attention_mask: Tensor, sampling: Sampling, uniforms: Uniforms) -> Generated:
-        """Replies to left-padded prompts, sampled in eval mode: dropout would be another distribution."""
+        """Replies to left-padded prompts, sampled in eval mode: dropout would be another distribution.
+
+        Where processes hold the model in shards, all go on until the last has its reply.
+        """
         mode = self.model.training
         self.model.eval()
+        marks: dict[str, Any] = {"end_id": self.tokenizer.end_id, "pad_id": self.tokenizer.pad_id}
+        if self.device_mesh is not None:
+            marks["goes_on"] = lambda alive: anywhere(self, alive)
         try:
-            tokenizer = self.tokenizer
-            return generate(
-                self.model, ids, attention_mask, sampling, uniforms, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id
-            )
+            return generate(self.model, ids, attention_mask, sampling, uniforms, **marks)
         finally:
             self.model.train(mode)
 
@@ -167,7 +174,7 @@ class PolicyModule(L.LightningModule):
         return self.read(self.generate(ids.to(self.device), mask.to(self.device), self.sampling, noise))
 
     def save_bundle(self, path: str | Path) -> None:
-        """Writes the chat model as it is now; see :mod:`rlchat.checkpoint`."""
+        """Writes the chat model as it is now; see :mod:`rlchat.checkpoint`. A collective."""
         save_bundle(path, self.bundle())
 
     def bundle(self) -> PolicyBundle:
@@ -204,25 +211,8 @@ class Tally:
         return result
 
 
-def global_sum(module: L.LightningModule, value: Tensor | float) -> Tensor:
-    """``value`` summed over all processes, on the module's device and without a gradient."""
-    total = torch.as_tensor(value, device=module.device).detach().clone()
-    if module.trainer.world_size > 1:
-        total = torch.as_tensor(module.trainer.strategy.reduce(total, reduce_op="sum"))
-    return total
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, in their order."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
-
-
 def make_optimizer(
-    parameters: Iterable[Tensor], learning_rate: float, weight_decay: float, eps: float = 1e-8
+    parameters: Iterable[Tensor], learning_rate: float, weight_decay: float, eps: float = 1e-8, beta2: float = 0.95
 ) -> torch.optim.AdamW:
     """AdamW that decays matrices only, as is usual: norms and biases have no scale of their own to keep down.
 
@@ -231,12 +221,14 @@ def make_optimizer(
     for name, size in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("adam_eps", eps)):
         if not size >= 0:
             raise UserError(f"{name} is {size}; it must be 0 or more")
+    if not 0 <= beta2 < 1:
+        raise UserError(f"adam_beta2 is {beta2}; it must be from 0 up to, but not, 1")
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=eps)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: float, steps: float) -> LambdaLR:

@@ -45,7 +45,8 @@ from rlchat.formulas import (
     value_loss,
 )
 from rlchat.generation import Sampling, addressed_uniforms
-from rlchat.policy import gather_objects, make_optimizer, make_scheduler, open_policy
+from rlchat.policy import make_optimizer, make_scheduler, open_policy
+from rlchat.processes import gather_objects, whole
 from rlchat.rewards import Reward
 from rlchat.rollouts import Rollout, RolloutModule
 
@@ -104,6 +105,7 @@ class PPOModule(RolloutModule):
         warmup: share of the iterations in which the learning rate rises.
         weight_decay: of AdamW, on matrices.
         adam_eps: of AdamW.
+        adam_beta2: of AdamW; rewards are noisy, so its squares are remembered for longer than in the other stages.
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
         micro_batch_size: rows that a device takes at one time; gradients accumulate over a minibatch. None: all.
@@ -155,6 +157,7 @@ class PPOModule(RolloutModule):
         warmup: float = 0.0,
         weight_decay: float = 0.0,
         adam_eps: float = 1e-5,
+        adam_beta2: float = 0.999,
         ppo_epochs: int = 4,
         minibatches: int = 4,
         micro_batch_size: int | None = None,
@@ -420,22 +423,21 @@ class PPOModule(RolloutModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips here, where gradients are unscaled in every precision; without a gradient, the step does nothing."""
-        trained = {name: p for name, p in self.named_parameters() if p.grad is not None}
-        if self.iterations < self.options.critic_warmup:
-            for name, parameter in trained.items():
-                if not name.startswith(("critic.", "model.value_head.")):
-                    parameter.grad = None  # of nothing but zeros, and yet weight decay and momentum would move it
-        gradients = [p.grad for p in trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.grad_norm = float(norm)
+        parameters = dict(self.named_parameters())
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        self.grad_norm = float(whole(norm))
         if self.not_finite is None and not math.isfinite(self.grad_norm):
-            named = ((name, p.grad) for name, p in trained.items() if p.grad is not None)
-            self.not_finite = "the gradient of " + next(name for name, grad in named if not grad.isfinite().all())
+            broken = (name for name, gradient in gradients.items() if not whole(gradient).isfinite().all())
+            self.not_finite = f"the gradient of {next(broken, 'all weights together')}"
         if self.not_finite is None:
-            torch.nn.utils.clip_grads_with_norm_(trained.values(), self.options.max_grad_norm, norm)
-        else:
-            for parameter in trained.values():
-                parameter.grad = None
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.options.max_grad_norm, norm)
+        warming_up = self.iterations < self.options.critic_warmup
+        for name in gradients:
+            # In the warm-up, the policy's are nothing but zeros; and yet weight decay and momentum would move it.
+            waits = warming_up and not name.startswith(("critic.", "model.value_head."))
+            if waits or self.not_finite is not None:
+                parameters[name].grad = None
 
     def count_skipped(self, rollout: Rollout) -> None:
         """Keeps count of steps that were skipped. Raises :class:`UserError` where that goes on."""
@@ -507,7 +509,7 @@ class PPOModule(RolloutModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over policy and critic, and a learning rate that goes over the run's iterations."""
         o = self.options
-        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps)
+        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, o.adam_beta2)
         iterations = self.trainer.estimated_stepping_batches
         return {"optimizer": optimizer, "lr_scheduler": make_scheduler(optimizer, o.schedule, o.warmup, iterations)}
 

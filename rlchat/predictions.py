@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rlchat.errors import UserError
 from rlchat.files import write_atomically
-from rlchat.policy import gather_objects
+from rlchat.processes import gather_objects
 
 
 class Predictions(BasePredictionWriter):

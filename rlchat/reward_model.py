@@ -22,7 +22,8 @@ from rlchat.data import DataNeeds, RankedBatch
 from rlchat.errors import UserError
 from rlchat.model import RewardModel
 from rlchat.padding import pad
-from rlchat.policy import Tally, gather_objects, global_sum, make_optimizer, make_scheduler, open_policy
+from rlchat.policy import Tally, make_optimizer, make_scheduler, open_policy
+from rlchat.processes import gather_objects, global_sum, shard_networks
 from rlchat.rewards import Factor, Reply
 
 
@@ -99,6 +100,10 @@ class RewardModelModule(L.LightningModule):
         self.tally = Tally()
         self.held_out_scores: list[float] = []
 
+    def configure_model(self) -> None:
+        """Leaves this process a part of the network, where the strategy says so."""
+        shard_networks(self)
+
     @property
     def data_needs(self) -> DataNeeds:
         """What the data module serves to this stage."""
@@ -165,7 +170,7 @@ class RewardModelModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_bundle(self, path: str | Path) -> None:
-        """Writes the reward model as it is now; see :mod:`rlchat.checkpoint`."""
+        """Writes the reward model as it is now; see :mod:`rlchat.checkpoint`. A collective."""
         about = {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
         save_bundle(path, RewardBundle(self.model, self.tokenizer, self.max_length, about))
 

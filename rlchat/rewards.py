@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message
-from rlchat.errors import UserError
+from rlchat.errors import UserError, at_least_one
 
 # Scripts written without spaces: kana and Han. A character counts as a word, as is usual for these languages.
 _CJK = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -198,7 +198,7 @@ class TooShort(ReplyFactor):
 
     def __init__(self, weight: float = 1.0, min_words: int = 3) -> None:
         super().__init__(weight)
-        self.min_words = _at_least_one("TooShort", "min_words", min_words)
+        self.min_words = at_least_one("TooShort", "min_words", min_words)
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return min(0.0, len(words(reply.text)) / self.min_words - 1)
@@ -209,7 +209,7 @@ class TooLong(ReplyFactor):
 
     def __init__(self, weight: float = 1.0, max_words: int = 200) -> None:
         super().__init__(weight)
-        self.max_words = _at_least_one("TooLong", "max_words", max_words)
+        self.max_words = at_least_one("TooLong", "max_words", max_words)
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return max(-1.0, min(0.0, 1 - len(words(reply.text)) / self.max_words))
@@ -224,7 +224,7 @@ class AppropriateLength(ReplyFactor):
 
     def __init__(self, weight: float = 1.0, low: int = 8, high: int = 100) -> None:
         super().__init__(weight)
-        self.low = _at_least_one("AppropriateLength", "low", low)
+        self.low = at_least_one("AppropriateLength", "low", low)
         if high < low:
             raise UserError(f"AppropriateLength: high is {high}, less than low, {low}: give a range from low to high")
         self.high = high
@@ -244,7 +244,7 @@ class DistinctNgrams(ReplyFactor):
 
     def __init__(self, weight: float = 1.0, max_n: int = 2, min_words: int = 8) -> None:
         super().__init__(weight)
-        self.max_n = _at_least_one("DistinctNgrams", "max_n", max_n)
+        self.max_n = at_least_one("DistinctNgrams", "max_n", max_n)
         self.min_words = min_words
         if min_words < max_n:
             raise UserError(f"DistinctNgrams: min_words is {min_words}, it must be at least max_n, {max_n}")
@@ -266,7 +266,7 @@ class Repetition(ReplyFactor):
 
     def __init__(self, weight: float = 1.0, n: int = 3) -> None:
         super().__init__(weight)
-        self.n = _at_least_one("Repetition", "n", n)
+        self.n = at_least_one("Repetition", "n", n)
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         sentences = [tuple(words(sentence)) for sentence in _SENTENCE_END.split(reply.text)]
@@ -339,12 +339,6 @@ def _ngrams(items: list[str], n: int) -> list[tuple[str, ...]]:
 
 def _repeated_share(items: Sequence[tuple[str, ...]]) -> float:
     return 1 - len(set(items)) / len(items) if items else 0.0
-
-
-def _at_least_one(factor: str, option: str, value: int) -> int:
-    if value < 1:
-        raise UserError(f"{factor}: {option} is {value}, it must be at least 1")
-    return value
 
 
 def _unused_name(name: str, taken: dict[str, Factor]) -> str:

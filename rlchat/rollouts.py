@@ -21,7 +21,8 @@ from rlchat.errors import UserError
 from rlchat.generation import Sampling, Uniforms, addressed_uniforms
 from rlchat.model import Critic, RLChatModel
 from rlchat.padding import pad
-from rlchat.policy import VALIDATION_STREAM, PolicyModule, gather_objects, global_sum
+from rlchat.policy import VALIDATION_STREAM, PolicyModule
+from rlchat.processes import anywhere, gather_objects, global_sum
 from rlchat.rewards import Reply, Reward, distinct_n
 
 CriticKind = Literal["shared", "separate", "none"]
@@ -147,7 +148,7 @@ class RolloutModule(PolicyModule):
         What the user says next is what the user of the data said, though it was said to another reply.
         """
         talks = [
-            _Talk(conversation, conversation.later, ids[mask].tolist())
+            _Talk(replace(conversation, later=()), conversation.later, ids[mask].tolist())
             for ids, mask, conversation in zip(
                 batch.ids.cpu(), batch.attention_mask.cpu(), batch.conversations, strict=True
             )
@@ -158,7 +159,7 @@ class RolloutModule(PolicyModule):
         for turn in range(self.turns):
             if turn:
                 speaking = [row for row in speaking if self._user_speaks(talks[row])]
-                if not self.global_sum(len(speaking)):
+                if not anywhere(self, bool(speaking)):
                     break
             # A process that has nobody left takes part all the same: a model that lies in shards needs everybody.
             waiting = torch.tensor(speaking or [0])
@@ -208,9 +209,10 @@ class RolloutModule(PolicyModule):
         inside, span = span <= last, span.clamp(max=ids.shape[1] - 1)
         reply_of = torch.where(inside, transcript.reply_of.gather(1, span), -1)
         mask = reply_of >= 0
-        self.model.eval()
+        for network in filter(None, (self.model, self.reference, self.critic)):
+            network.eval()  # and so it stays for the update: dropout would be another policy
         policy = self.read_replies(self.model, ids, attention_mask, said, mask)
-        reference = self.read_replies(self.reference.eval(), ids, attention_mask, said, mask)
+        reference = self.read_replies(self.reference, ids, attention_mask, said, mask)
         return Rollout(
             conversations=transcript.conversations,
             replies=transcript.replies,
@@ -276,7 +278,7 @@ class RolloutModule(PolicyModule):
         self.tally.add("response_length", torch.tensor([reply.tokens for reply in rollout.replies]))
         self.tally.add("truncated_fraction", torch.tensor([not reply.ended for reply in rollout.replies]))
         self.tally_answers("answer_accuracy", rollout.conversations, rollout.replies)
-        if not self.trainer.training and any(c.check for c in batch.conversations):
+        if not self.trainer.training and anywhere(self, any(c.check for c in batch.conversations)):
             greedy = Sampling(self.sampling.max_new_tokens, temperature=0.0)
             noise = addressed_uniforms(0, 0, torch.arange(len(batch.ids)))
             said = self.read(self.generate(batch.ids, batch.attention_mask, greedy, noise))

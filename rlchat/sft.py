@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from rlchat.data import DataNeeds, SequenceBatch
-from rlchat.policy import PolicyModule, global_sum, make_optimizer, make_scheduler, open_policy
+from rlchat.policy import PolicyModule, make_optimizer, make_scheduler, open_policy
+from rlchat.processes import global_sum, gradient_norm
 
 
 class SFTModule(PolicyModule):
@@ -93,5 +94,4 @@ class SFTModule(PolicyModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the size of the gradient; clipping is the trainer's (``trainer.gradient_clip_val``)."""
-        grads = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.stack(grads).norm())
+        self.log("train/grad_norm", gradient_norm(self.model.parameters()))

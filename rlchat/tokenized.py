@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pickle
-import tempfile
 import time
 import zipfile
 from array import array
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation, conversation_from_dict, conversation_to_dict
 from rlchat.errors import UserError
+from rlchat.files import write_atomically
 from rlchat.formats import Tree, ranked_pairs
 from rlchat.tokenizer import ChatTokenizer, Rendered
 
@@ -358,20 +358,10 @@ class CorpusCache:
 
     def write(self, key: str, corpus: Corpus) -> None:
         """Keeps ``corpus``; only warns where the folder cannot be written, since the run needs no cache to go on."""
-        temporary: str | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Written aside and renamed, so that a process that reads meanwhile never sees half a file.
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-                temporary = file.name
-                torch.save(_corpus_to_state(corpus), file)
-            Path(temporary).replace(self.path(key))
-            temporary = None
-        except (OSError, RuntimeError) as error:
-            _log.warning("could not keep the tokenised data in %s: %s", self.folder, error)
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            write_atomically(self.path(key), lambda file: torch.save(_corpus_to_state(corpus), file))
+        except UserError as error:
+            _log.warning("could not keep the tokenised data: %s", error)
 
 
 def cache_key(paths: Sequence[str], needs: DataNeeds, options: dict[str, Any]) -> str:

@@ -38,12 +38,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    """A tokenizer whose ids can be worked out by hand: the bytes of the text; then pad 256, system 257, user 258,
-    assistant 259, end 260."""
+def encoding(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of an encoding of single bytes."""
     path = tmp_path_factory.mktemp("encoding") / "bytes.tiktoken"
     path.write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
-    return ChatTokenizer(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(encoding: str) -> ChatTokenizer:
+    """A tokenizer whose ids can be worked out by hand: the bytes of the text; then pad 256, system 257, user 258,
+    assistant 259, end 260."""
+    return ChatTokenizer(encoding)
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_only_rank_zero_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_folder_that_cannot_be_written_does_not_end_the_run() -> None:
     Path("file").touch()
     run = trainer(StatsPlot(path="file/p.png"))
-    with pytest.warns(UserWarning, match=re.escape("StatsPlot could not write file/p.png")):
+    with pytest.warns(UserWarning, match=re.escape("StatsPlot: file/p.png: cannot be written")):
         run.fit(Automatic(), Data())
     assert run.global_step == 8
 

@@ -157,14 +157,18 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
     ("words", "answer"),
     [
         (["--trainer.accelerator", "warp"], r"trainer: You selected an invalid accelerator name"),
-        (["--trainer.strategy", "fsdp"], r"trainer.strategy: PPO takes its optimizer steps by hand.*; use ddp"),
+        (["--trainer.strategy", "fsdp"], r"trainer.strategy fsdp: that is FSDP1, which cannot do .*; use fsdp2$"),
         (
             ["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"],
-            r"trainer.strategy: PPO takes its optimizer steps by hand.*; use ddp",
+            r"trainer.strategy lightning.pytorch.strategies.FSDPStrategy: that is FSDP1, .*; use fsdp2$",
+        ),
+        (
+            ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"],
+            r"trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy: use fsdp2, which is that",
         ),
         (["--trainer.strategy", "foo"], r"trainer: You selected an invalid strategy name"),
         (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val: .* set --model.max_grad_norm instead"),
-        (["--trainer.accumulate_grad_batches", "2"], r"trainer.accumulate_grad_batches: .* lower --model.minibatches"),
+        (["--trainer.accumulate_grad_batches", "2"], r"trainer.accumulate_grad_batches: .* --model.micro_batch_size"),
         (["--trainer.max_epochs", "-5"], r"trainer: `max_epochs` must be a non-negative integer or -1"),
         (["--trainer.val_check_interval", "99"], r"trainer.val_check_interval: .*--trainer.val_check_interval 1.0"),
         (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; give a place"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_rows import SMALL, tree_row, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,9 +24,10 @@ from torch.utils.data import Dataset
 from rlchat.batches import BatchLoader, Plan, RankSampler, bucketed_plan, fixed_plan, full_batches_plan
 from rlchat.conversation import Conversation, Message
 from rlchat.data import DataNeeds, OASST2DataModule, PromptBatch, RankedBatch, SequenceBatch, split_trees
+from rlchat.demo_corpus import write_demo_corpus
 from rlchat.errors import UserError
 from rlchat.formats import read_trees
-from rlchat.tokenized import contrasted
+from rlchat.tokenized import contrasted, whole_conversations
 from rlchat.tokenizer import ChatTokenizer
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -720,3 +722,57 @@ def test_contrast_pairs_a_reply_with_the_one_to_another_turn() -> None:
     assert judged == turns[2]
     assert [(r.text, r.rank) for r in fourth.references] == [("A", 0), ("C", 1)]  # of B, C the one at index 3 mod 2
     assert contrasted([prompt("a", "A")]) == [prompt("a", "A")]  # nothing to contrast with
+
+
+# ---- several turns ---------------------------------------------------------------------------------------------------
+
+
+def test_whole_conversations_are_the_ways_through_a_tree(tmp_path: Path) -> None:
+    """q1 was answered twice and went on in three ways: with q2 and q3 behind a1, and with q4 behind a2."""
+    (tree,), _ = read_trees([write(tmp_path / "tree.jsonl", [tree_row(SMALL)])], progress=False)
+    found = whole_conversations([prompt for prompt in tree.prompts if prompt.is_prompt])
+    assert [words(first) for first in found] == ["u:q1"] * 3
+    later = [[words(prompt) for prompt in first.later] for first in found]
+    assert sorted(later) == [["u:q1 a:a1 u:q2"], ["u:q1 a:a1 u:q3"], ["u:q1 a:a2 u:q4"]]
+    # What people answered to the later turn comes with it.
+    assert {words(p): [r.text for r in p.references] for first in found for p in first.later} == {
+        "u:q1 a:a1 u:q2": ["a3"], "u:q1 a:a1 u:q3": [], "u:q1 a:a2 u:q4": []
+    }  # fmt: skip
+
+
+def test_batches_of_whole_conversations(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
+    """A row is the first prompt alone, and knows what the user says later; from the cache as well."""
+    rows = [chat("x", "A", "y", "B", "z"), chat("c", "A")]
+    needs = DataNeeds("ppo", byte_tokenizer, max_length=64, max_new_tokens=8, whole_conversations=True)
+    for _ in range(2):
+        data = module(write(tmp_path / "data.jsonl", rows), needs, tmp_path, batch_size=2)
+        data.setup("fit")
+        batch: PromptBatch = only(data.train_dataloader())
+        first = next(c for c in batch.conversations if c.messages[0].text == "x")
+        assert [words(prompt) for prompt in first.later] == ["u:x a:A u:y", "u:x a:A u:y a:B u:z"]
+        assert {tuple(row[mask].tolist()) for row, mask in zip(batch.ids, batch.attention_mask, strict=True)} == {
+            (USER, X, END, BOT),
+            (USER, C, END, BOT),
+        }
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_later_turns_of_the_demo_and_of_oasst_are_trained_on(
+    tmp_path: Path, tokenizer: ChatTokenizer, later: bool
+) -> None:
+    """As prompts of their own, or one after the other in their conversation."""
+    write_demo_corpus(tmp_path / "demo.jsonl", trees=200, seed=0)
+    files = [tmp_path / "demo.jsonl", *([OASST1] if OASST1.is_file() else [])]
+    for file in files:
+        needs = DataNeeds("ppo", tokenizer, max_length=256, max_new_tokens=16, whole_conversations=later)
+        data = module(str(file), needs, tmp_path)
+        data.setup("fit")
+        conversations = [c for batch in data.train_dataloader() for c in batch.conversations]
+        asked = [sum(message.role == "user" for message in c.messages) for c in conversations]
+        turns = [1 + len(c.later) for c in conversations]
+        if later:
+            assert set(asked) == {1}
+            assert sum(n > 1 for n in turns) > 10
+        else:
+            assert sum(n > 1 for n in asked) > 10
+            assert set(turns) == {1}

@@ -18,10 +18,13 @@ from rlchat.formulas import KLKind
 from rlchat.ppo import (
     AdaptiveKL,
     gae,
+    grpo,
     kl_estimate,
     masked_mean,
     masked_whiten,
+    place_scores,
     policy_loss,
+    rloo,
     shape_rewards,
     value_loss,
 )
@@ -197,6 +200,77 @@ def test_value_gradient_by_hand() -> None:
     value_loss(values, torch.zeros(1, 3, dtype=torch.float64), t([1, 0, 1]), m([1, 1, 1])).loss.backward()
     assert values.grad is not None
     close(values.grad, [[0, 1 / 3, -0.9 / 3]])  # (v - R) / n, and nothing where the clipped value is the worse
+
+
+def test_scores_go_to_the_last_token_of_each_reply_by_hand() -> None:
+    """Two turns in the first row with the user's words between them, one in the second, none in the third."""
+    reply_of = torch.tensor([[0, 0, -1, 2, 2, 2], [1, 1, 1, -1, -1, -1], [-1, -1, -1, -1, -1, -1]])
+    placed = place_scores(t(1, 2, 4), reply_of)
+    close(placed, [[0, 1, 0, 0, 0, 4], [0, 0, 2, 0, 0, 0], [0] * 6])
+    # And from there they cost KL and earn like one.
+    mask = reply_of >= 0
+    half = torch.full(mask.shape, 0.5, dtype=torch.float64)
+    rewards = shape_rewards(placed, half, torch.zeros_like(half), mask, kl_coef=0.2)
+    close(rewards, [[-0.1, 0.9, 0, -0.1, -0.1, 3.9], [-0.1, -0.1, 1.9, 0, 0, 0], [0] * 6])
+
+
+def test_gae_is_carried_across_the_users_words_by_hand() -> None:
+    """γ = 1, λ = 1/2, a critic at zero: rewards 1 and 4 at the ends of two turns, the second worth half a step away."""
+    mask = m([1, 1, 0, 1, 1])
+    advantages, returns = gae(t([0, 1, 0, 0, 4]), t([0, 0, 9, 0, 0]), mask, 1.0, 0.5)
+    close(advantages, [[1, 2, 0, 2, 4]])  # 4; 0 + 4/2; 1 + 2/2; 0 + 2/2
+    close(returns, [[1, 2, 0, 2, 4]])
+
+
+def test_rloo_by_hand() -> None:
+    """(1, 2, 6): the others' means are 4, 7/2 and 3/2. Equal scores: nothing. Its sum over a group is 0."""
+    close(rloo(t(1, 2, 6, 5, 5, 5), 3), [-3, -1.5, 4.5, 0, 0, 0])
+    close(rloo(t(1, 3), 2), [-2, 2])
+
+
+def test_grpo_by_hand() -> None:
+    """(1, 2, 6): mean 3, sample variance (4 + 1 + 9) / 2 = 7. Equal scores: nothing."""
+    scale = 1 / (7**0.5 + 1e-4)
+    close(grpo(t(1, 2, 6, 5, 5, 5), 3), [-2 * scale, -scale, 3 * scale, 0, 0, 0])
+
+
+@given(st.lists(st.floats(-10, 10), min_size=12, max_size=12), st.sampled_from([2, 3, 4, 6]), st.floats(-5, 5))
+@quickly
+def test_groups_are_compared_with_themselves_alone(scores: list[float], size: int, shift: float) -> None:
+    """Each group's advantages sum to 0, do not move with its level, and know nothing of other groups."""
+    x = torch.tensor(scores, dtype=torch.float64)
+    for compare in (rloo, grpo):
+        advantages = compare(x, size)
+        close(advantages.view(-1, size).sum(1), torch.zeros(12 // size), 1e-8)
+        moved = x.clone()
+        moved[:size] += shift
+        close(compare(moved, size), advantages, 1e-6)
+    # REINFORCE with the group's mean as the baseline, up to the factor n / (n - 1).
+    centred = x.view(-1, size) - x.view(-1, size).mean(1, keepdim=True)
+    close(rloo(x, size), (centred * size / (size - 1)).flatten(), 1e-8)
+
+
+def test_clip_higher_by_hand() -> None:
+    """Ratio 1.5 and A = 1: the clip is at 1.2, or at 1.28. Ratio 0.5 and A = -1 is held at 0.8 by either."""
+    new, old, mask = t([1.5, 0.5]).log(), t([1, 1]).log(), m([1, 1])
+    advantages = t([1, -1])
+    close(policy_loss(new, old, advantages, mask).loss, (-1.2 + 0.8) / 2)
+    found = policy_loss(new, old, advantages, mask, clip_eps_high=0.28)
+    close(found.loss, (-1.28 + 0.8) / 2)
+    close(found.clipfrac, 1)
+
+
+def test_dual_clip_by_hand() -> None:
+    """A bad token that has become five times likelier costs 5, or 3 with c = 3; a good one is as ever."""
+    new, old, mask = t([5, 5]).log(), t([1, 1]).log(), m([1, 1])
+    close(policy_loss(new, old, t([-1, 1]), mask).loss, (5 - 1.2) / 2)
+    found = policy_loss(new, old, t([-1, 1]), mask, dual_clip=3.0)
+    close(found.loss, (3 - 1.2) / 2)
+    close(found.clipfrac, 1)
+    leaf = new.clone().requires_grad_()
+    policy_loss(leaf, old, t([-1, 1]), mask, dual_clip=3.0).loss.backward()
+    assert leaf.grad is not None
+    close(leaf.grad, [[0, 0]])  # beyond either bound there is nothing to gain
 
 
 def test_adaptive_kl_by_hand() -> None:

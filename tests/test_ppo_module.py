@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from small_ppo import (
+    BACKBONES,
+    QUESTIONS,
+    LetterE,
+    alone,
+    fit,
+    ppo,
+    prompts,
+    rolled_out,
+    sequences,
+    serve,
+    trainer,
+)
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from rlchat.conversation import Check, Conversation, Message
-from rlchat.data import PromptBatch, SequenceBatch
+from rlchat.data import PromptBatch
 from rlchat.errors import UserError
 from rlchat.generation import Generated
-from rlchat.padding import pad
 from rlchat.ppo import PPOModule
 from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
-from rlchat.rollouts import Rollout
-from rlchat.tokenizer import ChatTokenizer, format_ranks
-
-BACKBONES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "attention_dropout": 0.3,
-    },
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
-    "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "dropout": 0.3, "attention_dropout": 0.3},
-}
-QUESTIONS = ("Hi", "What is your name?", "x", "Who are you", "Tell me a story.", "", "Why", "Say e")
-
-
-class LetterE(ReplyFactor):
-    """The share of the letter e in the reply."""
-
-    def score(self, prompt: Conversation, reply: Reply) -> float:
-        return reply.text.count("e") / max(len(reply.text), 1)
-
-
-class Letters(ReplyFactor):
-    """The share of ASCII letters in the reply: an untrained model has some."""
-
-    def score(self, prompt: Conversation, reply: Reply) -> float:
-        return sum(c.isascii() and c.isalpha() for c in reply.text) / 8
 
 
 class Remembers(ReplyFactor):
@@ -63,80 +45,6 @@ class Remembers(ReplyFactor):
     def score(self, prompt: Conversation, reply: Reply) -> float:
         self.seen.append((prompt.messages[-1].text, reply))
         return float(len(self.seen))
-
-
-@pytest.fixture(scope="module")
-def encoding(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of an encoding of single bytes."""
-    path = tmp_path_factory.mktemp("encoding") / "bytes.tiktoken"
-    path.write_bytes(format_ranks({bytes([byte]): byte for byte in range(256)}))
-    return str(path)
-
-
-def ppo(encoding: str, family: str = "llama", **options: Any) -> PPOModule:
-    torch.manual_seed(0)
-    reward = options.pop("reward", None) or Reward([Letters()])
-    return PPOModule(
-        base_model={"model_type": family, **BACKBONES[family]},
-        tiktoken_encoding=encoding,
-        max_length=48,
-        reward=reward,
-        **{"max_new_tokens": 8, "learning_rate": 1e-2, "schedule": "constant", **options},
-    )
-
-
-def prompts(tokenizer: ChatTokenizer, questions: Sequence[str] = QUESTIONS, mixed: bool = False) -> PromptBatch:
-    conversations = tuple(Conversation((Message("user", text),)) for text in questions)
-    ids, mask = pad([tokenizer.render_prompt(c).ids for c in conversations], tokenizer.pad_id, "left")
-    return PromptBatch(ids, mask, conversations, sequences(tokenizer) if mixed else None)
-
-
-def sequences(tokenizer: ChatTokenizer) -> SequenceBatch:
-    rendered = [
-        tokenizer.render(Conversation((Message("user", question), Message("assistant", answer))))
-        for question, answer in (("Hi", "Hello."), ("Who are you", "A machine"), ("x", "y"))
-    ]
-    ids, mask = pad([r.ids for r in rendered], tokenizer.pad_id, "right")
-    loss_mask, _ = pad([r.loss_mask for r in rendered], False, "right")
-    return SequenceBatch(ids, mask, loss_mask.bool())
-
-
-class Log(L.Callback):
-    """Every training batch's metrics."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def serve(batches: Iterable[Any]) -> DataLoader[Any]:
-    return DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
-
-
-def trainer(**options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, max_epochs=1, **{**quiet, **options})
-
-
-def fit(module: PPOModule, iterations: int, batch: PromptBatch | None = None, **options: Any) -> list[dict[str, float]]:
-    """The metrics of each of ``iterations`` over the same prompts."""
-    log = Log()
-    batch = batch or prompts(module.tokenizer, mixed=module.data_needs.mix_sequences)
-    trainer(callbacks=[log], **options).fit(module, serve([batch] * iterations))
-    return log.rows
-
-
-def alone(module: PPOModule, world: int = 1, rank: int = 0) -> PPOModule:
-    """``module`` as process ``rank`` of ``world``, without a Trainer."""
-    module.trainer = SimpleNamespace(world_size=world, global_rank=rank, training=False)  # type: ignore[assignment]
-    return module
-
-
-def rolled_out(module: PPOModule, batch: PromptBatch | None = None) -> Rollout:
-    batch = batch or prompts(module.tokenizer)
-    return alone(module).roll_out(batch, torch.arange(len(batch.ids)), stream=0)
 
 
 # ---- rollouts --------------------------------------------------------------------------------------------------------
@@ -352,6 +260,80 @@ def test_gradients_are_clipped(encoding: str) -> None:
     assert row["train/grad_norm"] > 2e-3  # what it was
     last = torch.stack([p.grad.norm() for p in module.model.parameters() if p.grad is not None]).norm()
     assert float(last) == pytest.approx(1e-3, rel=1e-2)  # what the optimizer got
+
+
+# ---- steps without a finite gradient ---------------------------------------------------------------------------------
+
+
+def breaks(module: PPOModule, steps: Iterable[int], kind: str) -> None:
+    """The loss, or the gradient of one weight alone, is not a number in the given steps, counted from 0."""
+    plain, count = module.minibatch_loss, iter(range(10**6))
+
+    def broken(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = plain(*args)
+        if next(count) in steps:
+            if kind == "loss":
+                return loss * torch.nan, {**stats, "policy_loss": stats["policy_loss"] * torch.nan}
+            weight = next(module.model.backbone.parameters())
+            loss = loss + (weight.flatten()[0] - weight.detach().flatten()[0]).abs().sqrt()  # 0, of infinite slope
+        return loss, stats
+
+    module.minibatch_loss = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
+    encoding: str, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    module = ppo(encoding, ppo_epochs=1, minibatches=2)
+    breaks(module, {1, 2}, kind)
+    rows = fit(module, 3)
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert [row["train/skipped_steps"] for row in rows] == [1, 2, 2]
+    assert [row["train/optimizer_steps"] for row in rows] == [1, 1, 2]
+    assert rows[0]["train/policy_loss"] == rows[0]["train/policy_loss"]  # the mean of the steps that were taken
+    name = "policy_loss" if kind == "loss" else "the gradient of model.backbone.transformer."
+    warnings = [record.message for record in caplog.records if record.name == "rlchat"]
+    assert [warning.partition(": ")[0] for warning in warnings] == ["iteration 1", "iteration 2"]
+    assert all(name in warning for warning in warnings)
+
+
+def test_a_skipped_step_leaves_the_optimizer_alone(encoding: str) -> None:
+    """One step taken and one skipped are one step taken, for the weights and for AdamW's memory."""
+    states = []
+    for skipped in ({1}, set()):
+        module = ppo(encoding, ppo_epochs=1, minibatches=2 if skipped else 1)
+        rollout = rolled_out(module)
+        module.minibatches = lambda rows, epoch: [[torch.arange(8)]] * (2 if skipped else 1)  # type: ignore[method-assign]  # noqa: B023
+        breaks(module, skipped, "loss")
+        run = trainer()
+        run.fit(module, serve([prompts(module.tokenizer)]))
+        moments = [s["exp_avg"] for s in run.optimizers[0].state_dict()["state"].values()]
+        states.append([*moments, *(p.detach() for p in module.model.parameters())])
+        assert len(rollout.replies) == 8
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = ppo(encoding, ppo_epochs=2, minibatches=2)
+    before = [p.detach().clone() for p in module.model.parameters()]
+    breaks(module, {0, 1, 2, 3}, "loss")
+    says = "iteration 1: policy_loss is not a finite number, in 3 steps in a row; the batch is in .*not_finite_0.jsonl"
+    with pytest.raises(UserError, match=says):
+        fit(module, 3, default_root_dir=str(tmp_path))
+    assert all(torch.equal(one, other) for one, other in zip(before, module.model.parameters(), strict=True))
+    (dump,) = tmp_path.rglob("not_finite_0.jsonl")
+    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+    assert [row["prompt"][0]["content"] for row in rows] == list(QUESTIONS)
+    assert {"reply", "reward", "factors", "kl", "value", "ended_by"} <= set(rows[0])
+
+
+def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: str) -> None:
+    module = ppo(encoding, ppo_epochs=3, minibatches=2)
+    breaks(module, {0, 1, 3, 4}, "loss")
+    assert fit(module, 1)[0]["train/skipped_steps"] == 4
 
 
 # ---- minibatches and processes ---------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import subprocess
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from command_line import rlchat
 from jsonargparse.util import import_object
 
 import rlchat as package
+from rlchat.alarms import Alarms
 from rlchat.best_model import BestModel
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.data import OASST2DataModule
@@ -33,11 +36,16 @@ from rlchat.rewards import (
     TooLong,
     TooShort,
 )
+from rlchat.rollout_log import RolloutLog
 from rlchat.sft import SFTModule
 
-NAMES = ["demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", "sft", "smoke"]
+SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
+"""These have no model: they go over another recipe."""
+NAMES = ["demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", *SCALE, "sft", "smoke"]
 MODULES = [SFTModule, RewardModelModule, PPOModule]
 CALLBACKS = {
+    "alarms": Alarms,
+    "rollout_log": RolloutLog,
     "best_model": BestModel,
     "sample_responses": SampleResponses,
     "stats_plot": StatsPlot,
@@ -105,7 +113,7 @@ def test_a_file_that_holds_no_options(text: str, complaint: str, tmp_path: Path)
 def test_every_option_shown_is_one_and_has_the_value_shown(
     name: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rlchat("fit", "--config", name, "--print_config")
+    rlchat("fit", *(["--config", "ppo"] if name in SCALE else []), "--config", name, "--print_config")
     assert_holds(yaml.safe_load(capsys.readouterr().out), content(name), name)
 
 
@@ -128,7 +136,9 @@ def test_recipes_for_real_work_show_every_option(name: str) -> None:
     assert set(shown["model"]["init_args"]) == options_of(module)
     assert set(shown["data"]) == options_of(OASST2DataModule)
     # The reward model says nothing, so there is nothing to sample or to predict.
-    groups = {"best_model", "stats_plot"} if name == "reward" else set(CALLBACKS)
+    groups = {"best_model", "stats_plot"}
+    groups |= {} if name == "reward" else {"sample_responses", "predictions"}
+    groups |= {"alarms", "rollout_log"} if name == "ppo" else set()
     assert groups == set(CALLBACKS) & set(shown)
     for group in groups:
         assert set(shown[group]) == options_of(CALLBACKS[group]), group
@@ -217,3 +227,26 @@ def package_attributes() -> set[str]:
     for path in SOURCE.glob("*.py"):
         found |= attributes_read(ast.parse(path.read_text(encoding="utf-8")))
     return found
+
+
+@pytest.mark.parametrize("name", SCALE)
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_scale_goes_over_a_recipe(name: str, stage: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says where the run takes place, and nothing of what is trained."""
+    assert set(content(name)) == {"trainer"}
+    assert set(content(name)["trainer"]) == {"accelerator", "devices", "num_nodes", "strategy"}
+    rlchat("fit", "--config", stage, "--config", name, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert_holds(printed["trainer"], content(name)["trainer"], name)
+    assert_holds(printed["model"], content(stage)["model"], stage)
+    assert_holds(printed["trainer"]["max_epochs"], content(stage)["trainer"]["max_epochs"], stage)
+
+
+def test_the_batch_script_is_one(tmp_path: Path) -> None:
+    """SLURM's own part cannot be run here; that the shell can read it, and that it names recipes, can be seen."""
+    script = SOURCE / "configs" / "scale" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+    asked = re.findall(r"^#SBATCH --(nodes|ntasks-per-node)=(\d+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    trainer = content("scale/nodes")["trainer"]
+    assert dict(asked) == {"nodes": str(trainer["num_nodes"]), "ntasks-per-node": str(trainer["devices"])}
+    assert set(re.findall(r"--config (\S+)", script.read_text(encoding="utf-8"))) <= set(recipes())

@@ -1,0 +1,1 @@
+"""Long proofs, which `make prove` runs and the README quotes; `make test` runs short forms of some."""

@@ -1,0 +1,140 @@
+"""One process or many, one result: the weights after each optimizer step, the replies, the curves.
+
+python -m prove.many_processes      (`make prove` runs it)
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prove.runs import QUIET, complete, metrics, prepare, steps, trace
+
+ROWS = 12  # of a global batch
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+MODEL = ["--model.base_model", json.dumps(SHAPE), "--model.tiktoken_encoding=rlchat_1k", "--model.max_length=96"]
+STAGES = {
+    "sft": ["--model=rlchat.SFTModule", *MODEL, "--trainer.gradient_clip_val=1.0"],
+    "reward": ["--model=rlchat.RewardModelModule", *MODEL],
+    # 12 rows in 8 minibatches are one or two each, so that of two processes some have none; `target_kl` breaks off
+    # passes; conversations are mixed in.
+    "ppo": [
+        "--config=smoke",
+        "--model.minibatches=8",
+        "--model.learning_rate=3e-3",
+        "--model.target_kl=0.01",
+        "--model.kl_target=0.5",
+        "--model.kl_horizon=100",
+        "--model.whiten_rewards=true",
+        "--model.sft_coef=0.1",
+        "--trainer.callbacks.unequal=true",
+    ],
+}
+
+
+def words(name: str, stage: str, ranks: int, scale: str, *more: str) -> list[str]:
+    """The command line of a run, scaled by that recipe, which leaves what it does in the folder ``name``."""
+    return [
+        "fit",
+        *QUIET,
+        "--trainer.callbacks+=witness.Witness",
+        "--trainer.callbacks.dump=true",
+        *STAGES[stage],
+        *([f"--config=scale/{scale}"] if ranks > 1 else []),
+        "--trainer.accelerator=cpu",
+        "--data.path=talk.jsonl",
+        f"--data.batch_size={ROWS // ranks}",
+        f"--data.val_batch_size={8 // ranks}",
+        "--data.val_fraction=0.3",
+        "--trainer.limit_train_batches=4",
+        "--trainer.limit_val_batches=1.0",
+        "--trainer.max_epochs=1",
+        "--trainer.num_sanity_val_steps=0",
+        "--trainer.enable_model_summary=false",
+        f"--trainer.default_root_dir={name}",
+        f"--best_model.folder={name}/checkpoints",
+        f"--trainer.devices={ranks}",
+        *more,
+    ]
+
+
+def run(folder: Path, runs: Sequence[Sequence[str]], seconds: float = 240) -> None:
+    """Several runs in a row, in the same processes."""
+    complete(folder, [json.dumps([list(words) for words in runs])], seconds, "prove.several")
+
+
+@dataclass
+class Differences:
+    """The largest ones between a run and that of one process with the same global batches."""
+
+    steps: int
+    between_ranks: float  # of weights, after any step
+    weights: float  # of any weight, after any step
+    curves: float  # of any value of metrics.csv, over the greater of its size and 1
+
+    def __str__(self) -> str:
+        return (
+            f"after each of {self.steps} optimizer steps the ranks' weights differ by {self.between_ranks:.1g} and "
+            f"from one process's by {self.weights:.1g} at most; the curves by {self.curves:.1g}"
+        )
+
+
+def compare(one: Path, many: Path, ranks: int) -> Differences:
+    """``many`` of ``ranks`` processes against ``one``; raises AssertionError where they did not do the same things."""
+    alone, together = steps(one), steps(many)
+    assert len(alone) == len(together) > 4, (len(alone), len(together))
+    first, *others = (trace(many, rank) for rank in range(ranks))
+    drawn = trace(one)[0]["drawn"]
+    merged = [other[0]["drawn"] for other in (first, *others)]
+    assert drawn == [merged[i % ranks][i // ranks] for i in range(len(drawn))], "other replies in the first iteration"
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            assert untimed(mine) == untimed(theirs), "metrics differ between ranks"
+    expected = {(step, name): value for step, name, value in metrics(one)}
+    found = {(step, name): value for step, name, value in metrics(many)}
+    assert expected.keys() == found.keys()
+    assert len(found) > 20
+    return Differences(
+        steps=len(alone) - 1,
+        between_ranks=largest((w[0][k] - v[k]).abs().max() for w in together.values() for v in w[1:] for k in v),
+        weights=largest((together[i][0][k] - v[0][k]).abs().max() for i, v in alone.items() for k in v[0]),
+        curves=largest(abs(found[key] - value) / max(abs(value), 1) for key, value in expected.items()),
+    )
+
+
+def untimed(line: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The metrics of a line of a trace that are no measurements of time."""
+    return {name: value for name, value in line["metrics"].items() if not name.startswith(("time/", "perf/"))}
+
+
+def largest(numbers: Iterable[object]) -> float:
+    """As a float; nan where there is one among them."""
+    values = [float(x) for x in numbers]  # type: ignore[arg-type]
+    return max(values, key=lambda x: float("inf") if x != x else x)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = prepare(Path(place, "runs"))
+        run(folder, [words(f"one-{stage}", stage, 1, "auto") for stage in STAGES])
+        for ranks, strategy in ((2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2")):
+            run(folder, [words(f"{ranks}-{strategy}-{stage}", stage, ranks, strategy) for stage in STAGES], 600)
+            for stage in STAGES:
+                found = compare(folder / f"one-{stage}", folder / f"{ranks}-{strategy}-{stage}", ranks)
+                print(f"{stage} on {ranks} processes, {strategy}: {found}", flush=True)
+                assert found.between_ranks == 0
+                assert found.weights <= 1e-5
+                assert found.curves <= 1e-5
+
+
+if __name__ == "__main__":
+    main()

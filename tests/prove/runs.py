@@ -1,0 +1,262 @@
+"""For proofs: runs of the real command line, as many processes as wanted, and what they leave, compared bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+# What a run leaves in the folder of `trainer.default_root_dir`: `trace.<rank>.jsonl` has for each training batch its
+# metrics, the replies that were drawn, and what the weights and the optimizer came to; with `dump`, `steps` has the
+# weights before each optimizer step and after the last. An untrained model hardly ever ends a reply: with `unequal`,
+# replies are broken off, each where its number among all processes' says; and in the second iteration, every second of
+# them, which are all of the second of two processes, is nothing but its end.
+WITNESS = """
+import hashlib, json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from rlchat.processes import whole
+
+
+def digest(tensors):
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(whole(tensor.detach()).float().clone().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+class Witness(Callback):
+    def __init__(self, dump: bool = False, unequal: bool = False):
+        self.dump, self.unequal = dump, unequal
+        self.step = 0
+        self.drawn = []
+
+    def setup(self, trainer, module, stage):
+        generate = getattr(module, "generate", None)
+
+        def watched(ids, *rest):
+            said = generate(ids, *rest)
+            if trainer.training and self.unequal:
+                said = self.cut(said, module)
+            self.drawn = [row[keep].tolist() for row, keep in zip(said.ids, said.mask)]
+            return said
+
+        if generate is not None:
+            module.generate = watched
+
+    def cut(self, said, module):
+        tokenizer, rows = module.tokenizer, module.noise_rows(len(said.ids))
+        lengths = 1 + (5 * rows + 3 * module.iterations) % said.ids.shape[1]
+        if module.iterations == 1:
+            lengths = torch.where(rows % 2 == 1, 1, lengths)
+        place = torch.arange(said.ids.shape[1])
+        mask = said.mask & (place < lengths[:, None])
+        ids = said.ids.where(place < lengths[:, None] - 1, torch.where(mask, tokenizer.end_id, tokenizer.pad_id))
+        longest = int(mask.sum(1).max())
+        ended = (ids == tokenizer.end_id).any(1)
+        ids, mask, logprobs = (x[:, :longest] for x in (ids, mask, said.logprobs))
+        return replace(said, ids=ids, mask=mask, ended=ended, logprobs=logprobs)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.keep(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+        line = {
+            "batch": trainer.fit_loop.total_batch_idx + 1,
+            "weights": digest(module.parameters()),
+            "optimizer": digest(states),
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "drawn": self.drawn,
+        }
+        with Path(trainer.default_root_dir, f"trace.{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\\n")
+
+    def on_train_end(self, trainer, module):
+        self.keep(trainer, module)
+
+    def keep(self, trainer, module):
+        if self.dump:
+            weights = {name: whole(value.detach()).clone() for name, value in module.named_parameters()}
+            path = Path(trainer.default_root_dir, "steps", f"{self.step:04}.{trainer.global_rank}.pt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(weights, path)
+            self.step += 1
+"""
+# Copies each state of `last.ckpt` under a number of its own.
+KEEPER = """
+import shutil
+from pathlib import Path
+from rlchat.strategies import AtomicCheckpointIO
+
+class Keeper(AtomicCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        if path.name == "last.ckpt":
+            kept = path.with_name("kept")
+            kept.mkdir(exist_ok=True)
+            shutil.copy(path, kept / f"{len(list(kept.iterdir())):02}.ckpt")
+"""
+QUIET = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=1",
+    "--sample_responses.max_rows=0",
+    "--stats_plot.min_seconds=1000",
+]
+
+
+def write_talk(path: Path, count: int = 60) -> None:
+    """``count`` conversations of unequal lengths, each ranked, labelled and a tree of its own."""
+    rows = []
+    for n in range(count):
+        question = "And then? " * (n % 4) + f"What comes after {n}?"
+        rows.append({"prompt": question, "chosen": f"It is {n + 1}." + " So it is." * (n % 3), "rejected": "No."})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(folder: Path) -> Path:
+    """An empty working directory with data, and the callback that writes down what happens."""
+    folder.mkdir(parents=True)
+    write_talk(folder / "talk.jsonl")
+    (folder / "witness.py").write_text(WITNESS)
+    (folder / "keeper.py").write_text(KEEPER)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """As `make test` has it: this tree, one thread a process."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return {**clean, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def fit_words(words: Sequence[str], ranks: int = 1, strategy: str = "ddp") -> list[str]:
+    """The command line of a run on ``ranks`` processes that leaves traces."""
+    many = [f"--trainer.devices={ranks}"] + ([f"--trainer.strategy={strategy}"] if ranks > 1 else [])
+    return ["fit", *words, *QUIET, *many, "--data.path=talk.jsonl", "--trainer.callbacks+=witness.Witness"]
+
+
+def start(folder: Path, words: Sequence[str], module: str = "rlchat") -> subprocess.Popen[str]:
+    """``rlchat`` in ``folder``, in a process group of its own; what it says goes to ``output.txt``."""
+    with (folder / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            cwd=folder,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+
+
+def finish(run: subprocess.Popen[str], folder: Path, seconds: float = 240) -> int:
+    """The exit code; a run that hangs is killed, with all its processes, and fails."""
+    try:
+        return run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill(run)
+        raise AssertionError(f"hung for {seconds:.0f} s; it had said:\n{tail(folder)}") from None
+
+
+def complete(folder: Path, words: Sequence[str], seconds: float = 240, module: str = "rlchat") -> None:
+    """Runs to the end, and has to succeed."""
+    code = finish(start(folder, words, module), folder, seconds)
+    assert code == 0, f"exit code {code}:\n{tail(folder)}"
+
+
+def kill(run: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    """``number`` to the run and all processes that it has started."""
+    os.killpg(run.pid, number)
+    run.wait()
+
+
+def tail(folder: Path) -> str:
+    return "\n".join((folder / "output.txt").read_text().splitlines()[-30:])
+
+
+# ---- what is left of it ----------------------------------------------------------------------------------------------
+
+
+def trace(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """Every training batch that any life of the run in ``folder`` has come to, in the order of time."""
+    path = folder / f"trace.{rank}.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def is_time(name: str) -> bool:
+    """Whether a metric is a measurement of time, which no two runs have in common."""
+    return name.startswith(("time/", "perf/"))
+
+
+def metrics(folder: Path) -> Iterator[tuple[int, str, float]]:
+    """(step, metric, value) of all ``metrics.csv`` of ``folder``, times left out."""
+    for path in sorted(folder.glob("lightning_logs/*/version_*/metrics.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("step", None) and not is_time(name):
+                        yield int(row["step"]), name, float(value)
+
+
+def boards(folder: Path) -> Iterator[tuple[int, str, float]]:
+    """The same of TensorBoard's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in sorted(folder.glob("lightning_logs/*/version_*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for name in events.Tags()["scalars"]:
+            if not is_time(name):
+                for event in events.Scalars(name):
+                    yield event.step, name, event.value
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """The newest ``last.ckpt`` of the run in ``folder``."""
+    return torch.load(newest_checkpoint(folder), weights_only=True)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Its path."""
+    paths = folder.glob("lightning_logs/*/version_*/checkpoints/last.ckpt")
+    return max(paths, key=lambda path: path.stat().st_mtime)
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two checkpoints differ in any bit. Paths, which name folders, and times are not compared."""
+    if place.endswith(("path", "dirpath")) or is_time(place.rpartition("history.")[2]):
+        return []
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = {key for key in (*one, *other) if key != "best_k_models"}  # whose keys are paths
+        return [d for key in keys for d in differences(one.get(key), other.get(key), f"{place}.{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{place}[{i}]")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [place]
+    same = one == other or (isinstance(one, float) and isinstance(other, float) and math.isnan(one + other))
+    return [] if same else [f"{place}: {one!r} and {other!r}"[:200]]
+
+
+def steps(folder: Path) -> dict[int, list[dict[str, torch.Tensor]]]:
+    """The weights after each optimizer step, by step, on each rank; 0 is before the first."""
+    found: dict[int, list[dict[str, torch.Tensor]]] = {}
+    for path in sorted(folder.glob("steps/*.pt")):
+        found.setdefault(int(path.name.split(".")[0]), []).append(torch.load(path, weights_only=True))
+    return found
