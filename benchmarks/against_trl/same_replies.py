@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=3)
     options = parser.parse_args()
     size, seed = SIZES[options.size], 0
-    h = replace(Hyperparameters(), iterations=options.iterations)
+    h = Hyperparameters(size.learning_rate, iterations=options.iterations)
     initial = initial_model(size, seed)
     prompts = make_prompts(size, seed, h.iterations * h.batch_size)
     listener = Listener()

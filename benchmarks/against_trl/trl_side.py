@@ -124,7 +124,6 @@ def make_trainer(
         num_mini_batches=h.minibatches,
         learning_rate=h.learning_rate,
         lr_scheduler_type=h.schedule,
-        adam_beta1=h.adam_beta1,
         adam_beta2=h.adam_beta2,
         adam_epsilon=h.adam_eps,
         cliprange=h.clip_eps,
@@ -157,7 +156,7 @@ def make_trainer(
 def main() -> None:
     options = make_parser(__doc__).parse_args()
     size = SIZES[options.size]
-    h = replace(Hyperparameters(), **dict(options.set))
+    h = replace(Hyperparameters(size.learning_rate), **dict(options.set))
     initial = initial_model(size, options.seed)
     prompts = make_prompts(size, options.seed, h.iterations * h.batch_size)
     record = Record(
