@@ -2,7 +2,7 @@
 
 A reply is worth the share of its tokens that are among the first eighth of the vocabulary. Prompts are random tokens,
 replies have exactly :data:`REPLY` tokens and nothing ends them, so that a curve shows how well the policy is improved
-and nothing else. Needs torch and transformers alone; the two sides live in environments of their own.
+and nothing else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """rlchat's side: its PPOModule under Lightning's Trainer, on what :mod:`common` gives both.
 
-pip install -e .
-python benchmarks/against_trl/rlchat_side.py --size S --seed 0 --out curves/separate-S-0.json
+    python benchmarks/against_trl/rlchat_side.py --size S --seed 0 --out benchmarks/.against_trl/separate-S-0.json
+
+runs it with a critic of its own, ``--critic shared`` with a value head on the policy's trunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Both sides on the same replies, cut into the same minibatches: they must end with the same weights.
 
-    pip install -e . trl==1.12.0 accelerate==1.15.0    # both in one environment
-    python benchmarks/against_trl/same_replies.py
+    .venv-trl/bin/python benchmarks/against_trl/same_replies.py
 
 TRL trains first; what it sampled and how it shuffled is given to rlchat's PPOModule in place of its own. Two small
 differences are evened out, so that what is left is rounding: TRL's whitening takes the biased variance as rlchat's

@@ -1,8 +1,10 @@
 """TRL's side: its PPOTrainer, unchanged, on what :mod:`common` gives both.
 
-python3 -m venv .venv-trl
-.venv-trl/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0 accelerate==1.15.0
-.venv-trl/bin/python benchmarks/against_trl/trl_side.py --size S --seed 0 --out curves/trl-S-0.json
+    python3 -m venv .venv-trl
+    .venv-trl/bin/pip install -e . trl==1.12.0 accelerate==1.15.0
+    .venv-trl/bin/python benchmarks/against_trl/trl_side.py --size S --seed 0 --out benchmarks/.against_trl/trl-S-0.json
+
+The environment is one of its own, so that rlchat's stays free of what only TRL needs.
 """
 
 from __future__ import annotations
