@@ -164,7 +164,7 @@ def draw(runs_of_size: dict[str, Runs], path: Path) -> None:
         axes[0].set_ylabel("reward of the sampled replies")
         axes[0].set_title(describe(size, len(runs["trl"])), loc="left", fontsize=10)
         axes[1].legend(loc="lower right", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
 
 
 def draw_contestant(axis: Any, name: str, found: list[Run], column: str) -> None:
