@@ -1,0 +1,161 @@
+"""What both contestants get: one initial model, one stream of prompts, one reward, one set of hyper-parameters.
+
+A reply is worth the share of its tokens that are among the first eighth of the vocabulary. Prompts are random tokens,
+replies have exactly :data:`REPLY` tokens and nothing ends them, so that a curve shows how well the policy is improved
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+SHORTEST_PROMPT, LONGEST_PROMPT, REPLY = 8, 32, 16
+SPECIALS = 5  # the last ids of the vocabulary, rlchat's markers: padding the first, the end of a turn the last
+
+
+class Size(NamedTuple):
+    """A GPT-2, and the learning rate with which it learns in 40 iterations."""
+
+    vocabulary: int
+    layers: int
+    width: int
+    heads: int
+    learning_rate: float
+
+    @property
+    def sayable(self) -> int:
+        """The ids below this one stand in prompts and may be sampled."""
+        return self.vocabulary - SPECIALS
+
+    @property
+    def pad_id(self) -> int:
+        return self.sayable
+
+    @property
+    def end_id(self) -> int:
+        return self.vocabulary - 1
+
+
+SIZES = {"T": Size(512, 2, 64, 2, 6e-3), "S": Size(8192, 4, 128, 4, 3e-3)}
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The same on both sides, under rlchat's names."""
+
+    learning_rate: float
+    iterations: int = 40
+    batch_size: int = 64
+    schedule: str = "linear"
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-5
+    ppo_epochs: int = 4
+    minibatches: int = 4
+    clip_eps: float = 0.2
+    value_clip: float = 0.2
+    value_coef: float = 0.1
+    kl_coef: float = 0.002
+    gamma: float = 1.0
+    lam: float = 0.95
+    temperature: float = 1.0
+
+
+def gpt2_config(size: Size) -> GPT2Config:
+    """Without dropout: what was sampled is what is trained."""
+    return GPT2Config(
+        vocab_size=size.vocabulary,
+        n_positions=LONGEST_PROMPT + REPLY,
+        n_layer=size.layers,
+        n_embd=size.width,
+        n_head=size.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def initial_model(size: Size, seed: int) -> GPT2LMHeadModel:
+    """Random weights, the same for a seed wherever the versions of torch and transformers agree."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(gpt2_config(size))
+
+
+def make_prompts(size: Size, seed: int, count: int) -> list[list[int]]:
+    """``count`` rows of random ids, in the order in which both sides use them."""
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(size.sayable) for _ in range(rng.randint(SHORTEST_PROMPT, LONGEST_PROMPT))] for _ in range(count)
+    ]
+
+
+def reward(reply: Sequence[int], size: Size) -> float:
+    """Share of the ids of ``reply`` that are in the first eighth of the vocabulary: 0..1, about 1/8 at random."""
+    return sum(token < size.vocabulary // 8 for token in reply) / len(reply)
+
+
+def digest(model: GPT2LMHeadModel, prompts: list[list[int]]) -> str:
+    """Tells whether two runs began with the same weights and read the same prompts."""
+    sha = hashlib.sha256(repr(prompts).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(weight.contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+class Record:
+    """A run's curve, written after each iteration, so that a run that is cut short leaves what it had."""
+
+    def __init__(self, path: Path, **about: Any) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {**about, "curve": []}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Training begins: both clocks at zero, one thread, so that CPU seconds are work and not waiting."""
+        torch.set_num_threads(1)
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def add(self, episodes: int, reward: float, kl: float) -> None:
+        """One iteration is over; ``reward`` is the mean of the replies that it sampled, before it learnt from them."""
+        row = {
+            "episodes": episodes,
+            "reward": round(reward, 5),
+            "kl": round(kl, 4),
+            "cpu_s": round(time.process_time() - self.cpu, 2),
+            "wall_s": round(time.perf_counter() - self.wall, 2),
+        }
+        self.content["curve"].append(row)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.content, indent=1))
+        unfinished.replace(self.path)
+        print(self.path.stem, *(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of both sides."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="S")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the prompts and the sampling")
+    parser.add_argument("--out", type=Path, required=True, help="the file that the curve is written to")
+    parser.add_argument(
+        "--set", nargs="*", type=_setting, default=[], metavar="NAME=VALUE", help="hyper-parameters of this run's own"
+    )
+    return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, value = text.split("=", 1)
+    return name, json.loads(value)

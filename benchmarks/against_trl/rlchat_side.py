@@ -1,0 +1,188 @@
+"""rlchat's side: its PPOModule under Lightning's Trainer, on what :mod:`common` gives both.
+
+    python benchmarks/against_trl/rlchat_side.py --size S --seed 0 --out benchmarks/.against_trl/separate-S-0.json
+
+runs it with a critic of its own, ``--critic shared`` with a value head on the policy's trunk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+from common import (
+    REPLY,
+    SIZES,
+    Hyperparameters,
+    Record,
+    Size,
+    digest,
+    gpt2_config,
+    initial_model,
+    make_parser,
+    make_prompts,
+    reward,
+)
+from torch.utils.data import DataLoader
+from transformers import GPT2LMHeadModel
+
+from rlchat.backbones import Backbone
+from rlchat.batches import PromptBatch
+from rlchat.checkpoint import PolicyBundle, new_policy, save_bundle
+from rlchat.conversation import Conversation, Message
+from rlchat.generation import Generated
+from rlchat.padding import pad
+from rlchat.ppo import PPOModule
+from rlchat.rewards import Reply, ReplyFactor, Reward
+from rlchat.tokenizer import ChatTokenizer, format_ranks
+
+# What a value head on the policy's trunk learns better with than with what is common.
+TUNED = {("shared", "S"): {"learning_rate": 5e-3}}
+
+
+class InSet(ReplyFactor):
+    """The benchmark's reward, on a reply whose text is its ids."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        return reward([int(token) for token in reply.text.split()], self.size)
+
+
+class IdPPO(PPOModule):
+    """PPO as it is, but for two things: a reply's text is its ids, and the end of the turn cannot be said."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for model in (self.model, self.reference):
+            model.unsayable[self.tokenizer.end_id] = True
+
+    def read(self, generated: Generated) -> list[Reply]:
+        rows = zip(generated.ids.tolist(), generated.mask.sum(1).tolist(), generated.ended.tolist(), strict=True)
+        return [Reply(" ".join(map(str, row[:length])), length, ended) for row, length, ended in rows]
+
+
+class Recorder(L.Callback):
+    """Hands what Lightning logged to the record."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.record.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if logged["train/response_length"] != REPLY:
+            raise RuntimeError("a reply ended early: the replies are not of one length any more")
+        self.record.add(int(logged["train/episodes"]), logged["train/reward"], logged["train/kl"])
+
+
+def make_tokenizer(size: Size, folder: Path) -> ChatTokenizer:
+    """An encoding of the right size, whose markers are the last ids; no text is ever encoded."""
+    ranks = {bytes([token]) if token < 256 else b"w%d" % token: token for token in range(size.sayable)}
+    path = folder / "ids.tiktoken"
+    path.write_bytes(format_ranks(ranks))
+    return ChatTokenizer(str(path))
+
+
+def save_initial(initial: GPT2LMHeadModel, size: Size, path: Path) -> None:
+    """The bundle of a chat model with the weights of ``initial`` and a value head that is zero."""
+    tokenizer = make_tokenizer(size, path.parent)
+    config = gpt2_config(size)
+    backbone = Backbone.from_config_json(config.to_json_string(use_diff=False))
+    backbone.transformer.load_state_dict(initial.transformer.state_dict())
+    save_bundle(path, PolicyBundle(new_policy(backbone, tokenizer), tokenizer, config.n_positions))
+
+
+def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> list[PromptBatch]:
+    """The prompts in their order, as rlchat's data module would give them."""
+    return [
+        PromptBatch(
+            *pad(rows, size.pad_id, "left"),
+            tuple(Conversation((Message("user", " ".join(map(str, row))),)) for row in rows),
+        )
+        for rows in (prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size))
+    ]
+
+
+def options_of(
+    h: Hyperparameters, size: Size, seed: int, critic: str, initial: GPT2LMHeadModel, folder: Path
+) -> dict[str, Any]:
+    """The options of :class:`IdPPO`; ``folder`` will hold the initial model."""
+    save_initial(initial, size, folder / "initial.pt")
+    return {
+        "init_from": str(folder / "initial.pt"),
+        "reward": Reward([InSet(size)]),
+        "max_new_tokens": REPLY,
+        "temperature": h.temperature,
+        "learning_rate": h.learning_rate,
+        "schedule": h.schedule,
+        "adam_beta2": h.adam_beta2,
+        "adam_eps": h.adam_eps,
+        "ppo_epochs": h.ppo_epochs,
+        "minibatches": h.minibatches,
+        "critic": critic,
+        "clip_eps": h.clip_eps,
+        "value_clip": h.value_clip,
+        "value_coef": h.value_coef,
+        "kl_coef": h.kl_coef,
+        "gamma": h.gamma,
+        "lam": h.lam,
+        "max_grad_norm": math.inf,  # TRL's PPO loop has that option and never clips
+        "seed": seed,
+    }
+
+
+def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback) -> None:
+    """Trains on the batches in their order, and leaves nothing on the disk."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--critic", choices=("separate", "shared"), default="separate")
+    options = parser.parse_args()
+    size = SIZES[options.size]
+    tuned = TUNED.get((options.critic, options.size), {})
+    h = replace(Hyperparameters(size.learning_rate), **(tuned | dict(options.set)))
+    initial = initial_model(size, options.seed)
+    prompts = make_prompts(size, options.seed, h.iterations * h.batch_size)
+    record = Record(
+        options.out,
+        contestant=options.critic,
+        size=options.size,
+        seed=options.seed,
+        digest=digest(initial, prompts),
+        hyperparameters=asdict(h),
+        versions={"lightning": L.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    module = IdPPO(**options_of(h, size, options.seed, options.critic, initial, Path(tempfile.mkdtemp())))
+    fit(module, make_batches(prompts, size, h.batch_size), Recorder(record))
+
+
+if __name__ == "__main__":
+    main()
