@@ -67,11 +67,11 @@ def prompts(tokenizer: ChatTokenizer, questions: Sequence[str] = QUESTIONS, mixe
     return PromptBatch(ids, mask, conversations, sequences(tokenizer) if mixed else None)
 
 
-def sequences(tokenizer: ChatTokenizer) -> SequenceBatch:
-    rendered = [
-        tokenizer.render(Conversation((Message("user", question), Message("assistant", answer))))
-        for question, answer in (("Hi", "Hello."), ("Who are you", "A machine"), ("x", "y"))
-    ]
+THREADS = (("Hi", "Hello."), ("Who are you", "A machine"), ("x", "y"))
+
+
+def sequences(tokenizer: ChatTokenizer, talk: Sequence[tuple[str, str]] = THREADS) -> SequenceBatch:
+    rendered = [tokenizer.render(Conversation((Message("user", q), Message("assistant", a)))) for q, a in talk]
     ids, mask = pad([r.ids for r in rendered], tokenizer.pad_id, "right")
     loss_mask, _ = pad([r.loss_mask for r in rendered], False, "right")
     return SequenceBatch(ids, mask, loss_mask.bool())

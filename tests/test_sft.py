@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
+from small_ppo import Log, sequences, serve, trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from rlchat.checkpoint import load_policy
 from rlchat.conversation import Conversation, Message
-from rlchat.data import PromptBatch, SequenceBatch
+from rlchat.data import PromptBatch
 from rlchat.errors import UserError
 from rlchat.padding import pad
 from rlchat.policy import Tally, make_optimizer, make_scheduler
 from rlchat.sft import SFTModule
-from rlchat.tokenizer import ChatTokenizer
 
 LLAMA = {
     "model_type": "llama",
@@ -36,32 +34,6 @@ TALK = [("Hi", "Hello."), ("Who?", "A machine of words"), ("x", ""), ("Why", "So
 def sft(encoding: str, **options: Any) -> SFTModule:
     torch.manual_seed(0)
     return SFTModule(LLAMA, encoding, max_length=32, **{"learning_rate": 1e-2, "schedule": "constant", **options})
-
-
-def sequences(tokenizer: ChatTokenizer, talk: Sequence[tuple[str, str]]) -> SequenceBatch:
-    rendered = [tokenizer.render(Conversation((Message("user", q), Message("assistant", a)))) for q, a in talk]
-    ids, mask = pad([r.ids for r in rendered], tokenizer.pad_id, "right")
-    loss_mask, _ = pad([r.loss_mask for r in rendered], False, "right")
-    return SequenceBatch(ids, mask, loss_mask.bool())
-
-
-class Log(L.Callback):
-    """Every training batch's metrics."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def serve(batches: Sequence[SequenceBatch]) -> DataLoader[Any]:
-    return DataLoader(list(batches), batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
-
-
-def trainer(**options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, max_epochs=1, **{**quiet, **options})
 
 
 @torch.no_grad()

@@ -110,6 +110,12 @@ class Differences:
     weights: float  # of any weight, after any step
     curves: float  # of any value of metrics.csv, over the greater of its size and 1
 
+    def check(self) -> None:
+        """Raises AssertionError where they are more than rounding."""
+        assert self.between_ranks == 0
+        assert self.weights <= 1e-5
+        assert self.curves <= 1e-5
+
     def __str__(self) -> str:
         return (
             f"after each of {self.steps} optimizer steps the ranks' weights differ by {self.between_ranks:.1g} and "
@@ -164,9 +170,7 @@ def main() -> None:
             for stage in STAGES:
                 found = compare(folder / f"one-{stage}", folder / f"{ranks}-{strategy}-{stage}", ranks, stage)
                 print(f"{stage} on {ranks} processes, {strategy}: {found}", flush=True)
-                assert found.between_ranks == 0
-                assert found.weights <= 1e-5
-                assert found.curves <= 1e-5
+                found.check()
 
 
 if __name__ == "__main__":

@@ -100,9 +100,7 @@ def main() -> None:
             train_on_two_nodes(folder, fit, processes, 400)
             found = compare(folder / "one", folder / name, ranks, "ppo")
             print(f"ppo on 2 nodes with {processes} processes each (torchrun, gloo): {found}", flush=True)
-            assert found.between_ranks == 0
-            assert found.weights <= 1e-5
-            assert found.curves <= 1e-5
+            found.check()
 
 
 if __name__ == "__main__":
