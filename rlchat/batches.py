@@ -38,6 +38,10 @@ class SequenceBatch(NamedTuple):
     attention_mask: Tensor  # Bool [B, T], False on padding
     loss_mask: Tensor  # Bool [B, T], True on the assistant's tokens and the end markers behind them
 
+    def split(self, rows: int) -> list[SequenceBatch]:
+        """The same rows, so many at a time."""
+        return [SequenceBatch(*parts) for parts in zip(*(tensor.split(rows) for tensor in self), strict=True)]
+
     def to(self, device: torch.device | str) -> SequenceBatch:
         """The same batch on ``device``."""
         return SequenceBatch(*(tensor.to(device) for tensor in self))

@@ -253,6 +253,11 @@ def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
     """Raises :class:`UserError` for options of the trainer that cannot be had where a module optimizes by hand."""
     if options.get("gradient_clip_val"):
         raise UserError("trainer.gradient_clip_val: PPO clips by itself; set --model.max_grad_norm instead")
+    if (options.get("max_steps") or -1) > 0:
+        raise UserError(
+            "trainer.max_steps: PPO takes many optimizer steps in an iteration, and its learning rate goes by "
+            "iterations; set --trainer.max_epochs and --trainer.limit_train_batches instead"
+        )
     if (options.get("accumulate_grad_batches") or 1) > 1:
         raise UserError(
             "trainer.accumulate_grad_batches: PPO takes its steps by itself; set --model.micro_batch_size instead"

@@ -156,7 +156,8 @@ class OASST2DataModule(LightningDataModule):
         needs, corpus, (_, world) = self.needs, self._loaded(), self._rank_and_world()
         if needs.task == "ppo":
             threads = self._sequences("train") if needs.mix_sequences else None
-            threads = threads or None  # nothing to mix in where the data has no replies
+            if threads is not None:
+                self._require(threads, "replies to mix in")
             prompts = PromptRows(corpus.prompts, self._rows(corpus.prompts.tree, "train"), self._pad_id, threads)
             self._require(prompts, "prompts")
             mixed_rows = 0 if threads is None else len(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -24,9 +25,11 @@ from rlchat.errors import UserError
 from rlchat.generation import Generated, Sampling, Uniforms, addressed_uniforms, generate
 from rlchat.model import RLChatModel, TokenStats, value_head
 from rlchat.padding import pad
-from rlchat.processes import anywhere, gather_objects, shard_networks
+from rlchat.processes import anywhere, gather_objects, is_first, shard_networks
 from rlchat.rewards import Reply
 from rlchat.tokenizer import ChatTokenizer
+
+_log = logging.getLogger("rlchat")
 
 # Streams of noise beside those of the training iterations, which are 0, 1, 2, …
 VALIDATION_STREAM = -1
@@ -175,6 +178,10 @@ class PolicyModule(L.LightningModule):
         noise = addressed_uniforms(0, VALIDATION_STREAM, torch.arange(len(prompts)))
         return self.read(self.generate(ids.to(self.device), mask.to(self.device), self.sampling, noise))
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says which options a run that goes on cannot change."""
+        warn_of_kept_options(self, checkpoint)
+
     def save_bundle(self, path: str | Path) -> None:
         """Writes the chat model as it is now; see :mod:`rlchat.checkpoint`. A collective."""
         save_bundle(path, self.bundle())
@@ -211,6 +218,17 @@ class Tally:
         if "nll" in result:
             result["perplexity"] = math.exp(min(result.pop("nll"), 700.0))
         return result
+
+
+def warn_of_kept_options(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Optimizer and schedule go on as they were: warns of options that ask for something else."""
+    before = checkpoint.get("hyper_parameters", {})
+    names = ("learning_rate", "schedule", "warmup", "weight_decay", "adam_eps", "adam_beta2")
+    kept = [
+        f"{n} {before[n]} and not {module.hparams[n]}" for n in names if n in before and before[n] != module.hparams[n]
+    ]
+    if kept and is_first():
+        _log.warning("the run goes on with %s; begin a new one with --model.init_from for that", ", ".join(kept))
 
 
 def seed_dropout(module: L.LightningModule) -> None:
@@ -251,7 +269,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: floa
     """
     if not math.isfinite(steps):
         if schedule != "constant":
-            raise UserError(f"schedule {schedule} needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise UserError(f"schedule {schedule} needs an end: set trainer.max_epochs")
         return get_scheduler("constant", optimizer)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=round(steps))

@@ -20,6 +20,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -108,7 +109,7 @@ class PPOModule(RolloutModule):
         adam_beta2: of AdamW; rewards are noisy, so its squares are remembered for longer than in the other stages.
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
-        micro_batch_size: rows that a device takes at one time; gradients accumulate over a minibatch. None: all.
+        micro_batch_size: rows that a device learns from at one time; gradients accumulate over a minibatch. None: all.
         advantage: gae with a critic; or rloo or grpo without one, which compare the replies of a group.
         critic: a value head on the policy's trunk (shared), or a network of its own (separate).
         critic_init: the bundle of a reward model as which a separate critic begins; else it copies the policy's trunk.
@@ -121,7 +122,7 @@ class PPOModule(RolloutModule):
         entropy_coef: weight of the entropy bonus.
         kl_coef: price of a nat of KL to the reference; the initial one where kl_target is set.
         kl_in: where that price is paid: in each token's reward, or as a term of the loss.
-        kl_kind: the estimator of that KL. In the loss, k1 has no gradient on average: take k2 or k3.
+        kl_kind: the estimator of that KL. None: k1 in the reward, k3 in the loss, where k1 has no gradient on average.
         kl_target: nats per reply to which kl_coef adapts; None keeps it fixed.
         kl_horizon: episodes in which the adaptive kl_coef may move by its own size.
         gamma: discount per token.
@@ -173,7 +174,7 @@ class PPOModule(RolloutModule):
         entropy_coef: float = 0.0,
         kl_coef: float = 0.05,
         kl_in: Literal["reward", "loss"] = "reward",
-        kl_kind: KLKind = "k1",
+        kl_kind: KLKind | None = None,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
         gamma: float = 1.0,
@@ -190,8 +191,8 @@ class PPOModule(RolloutModule):
                 f"max_new_tokens {max_new_tokens} leaves no room for a prompt in max_length {bundle.max_length}; "
                 f"lower it"
             )
-        if temperature <= 0:
-            raise UserError(f"temperature {temperature}: rollouts are sampled, it must be above 0")
+        if not 1e-6 <= temperature <= 1e6:
+            raise UserError(f"temperature {temperature}: rollouts are sampled, it must be above 0, from 1e-6 to 1e6")
         counts = {
             "ppo_epochs": ppo_epochs,
             "minibatches": minibatches,
@@ -207,14 +208,23 @@ class PPOModule(RolloutModule):
             "clip_eps": clip_eps,
             "clip_eps_high": clip_eps_high or 0.0,
             "value_clip": value_clip,
-            "max_grad_norm": max_grad_norm,
+            "value_coef": value_coef,
+            "kl_coef": kl_coef,
+            "sft_coef": sft_coef,
             "critic_warmup": critic_warmup,
         }
         for name, size in sizes.items():
             if not size >= 0:
                 raise UserError(f"{name} is {size}; it must be 0 or more")
+        for name, share in (("gamma", gamma), ("lam", lam), ("warmup", warmup)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} is {share}; it must be from 0 to 1")
+        if not max_grad_norm > 0:
+            raise UserError(f"max_grad_norm is {max_grad_norm}; it must be above 0")
         if kl_target is not None and not kl_target > 0:
             raise UserError(f"kl_target is {kl_target}; it must be above 0, or null for a fixed kl_coef")
+        if kl_target is not None and kl_coef == 0:
+            raise UserError("kl_target steers kl_coef by shares of itself, and 0 stays 0; give kl_coef a size above 0")
         if dual_clip is not None and not dual_clip > 1:
             raise UserError(f"dual_clip is {dual_clip}; it must be above 1, or null for none")
         if advantage != "gae":
@@ -222,6 +232,10 @@ class PPOModule(RolloutModule):
                 raise UserError(f"advantage {advantage} compares replies to one prompt; set group_size to 2 or more")
             if turns > 1:
                 raise UserError(f"advantage {advantage} knows no turns; set turns to 1, or advantage to gae")
+            if whiten_rewards:  # whitening adds a constant to each token, and their sum would pay for length
+                raise UserError(
+                    f"advantage {advantage} takes rewards as they are; leave out whiten_rewards, or use gae"
+                )
             if critic == "separate" or critic_warmup:
                 raise UserError(f"advantage {advantage} has no critic; leave out critic and critic_warmup, or use gae")
         sampling = Sampling(max_new_tokens, temperature)
@@ -231,6 +245,9 @@ class PPOModule(RolloutModule):
         self.save_hyperparameters(ignore=["reward"])
         self.automatic_optimization = False
         self.options: Any = self.hparams  # the arguments above, by name
+        self.kl_kind: KLKind = kl_kind or ("k1" if kl_in == "reward" else "k3")
+        if (kl_in, self.kl_kind) == ("loss", "k1"):
+            _log.warning("kl_kind k1 has no gradient on average in the loss and will hold nothing; take k2 or k3")
         self.adaptive_kl = AdaptiveKL(kl_coef, kl_target, kl_horizon) if kl_target is not None else None
         self.kl_coef = kl_coef
         self.iterations = self.episodes = self.tokens = 0
@@ -282,8 +299,9 @@ class PPOModule(RolloutModule):
         self.iterations += 1
         self.episodes += episodes
         self.tokens += tokens
-        if self.adaptive_kl is not None:
-            self.kl_coef = self.adaptive_kl.update(kl, episodes)
+        if self.adaptive_kl is not None and self.iterations > self.options.critic_warmup:
+            # Beyond its horizon, the step of one iteration would turn the coefficient's sign.
+            self.kl_coef = self.adaptive_kl.update(kl, min(episodes, self.options.kl_horizon))
         if (scheduler := self.lr_schedulers()) is not None:
             scheduler.step()  # type: ignore[union-attr]
 
@@ -292,7 +310,7 @@ class PPOModule(RolloutModule):
         o, mask = self.options, rollout.mask
         kl_coef = self.kl_coef if o.kl_in == "reward" else 0.0
         placed = place_scores(scores, rollout.reply_of)
-        rewards = shape_rewards(placed, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef, o.kl_kind)
+        rewards = shape_rewards(placed, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef, self.kl_kind)
         if o.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=self.global_sum)
         if o.advantage == "gae":
@@ -347,20 +365,21 @@ class PPOModule(RolloutModule):
         """Adds the gradient of the loss on ``minibatch`` to the parameters'; what is logged of it, of all processes."""
         rows = torch.cat(minibatch).to(self.device)
         tokens = self.global_sum(rollout.mask[rows].sum()) / self.trainer.world_size
+        losses = [partial(self.minibatch_loss, rollout, judged, micro_batch, tokens) for micro_batch in minibatch]
+        if sequences is not None:
+            words = self.global_sum(sequences.loss_mask[:, 1:].sum()).clamp(min=1) / self.trainer.world_size
+            threads = sequences.split(self.options.micro_batch_size or len(sequences.ids))
+            losses = [*(partial(self.mixed_in_loss, part, words) for part in threads), *losses]
         totals: dict[str, Tensor] = {}
-        for micro_batch in minibatch:
-            is_last = micro_batch is minibatch[-1]
-            loss, stats = self.minibatch_loss(rollout, judged, micro_batch, tokens)
-            if is_last and sequences is not None:
-                stats["sft_loss"] = self.mixed_in_loss(sequences)
-                loss = loss + self.options.sft_coef * stats["sft_loss"]
-            # Gradients of several micro batches cross between processes once.
+        for loss_of in losses:
+            # Gradients cross between processes once, with the last loss, which reaches every parameter.
             silence = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-            quiet: AbstractContextManager[Any] = nullcontext() if is_last else silence()
+            quiet: AbstractContextManager[Any] = nullcontext() if loss_of is losses[-1] else silence()
+            loss, stats = loss_of()
             with quiet:
                 self.manual_backward(loss)
             for name, value in stats.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value
         sums = self.global_sum(torch.stack(list(totals.values()))) / self.trainer.world_size
         return dict(zip(totals, sums.tolist(), strict=True))
 
@@ -399,7 +418,7 @@ class PPOModule(RolloutModule):
         entropy = masked_mean(new.entropy, mask, tokens)
         loss = surrogate.loss - o.entropy_coef * entropy
         if o.kl_in == "loss":
-            nats = kl_estimate(new.logprobs, rollout.ref_logprobs[rows], o.kl_kind)
+            nats = kl_estimate(new.logprobs, rollout.ref_logprobs[rows], self.kl_kind)
             loss = loss + self.kl_coef * masked_mean(nats, mask, tokens)
         if warming_up:
             loss = loss * 0.0  # every parameter keeps a gradient, as DDP wants it
@@ -416,28 +435,30 @@ class PPOModule(RolloutModule):
             stats |= {"value_loss": critic.loss.detach(), "value_clip_fraction": critic.clipfrac}
         return loss, stats
 
-    def mixed_in_loss(self, sequences: SequenceBatch) -> Tensor:
-        """Mean negative log-prob of the human replies in ``sequences``, over all processes."""
-        logprobs = self.token_stats(sequences).logprobs
-        return -logprobs.sum() * self.trainer.world_size / self.global_sum(len(logprobs)).clamp(min=1)
+    def mixed_in_loss(self, sequences: SequenceBatch, words: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Negative log-prob of the human replies in ``sequences``, a share of the mean over all ``words``."""
+        loss = -self.token_stats(sequences).logprobs.sum() / words
+        return self.options.sft_coef * loss, {"sft_loss": loss.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips here, where gradients are unscaled in every precision; without a gradient, the step does nothing."""
-        parameters = dict(self.named_parameters())
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        if self.iterations < self.options.critic_warmup:
+            for name, parameter in self.named_parameters():
+                if not name.startswith(("critic.", "model.value_head.")):
+                    parameter.grad = None  # the policy waits, and so do its momentum and weight decay
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         self.grad_norm = float(whole(norm))
         if self.not_finite is None and not math.isfinite(self.grad_norm):
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                return  # fp16: the scaler has seen it, skips the step by itself, and scales less from now on
             broken = (name for name, gradient in gradients.items() if not whole(gradient).isfinite().all())
             self.not_finite = f"the gradient of {next(broken, 'all weights together')}"
         if self.not_finite is None:
-            torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.options.max_grad_norm, norm)
-        warming_up = self.iterations < self.options.critic_warmup
-        for name in gradients:
-            # In the warm-up, the policy's are nothing but zeros; and yet weight decay and momentum would move it.
-            waits = warming_up and not name.startswith(("critic.", "model.value_head."))
-            if waits or self.not_finite is not None:
-                parameters[name].grad = None
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.options.max_grad_norm, norm)
+        else:
+            for parameter in self.parameters():
+                parameter.grad = None
 
     def count_skipped(self, rollout: Rollout) -> None:
         """Keeps count of steps that were skipped. Raises :class:`UserError` where that goes on."""
@@ -456,9 +477,12 @@ class PPOModule(RolloutModule):
         dump = folder / f"not_finite_{self.global_rank}.jsonl"
         append_lines(dump, rollout.rows(self.last_iteration.factors))
         saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+        if not saved:  # the weights are as good as they were: only steps that were not taken came since
+            saved = str(folder / "last_good.ckpt")
+            self.trainer.save_checkpoint(saved)
         raise UserError(
             f"{where}: {self.not_finite} is not a finite number, in {self.skipped_in_a_row} steps in a row; the batch "
-            f"is in {dump}, the last good state in {saved or 'no checkpoint yet'}; lower --model.learning_rate, or "
+            f"is in {dump}, the last good state in {saved}; lower --model.learning_rate, or "
             f"look at the rewards"
         )
 
@@ -497,8 +521,9 @@ class PPOModule(RolloutModule):
                 mean = self.global_sum((x * mask).sum()) / count
                 return self.global_sum(((x - mean) ** 2 * mask).sum()) / count
 
-            unexplained = variance(judged.returns - rollout.values) / variance(judged.returns).clamp(min=1e-8)
-            values["explained_variance"] = float(1 - unexplained)
+            spread = float(variance(judged.returns))
+            unexplained = float(variance(judged.returns - rollout.values))
+            values["explained_variance"] = 1 - unexplained / spread if spread > 1e-8 else 0.0  # nothing to explain
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         self.log_dict({f"reward/{name}": self.global_mean(value) for name, value in factors.items()})
         for name in ("reward", "kl"):
@@ -519,8 +544,10 @@ class PPOModule(RolloutModule):
         checkpoint["rlchat"] = {name: getattr(self, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The inverse of :meth:`on_save_checkpoint`."""
+        """The inverse of :meth:`on_save_checkpoint`; a fixed kl_coef is what the options say now."""
+        super().on_load_checkpoint(checkpoint)
         for name, value in checkpoint["rlchat"].items():
-            setattr(self, name, value)
+            if name != "kl_coef" or self.adaptive_kl is not None:
+                setattr(self, name, value)
         if self.adaptive_kl is not None:
             self.adaptive_kl.coef = self.kl_coef

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rlchat.errors import UserError
 from rlchat.files import write_atomically
-from rlchat.processes import gather_objects
+from rlchat.processes import gather_objects, take_turns
 
 
 class Predictions(BasePredictionWriter):
@@ -47,8 +47,7 @@ class Predictions(BasePredictionWriter):
         parts = gather_objects(mine)
         if not trainer.is_global_zero:
             return
-        # Row i of the file was given to process i % N, so taking turns restores the order.
-        rows = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+        rows = take_turns(parts)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
         print(f"wrote {len(rows)} replies to {self.path}")

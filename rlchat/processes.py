@@ -7,8 +7,8 @@ to make the same passes in the same order, and wherever one process could stop e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import lightning as L
     from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 def global_sum(module: L.LightningModule, value: Tensor | float) -> Tensor:
@@ -48,6 +50,12 @@ def gather_objects(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def take_turns(parts: Sequence[Sequence[T]], block: int = 1) -> list[T]:
+    """The rows of all processes in global order: process after process gives its next ``block``, as they were dealt."""
+    longest = max(map(len, parts))
+    return [row for start in range(0, longest, block) for part in parts for row in part[start : start + block]]
 
 
 def is_first() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlchat.checkpoint import RewardBundle, save_bundle
 from rlchat.data import DataNeeds, RankedBatch
 from rlchat.model import RewardModel
-from rlchat.policy import Tally, make_optimizer, make_scheduler, open_policy, seed_dropout
+from rlchat.policy import Tally, make_optimizer, make_scheduler, open_policy, seed_dropout, warn_of_kept_options
 from rlchat.processes import gather_objects, global_sum, shard_networks
 
 
@@ -166,6 +166,10 @@ class RewardModelModule(L.LightningModule):
         optimizer = make_optimizer(self.model.parameters(), o["learning_rate"], o["weight_decay"])
         scheduler = make_scheduler(optimizer, o["schedule"], o["warmup"], self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says which options a run that goes on cannot change."""
+        warn_of_kept_options(self, checkpoint)
 
     def save_bundle(self, path: str | Path) -> None:
         """Writes the reward model as it is now; see :mod:`rlchat.checkpoint`. A collective."""

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rlchat.errors import at_least_one
 from rlchat.files import append_lines
 from rlchat.ppo import PPOModule
-from rlchat.processes import gather_objects
+from rlchat.processes import gather_objects, take_turns
 from rlchat.trainer_facts import batches_seen, is_rehearsal
 
 
@@ -44,7 +44,7 @@ class RolloutLog(Callback):
         log_dir = trainer.log_dir  # asks the other processes, so all of them have to ask
         if not trainer.is_global_zero or is_rehearsal(trainer):
             return
-        rows = [row for part, _ in parts for row in part]
+        rows = take_turns([part for part, _ in parts], pl_module.options.group_size)
         if log_dir is not None:
             path = Path(log_dir, "rollouts.jsonl")
             append_lines(path, ({"iteration": iteration, **row} for row in rows[: self.max_replies]))

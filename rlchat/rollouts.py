@@ -59,7 +59,7 @@ class Rollout:
     @property
     def kl(self) -> Tensor:
         """[N] nats between policy and reference, summed over each reply."""
-        nats = torch.zeros(len(self.replies), device=self.ids.device)
+        nats = torch.zeros(len(self.replies), dtype=torch.float32, device=self.ids.device)
         return nats.index_add(0, self.reply_of[self.mask], (self.logprobs - self.ref_logprobs)[self.mask].float())
 
     def rows(self, factors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -142,11 +142,13 @@ class RolloutModule(PolicyModule):
         """
         return self.recall(self.converse(batch, rows, stream))
 
-    def converse(self, batch: PromptBatch, rows: Tensor, stream: int) -> Transcript:
+    def converse(self, batch: PromptBatch, rows: Tensor, stream: int, sampling: Sampling | None = None) -> Transcript:
         """The policy replies to each prompt, and to what the user says next, for so many ``turns``.
 
-        What the user says next is what the user of the data said, though it was said to another reply.
+        What the user says next is what the user of the data said, though it was said to another reply. ``sampling`` is
+        another than that of training.
         """
+        sampling = sampling or self.sampling
         talks = [
             _Talk(replace(conversation, later=()), conversation.later, ids[mask].tolist())
             for ids, mask, conversation in zip(
@@ -162,11 +164,11 @@ class RolloutModule(PolicyModule):
                 if not anywhere(self, bool(speaking)):
                     break
             # A process that has nobody left takes part all the same: a model that lies in shards needs everybody.
-            waiting = torch.tensor(speaking or [0])
-            ids, mask = pad([talks[row].ids for row in waiting.tolist()], self.tokenizer.pad_id, "left")
-            start = -turn * self.sampling.max_new_tokens  # each turn has noise of its own
-            noise = addressed_uniforms(self.noise_seed, stream, rows.cpu()[waiting], start)
-            said = self.generate(ids.to(self.device), mask.to(self.device), self.sampling, noise)
+            waiting = [talks[row].ids for row in speaking] or [[self.tokenizer.end_id]]
+            ids, mask = pad(waiting, self.tokenizer.pad_id, "left")
+            start = -turn * sampling.max_new_tokens  # each turn has noise of its own
+            noise = addressed_uniforms(self.noise_seed, stream, rows.cpu()[speaking or [0]], start)
+            said = self.generate(ids.to(self.device), mask.to(self.device), sampling, noise)
             for row, reply, tokens, logprobs in zip(
                 speaking, self.read(said), said.ids.tolist(), said.logprobs.tolist(), strict=False
             ):
@@ -175,8 +177,9 @@ class RolloutModule(PolicyModule):
                 replies.append(reply)
         ids, attention_mask = pad([talk.ids for talk in talks], self.tokenizer.pad_id, "right")
         reply_of, _ = pad([talk.reply_of for talk in talks], -1, "right")
-        logprobs = torch.zeros(ids.shape).masked_scatter(
-            attention_mask, torch.tensor([number for talk in talks for number in talk.logprobs])
+        # float32 by name: under bf16-true it is not what PyTorch makes when nothing is said.
+        logprobs = torch.zeros(ids.shape, dtype=torch.float32).masked_scatter(
+            attention_mask, torch.tensor([number for talk in talks for number in talk.logprobs], dtype=torch.float32)
         )
         tensors = (tensor.to(self.device) for tensor in (ids, attention_mask, reply_of, logprobs))
         return Transcript(conversations, replies, *tensors)
@@ -244,7 +247,7 @@ class RolloutModule(PolicyModule):
         hidden = model(ids, attention_mask)
         before = hidden[:, :-1][said[:, 1:]]  # [tokens, hidden]: what each sampled token was drawn from
         stats = model.token_stats(before, ids[said], self.sampling.temperature)
-        blank = torch.zeros(mask.shape, device=ids.device)
+        blank = torch.zeros(mask.shape, dtype=torch.float32, device=ids.device)
         if model is self.reference or self.critic_kind == "none":
             values = torch.zeros_like(stats.logprobs)
         elif self.critic is not None:
@@ -280,9 +283,8 @@ class RolloutModule(PolicyModule):
         self.tally_answers("answer_accuracy", rollout.conversations, rollout.replies)
         if not self.trainer.training and anywhere(self, any(c.check for c in batch.conversations)):
             greedy = Sampling(self.sampling.max_new_tokens, temperature=0.0)
-            noise = addressed_uniforms(0, 0, torch.arange(len(batch.ids)))
-            said = self.read(self.generate(batch.ids, batch.attention_mask, greedy, noise))
-            self.tally_answers("answer_accuracy_greedy", batch.conversations, said)
+            said = self.converse(batch, rows, VALIDATION_STREAM, greedy)
+            self.tally_answers("answer_accuracy_greedy", said.conversations, said.replies)
 
     def tally_answers(self, name: str, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> None:
         """Share of right replies among the prompts that can be checked."""

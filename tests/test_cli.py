@@ -169,6 +169,7 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
         (["--trainer.strategy", "foo"], r"trainer: You selected an invalid strategy name"),
         (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val: .* set --model.max_grad_norm instead"),
         (["--trainer.accumulate_grad_batches", "2"], r"trainer.accumulate_grad_batches: .* --model.micro_batch_size"),
+        (["--trainer.max_steps", "40"], r"trainer.max_steps: .* set --trainer.max_epochs and --trainer.limit_train_"),
         (["--trainer.max_epochs", "-5"], r"trainer: `max_epochs` must be a non-negative integer or -1"),
         (["--trainer.val_check_interval", "99"], r"trainer.val_check_interval: .*--trainer.val_check_interval 1.0"),
         (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; give a place"),

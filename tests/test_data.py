@@ -170,6 +170,10 @@ def test_ppo_batches_carry_sequences_where_the_module_mixes_them_in(tmp_path: Pa
     assert len(seen) == 4 * len(batches)  # drawn without replacement
     # the other stages of validation know no mixing
     assert data.val_dataloader()[0].dataset[[0]].sequences is None
+    prompts_alone = module(write(tmp_path / "p.jsonl", [{"prompt": f"q{n}"} for n in range(20)]), needs, tmp_path)
+    prompts_alone.setup()
+    with pytest.raises(UserError, match="no replies to mix in to train on"):
+        prompts_alone.train_dataloader()
 
 
 def test_a_prompt_batch_survives_what_lightning_does_to_it(tmp_path: Path, ppo: DataNeeds) -> None:

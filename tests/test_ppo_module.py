@@ -16,6 +16,7 @@ from small_ppo import (
     BACKBONES,
     QUESTIONS,
     LetterE,
+    Log,
     alone,
     fit,
     ppo,
@@ -249,6 +250,36 @@ def test_the_adaptive_coefficient_follows_the_kl(encoding: str) -> None:
     assert module.kl_coef == module.adaptive_kl.coef  # type: ignore[union-attr]
 
 
+def test_the_adaptive_coefficient_stays_above_0_and_waits_for_the_critic(encoding: str) -> None:
+    """However many episodes an iteration has; and in the warm-up there is no KL that could say anything."""
+    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1), 3)
+    assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.08, 0.064])
+    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1, critic_warmup=2), 4)
+    assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.08])
+
+
+def test_the_kl_in_the_loss_holds_the_policy_back(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By k3 unless told otherwise; k1 has no gradient on average, and a warning says so."""
+    assert ppo(encoding).kl_kind == "k1"
+    options: dict[str, Any] = {"ppo_epochs": 2, "minibatches": 1, "kl_in": "loss", "learning_rate": 3e-3}
+    held, free = (ppo(encoding, kl_coef=coef, adam_beta2=0.95, **options) for coef in (5.0, 0.0))
+    assert held.kl_kind == "k3"
+    held_kl, free_kl = (sum(row["train/kl"] for row in fit(module, 25)[-5:]) / 5 for module in (held, free))
+    assert held_kl < free_kl / 2
+    assert not [record for record in caplog.records if record.name == "rlchat"]
+    ppo(encoding, kl_in="loss", kl_kind="k1")
+    assert "no gradient on average" in caplog.text
+
+
+def test_the_critics_gradient_is_not_clipped_by_what_waits(encoding: str) -> None:
+    """In the warm-up, mixed-in conversations pull at the policy alone, which does not move."""
+    norms = []
+    for sft_coef in (0.0, 50.0):
+        module = ppo(encoding, critic_warmup=1, sft_coef=sft_coef, max_grad_norm=0.1)
+        norms.append(fit(module, 1)[0]["train/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1])
+
+
 def test_the_learning_rate_goes_down_over_the_iterations(encoding: str) -> None:
     rows = fit(ppo(encoding, schedule="linear", learning_rate=1e-3), 4)
     assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
@@ -324,6 +355,9 @@ def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=says):
         fit(module, 3, default_root_dir=str(tmp_path))
     assert all(torch.equal(one, other) for one, other in zip(before, module.model.parameters(), strict=True))
+    (saved,) = tmp_path.rglob("last_good.ckpt")  # nothing had been saved yet
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    assert all(torch.equal(state[f"model.{name}"], p) for name, p in module.model.state_dict().items())
     (dump,) = tmp_path.rglob("not_finite_0.jsonl")
     rows = [json.loads(line) for line in dump.read_text().splitlines()]
     assert [row["prompt"][0]["content"] for row in rows] == list(QUESTIONS)
@@ -501,12 +535,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -
         assert torch.equal(one, other), name
 
 
+def test_what_a_resumed_run_keeps_and_what_it_takes(
+    encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fixed price of KL is as asked now; the optimizer goes on as it was, and a warning says so."""
+    saving = SavesAfterTwo(tmp_path / "two.ckpt")
+    batch = prompts(ppo(encoding).tokenizer)
+    trainer(callbacks=[saving]).fit(ppo(encoding, kl_coef=0.1), serve([batch] * 4))
+    resumed = ppo(encoding, kl_coef=0.7, learning_rate=1e-4)
+    log = Log()
+    trainer(callbacks=[log], limit_train_batches=4).fit(
+        resumed, serve([batch] * 4), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True
+    )
+    assert log.rows[-1]["train/kl_coef"] == pytest.approx(0.7)
+    assert log.rows[-1]["train/learning_rate"] == pytest.approx(1e-2)
+    assert "the run goes on with learning_rate 0.01 and not 0.0001; begin a new one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"max_new_tokens": 48}, "max_new_tokens 48 leaves no room"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": 1e-7}, "temperature 1e-07"),
+        ({"kl_coef": -1.0}, "kl_coef is -1.0; it must be 0 or more"),
+        ({"gamma": 3.0}, "gamma is 3.0; it must be from 0 to 1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be above 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "0 stays 0"),
+        ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be above 1"),
+        ({"turns": 0}, "turns is 0; it must be at least 1"),
+        ({"advantage": "rloo"}, "set group_size to 2 or more"),
+        ({"advantage": "grpo", "group_size": 2, "turns": 2}, "knows no turns"),
+        ({"advantage": "grpo", "group_size": 2, "critic": "separate"}, "has no critic"),
+        # Whitening adds a constant to each token, and their sum would pay for length.
+        ({"advantage": "rloo", "group_size": 2, "whiten_rewards": True}, "takes rewards as they are"),
     ],
     ids=str,
 )

@@ -13,7 +13,16 @@ from prove.many_processes import STAGES, compare, run, words
 from prove.runs import differences, last_checkpoint, prepare, trace
 
 from rlchat.checkpoint import load_policy
-from rlchat.processes import anywhere, gather_objects, global_sum, gradient_norm, greatest, whole, whole_state
+from rlchat.processes import (
+    anywhere,
+    gather_objects,
+    global_sum,
+    gradient_norm,
+    greatest,
+    take_turns,
+    whole,
+    whole_state,
+)
 
 PREDICT = ["--data.predict_path=questions.txt", "--trainer.accelerator=cpu", "--data.val_batch_size=4"]
 
@@ -100,6 +109,11 @@ def test_one_process_needs_no_others() -> None:
     assert anywhere(module, torch.tensor([False, True]))
     assert not anywhere(module, False)
     assert gather_objects("x") == ["x"]
+
+
+def test_rows_come_together_in_the_order_in_which_they_were_dealt() -> None:
+    assert take_turns([["a", "c", "e"], ["b", "d"]]) == ["a", "b", "c", "d", "e"]
+    assert take_turns([["a1", "a2", "c1", "c2"], ["b1", "b2"]], block=2) == ["a1", "a2", "b1", "b2", "c1", "c2"]
 
 
 def test_what_is_not_sharded_is_whole() -> None:
