@@ -64,7 +64,15 @@ STAGES = {
         "--model.kl_kind=k3",
         "--trainer.callbacks.unequal=true",
     ],
-    "grpo": ["--config=smoke", "--model.advantage=grpo", f"--model.group_size={COPIES}", "--model.minibatches=5"],
+    "grpo": [
+        "--config=smoke",
+        "--model.advantage=grpo",
+        f"--model.group_size={COPIES}",
+        "--model.minibatches=5",
+        "--model.sft_coef=0.1",
+        "--model.micro_batch_size=1",
+        "--trainer.callbacks.unequal=true",
+    ],
     # Some conversations go on when all of another process's are over.
     "turns": ["--config=smoke", "--model.turns=3", "--model.max_new_tokens=8"],
 }

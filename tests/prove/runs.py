@@ -60,7 +60,8 @@ class Witness(Callback):
             module.generate = watched
 
     def cut(self, said, module):
-        tokenizer, rows = module.tokenizer, module.noise_rows(len(said.ids))
+        tokenizer, copies = module.tokenizer, module.options.group_size
+        rows = module.noise_rows(len(said.ids) // copies, copies=copies)
         lengths = 1 + (5 * rows + 3 * module.iterations) % said.ids.shape[1]
         if module.iterations == 1:
             lengths = torch.where(rows % 2 == 1, 1, lengths)
