@@ -46,6 +46,11 @@ def test_every_command_is_one() -> None:
     assert {line.split()[1] for line in COMMAND_LINES} <= set(COMMANDS)
 
 
+def test_nothing_waits_to_be_filled_in() -> None:
+    assert "@@" not in TEXT
+    assert "TODO" not in TEXT
+
+
 def test_make_has_the_targets() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make (\w+)", SHELL, re.MULTILINE))
