@@ -26,7 +26,9 @@ from trl.experimental.ppo import ppo_trainer
 
 from rlchat.generation import Generated
 
-TOLERANCE = 1e-3  # of the distance that the weights moved
+TOLERANCE = 1e-4  # of the distance that the weights moved
+# A sixth of the benchmark's: at that one, Adam amplifies rounding to 3e-2 of the distance in single runs.
+LEARNING_RATE = 1e-3
 
 
 class Listener:
@@ -95,7 +97,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=3)
     options = parser.parse_args()
     size, seed = SIZES[options.size], 0
-    h = Hyperparameters(size.learning_rate, iterations=options.iterations)
+    h = Hyperparameters(LEARNING_RATE, iterations=options.iterations)
     initial = initial_model(size, seed)
     prompts = make_prompts(size, seed, h.iterations * h.batch_size)
     listener = Listener()
