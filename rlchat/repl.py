@@ -198,7 +198,10 @@ class Talk:
         return False
 
     def say(self, text: str) -> None:
-        """Says the reply to ``text`` as it is made; Ctrl-C stops it. Raises :class:`UserError` for an empty text."""
+        """Says the reply to ``text`` as it is made. Raises :class:`UserError` for an empty text.
+
+        Ctrl-C stops the reply, and without a terminal to type the next message at, all: it is raised again.
+        """
         interactive = self.terminal is not None
         stopped = ""
         began = time.perf_counter()
@@ -211,7 +214,10 @@ class Talk:
                 for piece in pieces:
                     print(without_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         except KeyboardInterrupt:
-            stopped = " (stopped)" if interactive else ""
+            if not interactive:
+                print(flush=True)
+                raise
+            stopped = " (stopped)"
         self._seconds = time.perf_counter() - began
         print(stopped, flush=True)
         self.tell_what_was_not_seen()

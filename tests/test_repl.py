@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -177,45 +178,68 @@ def test_help_is_instant() -> None:
         assert option in run.stdout
 
 
-def test_ctrl_c_keeps_what_was_said(
-    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = listen(monkeypatch)
-    heard = ChatInterface.stream_response
+def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes after so many pieces of the next reply; those after it are whole."""
+    stream = ChatInterface.stream_response
 
     def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
-        pieces = heard(self, text, **how)
-        if text != "stop":
-            return pieces
-        return interrupt_after(2, pieces)
+        monkeypatch.setattr(ChatInterface, "stream_response", stream)
+        reply = stream(self, text, **how)
 
-    def interrupt_after(count: int, pieces: Iterator[str]) -> Iterator[str]:
-        for _ in range(count):
-            yield next(pieces)
-        raise KeyboardInterrupt
+        def until_ctrl_c() -> Iterator[str]:
+            yield from islice(reply, pieces)
+            reply.close()
+            raise KeyboardInterrupt
+
+        return until_ctrl_c()
 
     monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
-    assert pipe(monkeypatch, "stop\ngo on\n", polite) == 0
-    assert capsys.readouterr().out == f"{REPLY[:2]}\n{REPLY}\n"
-    assert [how["history"] for _, how in asked] == [0, 2]
+
+
+@pytest.mark.parametrize("question", [["Hello"], []])
+def test_ctrl_c_without_a_terminal_ends_all(
+    polite: str, question: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    assert pipe(monkeypatch, "Hello\nAgain\n", polite, *question) == 130
+    assert capsys.readouterr() == (f"{REPLY[:2]}\n", "")
+
+
+class Typed:
+    """A terminal at which somebody types these messages, and answers nothing that is asked."""
+
+    def __init__(self, *messages: str) -> None:
+        self._messages = messages
+
+    def messages(self) -> Iterator[str]:
+        return iter(self._messages)
+
+    def ask(self, question: str, default: str = "") -> str:
+        return ""
+
+
+def typed(chat: ChatInterface, *messages: str) -> None:
+    """A talk at a terminal."""
+    repl.Talk(chat, {}, terminal=Typed(*messages)).talk()  # type: ignore[arg-type]
+
+
+def test_ctrl_c_at_a_terminal_keeps_what_was_said(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    typed(ChatInterface(polite), "Hello", "Again", "history")
+    said = [f"you> Hello\nmodel> {REPLY[:2]}", f"you> Again\nmodel> {REPLY}"]
+    assert capsys.readouterr().out.endswith("\n".join([f"model> {REPLY[:2]} (stopped)", f"model> {REPLY}", *said, ""]))
 
 
 def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = ChatInterface.stream_response
-
-    def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
-        def stopped() -> Iterator[str]:
-            raise KeyboardInterrupt
-            yield
-
-        monkeypatch.setattr(ChatInterface, "stream_response", lambda *_, **__: stopped())
-        return stream(self, text, **how)
-
-    monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
-    pipe(monkeypatch, "Hi\nretry\nhistory\n", polite)
-    assert capsys.readouterr().err == f"you> Hi\nmodel> {REPLY}\n"
+    chat = ChatInterface(polite)
+    chat.generate_response("Hi")
+    stop_after(0, monkeypatch)
+    typed(chat, "retry", "history")
+    assert capsys.readouterr().out.endswith(f"model>  (stopped)\nyou> Hi\nmodel> {REPLY}\n")
 
 
 def test_stray_bytes_end_no_chat(
@@ -319,6 +343,16 @@ def test_a_whole_talk_through_a_pipe(
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
 
 
+def test_a_setting_may_be_written_with_an_equals_sign(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "set temperature=0\nset top_k = 5\n", polite) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 0, seed none",
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 5, seed none",
+    ]
+
+
 def test_a_file_is_not_overwritten_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,7 +402,10 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
         "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
         "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
         "set seed -1e9": "seed is a whole number, and not '-1e9'; type, for instance, set seed 1",
-        "/set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
+        "set temperature hot": "temperature is a number, and not 'hot'; type, for instance, set temperature 1",
+        "set top_p=": "top_p is a number, and not ''; type, for instance, set top_p 1",
+        "load b": "b: no such file; check the name",
+        "set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
         "/set temperature": "temperature is a number, and not ''; type, for instance, set temperature 1",
     }
     assert pipe(monkeypatch, "".join(f"{line}\n" for line in mistakes) + "Hi\nreward\n/edit\nundo\n", polite) == 2
