@@ -97,6 +97,9 @@ def _load(talk: Talk, name: str) -> None:
     talk.note(f"going on from {_count(len(talk.chat.history), 'message')} in {name}{by}")
     if talk.chat.system is not None:
         talk.note(f"the system message is: {talk.chat.system}")
+    if saved.sampling:
+        talk.adopt(saved.sampling)
+        talk.note(f"sampling from now on: {_settings(talk)}")
 
 
 def _system(talk: Talk, text: str) -> None:
@@ -110,7 +113,7 @@ def _set(talk: Talk, words: str) -> None:
     if words:
         name, *value = re.split(r"[\s=]+", words, maxsplit=1)
         talk.set(name.lower(), "".join(value))
-    talk.note(", ".join(f"{name} {value}" for name, value in talk.settings().items()))
+    talk.note(_settings(talk))
 
 
 def _history(talk: Talk, _: str) -> None:
@@ -198,6 +201,10 @@ COMMANDS: Sequence[Command] = (
     Command(("speed",), "how fast the last reply came, in tokens per second", _speed),
     Command(("test",), "send texts of many kinds through the tokenizer and back", _test),
 )
+
+
+def _settings(talk: Talk) -> str:
+    return ", ".join(f"{name} {value}" for name, value in talk.settings().items())
 
 
 def _given(argument: str, what: str, example: str) -> str:

@@ -275,6 +275,8 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == (f"{REPLY}\n", "")
     with pytest.raises(UserError, match="the message is empty"):
         repl.main([polite, " "])
+    with pytest.raises(UserError, match="the message is empty"):
+        repl.main([""])
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,8 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
         (["mine.pt"], "mine.pt", None),
         (["is_there"], "is_there", None),
         (["Hello"], repl.DEFAULT_MODEL, "Hello"),
+        (["a_folder"], repl.DEFAULT_MODEL, "a_folder"),
+        ([""], repl.DEFAULT_MODEL, ""),
         (["What is in mine.pt"], repl.DEFAULT_MODEL, "What is in mine.pt"),
         (["x" * 100_000], repl.DEFAULT_MODEL, "x" * 100_000),
         (["a\0b"], repl.DEFAULT_MODEL, "a\0b"),
@@ -292,6 +296,7 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
 )
 def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], model: str, question: str | None) -> None:
     Path("is_there").write_text("")
+    Path("a_folder").mkdir()
     assert repl._model_and_question(words) == (model, question)
 
 
@@ -328,16 +333,17 @@ def test_a_whole_talk_through_a_pipe(
         "saved 2 messages to talk.json",
         "the conversation is forgotten",
     ]
-    assert lines[6:12] == [
+    assert lines[6:13] == [
         "system> Be brief.",
         "nothing was said yet",
         "going on from 2 messages in talk.json, last with polite.pt",
         "the system message is: Be brief.",
+        "sampling from now on: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
         "system> Be brief.",
         "you> Hi",
     ]
-    assert lines[12] == f"model> {REPLY}"
-    assert re.fullmatch(r"9 tokens in \d+\.\d\d s: \d+ tokens per second", lines[13])
+    assert lines[13] == f"model> {REPLY}"
+    assert re.fullmatch(r"9 tokens in \d+\.\d\d s: \d+ tokens per second", lines[14])
     saved = json.loads(Path("talk.json").read_text())
     assert saved["sampling"] == {"max_new_tokens": 20, "temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 3}
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
@@ -353,12 +359,29 @@ def test_a_setting_may_be_written_with_an_equals_sign(
     ]
 
 
+def test_a_loaded_conversation_is_sampled_as_it_was(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"max_new_tokens": 3, "temperature": -1, "top_k": 5, "top_p": 0.5, "seed": 2**64}
+    file = {"format": "rlchat-conversation", "version": 1, "messages": [], "sampling": sampling}
+    Path("talk.json").write_text(json.dumps(file))
+    asked = listen(monkeypatch)
+    assert pipe(monkeypatch, "load talk.json\nHi\n", polite, "--temperature", "0.9", "--seed", "4") == 0
+    assert asked == [("Hi", {"history": 0, "max_new_tokens": 3, "temperature": 0.9, "top_k": 5, "top_p": 0.5})]
+    assert capsys.readouterr().err.splitlines() == [
+        "going on from 0 messages in talk.json",
+        "temperature stays 0.9: temperature is -1; it must be 0 (greedy) or from 1e-6 to 1e6",
+        f"seed stays 4: the seed {2**64} is out of range; give a whole number from 0 to 2**63 - 1",
+        "sampling from now on: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
+    ]
+
+
 def test_a_file_is_not_overwritten_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("talk.json").write_text("mine")
     assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite) == 2
-    assert capsys.readouterr().err == "talk.json exists; give another name, or overwrite it with --force\n"
+    assert capsys.readouterr().err == "talk.json exists; give another name, or start rlchat chat with --force\n"
     assert Path("talk.json").read_text() == "mine"
     assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite, "--force") == 0
     assert "saved 2 messages" in capsys.readouterr().err
@@ -398,6 +421,7 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
         "load nope.json": "nope.json: no such file; check the name",
         "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
         "/load folder": "folder: cannot be read: Is a directory; check the name",
+        "save folder": "folder is a directory; give the name of a file",
         "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
         "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
         "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
