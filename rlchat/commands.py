@@ -172,7 +172,11 @@ def _bad(talk: Talk, _: str) -> None:
 
 def _edit(talk: Talk, text: str) -> None:
     turn = talk.chat.last_turn
-    text = text or ("" if turn is None else talk.ask("the reply should be> ", turn[1].text))
+    if not text and turn is not None and talk.terminal is not None:
+        text = talk.ask("the reply should be> ", turn[1].text)
+        if not text.strip():
+            talk.note("nothing was kept")
+            return
     talk.judge(Correction(_given(text, "the reply that it should be", "/edit Anna lives in Rome.")))
 
 

@@ -278,9 +278,9 @@ class Talk:
 
     def judge(self, verdict: Verdict) -> None:
         """Keeps what somebody thinks of the last reply."""
-        self.chat.judge(verdict, self.feedback)
+        kept = "kept" if self.chat.judge(verdict, self.feedback) else "already kept"
         what = "the corrected reply" if isinstance(verdict, Correction) else f"a {verdict} reply"
-        self.note(f"kept in {self.feedback} as {what}")
+        self.note(f"{kept} in {self.feedback} as {what}")
 
     def settings(self) -> dict[str, Any]:
         """How replies are sampled, by the names of :data:`rlchat.commands.SETTINGS`."""

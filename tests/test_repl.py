@@ -149,6 +149,8 @@ def test_mistakes_end_with_one_sentence(
     assert re.fullmatch(r"rlchat: .*nope\.pt: no such model; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "-1") == 2
     assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
+    assert pipe(monkeypatch, "Hi\n", polite, "--seed", "-5") == 2
+    assert re.fullmatch(r"rlchat: the seed -5 is out of range; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "warm") == 2
     assert "invalid float value: 'warm'" in capsys.readouterr().err
 
@@ -391,9 +393,10 @@ def test_a_file_is_not_overwritten_through_a_pipe(
 def test_feedback_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = "Hi\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
+    talk = "Hi\ngood\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
     assert pipe(monkeypatch, talk, polite, "--feedback", "mine.jsonl") == 0
     err = capsys.readouterr().err
+    assert err.startswith("kept in mine.jsonl as a good reply\nalready kept in mine.jsonl as a good reply\n")
     assert [f"kept in mine.jsonl as {what}" in err for what in ("a good reply", "a bad reply", "the corrected reply")]
     assert err.endswith(f"you> Hi\nmodel> {REPLY}\nyou> Again\nmodel> Hello there!\n")  # and so it goes on
     trees, _ = read_trees(["mine.jsonl"], progress=False)
@@ -405,6 +408,23 @@ def test_feedback_through_a_pipe(
     assert ("Hi", ((REPLY, 1.0, None), (REPLY, None, None))) in judged
     assert ("Again", ((REPLY, 0.0, None),)) in judged
     assert ("Again", (("Hello there!", None, 0), (REPLY, None, 1))) in judged
+
+
+def test_a_correction_is_neither_good_nor_bad(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "Hi\n/edit Hello!\ngood\nbad\n", polite) == 2
+    refusal = "that reply is your own correction, and not the model's; edit it, or ask for another"
+    assert capsys.readouterr().err.splitlines() == ["kept in feedback.jsonl as the corrected reply", refusal, refusal]
+    assert len(Path("feedback.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_edit_that_is_broken_off_keeps_nothing(
+    polite: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(ChatInterface(polite), "Hi", "edit")
+    assert capsys.readouterr().out.endswith("nothing was kept\n")
+    assert list(workplace.iterdir()) == []
 
 
 def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
@@ -420,11 +440,12 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
         "/save": "this needs a file; type, for instance, save talk.json",
         "load nope.json": "nope.json: no such file; check the name",
         "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
-        "/load folder": "folder: cannot be read: Is a directory; check the name",
+        "/load folder": "folder: a directory, a pipe or a device; give a file",
         "save folder": "folder is a directory; give the name of a file",
         "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
         "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
         "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
+        "set seed -3": "the seed -3 is out of range; give a whole number from 0 to 2**63 - 1",
         "set seed -1e9": "seed is a whole number, and not '-1e9'; type, for instance, set seed 1",
         "set temperature hot": "temperature is a number, and not 'hot'; type, for instance, set temperature 1",
         "set top_p=": "top_p is a number, and not ''; type, for instance, set top_p 1",
