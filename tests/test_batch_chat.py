@@ -79,6 +79,15 @@ def test_what_was_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "longer than the model sees: 0 of their oldest messages and 32 tokens were left out" in err
 
 
+def test_scoring_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr("rlchat.waiting.PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("rlchat.batch_chat._SCORED_AT_ONCE", 2)
+    Path("asked.txt").write_text("Hello\n" * 5)
+    assert [row["reward"] for row in rows("polite.pt", "--prompts", "asked.txt")] == [-0.5] * 5
+    assert "scoring" in capsys.readouterr().err
+
+
 def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.txt").write_text("Hello\n")
     Path("out.json").write_text("[]")
