@@ -12,6 +12,9 @@ from rlchat.conversation import Conversation
 from rlchat.conversation_files import now
 from rlchat.generation import Sampling
 from rlchat.rewards import Reply
+from rlchat.waiting import with_progress
+
+_SCORED_AT_ONCE = 64  # replies, between two moves of the progress bar
 
 
 def reply_to_all(chat: ChatInterface, prompts: Sequence[Conversation], sampling: Sampling) -> list[dict[str, Any]]:
@@ -54,7 +57,9 @@ def as_json(rows: Sequence[dict[str, Any]]) -> str:
 def _rewards(chat: ChatInterface, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:
     if not chat.bundle.about.get("reward"):
         return [{} for _ in replies]
+    chunks = [slice(start, start + _SCORED_AT_ONCE) for start in range(0, len(replies), _SCORED_AT_ONCE)]
     return [
         {"reward": round(sum(factors.values()), 6), "factors": {name: round(x, 6) for name, x in factors.items()}}
-        for factors in chat.reward.breakdown(prompts, replies)
+        for chunk in with_progress(chunks, "scoring", show=True)
+        for factors in chat.reward.breakdown(prompts[chunk], replies[chunk])
     ]

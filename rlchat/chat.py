@@ -6,10 +6,12 @@ print(chat.generate_response("Hello, how are you?"))
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -80,6 +82,7 @@ class ChatInterface:
         self.cut_tokens = 0
         self._said: list[SavedMessage] = []
         self._undone: list[SavedMessage] = []  # what the last undo took back, until something else is said
+        self._verdicts: list[tuple[SavedMessage, Verdict, Path]] = []  # on which message, and the file that keeps it
         self._last: Reply | None = None  # where it is the last of what was said, and was generated here
         self._sampling = Sampling()
         self._seen: tuple[Cache, list[int]] | None = None  # a cache, and the ids whose keys and values stand in it
@@ -107,7 +110,7 @@ class ChatInterface:
 
     def clear(self) -> None:
         """Forgets what was said; the system message stays."""
-        self._said, self._undone = [], []
+        self._said, self._undone, self._verdicts = [], [], []
         self._last = self._seen = None
         self.dropped_messages = self.cut_tokens = 0
 
@@ -150,17 +153,28 @@ class ChatInterface:
         self._said = list(saved.messages[has_system:])
         return saved
 
-    def judge(self, verdict: Verdict, path: str | Path) -> None:
-        """Appends what somebody thinks of the last reply to the training data in ``path``.
+    def judge(self, verdict: Verdict, path: str | Path) -> bool:
+        """Appends what somebody thinks of the last reply to the training data in ``path``; False: it stands there.
 
-        A correction also takes the reply's place in the conversation. Raises :class:`UserError` where there is no
-        reply, or the feedback cannot be kept; see :func:`rlchat.feedback.append_feedback`.
+        A correction also takes the reply's place in the conversation, and can be corrected again, but is neither good
+        nor bad of the model. Raises :class:`UserError` where it is called so, where there is no reply, or the feedback
+        cannot be kept; see :func:`rlchat.feedback.append_feedback`.
         """
         prompt, reply = self._replied()
-        append_feedback(path, prompt, reply.text, verdict, model=self.model_path.name)
+        path = Path(path)
+        judged = self._said[-1]
+        before = [(known, place) for message, known, place in self._verdicts if message is judged]
+        if (verdict, path) in before:
+            return False
+        by_hand = any(isinstance(known, Correction) for known, _ in before)
+        if by_hand and not isinstance(verdict, Correction):
+            raise UserError("that reply is your own correction, and not the model's; edit it, or ask for another")
+        append_feedback(path, prompt, reply.text, verdict, model="" if by_hand else self.model_path.name)
         if isinstance(verdict, Correction):
-            self._said[-1] = SavedMessage("assistant", verdict.text, now())
+            judged = self._said[-1] = SavedMessage("assistant", verdict.text, now())
             self._last = None
+        self._verdicts.append((judged, verdict, path))
+        return True
 
     def judgement(self) -> tuple[dict[str, float], float | None]:
         """The reward of the last reply by its factors, and what the critic expected; see :class:`rlchat.judge.Judge`.
@@ -216,6 +230,8 @@ class ChatInterface:
         left to them, and a longer ``max_new_tokens`` is lowered to what the prompt leaves free. Raises
         :class:`UserError` for an empty text and for a number out of range.
         """
+        if not isinstance(text, str):
+            raise UserError(f"the message is {reprlib.repr(text)}; it must be a text")
         if not text.strip():
             raise UserError("the message is empty; write something to reply to")
         return self._reply(text, sampling_from(max_new_tokens, temperature, top_k, top_p), use_history)
@@ -246,8 +262,12 @@ class ChatInterface:
         Each is what :meth:`generate_response` without history would say: the same words at temperature 0, else noise of
         its own, whatever the batch size. A prompt is a text, or a conversation that ends on a user's message.
         ``dropped_messages`` and ``cut_tokens`` are those of all prompts together. A progress bar shows on a terminal
-        after two seconds. Raises :class:`UserError` for an empty prompt and for a number out of range.
+        after two seconds. Raises :class:`UserError` for an empty prompt or what is none, and for a number out of range.
         """
+        if isinstance(prompts, str | Conversation):
+            raise UserError("the prompts are a single one; give a list of them")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
         sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
         self._sampling = sampling
         self.dropped_messages = self.cut_tokens = 0
@@ -313,6 +333,8 @@ class ChatInterface:
         """The ids of a prompt of :meth:`batch_replies`."""
         if isinstance(prompt, str):
             prompt = Conversation((Message("user", prompt),))
+        if not isinstance(prompt, Conversation):
+            raise UserError(f"prompt {number} is {reprlib.repr(prompt)}; it must be a text or a Conversation")
         if not prompt.is_prompt or not prompt.messages[-1].text.strip():
             raise UserError(f"prompt {number} is empty; write something to reply to")
         if prompt.messages[0].role != "system":
@@ -387,7 +409,13 @@ def _chunks(rows: list[list[int]], sampling: Sampling, max_length: int, batch_si
 
 
 def sampling_from(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> Sampling:
-    """How to draw tokens, from what a user asks for. Raises :class:`UserError` for a number out of range."""
+    """How to draw tokens, from what a user asks for. Raises :class:`UserError` for no number, or one out of range."""
+    for name, whole in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if not isinstance(whole, Integral):
+            raise UserError(f"{name} is {whole!r}; it must be a whole number")
+    for name, number in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(number, Real):
+            raise UserError(f"{name} is {number!r}; it must be a number")
     try:
         return Sampling(max_new_tokens, temperature, top_k, top_p)
     except ValueError as error:
@@ -399,7 +427,6 @@ def _generator(seed: int | None) -> torch.Generator:
     if seed is None:
         generator.seed()
         return generator
-    try:
-        return generator.manual_seed(seed)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the seed {seed} is out of range; give a whole number from 0 to 2**63 - 1") from error
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UserError(f"the seed {seed!r} is out of range; give a whole number from 0 to 2**63 - 1")
+    return generator.manual_seed(seed)

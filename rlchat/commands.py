@@ -72,7 +72,7 @@ def _help(talk: Talk, _: str) -> None:
     talk.note("All that you type is a message, but for these words as a whole line, with or without a / before them:")
     for command in COMMANDS:
         talk.note(f"  {command.usage:<{width}}  {command.what}")
-    talk.note("A filename without a / before its command ends in .json, and edit with a text needs the /.")
+    talk.note("A filename without a / before its command is one word, and edit with a text needs the /.")
     talk.note("To say one of these words to the model, add a full stop to it. Ctrl-C stops a reply, Ctrl-D leaves;")
     talk.note("Alt-Enter begins another line, and what is pasted stays one message.")
 
@@ -97,6 +97,9 @@ def _load(talk: Talk, name: str) -> None:
     talk.note(f"going on from {_count(len(talk.chat.history), 'message')} in {name}{by}")
     if talk.chat.system is not None:
         talk.note(f"the system message is: {talk.chat.system}")
+    if saved.sampling:
+        talk.adopt(saved.sampling)
+        talk.note(f"sampling from now on: {_settings(talk)}")
 
 
 def _system(talk: Talk, text: str) -> None:
@@ -107,10 +110,10 @@ def _system(talk: Talk, text: str) -> None:
 
 
 def _set(talk: Talk, words: str) -> None:
-    name, _, value = words.partition(" ")
     if words:
-        talk.set(name.lower(), value.strip())
-    talk.note(", ".join(f"{name} {value}" for name, value in talk.settings().items()))
+        name, *value = re.split(r"[\s=]+", words, maxsplit=1)
+        talk.set(name.lower(), "".join(value))
+    talk.note(_settings(talk))
 
 
 def _history(talk: Talk, _: str) -> None:
@@ -169,7 +172,11 @@ def _bad(talk: Talk, _: str) -> None:
 
 def _edit(talk: Talk, text: str) -> None:
     turn = talk.chat.last_turn
-    text = text or ("" if turn is None else talk.ask("the reply should be> ", turn[1].text))
+    if not text and turn is not None and talk.terminal is not None:
+        text = talk.ask("the reply should be> ", turn[1].text)
+        if not text.strip():
+            talk.note("nothing was kept")
+            return
     talk.judge(Correction(_given(text, "the reply that it should be", "/edit Anna lives in Rome.")))
 
 
@@ -180,15 +187,15 @@ COMMANDS: Sequence[Command] = (
     Command(("undo",), "take back your last message and the reply", _undo),
     Command(("retry",), "ask for another reply to your last message", _retry),
     Command(("history",), "show the conversation", _history),
-    Command(("save",), "keep the conversation in a file", _save, "<filename>", r"\S+\.json", "files"),
-    Command(("load",), "go on from a conversation in a file", _load, "<filename>", r"\S+\.json", "files"),
+    Command(("save",), "keep the conversation in a file", _save, "<filename>", r"\S+", "files"),
+    Command(("load",), "go on from a conversation in a file", _load, "<filename>", r"\S+", "files"),
     Command(("system",), "tell the model how to be (none: nothing); alone, show it", _system, "<text>", r".+"),
     Command(
         ("set",),
         f"{'|'.join(SETTINGS)}; alone, show them",
         _set,
         "<name> <value>",
-        rf"(?:{'|'.join(SETTINGS)}) +(?:{_NUMBER}|none)",
+        rf"(?:{'|'.join(SETTINGS)})(?:[\s=].*)?|\S+ +{_NUMBER}",
         "settings",
     ),
     Command(("good",), "keep the last reply as training data: a good one", _good),
@@ -198,6 +205,10 @@ COMMANDS: Sequence[Command] = (
     Command(("speed",), "how fast the last reply came, in tokens per second", _speed),
     Command(("test",), "send texts of many kinds through the tokenizer and back", _test),
 )
+
+
+def _settings(talk: Talk) -> str:
+    return ", ".join(f"{name} {value}" for name, value in talk.settings().items())
 
 
 def _given(argument: str, what: str, example: str) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -82,9 +83,13 @@ def load_conversation(path: str | Path) -> SavedConversation:
     """The conversation in ``path``. Raises :class:`UserError` for a file that is missing, damaged or another's."""
     path = _path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never open, and a device never end
+            raise UserError(f"{path}: a directory, a pipe or a device; give a file")
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes; that is no conversation")
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the name") from error
     except OSError as error:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.fields import shown
-from rlchat.jsonl import MAX_LINE_BYTES, BadLineError, LineReport, decode_line, parse_object, take_lines
+from rlchat.jsonl import CURE, MAX_LINE_BYTES, BadLineError, LineReport, decode_line, parse_object, take_lines
 from rlchat.oasst import OasstForest
 from rlchat.simple_rows import hh_pair_row, messages_row, pair_row, prompt_row, text_row
 
@@ -140,7 +140,9 @@ def read_trees(
     return trees, report
 
 
-def read_prompts(path: str | Path, *, on_bad_line: Literal["error", "skip"] = "error") -> list[Conversation]:
+def read_prompts(
+    path: str | Path, *, on_bad_line: Literal["error", "skip"] = "error", cure: str = CURE
+) -> list[Conversation]:
     """One prompt for every row of a file, in the order of the file, equal ones kept, so that replies stay with rows.
 
     A ``messages`` row gives its beginning up to the last user message, and a preference pair what both replies answer.
@@ -149,7 +151,8 @@ def read_prompts(path: str | Path, *, on_bad_line: Literal["error", "skip"] = "e
     prompt on each line that is not blank. References and checks come with a prompt as in :func:`read_trees`.
 
     Any other row that holds no prompt, such as a lone response, is a bad line: passing over it in silence would leave
-    replies that no longer match the file. With ``on_bad_line="skip"``, a warning says what was left out.
+    replies that no longer match the file. With ``on_bad_line="skip"``, a warning says what was left out. What a user
+    can do about one is the ``cure`` of :func:`rlchat.jsonl.take_lines`.
 
     Raises:
         UserError: the file is missing, a directory or a broken gzip; a bad line; no prompt at all.
@@ -171,7 +174,7 @@ def read_prompts(path: str | Path, *, on_bad_line: Literal["error", "skip"] = "e
         else:
             found.append(_prompt_of(row))
 
-    take_lines([path], take, report, on_bad_line=on_bad_line)
+    take_lines([path], take, report, on_bad_line=on_bad_line, cure=cure)
     of_message = {message_id: prompt for tree in oasst.trees() for message_id, prompt in tree.prompts.items()}
     prompts = [of_message.get(entry) if isinstance(entry, str) else entry for entry in found]
     usable = [prompt for prompt in prompts if prompt is not None]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = 8_000_000
 
+# What a user can do about a bad line, where the data module's options are at hand.
+CURE = "mend the line or set data.on_bad_line=skip"
+
 _SHOWN_BAD_LINES = 5
 _SECONDS_BEFORE_PROGRESS = 2.0
 
@@ -44,15 +47,17 @@ def take_lines(
     report: LineReport,
     *,
     on_bad_line: Literal["error", "skip"] = "error",
+    cure: str = CURE,
     max_line_bytes: int = MAX_LINE_BYTES,
     progress: bool = True,
 ) -> None:
     """Call ``take`` with every line that is not blank, and count in ``report``.
 
     A line is bad where ``take`` raises :class:`BadLineError`, or where it is longer than ``max_line_bytes``, without
-    its line break; such a line is never in memory as a whole. ``on_bad_line`` says what to do about it: stop, or
-    count it and go on. A file is gzipped where its first bytes say so, whatever its name. A byte order mark is passed
-    over. With ``progress``, a bar shows on standard error when reading takes longer than two seconds.
+    its line break; such a line is never in memory as a whole. ``on_bad_line`` says what to do about it: stop, and tell
+    the user to do what ``cure`` says, or count it and go on. A file is gzipped where its first bytes say so, whatever
+    its name. A byte order mark is passed over. With ``progress``, a bar shows on standard error when reading takes
+    longer than two seconds.
 
     Raises:
         UserError: a file is missing, a directory or a broken gzip; a bad line.
@@ -70,7 +75,7 @@ def take_lines(
                 except BadLineError as error:
                     place = f"{path}:{number}: {error}"
                     if on_bad_line == "error":
-                        raise UserError(f"{place}; mend the line or set data.on_bad_line=skip") from None
+                        raise UserError(f"{place}; {cure}") from None
                     report.bad_lines += 1
                     if len(report.bad_line_examples) < _SHOWN_BAD_LINES:
                         report.bad_line_examples.append(place)

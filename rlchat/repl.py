@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +111,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     model, question = _model_and_question(options.words)
+    if question is not None and not question.strip():
+        raise UserError("the message is empty; write something to reply to")
     if options.prompts is not None and question is not None:
         raise UserError("--prompts brings the questions; leave out the one on the command line, or --prompts")
     if options.out is not None and options.prompts is None:
         raise UserError("--out is for the replies to --prompts; name a file of prompts too")
-    prompts = None if options.prompts is None else read_prompts(options.prompts)
+    prompts = None if options.prompts is None else read_prompts(options.prompts, cure="mend the line")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -152,7 +154,7 @@ def _model_and_question(words: list[str]) -> tuple[str, str | None]:
     (word,) = words
     is_model = word.endswith(".pt") and not any(map(str.isspace, word))
     with contextlib.suppress(OSError, ValueError):  # a question may be too long for a path, or hold what none can
-        is_model = is_model or Path(word).exists()
+        is_model = is_model or Path(word).is_file()
     return (word, None) if is_model else (DEFAULT_MODEL, word)
 
 
@@ -198,7 +200,10 @@ class Talk:
         return False
 
     def say(self, text: str) -> None:
-        """Says the reply to ``text`` as it is made; Ctrl-C stops it. Raises :class:`UserError` for an empty text."""
+        """Says the reply to ``text`` as it is made. Raises :class:`UserError` for an empty text.
+
+        Ctrl-C stops the reply, and without a terminal to type the next message at, all: it is raised again.
+        """
         interactive = self.terminal is not None
         stopped = ""
         began = time.perf_counter()
@@ -211,7 +216,10 @@ class Talk:
                 for piece in pieces:
                     print(without_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         except KeyboardInterrupt:
-            stopped = " (stopped)" if interactive else ""
+            if not interactive:
+                print(flush=True)
+                raise
+            stopped = " (stopped)"
         self._seconds = time.perf_counter() - began
         print(stopped, flush=True)
         self.tell_what_was_not_seen()
@@ -256,18 +264,23 @@ class Talk:
         return "" if self.terminal is None else self.terminal.ask(question, default)
 
     def may_write(self, path: Path) -> bool:
-        """Whether ``path`` may be written. Raises :class:`UserError` where it exists and there is nobody to ask."""
+        """Whether ``path`` may be written.
+
+        Raises :class:`UserError` for a directory, and where there is a file and nobody to ask.
+        """
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; give the name of a file")
         if self.force or not path.exists():
             return True
         if self.terminal is None:
-            raise UserError(f"{path} exists; give another name, or overwrite it with --force")
+            raise UserError(f"{path} exists; give another name, or start rlchat chat with --force")
         return self.ask(f"{path} exists; overwrite it? [y/N] ").strip().lower() in ("y", "yes")
 
     def judge(self, verdict: Verdict) -> None:
         """Keeps what somebody thinks of the last reply."""
-        self.chat.judge(verdict, self.feedback)
+        kept = "kept" if self.chat.judge(verdict, self.feedback) else "already kept"
         what = "the corrected reply" if isinstance(verdict, Correction) else f"a {verdict} reply"
-        self.note(f"kept in {self.feedback} as {what}")
+        self.note(f"{kept} in {self.feedback} as {what}")
 
     def settings(self) -> dict[str, Any]:
         """How replies are sampled, by the names of :data:`rlchat.commands.SETTINGS`."""
@@ -278,17 +291,30 @@ class Talk:
         """Changes one setting from the next reply on. Raises :class:`UserError` where it cannot have that value."""
         if name not in commands.SETTINGS:
             raise UserError(f"there is no setting {name!r}; there are {', '.join(commands.SETTINGS)}")
-        from rlchat.chat import sampling_from
-
+        number: float | None = None
         try:
-            if name == "seed":
-                self.chat.reseed(None if value.lower() == "none" else int(value))
-                return
-            number = float(value) if name in ("temperature", "top_p") else int(value)
+            if (name, value.lower()) != ("seed", "none"):
+                number = float(value) if name in ("temperature", "top_p") else int(value)
         except ValueError:
             kind = "a number" if name in ("temperature", "top_p") else "a whole number"
             raise UserError(f"{name} is {kind}, and not {value!r}; type, for instance, set {name} 1") from None
-        self.how = asdict(sampling_from(**{**self.how, name: number}))
+        self._change(name, number)
+
+    def adopt(self, sampling: Mapping[str, Any]) -> None:
+        """Changes all settings that ``sampling`` has, but for those that are out of range: it notes what they are."""
+        for name, value in sampling.items():
+            try:
+                self._change(name, value)
+            except UserError as error:
+                self.note(f"{name} stays {self.settings()[name]}: {error}")
+
+    def _change(self, name: str, value: Any) -> None:
+        from rlchat.chat import sampling_from
+
+        if name == "seed":
+            self.chat.reseed(value)
+        else:
+            self.how = asdict(sampling_from(**{**self.how, name: value}))
 
     def speed(self) -> str:
         """How fast the last reply came. Raises :class:`UserError` where there is none."""

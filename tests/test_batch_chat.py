@@ -79,12 +79,29 @@ def test_what_was_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "longer than the model sees: 0 of their oldest messages and 32 tokens were left out" in err
 
 
+def test_scoring_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr("rlchat.waiting.PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("rlchat.batch_chat._SCORED_AT_ONCE", 2)
+    Path("asked.txt").write_text("Hello\n" * 5)
+    assert [row["reward"] for row in rows("polite.pt", "--prompts", "asked.txt")] == [-0.5] * 5
+    assert "scoring" in capsys.readouterr().err
+
+
 def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.txt").write_text("Hello\n")
     Path("out.json").write_text("[]")
     assert rows("polite.pt", "--prompts", "asked.txt", code=2) == []
-    assert "out.json exists; give another name, or overwrite it with --force" in capsys.readouterr().err
+    assert "out.json exists; give another name, or start rlchat chat with --force" in capsys.readouterr().err
     assert len(rows("polite.pt", "--prompts", "asked.txt", "--force")) == 1
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_directory_takes_no_replies(force: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.txt").write_text("Hello\n")
+    Path("folder").mkdir()
+    assert main(["chat", "polite.pt", "--prompts", "asked.txt", "--out", "folder", *force]) == 2
+    assert capsys.readouterr() == ("", "rlchat: folder is a directory; give the name of a file\n")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +109,7 @@ def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("asked.txt", None, "no such data file: asked.txt"),
         ("asked.txt", "\n \n", "asked.txt: no prompts in it"),
-        ("asked.jsonl", "Hello\n", "asked.jsonl:1: not JSON"),
+        ("asked.jsonl", "Hello\n", "asked.jsonl:1: not JSON (Expecting value at column 1); mend the line"),
     ],
 )
 def test_prompts_that_cannot_be_read(
@@ -105,3 +122,4 @@ def test_prompts_that_cannot_be_read(
     assert out == ""
     assert err.startswith(f"rlchat: {why}")
     assert err.count("\n") == 1
+    assert "on_bad_line" not in err  # an option of `rlchat fit`, not of this

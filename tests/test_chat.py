@@ -502,14 +502,42 @@ def test_feedback_on_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Pat
     with pytest.raises(UserError, match="no reply yet"):
         chat.judge("good", path)
     chat.generate_response("Hi")
-    chat.judge("good", path)
-    chat.judge(Correction("Hello!"), path)
+    assert chat.judge("good", path)
+    assert chat.judge(Correction("Hello!"), path)
     assert chat.history == turn("Hi", "Hello!")
     good, better = (json.loads(line)["prompt"]["replies"] for line in path.read_text().splitlines())
     assert [(r["text"], r["labels"]["quality"]["value"], r["model_name"]) for r in good] == [
         ("Helo", 1.0, "scripted.pt")
     ]
     assert [(r["text"], r["rank"]) for r in better] == [("Hello!", 0), ("Helo", 1)]
+
+
+def test_a_verdict_is_kept_once_a_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
+    chat.generate_response("Hi")
+    assert chat.judge("good", path)
+    assert not chat.judge("good", path)
+    assert chat.judge("bad", path)
+    assert not chat.judge("good", path)
+    chat.generate_response("Hi")  # the same words, and another reply
+    assert chat.judge("good", path)
+    assert chat.judge("good", tmp_path / "other.jsonl")
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_correction_is_not_the_models(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
+    chat.generate_response("Hi")
+    assert [chat.judge(Correction(text), path) for text in ("Hello!", "Hello!")] == [True, False]
+    chat.generate_response("Bye")
+    chat.undo()
+    for verdict in ("good", "bad"):
+        with pytest.raises(UserError, match=r"^that reply is your own correction"):
+            chat.judge(verdict, path)  # type: ignore[arg-type]
+    assert chat.judge(Correction("Hello there!"), path)
+    first, second = (json.loads(line)["prompt"]["replies"] for line in path.read_text().splitlines())
+    assert [(r["text"], r.get("model_name")) for r in first] == [("Hello!", None), ("Helo", "scripted.pt")]
+    assert [(r["text"], r.get("model_name")) for r in second] == [("Hello there!", None), ("Hello!", "")]
 
 
 def test_the_reward_of_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
@@ -550,6 +578,27 @@ def test_an_empty_message_is_refused_at_once(chat: ChatInterface, text: str) -> 
     assert chat.history == ()
 
 
+def test_a_message_that_is_no_text_is_refused(chat: ChatInterface) -> None:
+    with pytest.raises(UserError, match=r"^the message is None; it must be a text$"):
+        chat.generate_response(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "how", "why"),
+    [
+        ("abc", {}, "the prompts are a single one; give a list of them"),
+        (Conversation((Message("user", "Hi"),)), {}, "the prompts are a single one"),
+        (["Hi", None], {}, "prompt 2 is None; it must be a text or a Conversation"),
+        (["Hi"], {"batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
+        (["Hi"], {"batch_size": "2"}, "batch_size is '2'; it must be a whole number of at least 1"),
+        (["Hi"], {"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(chat: ChatInterface, prompts: Any, how: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=f"^{why}"):
+        chat.batch(prompts, **how)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -561,6 +610,10 @@ def test_an_empty_message_is_refused_at_once(chat: ChatInterface, text: str) -> 
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"temperature": "hot"},
+        {"top_p": None},
+        {"max_new_tokens": 1.5},
+        {"top_k": "5"},
     ],
 )
 def test_a_number_out_of_range_is_refused_at_once(chat: ChatInterface, wrong: dict[str, Any]) -> None:
@@ -573,8 +626,9 @@ def test_models_devices_and_seeds_that_cannot_be_had(random_model: Path, tmp_pat
         ChatInterface(tmp_path / "nope.pt")
     with pytest.raises(UserError, match="device 'abacus'"):
         ChatInterface(random_model, device="abacus")
-    with pytest.raises(UserError, match="seed"):
-        ChatInterface(random_model, seed=2**70)
+    for seed in (2**63, -1, "1"):
+        with pytest.raises(UserError, match=f"^the seed {seed!r} is out of range; give a whole number from 0 to"):
+            ChatInterface(random_model, seed=seed)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -39,7 +39,9 @@ def test_a_command_is_the_whole_line(name: str, spelling: str) -> None:
     ("line", "name", "argument"),
     [
         ("save talk.json", "save", "talk.json"),
+        ("save mytalk", "save", "mytalk"),
         ("load ~/talks/a.json", "load", "~/talks/a.json"),
+        ("load b", "load", "b"),
         ("/save my talk", "save", "my talk"),
         ("system You are a pirate.", "system", "You are a pirate."),
         ("/system You are\na pirate.", "system", "You are\na pirate."),
@@ -47,6 +49,11 @@ def test_a_command_is_the_whole_line(name: str, spelling: str) -> None:
         ("SET Top_K  5", "set", "Top_K  5"),
         ("set top_p -1e-3", "set", "top_p -1e-3"),
         ("set seed none", "set", "seed none"),
+        ("set temperature=0", "set", "temperature=0"),
+        ("set temperature hot", "set", "temperature hot"),
+        ("set temperature 1 2", "set", "temperature 1 2"),
+        ("set seed", "set", "seed"),
+        ("set foo 3", "set", "foo 3"),
         ("/set whatever", "set", "whatever"),
         ("/edit Anna lives in Rome.", "edit", "Anna lives in Rome."),
     ],
@@ -61,8 +68,8 @@ def test_what_follows_a_command(line: str, name: str, argument: str) -> None:
     "line",
     [
         *("test.", "good idea", "bad news?", "reward me", "history of Rome", "help me", "quit smoking", "undo it"),
-        *("save money", "save the whales.json please", "load up", "systematic errors", "edit this essay, please"),
-        *("set the table", "set temperature high", "set temperature 1 2", "set seed"),
+        *("save me from this", "save the whales.json please", "load it up", "systematic errors"),
+        *("edit this essay, please", "set the table please", "set theory", "set seeds apart", "set the clock 3 h"),
         *("/", "/2", "/etc/passwd", "1/2", "// clear", "clear\nthe table", "system a\nb", ""),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,10 @@ def test_what_is_not_json(content: bytes, tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"nope\.json: no such file"):
         load_conversation(tmp_path / "nope.json")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
-        load_conversation(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=f"^{place}: a directory, a pipe or a device; give a file$"):
+            load_conversation(place)
     with pytest.raises(UserError, match="no name that a file can have"):
         load_conversation("a\0b")
     with pytest.raises(UserError, match="no name that a file can have"):

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,8 @@ def test_mistakes_end_with_one_sentence(
     assert re.fullmatch(r"rlchat: .*nope\.pt: no such model; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "-1") == 2
     assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
+    assert pipe(monkeypatch, "Hi\n", polite, "--seed", "-5") == 2
+    assert re.fullmatch(r"rlchat: the seed -5 is out of range; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "warm") == 2
     assert "invalid float value: 'warm'" in capsys.readouterr().err
 
@@ -177,45 +180,68 @@ def test_help_is_instant() -> None:
         assert option in run.stdout
 
 
-def test_ctrl_c_keeps_what_was_said(
-    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = listen(monkeypatch)
-    heard = ChatInterface.stream_response
+def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes after so many pieces of the next reply; those after it are whole."""
+    stream = ChatInterface.stream_response
 
     def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
-        pieces = heard(self, text, **how)
-        if text != "stop":
-            return pieces
-        return interrupt_after(2, pieces)
+        monkeypatch.setattr(ChatInterface, "stream_response", stream)
+        reply = stream(self, text, **how)
 
-    def interrupt_after(count: int, pieces: Iterator[str]) -> Iterator[str]:
-        for _ in range(count):
-            yield next(pieces)
-        raise KeyboardInterrupt
+        def until_ctrl_c() -> Iterator[str]:
+            yield from islice(reply, pieces)
+            reply.close()
+            raise KeyboardInterrupt
+
+        return until_ctrl_c()
 
     monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
-    assert pipe(monkeypatch, "stop\ngo on\n", polite) == 0
-    assert capsys.readouterr().out == f"{REPLY[:2]}\n{REPLY}\n"
-    assert [how["history"] for _, how in asked] == [0, 2]
+
+
+@pytest.mark.parametrize("question", [["Hello"], []])
+def test_ctrl_c_without_a_terminal_ends_all(
+    polite: str, question: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    assert pipe(monkeypatch, "Hello\nAgain\n", polite, *question) == 130
+    assert capsys.readouterr() == (f"{REPLY[:2]}\n", "")
+
+
+class Typed:
+    """A terminal at which somebody types these messages, and answers nothing that is asked."""
+
+    def __init__(self, *messages: str) -> None:
+        self._messages = messages
+
+    def messages(self) -> Iterator[str]:
+        return iter(self._messages)
+
+    def ask(self, question: str, default: str = "") -> str:
+        return ""
+
+
+def typed(chat: ChatInterface, *messages: str) -> None:
+    """A talk at a terminal."""
+    repl.Talk(chat, {}, terminal=Typed(*messages)).talk()  # type: ignore[arg-type]
+
+
+def test_ctrl_c_at_a_terminal_keeps_what_was_said(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    typed(ChatInterface(polite), "Hello", "Again", "history")
+    said = [f"you> Hello\nmodel> {REPLY[:2]}", f"you> Again\nmodel> {REPLY}"]
+    assert capsys.readouterr().out.endswith("\n".join([f"model> {REPLY[:2]} (stopped)", f"model> {REPLY}", *said, ""]))
 
 
 def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = ChatInterface.stream_response
-
-    def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
-        def stopped() -> Iterator[str]:
-            raise KeyboardInterrupt
-            yield
-
-        monkeypatch.setattr(ChatInterface, "stream_response", lambda *_, **__: stopped())
-        return stream(self, text, **how)
-
-    monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
-    pipe(monkeypatch, "Hi\nretry\nhistory\n", polite)
-    assert capsys.readouterr().err == f"you> Hi\nmodel> {REPLY}\n"
+    chat = ChatInterface(polite)
+    chat.generate_response("Hi")
+    stop_after(0, monkeypatch)
+    typed(chat, "retry", "history")
+    assert capsys.readouterr().out.endswith(f"model>  (stopped)\nyou> Hi\nmodel> {REPLY}\n")
 
 
 def test_stray_bytes_end_no_chat(
@@ -251,6 +277,8 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr() == (f"{REPLY}\n", "")
     with pytest.raises(UserError, match="the message is empty"):
         repl.main([polite, " "])
+    with pytest.raises(UserError, match="the message is empty"):
+        repl.main([""])
 
 
 @pytest.mark.parametrize(
@@ -260,6 +288,8 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
         (["mine.pt"], "mine.pt", None),
         (["is_there"], "is_there", None),
         (["Hello"], repl.DEFAULT_MODEL, "Hello"),
+        (["a_folder"], repl.DEFAULT_MODEL, "a_folder"),
+        ([""], repl.DEFAULT_MODEL, ""),
         (["What is in mine.pt"], repl.DEFAULT_MODEL, "What is in mine.pt"),
         (["x" * 100_000], repl.DEFAULT_MODEL, "x" * 100_000),
         (["a\0b"], repl.DEFAULT_MODEL, "a\0b"),
@@ -268,6 +298,7 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
 )
 def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], model: str, question: str | None) -> None:
     Path("is_there").write_text("")
+    Path("a_folder").mkdir()
     assert repl._model_and_question(words) == (model, question)
 
 
@@ -304,19 +335,47 @@ def test_a_whole_talk_through_a_pipe(
         "saved 2 messages to talk.json",
         "the conversation is forgotten",
     ]
-    assert lines[6:12] == [
+    assert lines[6:13] == [
         "system> Be brief.",
         "nothing was said yet",
         "going on from 2 messages in talk.json, last with polite.pt",
         "the system message is: Be brief.",
+        "sampling from now on: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
         "system> Be brief.",
         "you> Hi",
     ]
-    assert lines[12] == f"model> {REPLY}"
-    assert re.fullmatch(r"9 tokens in \d+\.\d\d s: \d+ tokens per second", lines[13])
+    assert lines[13] == f"model> {REPLY}"
+    assert re.fullmatch(r"9 tokens in \d+\.\d\d s: \d+ tokens per second", lines[14])
     saved = json.loads(Path("talk.json").read_text())
     assert saved["sampling"] == {"max_new_tokens": 20, "temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 3}
     assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
+
+
+def test_a_setting_may_be_written_with_an_equals_sign(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "set temperature=0\nset top_k = 5\n", polite) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 0, seed none",
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 5, seed none",
+    ]
+
+
+def test_a_loaded_conversation_is_sampled_as_it_was(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"max_new_tokens": 3, "temperature": -1, "top_k": 5, "top_p": 0.5, "seed": 2**64}
+    file = {"format": "rlchat-conversation", "version": 1, "messages": [], "sampling": sampling}
+    Path("talk.json").write_text(json.dumps(file))
+    asked = listen(monkeypatch)
+    assert pipe(monkeypatch, "load talk.json\nHi\n", polite, "--temperature", "0.9", "--seed", "4") == 0
+    assert asked == [("Hi", {"history": 0, "max_new_tokens": 3, "temperature": 0.9, "top_k": 5, "top_p": 0.5})]
+    assert capsys.readouterr().err.splitlines() == [
+        "going on from 0 messages in talk.json",
+        "temperature stays 0.9: temperature is -1; it must be 0 (greedy) or from 1e-6 to 1e6",
+        f"seed stays 4: the seed {2**64} is out of range; give a whole number from 0 to 2**63 - 1",
+        "sampling from now on: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
+    ]
 
 
 def test_a_file_is_not_overwritten_through_a_pipe(
@@ -324,7 +383,7 @@ def test_a_file_is_not_overwritten_through_a_pipe(
 ) -> None:
     Path("talk.json").write_text("mine")
     assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite) == 2
-    assert capsys.readouterr().err == "talk.json exists; give another name, or overwrite it with --force\n"
+    assert capsys.readouterr().err == "talk.json exists; give another name, or start rlchat chat with --force\n"
     assert Path("talk.json").read_text() == "mine"
     assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite, "--force") == 0
     assert "saved 2 messages" in capsys.readouterr().err
@@ -334,9 +393,10 @@ def test_a_file_is_not_overwritten_through_a_pipe(
 def test_feedback_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = "Hi\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
+    talk = "Hi\ngood\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
     assert pipe(monkeypatch, talk, polite, "--feedback", "mine.jsonl") == 0
     err = capsys.readouterr().err
+    assert err.startswith("kept in mine.jsonl as a good reply\nalready kept in mine.jsonl as a good reply\n")
     assert [f"kept in mine.jsonl as {what}" in err for what in ("a good reply", "a bad reply", "the corrected reply")]
     assert err.endswith(f"you> Hi\nmodel> {REPLY}\nyou> Again\nmodel> Hello there!\n")  # and so it goes on
     trees, _ = read_trees(["mine.jsonl"], progress=False)
@@ -348,6 +408,23 @@ def test_feedback_through_a_pipe(
     assert ("Hi", ((REPLY, 1.0, None), (REPLY, None, None))) in judged
     assert ("Again", ((REPLY, 0.0, None),)) in judged
     assert ("Again", (("Hello there!", None, 0), (REPLY, None, 1))) in judged
+
+
+def test_a_correction_is_neither_good_nor_bad(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "Hi\n/edit Hello!\ngood\nbad\n", polite) == 2
+    refusal = "that reply is your own correction, and not the model's; edit it, or ask for another"
+    assert capsys.readouterr().err.splitlines() == ["kept in feedback.jsonl as the corrected reply", refusal, refusal]
+    assert len(Path("feedback.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_edit_that_is_broken_off_keeps_nothing(
+    polite: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(ChatInterface(polite), "Hi", "edit")
+    assert capsys.readouterr().out.endswith("nothing was kept\n")
+    assert list(workplace.iterdir()) == []
 
 
 def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
@@ -363,12 +440,17 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
         "/save": "this needs a file; type, for instance, save talk.json",
         "load nope.json": "nope.json: no such file; check the name",
         "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
-        "/load folder": "folder: cannot be read: Is a directory; check the name",
+        "/load folder": "folder: a directory, a pipe or a device; give a file",
+        "save folder": "folder is a directory; give the name of a file",
         "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
         "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
         "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
+        "set seed -3": "the seed -3 is out of range; give a whole number from 0 to 2**63 - 1",
         "set seed -1e9": "seed is a whole number, and not '-1e9'; type, for instance, set seed 1",
-        "/set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
+        "set temperature hot": "temperature is a number, and not 'hot'; type, for instance, set temperature 1",
+        "set top_p=": "top_p is a number, and not ''; type, for instance, set top_p 1",
+        "load b": "b: no such file; check the name",
+        "set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
         "/set temperature": "temperature is a number, and not ''; type, for instance, set temperature 1",
     }
     assert pipe(monkeypatch, "".join(f"{line}\n" for line in mistakes) + "Hi\nreward\n/edit\nundo\n", polite) == 2
