@@ -221,21 +221,62 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
     expect(page.get_by_label("System message")).to_have_value("Rhyme.")
     expect(page.locator("#temperature-shown")).to_have_text("0.25")
 
-    older = {"conversation_history": [{"user": "Old?", "assistant": "Very.", "timestamp": "2023-01-01T00:00:00"}]}
-    (tmp_path / "older.json").write_text(json.dumps(older))
+    older = [
+        {"user": "Old?", "assistant": "Very.", "timestamp": "2023-01-01T00:00:00"},
+        {"user": "How?", "assistant": "So.", "timestamp": 1_700_000_000.9},
+    ]
+    (tmp_path / "older.json").write_text(json.dumps({"conversation_history": older}))
     page.set_input_files("#file", tmp_path / "older.json")
-    expect(page.locator(".message .text")).to_have_text(["Old?", "Very."])
+    expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save", exact=True).click()
+    download.value.save_as(tmp_path / "again.json")
+    again = load_conversation(tmp_path / "again.json")
+    assert again.messages == load_conversation(tmp_path / "older.json").messages  # as the terminal has it
+    assert again.messages[-1].time == "2023-11-14T22:13:20+00:00"
 
     for content, sentence in [
         ("{", "bad.json is damaged, or no conversation: it is not JSON."),
         ("[]", "bad.json: no conversation that rlchat saved."),
         ('{"format": "rlchat-conversation", "version": 9}', "of version 9, and this page reads 1"),
         ('{"conversation_history": [{"user": 1}]}', "message 1 is damaged"),
+        ('{"conversation_history": [{"user": "a", "assistant": "b", "timestamp": 1e300}]}', "message 1 is damaged"),
     ]:
         (tmp_path / "bad.json").write_text(content)
         page.set_input_files("#file", tmp_path / "bad.json")
         expect(page.locator("#toast")).to_contain_text(sentence)
-        expect(page.locator(".message .text")).to_have_text(["Old?", "Very."])  # still there
+        expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])  # still there
+
+
+def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> None:
+    page.get_by_role("button", name="Settings", exact=True).click()
+    seed, toast, longest = page.get_by_label("Seed"), page.locator("#toast"), page.get_by_label("Longest reply")
+
+    def load(**sampling: Any) -> None:
+        saved = SavedConversation((SavedMessage("user", "Hi"), SavedMessage("assistant", "Ho")), "m", sampling)
+        save_conversation(tmp_path / "file.json", saved, overwrite=True)
+        page.set_input_files("#file", tmp_path / "file.json")
+
+    load(temperature=5, top_p=-1, top_k=2.6, max_new_tokens=0, seed=9223372036854775807)
+    expect(toast).to_contain_text("a whole number from 0 to 9007199254740991")
+    for name, value in [("temperature", "2"), ("top_p", "0.05"), ("top_k", "3"), ("max_new_tokens", "1"), ("seed", "")]:
+        expect(page.locator(f"#{name}")).to_have_value(value)
+    send(page, "And?")
+    expect(finished(page, 2)).not_to_have_text("")  # the server takes them all
+    load(temperature=1e-9, max_new_tokens=7, seed=9007199254740991)
+    expect(page.locator("#temperature")).to_have_value("0")
+    expect(seed).to_have_value("9007199254740991")
+    send(page, "And?")
+    expect(finished(page, 2)).to_have_text(SAID[:7])
+    load(seed=None)
+    expect(seed).to_have_value("")  # a fresh one each time, as the file says
+    seed.fill("9007199254740993")  # which JavaScript would round
+    expect(toast).to_contain_text("The seed is left empty")
+    expect(seed).to_have_value("")
+    seed.fill("12")
+    page.reload()
+    expect(seed).to_have_value("12")
+    expect(longest).to_have_value("7")  # what came from a file is kept, too
 
 
 def test_conversations_stay_in_the_browser(page: Any) -> None:
