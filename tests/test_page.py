@@ -54,7 +54,7 @@ def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def endless(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A model that would talk for ten seconds."""
-    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=500)
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=800)
     with serving(slow_down(bundle, 0.05), tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
         yield server
 
@@ -277,6 +277,20 @@ def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> 
     page.reload()
     expect(seed).to_have_value("12")
     expect(longest).to_have_value("7")  # what came from a file is kept, too
+
+
+def test_the_longest_reply_leaves_room_for_the_conversation(page: Any) -> None:
+    longest = page.locator("#max_new_tokens")
+    expect(longest).to_have_value("100")  # of a context of 400
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("Top k").fill("5")
+    page.reload()
+    expect(longest).to_have_value("100")
+    assert "max_new_tokens" not in page.evaluate("localStorage['rlchat.settings']")  # nobody chose it
+    longest.evaluate("input => { input.value = '300'; input.dispatchEvent(new Event('input')); }")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(longest).to_have_value("300")  # somebody did
 
 
 def test_conversations_stay_in_the_browser(page: Any) -> None:
