@@ -61,7 +61,7 @@ _CLIENT_GONE = 499  # nginx's number; nobody is left to read it, but /metrics co
 
 def create_api(
     engine: Engine,
-    model: str,
+    file: str,
     max_length: int,
     *,
     feedback: Path,
@@ -71,9 +71,11 @@ def create_api(
 ) -> Guard:
     """The application, behind its guard.
 
-    ``model`` is the name that clients see; ``feedback`` the file that the page's verdicts are appended to; ``hosts``
-    the names that the server goes by beside localhost and addresses. It closes ``engine`` when it shuts down.
+    ``file`` is the name of the model's bundle, which feedback and saved conversations have; clients call the model by
+    it, without the suffix. ``feedback`` is the file that the page's verdicts are appended to; ``hosts`` the names that
+    the server goes by beside localhost and addresses. It closes ``engine`` when it shuts down.
     """
+    model = Path(file).stem
     limits = limits or Limits()
     began = int(time.time())
 
@@ -118,7 +120,7 @@ def create_api(
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The model that this server has."""
-        return ModelList(data=[Model(id=model, created=began, max_length=max_length)])
+        return ModelList(data=[Model(id=model, created=began, file=file, max_length=max_length)])
 
     @app.get("/health")
     async def health() -> Health:
@@ -138,7 +140,7 @@ def create_api(
         verdict = body.verdict or Correction(body.correction or "")
         prompt = Conversation(tuple(message.to_message() for message in body.messages))
         try:
-            append_feedback(feedback, prompt, body.reply, verdict, model=model)
+            append_feedback(feedback, prompt, body.reply, verdict, model=file)
         except UserError as error:
             if isinstance(error.__cause__, OSError):  # not the client's fault, and where the file is not its business
                 log.error("%s", error)

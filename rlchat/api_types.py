@@ -190,6 +190,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["rlchat"] = "rlchat"
+    file: str = Field(description="The name of the bundle's file, as feedback has it. No part of the protocol.")
     max_length: int = Field(description="Tokens of prompt and reply together. No part of the protocol.")
 
 

@@ -56,11 +56,11 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     device = choose_device(options.device)
     bundle = load_policy(options.model, device)
     bundle.model.to(choose_dtype(options.dtype, device))
-    name = Path(options.model).stem
+    file = Path(options.model)
     engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting)
     api = create_api(
         engine,
-        name,
+        file.name,
         bundle.max_length,
         feedback=Path(options.feedback),
         limits=_limits(options),
@@ -77,7 +77,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     )
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{name} is at {place} (a page) and {place}/v1 (OpenAI's protocol); Ctrl-C ends it", flush=True)
+    print(f"{file.stem} is at {place} (a page) and {place}/v1 (OpenAI's protocol); Ctrl-C ends it", flush=True)
     if not options.api_key and not ipaddress.ip_address(host).is_loopback:
         print("rlchat: whoever reaches this address can use the model; --api-key asks for a key", file=sys.stderr)
     # uvicorn ends in good order on these two, and then raises them again; for a server they are the usual way to end.

@@ -169,21 +169,29 @@ def test_feedback_lands_in_the_file(page: Any, server: Server) -> None:
     page.get_by_label("System message").fill("Be kind.")
     send(page, "Hello")
     finished(page)
-    page.get_by_role("button", name="Good reply").click()
+    page.get_by_role("button", name="Good reply").evaluate("button => { button.click(); button.click(); }")
     expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Good reply").click()  # said already
     page.get_by_role("button", name="Bad reply").click()
     expect(page.get_by_role("button", name="Bad reply")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name="Correct this reply").click()
-    page.get_by_label("Save the correction").first.fill("Hello to you!")
-    page.get_by_role("button", name="Save the correction").click()
-    expect(page.locator(".message.assistant .text")).to_have_text("Hello to you!")
-    good, bad, corrected = lines(server)[before:]
-    for row in (good, bad, corrected):
+    expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "false")
+    for correction in ("Hello to you!", "Hello, hello!"):
+        page.get_by_role("button", name="Correct this reply").click()
+        page.get_by_label("Save the correction").first.fill(correction)
+        page.get_by_role("button", name="Save the correction").click()
+        expect(page.locator(".message.assistant .text")).to_have_text(correction)
+        # A verdict on what a person wrote says nothing of the model.
+        expect(page.get_by_role("button", name="Good reply")).to_have_count(0)
+        expect(page.get_by_role("button", name="Bad reply")).to_have_count(0)
+    good, bad, corrected, again = lines(server)[before:]
+    for row in (good, bad, corrected, again):
         assert (row["prompt"]["role"], row["prompt"]["text"]) == ("system", "Be kind.")
         assert row["prompt"]["replies"][0]["text"] == "Hello"
-    replies = [row["prompt"]["replies"][0]["replies"] for row in (good, bad, corrected)]
+    replies = [row["prompt"]["replies"][0]["replies"] for row in (good, bad, corrected, again)]
     assert [reply[0]["labels"]["quality"]["value"] for reply in replies[:2]] == [1.0, 0.0]
+    assert [reply[-1]["model_name"] for reply in replies] == ["tiny.pt"] * 4
     assert [(reply["text"], reply["rank"]) for reply in replies[2]] == [("Hello to you!", 0), (SAID, 1)]
+    assert [(reply["text"], reply["rank"]) for reply in replies[3]] == [("Hello, hello!", 0), (SAID, 1)]
     trees, _ = read_trees([str(server.feedback)], progress=False)
     assert len(trees) >= 1  # data, as the readers see it
 
@@ -206,7 +214,7 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
         ("user", "Füße 😀"),
         ("assistant", SAID[:7]),
     ]
-    assert saved.model == "tiny"
+    assert saved.model == "tiny.pt"
     assert saved.sampling == {"max_new_tokens": 7, "temperature": 0.7, "top_k": 9, "top_p": 1, "seed": 42}
     assert all(message.time for message in saved.messages[1:])
 

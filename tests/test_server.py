@@ -61,7 +61,7 @@ def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyB
         opinion = {"messages": body["messages"], "reply": expected, "verdict": "bad"}
         assert HTTP.post(f"{url}/feedback", json=opinion).status_code == 200
         (row,) = (folder / "kept" / "mine.jsonl").read_text().splitlines()
-        assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot"
+        assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot.pt"  # as from the terminal
 
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
