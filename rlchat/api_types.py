@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlchat.conversation import Conversation, Message, Role
 
@@ -42,6 +42,15 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _refuse_what_is_no_text(cls, content: Any) -> Any:
+        """Before the types are tried, which would tell of each how it does not fit."""
+        parts = content if isinstance(content, list) else []
+        if any(isinstance(part, dict) and part.get("type") != "text" for part in parts):
+            raise ValueError("only text parts are understood")
+        return content
 
     def to_message(self) -> Message:
         """The message of the conversation; ``developer`` is the protocol's newer word for system."""
