@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from rlchat.conversation import Conversation, Message, Role
 
@@ -62,7 +62,7 @@ class ChatMessage(BaseModel):
 class StreamOptions(BaseModel):
     """Of a reply that is streamed."""
 
-    include_usage: bool = Field(default=False, description="A last chunk, without choices, has the counts of tokens.")
+    include_usage: StrictBool = Field(default=False, description="A last chunk, without choices, counts the tokens.")
 
 
 class ChatRequest(BaseModel):
@@ -93,7 +93,7 @@ class ChatRequest(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         default=None, description="The reply ends before the first of these strings."
     )
-    stream: bool | None = Field(default=None, description="Send the reply in pieces, as server-sent events.")
+    stream: StrictBool | None = Field(default=None, description="Send the reply in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")

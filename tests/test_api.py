@@ -215,6 +215,7 @@ def test_what_does_not_fit_is_dropped_and_told(server: Server) -> None:
         (ask(max_tokens=0), "max_tokens: "),
         (ask(seed=2**64), "seed: "),
         (ask(stop=""), "stop"),
+        (ask(stream="no"), "stream: Input should be a valid boolean"),
         (ask(temperature=1e-9), "temperature is 1e-09"),
         (ask(logprobs=True), "logprobs is not to be had"),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}', "temperature: "),
