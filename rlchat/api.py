@@ -61,7 +61,7 @@ _CLIENT_GONE = 499  # nginx's number; nobody is left to read it, but /metrics co
 
 def create_api(
     engine: Engine,
-    model: str,
+    file: str,
     max_length: int,
     *,
     feedback: Path,
@@ -71,11 +71,17 @@ def create_api(
 ) -> Guard:
     """The application, behind its guard.
 
-    ``model`` is the name that clients see; ``feedback`` the file that the page's verdicts are appended to; ``hosts``
-    the names that the server goes by beside localhost and addresses. It closes ``engine`` when it shuts down.
+    ``file`` is the name of the model's bundle, which feedback and saved conversations have; clients call the model by
+    it, without the suffix. ``feedback`` is the file that the page's verdicts are appended to; ``hosts`` the names that
+    the server goes by beside localhost and addresses. It closes ``engine`` when it shuts down.
     """
+    model = Path(file).stem
     limits = limits or Limits()
-    began = int(time.time())
+    described = Model(id=model, created=int(time.time()), file=file, max_length=max_length)
+
+    def unknown(name: str) -> APIError:
+        sentence = f"no model {name!r}; this server has {model!r}"
+        return APIError(404, sentence, param="model", code="model_not_found")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,9 +107,7 @@ def create_api(
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Replies to a conversation."""
         if body.model not in (None, model):
-            raise APIError(
-                404, f"no model {body.model!r}; this server has {model!r}", param="model", code="model_not_found"
-            )
+            raise unknown(body.model)
         asked = time.monotonic()
         replies = await Replies.ask(engine, max_length, body, limits)
 
@@ -118,7 +122,14 @@ def create_api(
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The model that this server has."""
-        return ModelList(data=[Model(id=model, created=began, max_length=max_length)])
+        return ModelList(data=[described])
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Model:
+        """The model of that name, which can only be this server's."""
+        if name != model:
+            raise unknown(name)
+        return described
 
     @app.get("/health")
     async def health() -> Health:
@@ -138,7 +149,7 @@ def create_api(
         verdict = body.verdict or Correction(body.correction or "")
         prompt = Conversation(tuple(message.to_message() for message in body.messages))
         try:
-            append_feedback(feedback, prompt, body.reply, verdict, model=model)
+            append_feedback(feedback, prompt, body.reply, verdict, model=file)
         except UserError as error:
             if isinstance(error.__cause__, OSError):  # not the client's fault, and where the file is not its business
                 log.error("%s", error)
@@ -266,6 +277,12 @@ def _answer_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return APIError(400, "the body is not JSON").response
+        if first["loc"] == ("body",) and first["type"] == "missing":
+            return APIError(400, "the body is empty; send a JSON object").response
+        if first["loc"] == ("body",) and first["type"] == "model_attributes_type":
+            if isinstance(error.body, bytes):  # as FastAPI leaves what is not said to be JSON
+                return APIError(400, "send the header Content-Type: application/json").response
+            return APIError(400, "the body is JSON, but no object").response
         # Names of fields and numbers of items; pydantic also tells which type of a union it tried.
         where = ".".join(part for part in map(str, first["loc"][1:]) if re.fullmatch(r"\w+", part))
         message = str(first["msg"]).removeprefix("Value error, ")

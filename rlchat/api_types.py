@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from rlchat.conversation import Conversation, Message, Role
 
@@ -43,6 +43,15 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _refuse_what_is_no_text(cls, content: Any) -> Any:
+        """Before the types are tried, which would tell of each how it does not fit."""
+        parts = content if isinstance(content, list) else []
+        if any(isinstance(part, dict) and part.get("type") != "text" for part in parts):
+            raise ValueError("only text parts are understood")
+        return content
+
     def to_message(self) -> Message:
         """The message of the conversation; ``developer`` is the protocol's newer word for system."""
         role: Role = "system" if self.role == "developer" else self.role
@@ -53,7 +62,7 @@ class ChatMessage(BaseModel):
 class StreamOptions(BaseModel):
     """Of a reply that is streamed."""
 
-    include_usage: bool = Field(default=False, description="A last chunk, without choices, has the counts of tokens.")
+    include_usage: StrictBool = Field(default=False, description="A last chunk, without choices, counts the tokens.")
 
 
 class ChatRequest(BaseModel):
@@ -84,7 +93,7 @@ class ChatRequest(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         default=None, description="The reply ends before the first of these strings."
     )
-    stream: bool | None = Field(default=None, description="Send the reply in pieces, as server-sent events.")
+    stream: StrictBool | None = Field(default=None, description="Send the reply in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
@@ -190,6 +199,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["rlchat"] = "rlchat"
+    file: str = Field(description="The name of the bundle's file, as feedback has it. No part of the protocol.")
     max_length: int = Field(description="Tokens of prompt and reply together. No part of the protocol.")
 
 

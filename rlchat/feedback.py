@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -59,7 +60,24 @@ def append_feedback(path: str | Path, prompt: Conversation, reply: str, verdict:
         path.parent.mkdir(parents=True, exist_ok=True)
         _append(path, line)
     except OSError as error:
-        raise UserError(f"{path}: the feedback cannot be kept: {error.strerror}; give a place that can") from error
+        raise _unkept(path, error) from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises :class:`UserError` where :func:`append_feedback` could not write to ``path``; leaves nothing there."""
+    path = Path(path)
+    try:
+        if path.exists():
+            with path.open("ab"):
+                return
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
+            return
+    except OSError as error:
+        raise _unkept(path, error) from error
+
+
+def _unkept(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: the feedback cannot be kept: {error.strerror}; give a place that can")
 
 
 def feedback_row(prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlchat.errors import UserError
+from rlchat.feedback import check_writable
 from rlchat.quick_import import no_garbage_collection
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def main(args: list[str]) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"rlchat serve needs {error.name}, which comes with: pip install 'rlchat[serve]'") from error
-    # Before the model is loaded, which takes seconds, so that a port in use is told at once.
+    # Before the model is loaded, which takes seconds, so that a mistake is told at once.
+    check_writable(options.feedback)
     with _listen(options.host, options.port) as listener:
         _serve(options, listener)
     return 0
@@ -56,11 +58,11 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     device = choose_device(options.device)
     bundle = load_policy(options.model, device)
     bundle.model.to(choose_dtype(options.dtype, device))
-    name = Path(options.model).stem
+    file = Path(options.model)
     engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting)
     api = create_api(
         engine,
-        name,
+        file.name,
         bundle.max_length,
         feedback=Path(options.feedback),
         limits=_limits(options),
@@ -77,7 +79,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     )
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{name} is at {place} (a page) and {place}/v1 (OpenAI's protocol); Ctrl-C ends it", flush=True)
+    print(f"{file.stem} is at {place} (a page) and {place}/v1 (OpenAI's protocol); Ctrl-C ends it", flush=True)
     if not options.api_key and not ipaddress.ip_address(host).is_loopback:
         print("rlchat: whoever reaches this address can use the model; --api-key asks for a key", file=sys.stderr)
     # uvicorn ends in good order on these two, and then raises them again; for a server they are the usual way to end.
@@ -144,15 +146,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def _port(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if not 0 <= number < 2**16:
         raise argparse.ArgumentTypeError(f"{number} is no port; they go from 0 to 65535")
     return number

@@ -45,9 +45,9 @@ class Server:
 def serving(
     bundle: PolicyBundle, feedback: Path, *, rows: int = 64, waiting: int = 256, **options: Any
 ) -> Iterator[Server]:
-    """Serves ``bundle`` as the model ``tiny`` on a port of its own; ``options`` are those of ``create_api``."""
+    """Serves ``bundle``, of a file ``tiny.pt``, on a port of its own; ``options`` are those of ``create_api``."""
     engine = Engine(bundle, max_rows=rows, max_waiting=waiting)
-    api = create_api(engine, "tiny", bundle.max_length, feedback=feedback, **options)
+    api = create_api(engine, "tiny.pt", bundle.max_length, feedback=feedback, **options)
     server = uvicorn.Server(uvicorn.Config(api, log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -41,7 +41,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def ask(question: str = "Hi", **more: Any) -> dict[str, Any]:
+PICTURE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
+
+
+def ask(question: str | list[dict[str, Any]] = "Hi", **more: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": question}], **more}
 
 
@@ -112,7 +115,12 @@ def test_several_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI, b
 
 def test_models_and_errors_as_the_client_knows_them(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    assert model.id == "tiny"
+    assert (model.id, model.model_extra) == ("tiny", {"file": "tiny.pt", "max_length": 128})
+    assert client.models.retrieve("tiny") == model
+    for name in ("gpt-4", "a/b"):
+        with pytest.raises(openai.NotFoundError, match="this server has 'tiny'") as missing:
+            client.models.retrieve(name)
+        assert missing.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         client.chat.completions.create(**{**ask(), "model": "gpt-4"})
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
@@ -195,15 +203,19 @@ def test_what_does_not_fit_is_dropped_and_told(server: Server) -> None:
         (b"{", "the body is not JSON"),
         (b"[" * 100_000, "body"),
         (b"\xff\xfe", "body"),
+        (b"", "the body is empty; send a JSON object"),
+        (b"[]", "the body is JSON, but no object"),
         ({}, "messages: Field required"),
         ({"messages": []}, "messages: "),
         (ask(""), "messages must end on a user's message that is not empty"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "must end on a user's message"),
+        (ask([{"type": "text", "text": "What is it?"}, PICTURE]), "messages.0.content: only text parts are understood"),
         ({"messages": [{"role": "wizard", "content": "Hi"}]}, "messages.0.role"),
         (ask(n=99), "n: "),
         (ask(max_tokens=0), "max_tokens: "),
         (ask(seed=2**64), "seed: "),
         (ask(stop=""), "stop"),
+        (ask(stream="no"), "stream: Input should be a valid boolean"),
         (ask(temperature=1e-9), "temperature is 1e-09"),
         (ask(logprobs=True), "logprobs is not to be had"),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}', "temperature: "),
@@ -219,6 +231,14 @@ def test_bad_requests_are_told_what_is_wrong(server: Server, body: Any, sentence
     error = answer.json()["error"]
     assert sentence in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_body_that_is_not_said_to_be_json(server: Server) -> None:
+    body = json.dumps(ask())
+    for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # as curl -d sends
+        answer = HTTP.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "send the header Content-Type: application/json"
 
 
 def test_a_lone_surrogate_harms_nobody(server: Server) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.feedback import MAX_CONTEXT, Correction, Verdict, append_feedback, feedback_row
+from rlchat.feedback import MAX_CONTEXT, Correction, Verdict, append_feedback, check_writable, feedback_row
 from rlchat.formats import ranked_pairs, read_trees
 from rlchat.learned_quality import LearnedQuality
 from rlchat.rewards import Reply
@@ -266,3 +266,16 @@ def test_a_reward_model_trains_on_it(workplace: Path, trained: Path) -> None:
     prompts = [asked("Question 50?")] * 2
     good, bad = judge(prompts, [Reply("Yes, of course.", 5, True), Reply("no no no", 4, True)]).tolist()
     assert good > bad + 0.5
+
+
+def test_whether_a_place_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "kept" / "f.jsonl"
+    check_writable(path)
+    assert list(tmp_path.iterdir()) == []  # it only looked
+    append_feedback(path, asked("Hello"), "Hi.", "good")
+    content = path.read_bytes()
+    check_writable(path)
+    assert path.read_bytes() == content
+    for place in (path.parent, path / "below"):
+        with pytest.raises(UserError, match="the feedback cannot be kept"):
+            check_writable(place)

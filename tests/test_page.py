@@ -54,7 +54,7 @@ def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def endless(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A model that would talk for ten seconds."""
-    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=500)
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=800)
     with serving(slow_down(bundle, 0.05), tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
         yield server
 
@@ -169,21 +169,29 @@ def test_feedback_lands_in_the_file(page: Any, server: Server) -> None:
     page.get_by_label("System message").fill("Be kind.")
     send(page, "Hello")
     finished(page)
-    page.get_by_role("button", name="Good reply").click()
+    page.get_by_role("button", name="Good reply").evaluate("button => { button.click(); button.click(); }")
     expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Good reply").click()  # said already
     page.get_by_role("button", name="Bad reply").click()
     expect(page.get_by_role("button", name="Bad reply")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name="Correct this reply").click()
-    page.get_by_label("Save the correction").first.fill("Hello to you!")
-    page.get_by_role("button", name="Save the correction").click()
-    expect(page.locator(".message.assistant .text")).to_have_text("Hello to you!")
-    good, bad, corrected = lines(server)[before:]
-    for row in (good, bad, corrected):
+    expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "false")
+    for correction in ("Hello to you!", "Hello, hello!"):
+        page.get_by_role("button", name="Correct this reply").click()
+        page.get_by_label("Save the correction").first.fill(correction)
+        page.get_by_role("button", name="Save the correction").click()
+        expect(page.locator(".message.assistant .text")).to_have_text(correction)
+        # A verdict on what a person wrote says nothing of the model.
+        expect(page.get_by_role("button", name="Good reply")).to_have_count(0)
+        expect(page.get_by_role("button", name="Bad reply")).to_have_count(0)
+    good, bad, corrected, again = lines(server)[before:]
+    for row in (good, bad, corrected, again):
         assert (row["prompt"]["role"], row["prompt"]["text"]) == ("system", "Be kind.")
         assert row["prompt"]["replies"][0]["text"] == "Hello"
-    replies = [row["prompt"]["replies"][0]["replies"] for row in (good, bad, corrected)]
+    replies = [row["prompt"]["replies"][0]["replies"] for row in (good, bad, corrected, again)]
     assert [reply[0]["labels"]["quality"]["value"] for reply in replies[:2]] == [1.0, 0.0]
+    assert [reply[-1]["model_name"] for reply in replies] == ["tiny.pt"] * 4
     assert [(reply["text"], reply["rank"]) for reply in replies[2]] == [("Hello to you!", 0), (SAID, 1)]
+    assert [(reply["text"], reply["rank"]) for reply in replies[3]] == [("Hello, hello!", 0), (SAID, 1)]
     trees, _ = read_trees([str(server.feedback)], progress=False)
     assert len(trees) >= 1  # data, as the readers see it
 
@@ -206,7 +214,7 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
         ("user", "Füße 😀"),
         ("assistant", SAID[:7]),
     ]
-    assert saved.model == "tiny"
+    assert saved.model == "tiny.pt"
     assert saved.sampling == {"max_new_tokens": 7, "temperature": 0.7, "top_k": 9, "top_p": 1, "seed": 42}
     assert all(message.time for message in saved.messages[1:])
 
@@ -221,21 +229,76 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
     expect(page.get_by_label("System message")).to_have_value("Rhyme.")
     expect(page.locator("#temperature-shown")).to_have_text("0.25")
 
-    older = {"conversation_history": [{"user": "Old?", "assistant": "Very.", "timestamp": "2023-01-01T00:00:00"}]}
-    (tmp_path / "older.json").write_text(json.dumps(older))
+    older = [
+        {"user": "Old?", "assistant": "Very.", "timestamp": "2023-01-01T00:00:00"},
+        {"user": "How?", "assistant": "So.", "timestamp": 1_700_000_000.9},
+    ]
+    (tmp_path / "older.json").write_text(json.dumps({"conversation_history": older}))
     page.set_input_files("#file", tmp_path / "older.json")
-    expect(page.locator(".message .text")).to_have_text(["Old?", "Very."])
+    expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save", exact=True).click()
+    download.value.save_as(tmp_path / "again.json")
+    again = load_conversation(tmp_path / "again.json")
+    assert again.messages == load_conversation(tmp_path / "older.json").messages  # as the terminal has it
+    assert again.messages[-1].time == "2023-11-14T22:13:20+00:00"
 
     for content, sentence in [
         ("{", "bad.json is damaged, or no conversation: it is not JSON."),
         ("[]", "bad.json: no conversation that rlchat saved."),
         ('{"format": "rlchat-conversation", "version": 9}', "of version 9, and this page reads 1"),
         ('{"conversation_history": [{"user": 1}]}', "message 1 is damaged"),
+        ('{"conversation_history": [{"user": "a", "assistant": "b", "timestamp": 1e300}]}', "message 1 is damaged"),
     ]:
         (tmp_path / "bad.json").write_text(content)
         page.set_input_files("#file", tmp_path / "bad.json")
         expect(page.locator("#toast")).to_contain_text(sentence)
-        expect(page.locator(".message .text")).to_have_text(["Old?", "Very."])  # still there
+        expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])  # still there
+
+
+def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> None:
+    page.get_by_role("button", name="Settings", exact=True).click()
+    seed, toast, longest = page.get_by_label("Seed"), page.locator("#toast"), page.get_by_label("Longest reply")
+
+    def load(**sampling: Any) -> None:
+        saved = SavedConversation((SavedMessage("user", "Hi"), SavedMessage("assistant", "Ho")), "m", sampling)
+        save_conversation(tmp_path / "file.json", saved, overwrite=True)
+        page.set_input_files("#file", tmp_path / "file.json")
+
+    load(temperature=5, top_p=-1, top_k=2.6, max_new_tokens=0, seed=9223372036854775807)
+    expect(toast).to_contain_text("a whole number from 0 to 9007199254740991")
+    for name, value in [("temperature", "2"), ("top_p", "0.05"), ("top_k", "3"), ("max_new_tokens", "1"), ("seed", "")]:
+        expect(page.locator(f"#{name}")).to_have_value(value)
+    send(page, "And?")
+    expect(finished(page, 2)).not_to_have_text("")  # the server takes them all
+    load(temperature=1e-9, max_new_tokens=7, seed=9007199254740991)
+    expect(page.locator("#temperature")).to_have_value("0")
+    expect(seed).to_have_value("9007199254740991")
+    send(page, "And?")
+    expect(finished(page, 2)).to_have_text(SAID[:7])
+    load(seed=None)
+    expect(seed).to_have_value("")  # a fresh one each time, as the file says
+    seed.fill("9007199254740993")  # which JavaScript would round
+    expect(toast).to_contain_text("The seed is left empty")
+    expect(seed).to_have_value("")
+    seed.fill("12")
+    page.reload()
+    expect(seed).to_have_value("12")
+    expect(longest).to_have_value("7")  # what came from a file is kept, too
+
+
+def test_the_longest_reply_leaves_room_for_the_conversation(page: Any) -> None:
+    longest = page.locator("#max_new_tokens")
+    expect(longest).to_have_value("100")  # of a context of 400
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("Top k").fill("5")
+    page.reload()
+    expect(longest).to_have_value("100")
+    assert "max_new_tokens" not in page.evaluate("localStorage['rlchat.settings']")  # nobody chose it
+    longest.evaluate("input => { input.value = '300'; input.dispatchEvent(new Event('input')); }")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(longest).to_have_value("300")  # somebody did
 
 
 def test_conversations_stay_in_the_browser(page: Any) -> None:

@@ -61,7 +61,7 @@ def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyB
         opinion = {"messages": body["messages"], "reply": expected, "verdict": "bad"}
         assert HTTP.post(f"{url}/feedback", json=opinion).status_code == 200
         (row,) = (folder / "kept" / "mine.jsonl").read_text().splitlines()
-        assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot"
+        assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot.pt"  # as from the terminal
 
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
@@ -97,6 +97,8 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["foreign.pt"], r"foreign\.pt: not a bundle of rlchat"),
         (["damaged.pt"], r"damaged\.pt: damaged, or no bundle of rlchat"),
         (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not to be had"),
+        (["parrot.pt", "--feedback", "."], r"\.: the feedback cannot be kept: Is a directory; give a place that can"),
+        (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "parrot.pt/kept/f: the feedback cannot be kept: Not a dir"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],
 )
@@ -123,10 +125,18 @@ def test_without_the_extra(folder: Path) -> None:
     assert result.stderr == "rlchat: rlchat serve needs fastapi, which comes with: pip install 'rlchat[serve]'\n"
 
 
-@pytest.mark.parametrize("words", [["--max-rows", "0"], ["--port", "x"], ["--port", "99999"]])
-def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max-rows", "0"], "argument --max-rows: 0 is less than 1"),
+        (["--max-rows", "1.5"], "argument --max-rows: '1.5' is no whole number"),
+        (["--port", "x"], "argument --port: 'x' is no whole number"),
+        (["--port", "99999"], "argument --port: 99999 is no port; they go from 0 to 65535"),
+    ],
+)
+def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
     assert main(["serve", *words]) == 2
-    assert words[-1] in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"{sentence}\n")
 
 
 def test_help_names_every_option_and_not_the_key(
