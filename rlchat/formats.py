@@ -87,6 +87,7 @@ def read_trees(
     *,
     lang: str | None = "en",
     on_bad_line: Literal["error", "skip"] = "error",
+    cure: str = CURE,
     max_line_bytes: int = MAX_LINE_BYTES,
     keep_synthetic: bool = False,
     progress: bool = True,
@@ -107,8 +108,9 @@ def read_trees(
     ranks of different rows cannot be compared.
 
     ``on_bad_line`` says what to do about a line that cannot be used (not JSON, no known format, a wrong type, …, or
-    longer than ``max_line_bytes``, which is never read into memory as a whole): stop, or count it and go on. A
-    progress bar shows on standard error when reading takes longer than two seconds.
+    longer than ``max_line_bytes``, which is never read into memory as a whole): stop, and tell the user to do what
+    ``cure`` says, or count it and go on. A progress bar shows on standard error when reading takes longer than two
+    seconds.
 
     Raises:
         UserError: a file is missing, a directory or a broken gzip; a bad line; no usable conversation at all.
@@ -123,6 +125,7 @@ def read_trees(
         lambda line: forest.add(parse_object(line)),
         report,
         on_bad_line=on_bad_line,
+        cure=cure,
         max_line_bytes=max_line_bytes,
         progress=progress,
     )

@@ -100,7 +100,9 @@ def _texts(paths: list[Path], lang: str | None, on_bad_line: Any) -> list[str]:
     plain = [path for path in paths if path.suffix == ".txt"]
     texts = [paragraph for path in plain for paragraph in _paragraphs(path)]
     if rows := [path for path in paths if path.suffix != ".txt"]:
-        trees, report = read_trees(rows, lang=lang, on_bad_line=on_bad_line)
+        trees, report = read_trees(
+            rows, lang=lang, on_bad_line=on_bad_line, cure="mend the line, or pass over it with --on_bad_line skip"
+        )
         print(report.summary(), file=sys.stderr)
         texts += (text for tree in trees for text in _message_texts(tree))
     if not texts:
