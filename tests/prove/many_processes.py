@@ -6,7 +6,6 @@ python -m prove.many_processes      (`make prove` runs it)
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -107,16 +106,7 @@ def words(name: str, stage: str, ranks: int, scale: str, *more: str) -> list[str
 
 def run(folder: Path, runs: Sequence[Sequence[str]], seconds: float = 600) -> None:
     """Several runs in a row, in the same processes."""
-    command = [json.dumps([list(words) for words in runs])]
-    try:
-        complete(folder, command, seconds, "prove.several")
-    except AssertionError as error:
-        # Once, on a busy machine, a process was gone in the middle of gloo; nothing of rlchat's was said.
-        if "Connection reset by peer" not in str(error):
-            raise
-        for word in (word for words in runs for word in words if word.startswith("--trainer.default_root_dir=")):
-            shutil.rmtree(folder / word.partition("=")[2], ignore_errors=True)
-        complete(folder, command, seconds, "prove.several")
+    complete(folder, [json.dumps([list(words) for words in runs])], seconds, "prove.several")
 
 
 @dataclass
