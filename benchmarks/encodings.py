@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from rlchat.conversation import Conversation
-from rlchat.formats import Tree, read_trees
-from rlchat.tokenizer import ChatTokenizer, format_ranks, train_ranks
+from rlchat.data.formats import Tree, read_trees
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
 
 TRUNK_PARAMETERS = 3 * (4 * 128 * 128 + 3 * 128 * 344)
 WIDTH = 128

@@ -13,8 +13,8 @@ import argparse
 import math
 from collections import Counter, defaultdict
 
-from rlchat.data import DataNeeds, OASST2DataModule
-from rlchat.tokenizer import ChatTokenizer
+from rlchat.data.datamodule import DataNeeds, OASST2DataModule
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
 class Trigram:

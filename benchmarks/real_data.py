@@ -14,7 +14,7 @@ import shutil
 import time
 from pathlib import Path
 
-from rlchat import cli
+from rlchat.cli import main as cli
 
 MODEL = (
     "{model_type: llama, hidden_size: 128, intermediate_size: 344, num_hidden_layers: 2, num_attention_heads: 4, "

@@ -24,9 +24,9 @@ from typing import Any
 import httpx
 import torch
 
-from rlchat.backbones import Backbone
-from rlchat.checkpoint import PolicyBundle, new_policy, save_bundle
-from rlchat.tokenizer import ChatTokenizer
+from rlchat.models.backbones import Backbone
+from rlchat.models.model_file import PolicyBundle, new_policy, save_bundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 SHAPE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}
 

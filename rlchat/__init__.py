@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rlchat.utils.imports import lazy_exports
 
 if TYPE_CHECKING:
-    from rlchat.chat import ChatInterface
-    from rlchat.data import OASST2DataModule
-    from rlchat.learned_quality import LearnedQuality
-    from rlchat.ppo import PPOModule
-    from rlchat.reward_model import RewardModelModule
-    from rlchat.rewards import Reward
-    from rlchat.sft import SFTModule
-    from rlchat.tokenizer import ChatTokenizer
+    from rlchat.chat.interface import ChatInterface as ChatInterface
+    from rlchat.data.datamodule import OASST2DataModule as OASST2DataModule
+    from rlchat.ppo.module import PPOModule as PPOModule
+    from rlchat.rewards.learned import LearnedQuality as LearnedQuality
+    from rlchat.rewards.reward import Reward as Reward
+    from rlchat.tokenizer.chat_tokenizer import ChatTokenizer as ChatTokenizer
+    from rlchat.training.reward_model import RewardModelModule as RewardModelModule
+    from rlchat.training.sft import SFTModule as SFTModule
 
-_HOMES = {
-    "ChatInterface": "chat",
-    "ChatTokenizer": "tokenizer",
-    "LearnedQuality": "learned_quality",
-    "OASST2DataModule": "data",
-    "PPOModule": "ppo",
-    "Reward": "rewards",
-    "RewardModelModule": "reward_model",
-    "SFTModule": "sft",
-}
 __all__ = [
     "ChatInterface",
     "ChatTokenizer",
@@ -34,15 +26,16 @@ __all__ = [
     "RewardModelModule",
     "SFTModule",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Looked up when first used: `from rlchat import ChatInterface` does not import Lightning.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'rlchat' has no attribute {name!r}")
-    from importlib import import_module
-
-    from rlchat.quick_import import no_garbage_collection
-
-    with no_garbage_collection():
-        return getattr(import_module(f"rlchat.{_HOMES[name]}"), name)
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "ChatInterface": "rlchat.chat.interface",
+        "ChatTokenizer": "rlchat.tokenizer.chat_tokenizer",
+        "LearnedQuality": "rlchat.rewards.learned",
+        "OASST2DataModule": "rlchat.data.datamodule",
+        "PPOModule": "rlchat.ppo.module",
+        "Reward": "rlchat.rewards.reward",
+        "RewardModelModule": "rlchat.training.reward_model",
+        "SFTModule": "rlchat.training.sft",
+    },
+)

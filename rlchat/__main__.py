@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"rlchat: no command {command!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     if command in TRAINER_COMMANDS and not rest:
-        from rlchat.recipes import describe_recipes
+        from rlchat.cli.recipes import describe_recipes
 
         print(f"rlchat {command}: name a recipe, or a file of your own:\n\n{describe_recipes()}", file=sys.stderr)
         return 2
@@ -56,22 +56,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(command: str) -> Callable[[list[str]], int]:
     if command in TRAINER_COMMANDS:
-        from rlchat import cli
+        from rlchat.cli import main as cli
 
         return lambda rest: cli.main([command, *rest])
     if command == "chat":
-        from rlchat import repl
+        from rlchat.chat import repl
 
         return repl.main
     if command == "serve":
-        from rlchat import server
+        from rlchat.server import main as server
 
         return server.main
     if command == "demo":
-        from rlchat import demo
+        from rlchat.demo import main as demo
 
         return demo.main
-    from rlchat import tokenizer_cli
+    from rlchat.cli import tokenizer as tokenizer_cli
 
     return tokenizer_cli.main
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlchat.tokenizer import ChatTokenizer, format_ranks, packaged_encodings, train_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, packaged_encodings, train_ranks
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,7 +73,7 @@ def _undisturbed(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory in which tiny models went through the stages 1 and 2 of the demo; copy what you need."""
-    from command_line import train_bundles
+    from helpers.command_line import train_bundles
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

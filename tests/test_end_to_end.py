@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, rlchat, write_talk
+from helpers.command_line import TINY, rlchat, write_talk
 from transformers import DistilBertConfig, DistilBertModel
 
 from rlchat import ChatInterface
-from rlchat.checkpoint import load_policy
-from rlchat.recipes import recipes
+from rlchat.cli.recipes import recipes
+from rlchat.models.model_file import load_policy
 
 
 def tiny_distilbert(folder: Path) -> str:

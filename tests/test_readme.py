@@ -9,13 +9,13 @@ from pathlib import Path
 import jsonargparse
 import pytest
 import yaml
-from chat_models import random_policy
+from helpers.chat_models import random_policy
 
 from rlchat.__main__ import COMMANDS, main
-from rlchat.checkpoint import save_bundle
 from rlchat.conversation import Conversation, Message
+from rlchat.models.model_file import save_bundle
 from rlchat.rewards import Reply, Reward
-from rlchat.tokenizer import ChatTokenizer
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -35,15 +35,15 @@ from common import (
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
-from rlchat.backbones import Backbone
-from rlchat.batches import PromptBatch
-from rlchat.checkpoint import PolicyBundle, new_policy, save_bundle
 from rlchat.conversation import Conversation, Message
-from rlchat.generation import Generated
-from rlchat.padding import pad
-from rlchat.ppo import PPOModule
+from rlchat.data.batches import PromptBatch
+from rlchat.models.backbones import Backbone
+from rlchat.models.model_file import PolicyBundle, new_policy, save_bundle
+from rlchat.models.sampling import Generated
+from rlchat.ppo.module import PPOModule
 from rlchat.rewards import Reply, ReplyFactor, Reward
-from rlchat.tokenizer import ChatTokenizer, format_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks
+from rlchat.utils.padding import pad
 
 # What a value head on the policy's trunk learns better with than with what is common.
 TUNED = {("shared", "S"): {"learning_rate": 5e-3}}

@@ -24,7 +24,7 @@ from common import SIZES, Hyperparameters, initial_model, make_prompts
 from torch import Tensor, nn
 from trl.experimental.ppo import ppo_trainer
 
-from rlchat.generation import Generated
+from rlchat.models.sampling import Generated
 
 TOLERANCE = 1e-4  # of the distance that the weights moved
 # A sixth of the benchmark's: at that one, Adam amplifies rounding to 3e-2 of the distance in single runs.

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from rlchat.processes import whole
+from rlchat.distributed.collectives import whole
 
 
 def digest(tensors):
@@ -103,7 +103,7 @@ class Witness(Callback):
 KEEPER = """
 import shutil
 from pathlib import Path
-from rlchat.strategies import AtomicCheckpointIO
+from rlchat.distributed.strategies import AtomicCheckpointIO
 
 class Keeper(AtomicCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):

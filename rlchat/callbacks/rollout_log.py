@@ -1,0 +1,60 @@
+"""Rollouts that one can look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.distributed.collectives import gather_objects, take_turns
+from rlchat.errors import at_least_one
+from rlchat.ppo.module import PPOModule
+from rlchat.utils.files import append_lines
+
+
+class RolloutLog(Callback):
+    """Keeps what PPO learns from: replies as text, and how their numbers are spread.
+
+    ``rollouts.jsonl`` in the run's log folder has a line a reply: the prompt, the reply, why it ended, its reward by
+    factor, its KL to the reference in nats, and the value that the critic expected. TensorBoard has histograms of the
+    same numbers, and of the advantages, under ``rollout/``.
+
+    Args:
+        every_n_iterations: how often, the first iteration included.
+        max_replies: replies that are written each time, at most.
+    """
+
+    def __init__(self, every_n_iterations: int = 10, max_replies: int = 64) -> None:
+        self.every_n_iterations = at_least_one("RolloutLog", "every_n_iterations", every_n_iterations)
+        self.max_replies = at_least_one("RolloutLog", "max_replies", max_replies)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        iteration = batches_seen(trainer)
+        if not isinstance(pl_module, PPOModule) or (iteration - 1) % self.every_n_iterations:
+            return
+        seen = pl_module.last_iteration
+        assert seen is not None
+        advantages = seen.judged.advantages[seen.rollout.mask].tolist()
+        parts = gather_objects((seen.rollout.rows(seen.factors), advantages))
+        log_dir = trainer.log_dir  # asks the other processes, so all of them have to ask
+        if not trainer.is_global_zero or is_rehearsal(trainer):
+            return
+        rows = take_turns([part for part, _ in parts], pl_module.options.group_size)
+        if log_dir is not None:
+            path = Path(log_dir, "rollouts.jsonl")
+            append_lines(path, ({"iteration": iteration, **row} for row in rows[: self.max_replies]))
+        numbers: dict[str, list[float]] = {
+            name: [row[name] for row in rows] for name in ("reward", "kl", "value", "tokens")
+        }
+        numbers |= {f"factor_{name}": [row["factors"][name] for row in rows] for name in seen.factors}
+        numbers["advantage"] = [number for _, part in parts for number in part]
+        for logger in trainer.loggers:
+            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+            if add_histogram is not None:
+                for name, values in numbers.items():
+                    add_histogram(f"rollout/{name}", torch.tensor(values), iteration)

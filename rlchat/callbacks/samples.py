@@ -1,0 +1,217 @@
+"""Sampled responses after each validation: in TensorBoard, in a file, in the terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from rich import get_console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.conversation import Conversation, Message
+from rlchat.errors import UserError, at_least_one
+from rlchat.rewards import Reply
+from rlchat.utils.files import append_lines
+
+
+class SampleResponses(Callback):
+    """Lets the module answer the same prompts after each validation, and shows what it says.
+
+    The replies go to TensorBoard (the tab *Text*, under ``samples``), to ``samples.jsonl`` in the run's log folder, one
+    line a reply, and as a table to the terminal. A module with a reward shows what each factor gave. One that cannot
+    answer, as a reward model, is left alone.
+
+    Args:
+        prompts: user messages to answer. By default the first held-out prompts of the data module are taken.
+        every_n_validations: how often, in validations.
+        count: how many held-out prompts to take where ``prompts`` is not given.
+        max_rows: rows of the table in the terminal at most; 0 prints none.
+        max_characters: where the table cuts a prompt or a reply. The other two places have all of it.
+
+    Raises:
+        UserError: where an option cannot be meant.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        every_n_validations: int = 1,
+        count: int = 4,
+        max_rows: int = 4,
+        max_characters: int = 240,
+    ) -> None:
+        if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
+            raise UserError("SampleResponses: prompts has an empty message or none at all: give some text, or leave it")
+        self.prompts = prompts
+        self.every_n_validations = at_least_one("SampleResponses", "every_n_validations", every_n_validations)
+        self.count = at_least_one("SampleResponses", "count", count)
+        if max_rows < 0:
+            raise UserError(f"SampleResponses: max_rows is {max_rows}, it must be 0 (no table) or more")
+        self.max_rows = max_rows
+        self.max_characters = at_least_one("SampleResponses", "max_characters", max_characters)
+        self._validations = 0
+        self._iteration = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations, "iteration": self._iteration}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations, self._iteration = state_dict["validations"], state_dict["iteration"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        respond: Any = getattr(pl_module, "respond", None)
+        if trainer.sanity_checking or respond is None:
+            return
+        # A validation on its own trains nothing: the checkpoint that it loads says after which iteration it was saved.
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._validations += 1
+            self._iteration = batches_seen(trainer)
+            if self._validations % self.every_n_validations:
+                return
+        prompts = self._chosen_prompts(trainer)
+        if not prompts:
+            rank_zero_warn("SampleResponses has nothing to ask: set prompts, or use a data module with sample_prompts.")
+            return
+        # All ranks answer, and ask for the folder, though one writes: each of these may be a collective.
+        with trainer.precision_plugin.val_step_context():
+            replies = respond(prompts)
+            reward: Any = getattr(pl_module, "reward", None)
+            factors = {} if reward is None else reward.breakdown(prompts, replies)
+        log_dir = trainer.log_dir
+        if not trainer.is_global_zero:
+            return
+        samples = _samples(prompts, replies, factors)
+        self._write_text(trainer, samples)
+        if log_dir is not None and not is_rehearsal(trainer):
+            append_lines(Path(log_dir, "samples.jsonl"), self._rows(samples))
+        if self.max_rows:
+            _print_beside_progress_bar(trainer, self._table(samples))
+
+    def _chosen_prompts(self, trainer: Trainer) -> list[Conversation]:
+        if self.prompts is not None:
+            return [Conversation((Message("user", text),)) for text in self.prompts]
+        sample_prompts = getattr(getattr(trainer, "datamodule", None), "sample_prompts", None)
+        return [] if sample_prompts is None else sample_prompts(self.count)
+
+    def _write_text(self, trainer: Trainer, samples: Sequence[_Sample]) -> None:
+        for logger in trainer.loggers:
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if add_text is not None:
+                add_text("samples", _markdown(samples), self._iteration)
+
+    def _rows(self, samples: Sequence[_Sample]) -> list[dict[str, Any]]:
+        rows = []
+        for sample in samples:
+            row: dict[str, Any] = {
+                "iteration": self._iteration,
+                "prompt": [{"role": message.role, "text": message.text} for message in sample.prompt.messages],
+                "reply": sample.reply.text,
+                "ended": sample.reply.ended,
+                "tokens": sample.reply.tokens,
+            }
+            if sample.factors:
+                row["reward"] = round(sample.reward, 6)
+                row["factors"] = {name: round(value, 6) for name, value in sample.factors.items()}
+            rows.append(row)
+        return rows
+
+    def _table(self, samples: Sequence[_Sample]) -> Table:
+        """Model and data speak in it, so all of their text goes in as ``Text``, which rich does not read as markup."""
+        judged = bool(samples[0].factors)
+        title = f"Samples after {self._iteration:,} training batches"
+        table = Table(title=title, title_justify="left", title_style="bold", expand=True)
+        table.add_column("prompt", ratio=3)
+        table.add_column("reply", ratio=4)
+        table.add_column("tokens", justify="right")
+        if judged:
+            table.add_column("reward", justify="right")
+            table.add_column("of which", ratio=3, style="dim")
+        for sample in samples[: self.max_rows]:
+            asked = _one_line(sample.prompt.messages[-1].text, self.max_characters)
+            said = _one_line(sample.reply.text, self.max_characters)
+            if not sample.reply.ended:
+                said.append(" (cut off)", style="dim")
+            row = [asked, said, Text(str(sample.reply.tokens))]
+            if judged:
+                parts = (f"{name} {value:+.2f}" for name, value in sample.factors.items() if abs(value) >= 0.005)
+                row += [Text(f"{sample.reward:+.2f}"), _one_line(", ".join(parts), self.max_characters)]
+            table.add_row(*row)
+        return table
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: Conversation
+    reply: Reply
+    factors: Mapping[str, float]  # empty where the module has no reward
+
+    @property
+    def reward(self) -> float:
+        return sum(self.factors.values())
+
+
+def _samples(prompts: Sequence[Conversation], replies: Sequence[Reply], factors: Mapping[str, Tensor]) -> list[_Sample]:
+    columns = {name: column.tolist() for name, column in factors.items()}
+    return [
+        _Sample(prompt, reply, {name: column[row] for name, column in columns.items()})
+        for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
+    ]
+
+
+def _markdown(samples: Sequence[_Sample]) -> str:
+    """A table whose cells show their text as it is, whatever it would mean in Markdown or HTML."""
+    names = list(samples[0].factors)
+    header = ["prompt", "reply", "tokens", "ended", *(["reward", *names] if names else [])]
+    rows = [[_markdown_cell(cell) for cell in header], ["---"] * len(header)]
+    for sample in samples:
+        messages = sample.prompt.messages
+        prompt = messages[0].text if len(messages) == 1 else "\n".join(f"{m.role}: {m.text}" for m in messages)
+        cells = [prompt, sample.reply.text, str(sample.reply.tokens), "yes" if sample.reply.ended else "no"]
+        if names:
+            cells += [f"{value:+.3f}" for value in (sample.reward, *sample.factors.values())]
+        rows.append([_markdown_cell(cell) for cell in cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _markdown_cell(text: str) -> str:
+    # Numeric entities: neither Markdown nor HTML gives the character behind one its special meaning.
+    special = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]<>()#+-.!|&~:\"'"}
+    return "<br>".join(_visible(line).translate(special) for line in text.splitlines())
+
+
+def _one_line(text: str, longest: int) -> Text:
+    """``text`` as one line in the terminal's encoding, with … for what is beyond ``longest`` characters."""
+    shortened = text if len(text) <= longest else text[: longest - 1] + "…"
+    joined = " ⏎ ".join(map(_visible, shortened.splitlines()))
+    encoding = get_console().encoding
+    return Text(joined.encode(encoding, "replace").decode(encoding))
+
+
+def _visible(line: str) -> str:
+    """``line`` without what a terminal would take for a command or an encoder could not write."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in ("Cc", "Cs") else character
+        for character in line.expandtabs(4)
+    )
+
+
+def _print_beside_progress_bar(trainer: Trainer, table: Table) -> None:
+    console = get_console()
+    if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
+        with console.capture() as captured:
+            console.print(table)
+        Tqdm.write(captured.get(), end="")
+    else:
+        # Lightning's rich bar draws on this very console, which keeps the two apart.
+        console.print(table)

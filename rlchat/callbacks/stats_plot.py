@@ -1,0 +1,198 @@
+"""A picture of a run's metrics, redrawn while it trains."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from rlchat.callbacks.best_model import BestModel
+from rlchat.callbacks.stats_figure import draw_stats
+from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.errors import UserError, at_least_one
+from rlchat.utils.files import write_atomically
+
+
+class StatsPlot(Callback):
+    """Draws every run's numbers into one picture, ``checkpoints/<name of the bundle>_stats.png``.
+
+    It keeps what the module logs, after each training batch and each validation, and redraws the picture as the run
+    goes, at its end, and when it breaks off. The history travels in the checkpoint, so a resumed run's picture
+    continues. Long runs are kept at a lower resolution: at most 1,024 points a metric, each the mean of a few batches.
+
+    Args:
+        path: the picture to write, as ``.png``, ``.svg`` or ``.pdf``. By default it stands beside the best bundle, in
+            the folder of :class:`~rlchat.callbacks.best_model.BestModel`, named after the module's ``bundle_name``.
+        every_n_batches: how often, in training batches, the numbers are fetched from the device and the picture may be
+            redrawn.
+        min_seconds: how much time passes at least between two drawings.
+        dpi: dots an inch; the picture is 11 inches wide.
+
+    Raises:
+        UserError: where an option cannot be meant.
+    """
+
+    # Drawing takes up to a second: however short min_seconds, no more than one part in so many of the run goes into it.
+    _SHARE_OF_TIME = 30
+
+    def __init__(
+        self, path: str | None = None, every_n_batches: int = 10, min_seconds: float = 10.0, dpi: int = 150
+    ) -> None:
+        if path is not None and Path(path).suffix not in (".png", ".svg", ".pdf"):
+            raise UserError(f"StatsPlot: path is {path!r}, it must end in .png, .svg or .pdf")
+        self.path = path
+        self.every_n_batches = at_least_one("StatsPlot", "every_n_batches", every_n_batches)
+        self.min_seconds = min_seconds
+        self.dpi = at_least_one("StatsPlot", "dpi", dpi)
+        self._history: dict[str, _Series] = {}
+        self._fresh: list[tuple[int, dict[str, Tensor]]] = []
+        self._seen: dict[str, Tensor] = {}
+        self._batch_metrics: set[str] = set()
+        self._picture: Path | None = None
+        self._next_drawing = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        self._fetch()
+        return {"history": {name: series.to_dict() for name, series in self._history.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._history = {name: _Series(**plain) for name, plain in state_dict["history"].items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A callback that is used for a second run would go on with the first one's numbers: keep this run's past only.
+        self._history = {name: series.until(batches_seen(trainer)) for name, series in self._history.items()}
+        self._history = {name: series for name, series in self._history.items() if series.steps}
+        self._fresh, self._seen, self._batch_metrics, self._next_drawing = [], {}, set(), 0.0
+        bundle = Path(getattr(pl_module, "bundle_name", f"{type(pl_module).__name__}.pt"))
+        folders = (callback.folder for callback in trainer.checkpoint_callbacks if isinstance(callback, BestModel))
+        folder = next(folders, "checkpoints")
+        self._picture = Path(self.path) if self.path else Path(folder, f"{bundle.stem}_stats.png")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        fresh = self._take_fresh(trainer)
+        self._batch_metrics |= fresh.keys()
+        self._fresh.append((batches_seen(trainer), fresh))
+        if batches_seen(trainer) % self.every_n_batches == 0:
+            self._draw_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Metrics of single batches have an epoch's mean now, which is no further point of theirs.
+        fresh = {n: value for n, value in self._take_fresh(trainer).items() if n not in self._batch_metrics}
+        self._fresh.append((batches_seen(trainer), fresh))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._fresh.append((batches_seen(trainer), self._take_fresh(trainer)))
+            self._draw_if_due(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._picture is not None:
+            self._draw(trainer, device_may_be_broken=True)
+
+    def _take_fresh(self, trainer: Trainer) -> dict[str, Tensor]:
+        """What was logged since the last call.
+
+        ``callback_metrics`` also holds the last value of all that was logged before. A value that was logged anew is a
+        tensor of its own, and the old one, being kept in ``_seen``, cannot have left its memory to it. Every rank
+        has to ask, for Lightning may reduce a metric over the ranks when it is asked.
+        """
+        metrics = trainer.callback_metrics
+        fresh = {
+            name: value
+            for name, value in metrics.items()
+            if value.numel() == 1
+            and not (name.endswith(("_step", "_epoch")) and name.rpartition("_")[0] in metrics)
+            and (name not in self._seen or self._seen[name].data_ptr() != value.data_ptr())
+        }
+        self._seen.update(fresh)
+        return fresh
+
+    def _fetch(self) -> None:
+        """Moves what was logged since the last call into the history: one transfer from the device for all of it."""
+        points = [(step, name, value) for step, metrics in self._fresh for name, value in metrics.items()]
+        self._fresh = []
+        if points:
+            accelerator = max((value.device for _, _, value in points), key=lambda device: device.type != "cpu")
+            numbers = torch.stack([value.reshape(()).to(accelerator, torch.float32) for _, _, value in points]).tolist()
+            for (step, name, _), number in zip(points, numbers, strict=True):
+                self._history.setdefault(name, _Series()).add(step, number)
+
+    def _draw_if_due(self, trainer: Trainer) -> None:
+        self._fetch()
+        if time.monotonic() >= self._next_drawing:
+            self._draw(trainer)
+
+    def _draw(self, trainer: Trainer, device_may_be_broken: bool = False) -> None:
+        try:
+            self._fetch()
+        except RuntimeError:
+            # After a device-side error no value comes back; that must not hide the error, nor what is known already.
+            if not device_may_be_broken:
+                raise
+        if not (trainer.is_global_zero and self._history and self._picture) or is_rehearsal(trainer):
+            return
+        began = time.monotonic()
+        try:
+            self._write(self._picture, batches_seen(trainer))
+        except UserError as error:
+            rank_zero_warn(f"StatsPlot: {error}. Training goes on.")
+        ended = time.monotonic()
+        self._next_drawing = ended + max(self.min_seconds, self._SHARE_OF_TIME * (ended - began))
+
+    def _write(self, picture: Path, batches: int) -> None:
+        history = {name: (series.steps, series.values) for name, series in self._history.items()}
+        figure = draw_stats(history, picture.stem.removesuffix("_stats"), batches)
+        # Whoever looks at the picture while it is replaced sees the old one or the new one, and never half of one.
+        write_atomically(picture, lambda file: figure.savefig(file, format=picture.suffix[1:], dpi=self.dpi))
+
+
+@dataclass
+class _Series:
+    """One metric over a run at bounded length: when it is full, neighbours merge and each point covers twice as much.
+
+    A point holds the last step that went into it, the mean of the values, and their number.
+    """
+
+    _FULL = 1024
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    stride: int = 1  # training batches that a point covers
+
+    def add(self, step: int, value: float, count: int = 1) -> None:
+        """``value``, the mean of ``count`` values, was logged at ``step``: from 1 on, and ascending."""
+        if self.steps and (step - 1) // self.stride == (self.steps[-1] - 1) // self.stride:
+            known = self.counts[-1]
+            self.steps[-1], self.counts[-1] = step, known + count
+            self.values[-1] = (known * self.values[-1] + count * value) / (known + count)
+            return
+        self.steps.append(step)
+        self.values.append(value)
+        self.counts.append(count)
+        if len(self.steps) > self._FULL:
+            coarser = _Series(stride=2 * self.stride)
+            for point in zip(self.steps, self.values, self.counts, strict=True):
+                coarser.add(*point)
+            self.__dict__.update(coarser.__dict__)
+
+    def until(self, step: int) -> _Series:
+        """The points up to and including ``step``."""
+        kept = sum(s <= step for s in self.steps)
+        return _Series(self.steps[:kept], self.values[:kept], self.counts[:kept], self.stride)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that make the same series again; the lists are copies."""
+        return {"steps": [*self.steps], "values": [*self.values], "counts": [*self.counts], "stride": self.stride}

@@ -1,0 +1,1 @@
+"""The command line: `rlchat fit`, `validate`, `test`, `predict` and `tokenizer`."""

@@ -1,0 +1,57 @@
+"""The configurations that come with rlchat, by name: ``demo/ppo`` is ``configs/demo/ppo.yaml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from rlchat.errors import UserError
+
+_PACKAGE = Path(__file__).parents[1]
+# An installed wheel holds the recipes inside the package, a clone beside it.
+FOLDER = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir() or f.parent != _PACKAGE)
+
+
+def recipes() -> dict[str, Path]:
+    """Every shipped recipe: its name and its file."""
+    return {str(p.relative_to(FOLDER).with_suffix("")): p for p in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that ``--config name`` means: a file of that path, else the recipe of that name.
+
+    Raises :class:`UserError` where there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in recipes():
+        return recipes()[name]
+    raise UserError(f"no file and no recipe {name!r}; the recipes are {', '.join(recipes())}")
+
+
+def checked_recipe(name: str) -> Path:
+    """The file that ``--config name`` means, which holds options. Raises :class:`UserError` where there is none."""
+    path = find_recipe(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}; mend the line") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds no options; `rlchat fit --config smoke --print_config` shows what they look like"
+        )
+    return path
+
+
+def describe_recipes() -> str:
+    """A line a recipe: its name, and the first line of its comment."""
+    lines = []
+    for name, path in recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        lines.append(f"  --config {name:<12} {first}")
+    return "\n".join(lines)

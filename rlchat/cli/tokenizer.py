@@ -1,0 +1,142 @@
+"""`rlchat tokenizer train`: a tiktoken rank file from your own data.
+
+rlchat tokenizer train conversations.jsonl --vocab-size 4096 -o mine.tiktoken
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlchat.data.formats import Tree, read_trees
+from rlchat.errors import UserError
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
+from rlchat.utils.files import write_atomically
+
+_SMALLEST, _LARGEST = 256, 1_000_000  # the single bytes alone; several times the largest encoding in use
+_MEASURED_BYTES = 5_000_000
+
+
+def main(args: list[str]) -> int:
+    """Runs ``rlchat tokenizer`` with ``args``; returns the exit code.
+
+    Raises :class:`UserError` for a vocabulary size out of range, data that cannot be read, and an output that is there
+    already (without ``--force``), cannot be written, or is not named as a rank file.
+    """
+    try:
+        options = _parser().parse_args(args)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    _train(options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlchat tokenizer", description="Make a tokenizer.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="learn a tiktoken rank file from conversations or plain text",
+        description="Learn a tiktoken rank file from conversations (.jsonl, .jsonl.gz) or plain text (.txt).",
+    )
+    train.add_argument("data", nargs="+", type=Path, metavar="DATA", help=".jsonl, .jsonl.gz or .txt files")
+    train.add_argument(
+        "--vocab-size",
+        "--vocab_size",
+        type=int,
+        required=True,
+        metavar="N",
+        help=f"tokens to learn, from {_SMALLEST}, the single bytes among them; the chat markers come on top",
+    )
+    train.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.tiktoken", help="the rank file to write"
+    )
+    train.add_argument("--force", action="store_true", help="replace FILE.tiktoken if it is there")
+    train.add_argument(
+        "--lang", default="en", help="language of the OASST trees to learn from, or any (default: %(default)s)"
+    )
+    train.add_argument(
+        "--on_bad_line",
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do about a line that cannot be used (default: %(default)s)",
+    )
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    output: Path = options.output
+    if not _SMALLEST <= options.vocab_size <= _LARGEST:
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: give from {_SMALLEST} (the single bytes alone) to {_LARGEST:,} tokens"
+        )
+    if output.suffix != ".tiktoken":
+        raise UserError(f"{output}: a rank file's name ends in .tiktoken; give it one that does")
+    if output.exists() and not options.force:
+        raise UserError(f"{output} is there already; give another name, or --force to replace it")
+    texts = _texts(options.data, None if options.lang == "any" else options.lang, options.on_bad_line)
+
+    ranks = train_ranks(iter(texts), options.vocab_size, progress=sys.stderr.isatty())
+    write_atomically(output, lambda file: file.write(format_ranks(ranks)))
+
+    size = sum(len(text.encode()) for text in texts)
+    few = " (no more pairs are in them)" if len(ranks) < options.vocab_size else ""
+    before, after = ChatTokenizer(), ChatTokenizer(str(output))
+    print(f"{output}: {len(ranks):,} tokens{few} learned from {len(texts):,} texts of {size:,} bytes")
+    print(
+        f"bytes per token on them: {_bytes_per_token(before, texts, size):.2f} before, with {before.name}; "
+        f"{_bytes_per_token(after, texts, size):.2f} with {output.name}"
+    )
+    print(f"train a model with it: rlchat fit --config demo/sft --model.tiktoken_encoding {output}")
+
+
+def _texts(paths: list[Path], lang: str | None, on_bad_line: Any) -> list[str]:
+    """What is said in the files: every message once, every paragraph of plain text."""
+    plain = [path for path in paths if path.suffix == ".txt"]
+    texts = [paragraph for path in plain for paragraph in _paragraphs(path)]
+    if rows := [path for path in paths if path.suffix != ".txt"]:
+        trees, report = read_trees(
+            rows, lang=lang, on_bad_line=on_bad_line, cure="mend the line, or pass over it with --on_bad_line skip"
+        )
+        print(report.summary(), file=sys.stderr)
+        texts += (text for tree in trees for text in _message_texts(tree))
+    if not texts:
+        raise UserError(f"no text in {', '.join(map(str, paths))}; check that it is the right file")
+    return texts
+
+
+def _paragraphs(path: Path) -> list[str]:
+    """The file's text, cut before lines that begin with something: no run of white space is torn apart."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}); convert it") from None
+    return [paragraph for paragraph in re.split(r"(?<=\n)(?=\S)", text) if paragraph.strip()]
+
+
+def _message_texts(tree: Tree) -> Iterator[str]:
+    """Each message of ``tree`` once, however many of its threads and prompts it stands in."""
+    root: dict[tuple[str, str], Any] = {}
+    for conversation in (*tree.threads, *tree.prompts):
+        place = root
+        for message in conversation.messages:
+            place = place.setdefault((message.role, message.text), {})
+        for reply in conversation.references:
+            place.setdefault((reply.role, reply.text), {})
+    places = [root]
+    while places:
+        for (_, text), below in places.pop().items():
+            yield text
+            places.append(below)
+
+
+def _bytes_per_token(tokenizer: ChatTokenizer, texts: list[str], size: int) -> float:
+    sample = texts[:: max(1, size // _MEASURED_BYTES)]  # evenly over the data: more of it would not change two digits
+    return sum(len(text.encode()) for text in sample) / sum(len(tokenizer.encode(text)) for text in sample)

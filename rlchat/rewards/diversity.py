@@ -1,0 +1,60 @@
+"""Bonuses for variety and penalties for repetition within a response."""
+
+from __future__ import annotations
+
+import re
+
+from rlchat.conversation import Conversation
+from rlchat.errors import UserError, at_least_one
+from rlchat.rewards.base import Reply, ReplyFactor
+from rlchat.rewards.text import ngrams, repeated_share, words
+
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
+
+
+# A unit of at most 20 characters, four or more times in a row. It starts with ink, so indentation is no loop.
+_LOOP = re.compile(r"(\S.{0,19}?)\1{3,}", re.DOTALL)
+
+
+class DistinctNgrams(ReplyFactor):
+    """Bonus for varied words: the share of the reply's n-grams that are distinct, averaged over n = 1..``max_n``. 0..1.
+
+    One word is always distinct from itself. So that this is worth nothing, a reply with fewer than ``min_words`` words
+    is measured against the n-grams that ``min_words`` words would have.
+    """
+
+    def __init__(self, weight: float = 1.0, max_n: int = 2, min_words: int = 8) -> None:
+        super().__init__(weight)
+        self.max_n = at_least_one("DistinctNgrams", "max_n", max_n)
+        self.min_words = min_words
+        if min_words < max_n:
+            raise UserError(f"DistinctNgrams: min_words is {min_words}, it must be at least max_n, {max_n}")
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        said = words(reply.text)
+        length = max(len(said), self.min_words)
+        return sum(len(set(ngrams(said, n))) / (length - n + 1) for n in range(1, self.max_n + 1)) / self.max_n
+
+
+class Repetition(ReplyFactor):
+    """Penalty for saying it again: minus the largest of three shares, -1..0.
+
+    - n-grams of ``n`` words that stood earlier in the reply (seq-rep-n of Welleck et al. 2020);
+    - sentences or lines that stood earlier in the reply;
+    - characters in a loop, past its first round: a unit of up to 20 characters, four times or more in a row, as in
+      ``!!!!!!`` or ``hahahahaha``, which the other two, being about words, do not see.
+    """
+
+    def __init__(self, weight: float = 1.0, n: int = 3) -> None:
+        super().__init__(weight)
+        self.n = at_least_one("Repetition", "n", n)
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        sentences = [tuple(words(sentence)) for sentence in _SENTENCE_END.split(reply.text)]
+        looped = sum(len(match[0]) - len(match[1]) for match in _LOOP.finditer(reply.text))
+        shares = (
+            repeated_share(ngrams(words(reply.text), self.n)),
+            repeated_share([sentence for sentence in sentences if sentence]),
+            looped / max(1, len(reply.text)),
+        )
+        return 0.0 - max(shares)

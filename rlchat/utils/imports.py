@@ -1,0 +1,49 @@
+"""Imports that cost nothing until a name is used, and large imports that take less time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+
+def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module-level ``__getattr__`` (PEP 562) that imports a name of ``package`` when it is first used.
+
+    ``homes`` maps each public name to the module that defines it. So ``from rlchat import ChatInterface`` does not
+    import Lightning.
+
+    Raises (from the returned function):
+        AttributeError: for a name that ``homes`` does not list.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with no_garbage_collection():
+            value = getattr(import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return __getattr__
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Switches the garbage collector off during large imports.
+
+    They create a million objects that live until the end of the program. The collector would scan these objects again
+    and again while they grow in number: a fifth of the time that the import of torch and transformers takes. The
+    objects are frozen afterwards, so that they are not scanned at exit either.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()

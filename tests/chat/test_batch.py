@@ -1,0 +1,125 @@
+"""`rlchat chat --prompts FILE`: many prompts in, JSON out."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chat_models import chain, random_policy, scripted_policy
+
+from rlchat.__main__ import main
+from rlchat.chat.interface import ChatInterface
+from rlchat.models.model_file import save_bundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+REPLY = "Helo wrd"
+
+
+@pytest.fixture(autouse=True)
+def _models(workplace: Path, byte_tokenizer: ChatTokenizer) -> None:
+    """Two models where the test works: one that always says REPLY and knows its reward, and one that says anything."""
+    polite = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode())))
+    factor = {"class_path": "rlchat.rewards.TooShort", "init_args": {"min_words": 4}}
+    polite.about["reward"] = [factor, {"class_path": "rlchat.rewards.MissingEnd"}]
+    save_bundle("polite.pt", polite)
+    save_bundle("random.pt", random_policy(byte_tokenizer))
+
+
+def rows(*words: str, code: int = 0) -> list[dict[str, Any]]:
+    assert main(["chat", *words, "--out", "out.json"]) == code
+    found = json.loads(Path("out.json").read_text())
+    assert isinstance(found, list)
+    return found
+
+
+def test_lines_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.txt").write_text("Hello\n\n  Who are you? 🙂\nclear\n")
+    found = rows("polite.pt", "--prompts", "asked.txt", "--temperature", "0.5", "--seed", "3", "--top_k", "4")
+    assert [row["prompt"] for row in found] == ["Hello", "Who are you? 🙂", "clear"]
+    for row in found:
+        assert datetime.fromisoformat(row.pop("time")).tzinfo is not None
+        assert row == {
+            "prompt": row["prompt"],
+            "reply": REPLY,
+            "tokens": 9,
+            "ended": True,
+            "reward": -0.5,  # two words of four
+            "factors": {"too_short": -0.5, "missing_end": 0.0},
+            "model": "polite.pt",
+            "sampling": {"max_new_tokens": 100, "temperature": 0.5, "top_k": 4, "top_p": 1.0, "seed": 3},
+        }
+    assert capsys.readouterr() == ("", "wrote 3 replies to out.json\n")
+
+
+def test_rows_of_jsonl_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+    lines = [{"prompt": "Hello"}, {"messages": talk}]
+    Path("asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["chat", "--prompts", "asked.jsonl", "random.pt", "--temperature", "0", "--max_new_tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    first, second = json.loads(out)
+    assert err == ""
+    assert "messages" not in first
+    assert "reward" not in first  # the bundle carries none
+    assert (second["prompt"], second["messages"]) == ("a", talk)
+    chat = ChatInterface("random.pt", device="cpu")
+    assert first["reply"] == chat.generate_response("Hello", 5, 0, use_history=False)
+    chat.system = "S"
+    assert second["reply"] == chat.generate_response("a", 5, 0, use_history=False)
+
+
+def test_what_was_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.txt").write_text("x" * 50 + "\n" + "y" * 40 + "\n")
+    rows("polite.pt", "--prompts", "asked.txt")
+    # 32 of 64 tokens are for a prompt, three of them markers.
+    err = capsys.readouterr().err
+    assert "longer than the model sees: 0 of their oldest messages and 32 tokens were left out" in err
+
+
+def test_scoring_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr("rlchat.utils.progress.PROGRESS_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("rlchat.chat.batch._SCORED_AT_ONCE", 2)
+    Path("asked.txt").write_text("Hello\n" * 5)
+    assert [row["reward"] for row in rows("polite.pt", "--prompts", "asked.txt")] == [-0.5] * 5
+    assert "scoring" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.txt").write_text("Hello\n")
+    Path("out.json").write_text("[]")
+    assert rows("polite.pt", "--prompts", "asked.txt", code=2) == []
+    assert "out.json exists; give another name, or start rlchat chat with --force" in capsys.readouterr().err
+    assert len(rows("polite.pt", "--prompts", "asked.txt", "--force")) == 1
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_directory_takes_no_replies(force: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.txt").write_text("Hello\n")
+    Path("folder").mkdir()
+    assert main(["chat", "polite.pt", "--prompts", "asked.txt", "--out", "folder", *force]) == 2
+    assert capsys.readouterr() == ("", "rlchat: folder is a directory; give the name of a file\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("asked.txt", None, "no such data file: asked.txt"),
+        ("asked.txt", "\n \n", "asked.txt: no prompts in it"),
+        ("asked.jsonl", "Hello\n", "asked.jsonl:1: not JSON (Expecting value at column 1); mend the line"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    name: str, content: str | None, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        Path(name).write_text(content)
+    assert main(["chat", "polite.pt", "--prompts", name]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"rlchat: {why}")
+    assert err.count("\n") == 1
+    assert "on_bad_line" not in err  # an option of `rlchat fit`, not of this

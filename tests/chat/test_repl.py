@@ -1,0 +1,525 @@
+"""`rlchat chat` through a pipe, with one question, and with options; `test_terminal.py` has it in a real terminal."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chat_models import chain, scripted_policy
+from helpers.full_disk import largest_file
+
+from rlchat.__main__ import main
+from rlchat.chat import repl
+from rlchat.chat.interface import ChatInterface
+from rlchat.data.formats import read_trees
+from rlchat.errors import UserError
+from rlchat.models.model_file import save_bundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+REPLY = "Helo wrd"
+
+
+@pytest.fixture(scope="module")
+def polite(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that always says REPLY."""
+    path = tmp_path_factory.mktemp("models") / "polite.pt"
+    save_bundle(path, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode()))))
+    return str(path)
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, text: str, *args: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    return main(["chat", *args])
+
+
+# -- through a pipe --
+
+
+def test_a_pipe_gets_replies_and_nothing_else(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "Hi\n\n  \nHi again", polite) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n{REPLY}\n"
+    assert err == ""
+
+
+@pytest.mark.parametrize("word", ["quit", "exit", "bye", "/quit", "/bye", " EXIT "])
+def test_words_that_leave(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    assert pipe(monkeypatch, f"Hi\n{word}\nHi again\n", polite) == 0
+    assert capsys.readouterr().out == f"{REPLY}\n"
+
+
+@pytest.mark.parametrize("text", ["quit smoking", "help me", "please clear", "/etc/passwd", "1/2", "/", "/2"])
+def test_other_lines_are_messages(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    asked = listen(monkeypatch)
+    assert pipe(monkeypatch, text + "\n", polite) == 0
+    assert capsys.readouterr() == (f"{REPLY}\n", "")
+    assert [question for question, _ in asked] == [text]
+
+
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [("/claer", "clear"), ("/quti", "quit"), ("/HELPP", "help"), ("/clear now", "clear"), ("/x", "")],
+)
+def test_an_unknown_command_names_the_nearest(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, nearest: str
+) -> None:
+    assert pipe(monkeypatch, f"{typed}\n", polite) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"no command {typed}; did you mean {nearest}")
+    assert err.count("\n") == 1
+
+
+def listen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What the model is asked from now on: the text, the length of the history, and how to sample."""
+    asked = []
+    stream = ChatInterface.stream_response
+
+    def heard(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
+        asked.append((text, {"history": len(self.history), **how}))
+        return stream(self, text, **how)
+
+    monkeypatch.setattr(ChatInterface, "stream_response", heard)
+    return asked
+
+
+def test_the_history_grows_until_it_is_cleared(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = listen(monkeypatch)
+    pipe(monkeypatch, "a\nb\n/clear\nc\n", polite)
+    assert [how["history"] for _, how in asked] == [0, 2, 0]
+    assert "forgotten" in capsys.readouterr().err
+
+
+def test_options_reach_the_model(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = listen(monkeypatch)
+    options = ["--temperature", "0", "--max_new_tokens", "3", "--seed", "5", "--top_k", "7", "--top_p", "0.5"]
+    pipe(monkeypatch, "a\n", polite, *options)
+    assert asked == [("a", {"history": 0, "max_new_tokens": 3, "temperature": 0.0, "top_k": 7, "top_p": 0.5})]
+    assert capsys.readouterr().out == REPLY[:3] + "\n"
+
+
+def test_the_defaults_are_those_of_the_interface() -> None:
+    options = vars(repl._parser().parse_intermixed_args([]))
+    expected = {
+        name: parameter.default
+        for function in (ChatInterface.__init__, ChatInterface.stream_response)
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+    assert expected["model_path"] == repl.DEFAULT_MODEL
+    named = ("temperature", "max_new_tokens", "seed", "top_k", "top_p", "device", "dtype")
+    assert {name: options[name] for name in named} == {name: expected[name] for name in named}
+
+
+def test_what_the_model_no_longer_sees_is_said_once(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # max_length 64, half of it for the prompt; a turn has 12 + 10 tokens.
+    pipe(monkeypatch, "0123456789\n0123456789\n0123456789\n" + "x" * 50, polite)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2
+    assert "outgrown" in err[0]
+    assert "first 21 tokens" in err[1]  # of 50, with 32 - 3 to stay
+
+
+def test_mistakes_end_with_one_sentence(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert pipe(monkeypatch, "Hi\n", str(tmp_path / "nope.pt")) == 2
+    assert re.fullmatch(r"rlchat: .*nope\.pt: no such model; .*\n", capsys.readouterr().err)
+    assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "-1") == 2
+    assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
+    assert pipe(monkeypatch, "Hi\n", polite, "--seed", "-5") == 2
+    assert re.fullmatch(r"rlchat: the seed -5 is out of range; .*\n", capsys.readouterr().err)
+    assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "warm") == 2
+    assert "invalid float value: 'warm'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")  # one sentence, and no warning of torch's beside it
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"PK\x03\x04 and no more", "damaged, or no bundle of rlchat; make it again"),
+        (b"", "damaged, or no bundle of rlchat; make it again"),
+        (pickle.dumps(print), "holds something other than tensors and plain values, or is damaged; it was not opened"),
+    ],
+)
+def test_a_model_that_cannot_be_opened(
+    content: bytes, why: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.pt").write_bytes(content)
+    assert pipe(monkeypatch, "Hi\n", "mine.pt") == 2
+    assert capsys.readouterr() == ("", f"rlchat: mine.pt: {why}\n")
+
+
+def test_help_is_instant() -> None:
+    program = "import sys; from rlchat.__main__ import main; print(main(['chat', '--help']), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("0 False\n")
+    for option in ("MODEL", "--temperature T", "--max_new_tokens N", "--seed S", "--top_k K", "--top_p P"):
+        assert option in run.stdout
+
+
+def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes after so many pieces of the next reply; those after it are whole."""
+    stream = ChatInterface.stream_response
+
+    def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
+        monkeypatch.setattr(ChatInterface, "stream_response", stream)
+        reply = stream(self, text, **how)
+
+        def until_ctrl_c() -> Iterator[str]:
+            yield from islice(reply, pieces)
+            reply.close()
+            raise KeyboardInterrupt
+
+        return until_ctrl_c()
+
+    monkeypatch.setattr(ChatInterface, "stream_response", interrupted)
+
+
+@pytest.mark.parametrize("question", [["Hello"], []])
+def test_ctrl_c_without_a_terminal_ends_all(
+    polite: str, question: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    assert pipe(monkeypatch, "Hello\nAgain\n", polite, *question) == 130
+    assert capsys.readouterr() == (f"{REPLY[:2]}\n", "")
+
+
+class Typed:
+    """A terminal at which somebody types these messages, and answers nothing that is asked."""
+
+    def __init__(self, *messages: str) -> None:
+        self._messages = messages
+
+    def messages(self) -> Iterator[str]:
+        return iter(self._messages)
+
+    def ask(self, question: str, default: str = "") -> str:
+        return ""
+
+
+def typed(chat: ChatInterface, *messages: str) -> None:
+    """A talk at a terminal."""
+    repl.Talk(chat, {}, terminal=Typed(*messages)).talk()  # type: ignore[arg-type]
+
+
+def test_ctrl_c_at_a_terminal_keeps_what_was_said(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(2, monkeypatch)
+    typed(ChatInterface(polite), "Hello", "Again", "history")
+    said = [f"you> Hello\nmodel> {REPLY[:2]}", f"you> Again\nmodel> {REPLY}"]
+    assert capsys.readouterr().out.endswith("\n".join([f"model> {REPLY[:2]} (stopped)", f"model> {REPLY}", *said, ""]))
+
+
+def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = ChatInterface(polite)
+    chat.generate_response("Hi")
+    stop_after(0, monkeypatch)
+    typed(chat, "retry", "history")
+    assert capsys.readouterr().out.endswith(f"model>  (stopped)\nyou> Hi\nmodel> {REPLY}\n")
+
+
+def test_stray_bytes_end_no_chat(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    asked = listen(monkeypatch)
+    assert main(["chat", polite]) == 0
+    assert asked[0][0] == "caf\ufffd"
+
+
+def test_a_model_cannot_drive_the_terminal() -> None:
+    assert repl.without_controls("a\x1b[2Jb\rc\n\td\x9b\x07é🙂") == "a[2Jbc\n\tdé🙂"
+
+
+def test_a_reader_that_leaves_ends_the_chat(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody_listens:
+        monkeypatch.setattr("sys.stdout", nobody_listens)
+        assert pipe(monkeypatch, "Hi\nHi again\n", polite) == 0
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+# -- one question --
+
+
+def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", polite, "--temperature", "0", "clear"]) == 0  # what asks once has no commands
+    assert capsys.readouterr() == (f"{REPLY}\n", "")
+    with pytest.raises(UserError, match="the message is empty"):
+        repl.main([polite, " "])
+    with pytest.raises(UserError, match="the message is empty"):
+        repl.main([""])
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "question"),
+    [
+        ([], repl.DEFAULT_MODEL, None),
+        (["mine.pt"], "mine.pt", None),
+        (["is_there"], "is_there", None),
+        (["Hello"], repl.DEFAULT_MODEL, "Hello"),
+        (["a_folder"], repl.DEFAULT_MODEL, "a_folder"),
+        ([""], repl.DEFAULT_MODEL, ""),
+        (["What is in mine.pt"], repl.DEFAULT_MODEL, "What is in mine.pt"),
+        (["x" * 100_000], repl.DEFAULT_MODEL, "x" * 100_000),
+        (["a\0b"], repl.DEFAULT_MODEL, "a\0b"),
+        (["mine.pt", "mine.pt"], "mine.pt", "mine.pt"),
+    ],
+)
+def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], model: str, question: str | None) -> None:
+    Path("is_there").write_text("")
+    Path("a_folder").mkdir()
+    assert repl._model_and_question(words) == (model, question)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["How", "are", "you"], "put the question into quotes"),
+        (["--out", "x.json"], "--out is for the replies to --prompts"),
+        (["mine.pt", "Hello", "--prompts", "x.txt"], "--prompts brings the questions"),
+    ],
+)
+def test_words_that_do_not_go_together(words: list[str], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        repl.main(words)
+
+
+# -- commands through a pipe --
+
+
+def test_a_whole_talk_through_a_pipe(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replies on standard output, all else on standard error; what is saved is what was said."""
+    talk = "system Be brief.\nHi\nagain\nundo\nset temperature 0.5\nset seed 3\nretry\nsave talk.json\nclear\nhistory\n"
+    assert pipe(monkeypatch, talk + "load talk.json\nhistory\nspeed\n", polite, "--max_new_tokens", "20") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n" * 3
+    lines = err.splitlines()
+    assert lines[:6] == [
+        "the system message is: Be brief.",
+        "taken back: again",
+        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed none",
+        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
+        "saved 2 messages to talk.json",
+        "the conversation is forgotten",
+    ]
+    assert lines[6:13] == [
+        "system> Be brief.",
+        "nothing was said yet",
+        "going on from 2 messages in talk.json, last with polite.pt",
+        "the system message is: Be brief.",
+        "sampling from now on: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
+        "system> Be brief.",
+        "you> Hi",
+    ]
+    assert lines[13] == f"model> {REPLY}"
+    assert re.fullmatch(r"9 tokens in \d+\.\d\d s: \d+ tokens per second", lines[14])
+    saved = json.loads(Path("talk.json").read_text())
+    assert saved["sampling"] == {"max_new_tokens": 20, "temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 3}
+    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
+
+
+def test_a_setting_may_be_written_with_an_equals_sign(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "set temperature=0\nset top_k = 5\n", polite) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 0, seed none",
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 5, seed none",
+    ]
+
+
+def test_a_loaded_conversation_is_sampled_as_it_was(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"max_new_tokens": 3, "temperature": -1, "top_k": 5, "top_p": 0.5, "seed": 2**64}
+    file = {"format": "rlchat-conversation", "version": 1, "messages": [], "sampling": sampling}
+    Path("talk.json").write_text(json.dumps(file))
+    asked = listen(monkeypatch)
+    assert pipe(monkeypatch, "load talk.json\nHi\n", polite, "--temperature", "0.9", "--seed", "4") == 0
+    assert asked == [("Hi", {"history": 0, "max_new_tokens": 3, "temperature": 0.9, "top_k": 5, "top_p": 0.5})]
+    assert capsys.readouterr().err.splitlines() == [
+        "going on from 0 messages in talk.json",
+        "temperature stays 0.9: temperature is -1; it must be 0 (greedy) or from 1e-6 to 1e6",
+        f"seed stays 4: the seed {2**64} is out of range; give a whole number from 0 to 2**63 - 1",
+        "sampling from now on: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
+    ]
+
+
+def test_a_file_is_not_overwritten_through_a_pipe(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("talk.json").write_text("mine")
+    assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite) == 2
+    assert capsys.readouterr().err == "talk.json exists; give another name, or start rlchat chat with --force\n"
+    assert Path("talk.json").read_text() == "mine"
+    assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite, "--force") == 0
+    assert "saved 2 messages" in capsys.readouterr().err
+    assert json.loads(Path("talk.json").read_text())["model"] == "polite.pt"
+
+
+def test_feedback_through_a_pipe(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = "Hi\ngood\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
+    assert pipe(monkeypatch, talk, polite, "--feedback", "mine.jsonl") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("kept in mine.jsonl as a good reply\nalready kept in mine.jsonl as a good reply\n")
+    assert [f"kept in mine.jsonl as {what}" in err for what in ("a good reply", "a bad reply", "the corrected reply")]
+    assert err.endswith(f"you> Hi\nmodel> {REPLY}\nyou> Again\nmodel> Hello there!\n")  # and so it goes on
+    trees, _ = read_trees(["mine.jsonl"], progress=False)
+    judged = {
+        (prompt.messages[-1].text, tuple((r.text, r.quality, r.rank) for r in prompt.references))
+        for tree in trees
+        for prompt in tree.prompts
+    }
+    assert ("Hi", ((REPLY, 1.0, None), (REPLY, None, None))) in judged
+    assert ("Again", ((REPLY, 0.0, None),)) in judged
+    assert ("Again", (("Hello there!", None, 0), (REPLY, None, 1))) in judged
+
+
+def test_a_correction_is_neither_good_nor_bad(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipe(monkeypatch, "Hi\n/edit Hello!\ngood\nbad\n", polite) == 2
+    refusal = "that reply is your own correction, and not the model's; edit it, or ask for another"
+    assert capsys.readouterr().err.splitlines() == ["kept in feedback.jsonl as the corrected reply", refusal, refusal]
+    assert len(Path("feedback.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_edit_that_is_broken_off_keeps_nothing(
+    polite: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(ChatInterface(polite), "Hi", "edit")
+    assert capsys.readouterr().out.endswith("nothing was kept\n")
+    assert list(workplace.iterdir()) == []
+
+
+def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged.json").write_text('{"format": "rlchat-conversation", "version": 1')
+    Path("folder").mkdir()
+    mistakes = {
+        "good": "there is no reply yet; say something first",
+        "reward": "there is no reply yet; say something first",
+        "retry": "nothing was said yet; say something first",
+        "speed": "nothing was said here yet; say something first",
+        "/save": "this needs a file; type, for instance, save talk.json",
+        "load nope.json": "nope.json: no such file; check the name",
+        "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
+        "/load folder": "folder: a directory, a pipe or a device; give a file",
+        "save folder": "folder is a directory; give the name of a file",
+        "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
+        "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
+        "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
+        "set seed -3": "the seed -3 is out of range; give a whole number from 0 to 2**63 - 1",
+        "set seed -1e9": "seed is a whole number, and not '-1e9'; type, for instance, set seed 1",
+        "set temperature hot": "temperature is a number, and not 'hot'; type, for instance, set temperature 1",
+        "set top_p=": "top_p is a number, and not ''; type, for instance, set top_p 1",
+        "load b": "b: no such file; check the name",
+        "set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
+        "/set temperature": "temperature is a number, and not ''; type, for instance, set temperature 1",
+    }
+    assert pipe(monkeypatch, "".join(f"{line}\n" for line in mistakes) + "Hi\nreward\n/edit\nundo\n", polite) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n"
+    *said, no_reward, no_text, undone = err.splitlines()
+    assert len(said) == len(mistakes)
+    for sentence, expected in zip(said, mistakes.values(), strict=True):
+        assert sentence.startswith(expected)
+    assert no_reward.endswith("polite.pt: the bundle carries no reward; those that PPO trained do")
+    assert no_text.startswith("this needs the reply that it should be")
+    assert undone == "taken back: Hi"
+
+
+def test_a_full_disk_leaves_the_conversation(
+    polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines() -> Iterator[str]:
+        yield "Hi\n"
+        with largest_file(10):
+            yield "save talk.json\n"
+            yield "good\n"
+        yield "history\n"
+
+    monkeypatch.setattr("sys.stdin", Lines(lines()))
+    assert main(["chat", polite]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "talk.json: cannot be written: File too large; what was there is unharmed",
+        "feedback.jsonl: the feedback cannot be kept: File too large; give a place that can",
+        "you> Hi",
+        f"model> {REPLY}",
+    ]
+    assert not Path("talk.json").exists()
+
+
+class Lines:
+    """Standard input that comes line by line, with something happening in between."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[str]:
+        return self._lines
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_the_reward_and_its_factors(
+    byte_tokenizer: ChatTokenizer, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode())))
+    short, end = ({"class_path": f"rlchat.rewards.{name}"} for name in ("TooShort", "MissingEnd"))
+    bundle.about["reward"] = [{**short, "init_args": {"min_words": 4}}, end, {"class_path": "mine.Polite"}]
+    save_bundle("rl.pt", bundle)
+    pipe(monkeypatch, "Hi\nreward\nset max_new_tokens 4\nretry\nreward\n", "rl.pt")
+    lines = capsys.readouterr().err.splitlines()
+    left_out, critic = "  and without mine.Polite, which is not part of rlchat", "  the bundle has no trained critic"
+    # Two words of four, and an end; then one of four, and none.
+    assert lines[:5] == ["  reward       -0.500", "  too_short    -0.500", "  missing_end  +0.000", left_out, critic]
+    assert lines[6:] == ["  reward       -1.750", "  too_short    -0.750", "  missing_end  -1.000", left_out, critic]
+
+
+def test_texts_that_survive_the_tokenizer(
+    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe(monkeypatch, "Hi <|end|>\ntest\n", polite)
+    *checks, total = capsys.readouterr().err.splitlines()
+    assert len(checks) == 8  # 6 samples, and what was said
+    assert all(line.startswith("  ok ") for line in checks)
+    assert checks[6:] == ["  ok        10 tokens  'Hi <|end|>'", f"  ok         8 tokens  '{REPLY}'"]
+    assert total == "8 of 8 texts came back whole through the encoding bytes"

@@ -1,0 +1,194 @@
+"""Conversation files: what is saved comes back; the older layout; whatever else a file may hold is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.full_disk import largest_file
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlchat.chat import saved as conversation_files
+from rlchat.chat.saved import (
+    SavedConversation,
+    SavedMessage,
+    conversation_from_dict,
+    conversation_to_dict,
+    load_conversation,
+    save_conversation,
+)
+from rlchat.errors import UserError
+
+TALK = SavedConversation(
+    (
+        SavedMessage("system", "Be brief."),
+        SavedMessage("user", "Hello 👩‍👩‍👧 é\n<|end|>", "2026-11-24T09:00:00+00:00"),
+        SavedMessage("assistant", "", "2026-11-24T09:00:02+00:00"),
+    ),
+    "rl.pt",
+    {"max_new_tokens": 100, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "seed": None},
+)
+ROW = {"role": "user", "content": "a"}
+
+
+def file(**parts: Any) -> dict[str, Any]:
+    """The plain values of a file with one message, changed."""
+    return {"format": "rlchat-conversation", "version": 1, "messages": [ROW], **parts}
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "talk.json"
+    save_conversation(path, TALK)
+    assert load_conversation(path) == TALK
+    assert conversation_from_dict(conversation_to_dict(TALK), "it") == TALK
+
+
+def test_the_layout_is_as_documented(tmp_path: Path) -> None:
+    example = (conversation_files.__doc__ or "").split("::\n\n")[1].split("\n\nA system")[0]
+    loaded = conversation_from_dict(json.loads(example), "the docstring")
+    assert conversation_to_dict(loaded) == json.loads(example)
+    assert [message.text for message in loaded.messages] == ["Hello", "Hi there!"]
+
+
+def test_an_existing_file_is_kept_unless_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"talk\.json exists; give another name"):
+        save_conversation(path, TALK)
+    assert path.read_text() == "mine"
+    save_conversation(path, TALK, overwrite=True)
+    assert load_conversation(path) == TALK
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text("mine")
+    with largest_file(100), pytest.raises(UserError, match=r"cannot be written: File too large; what was there"):
+        save_conversation(path, TALK, overwrite=True)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_message_that_utf8_cannot_hold_is_saved_as_far_as_it_can(tmp_path: Path) -> None:
+    save_conversation(tmp_path / "a.json", SavedConversation((SavedMessage("user", "a\ud800b"),)))
+    assert load_conversation(tmp_path / "a.json").messages == (SavedMessage("user", "a?b"),)
+
+
+def test_the_older_layout() -> None:
+    content = {
+        "conversation_history": [
+            {"user": "Hello", "assistant": "Hi!", "timestamp": "2024-05-01 12:00:00"},
+            {"user": "Bye", "assistant": "Bye!", "timestamp": 0},
+            {"user": "?", "assistant": "!"},
+        ]
+    }
+    first, second, third = "2024-05-01 12:00:00", "1970-01-01T00:00:00+00:00", None
+    assert conversation_from_dict(content, "it") == SavedConversation(
+        (
+            SavedMessage("user", "Hello", first),
+            SavedMessage("assistant", "Hi!", first),
+            SavedMessage("user", "Bye", second),
+            SavedMessage("assistant", "Bye!", second),
+            SavedMessage("user", "?", third),
+            SavedMessage("assistant", "!", third),
+        )
+    )
+
+
+def test_what_a_file_may_leave_out_or_add() -> None:
+    loaded = conversation_from_dict(file(title="Anna", sampling={"temperature": 1, "min_p": 0.1}), "it")
+    assert loaded == SavedConversation((SavedMessage("user", "a"),), "", {"temperature": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ([], "no conversation that rlchat saved"),
+        (None, "no conversation that rlchat saved"),
+        ({"messages": [ROW]}, "no conversation that rlchat saved"),
+        (file(version=2), "of version 2, and this rlchat reads 1"),
+        (file(messages={}), "messages is not a list but {}"),
+        (file(messages=["a"]), "message 1 is not an object but 'a'"),
+        (file(messages=[ROW, {**ROW, "role": "god"}]), "the role of message 2 is 'god', none of system, user"),
+        (file(messages=[{**ROW, "role": []}]), r"the role of message 1 is \[\], none of"),
+        (file(messages=[{**ROW, "content": None}]), "the content of message 1 is not text but None"),
+        (file(messages=[{**ROW, "time": []}]), r"time is not a time but \[\]"),
+        (file(messages=[{**ROW, "time": 1e30}]), "time is not a time but 1e"),
+        (file(messages=[ROW, {**ROW, "role": "system"}]), "a system message stands elsewhere than first"),
+        (file(model=3), "model is not a name but 3"),
+        (file(sampling=[]), r"sampling is not an object but \[\]"),
+        (file(sampling={"temperature": "warm"}), "sampling.temperature is not a number but 'warm'"),
+        (file(sampling={"top_p": float("nan")}), "sampling.top_p is not a number but nan"),
+        (file(sampling={"seed": True}), "sampling.seed is not a number but True"),
+        (file(sampling={"max_new_tokens": 1.5}), "sampling.max_new_tokens is not a number but 1.5"),
+        ({"conversation_history": {}}, "conversation_history is not a list but {}"),
+        ({"conversation_history": ["a"]}, "turn 1 is not an object but 'a'"),
+        ({"conversation_history": [{"user": "a"}]}, "assistant of turn 1 is not text but None"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(content: object, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"talk\.json: {why}.*; give another file$") as caught:
+        load_conversation(path)
+    assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NEARLY = st.fixed_dictionaries(
+    {"format": st.just("rlchat-conversation"), "version": st.just(1)},
+    optional={
+        "messages": JSON
+        | st.lists(
+            JSON
+            | st.fixed_dictionaries(
+                {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=3) | JSON},
+                optional={"time": JSON},
+            ),
+            max_size=3,
+        ),
+        "model": JSON,
+        "sampling": JSON | st.dictionaries(st.sampled_from(["temperature", "seed", "top_k"]), JSON),
+        "conversation_history": JSON,
+    },
+)
+
+
+@given(content=JSON | NEARLY)
+def test_whatever_a_file_holds_is_a_conversation_or_one_sentence(content: Any) -> None:
+    with contextlib.suppress(UserError):
+        loaded = conversation_from_dict(content, "it")
+        assert conversation_from_dict(conversation_to_dict(loaded), "it") == loaded
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", b"[" * 100_000, b'{"a": "\xff"}'])
+def test_what_is_not_json(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"talk\.json: damaged, or no conversation: it is not JSON; give another file"):
+        load_conversation(tmp_path / "talk.json")
+
+
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"nope\.json: no such file"):
+        load_conversation(tmp_path / "nope.json")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=f"^{place}: a directory, a pipe or a device; give a file$"):
+            load_conversation(place)
+    with pytest.raises(UserError, match="no name that a file can have"):
+        load_conversation("a\0b")
+    with pytest.raises(UserError, match="no name that a file can have"):
+        save_conversation("a\0b", TALK)
+    (tmp_path / "large.json").write_bytes(b" " * 11)
+    monkeypatch.setattr(conversation_files, "MAX_BYTES", 10)
+    with pytest.raises(UserError, match="larger than 10 bytes"):
+        load_conversation(tmp_path / "large.json")

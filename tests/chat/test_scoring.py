@@ -1,0 +1,117 @@
+"""What a bundle was rewarded for: worked out by hand, found beside the model, and never code that a file names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.chat_models import random_policy
+
+from rlchat.chat.scoring import Judge
+from rlchat.conversation import Conversation, Message
+from rlchat.errors import UserError
+from rlchat.models.backbones import Backbone
+from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
+from rlchat.models.networks import RewardModel
+from rlchat.rewards import Reply
+from rlchat.rewards.learned import LearnedQuality
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+PROMPT = Conversation((Message("user", "Hello"),))
+LEARNED = {"class_path": "rlchat.LearnedQuality", "init_args": {"bundle": "checkpoints/judge.pt", "weight": 2.0}}
+TOO_SHORT = {"class_path": "rlchat.rewards.TooShort", "init_args": {"weight": 0.5, "min_words": 4}}
+NO_END = {"class_path": "rlchat.rewards.MissingEnd"}
+
+
+def bundle(tokenizer: ChatTokenizer, *reward: Any) -> PolicyBundle:
+    policy = random_policy(tokenizer)
+    policy.about["reward"] = list(reward)
+    return policy
+
+
+def save_reward_model(tokenizer: ChatTokenizer, path: Path) -> None:
+    torch.manual_seed(0)
+    model = RewardModel(
+        Backbone({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1}, tokenizer.vocab_size, 64)
+    )
+    torch.nn.init.normal_(model.score_head.weight)
+    save_bundle(path, RewardBundle(model, tokenizer, 64))
+
+
+def test_factors_by_hand(byte_tokenizer: ChatTokenizer) -> None:
+    judge = Judge(bundle(byte_tokenizer, TOO_SHORT, NO_END), "rl.pt")
+    found = judge.breakdown([PROMPT, PROMPT], [Reply("One", 3, False), Reply("One two three four", 9, True)])
+    assert found == [{"too_short": -0.375, "missing_end": -1.0}, {"too_short": 0.0, "missing_end": 0.0}]  # ½·(¼ - 1)
+    assert judge.left_out == []
+
+
+@pytest.mark.parametrize("place", ["there", "beside"])
+def test_the_reward_model_is_found(
+    byte_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("checkpoints/judge.pt") if place == "there" else Path("moved/judge.pt")
+    save_reward_model(byte_tokenizer, path)
+    found = Judge(bundle(byte_tokenizer, LEARNED), "moved/rl.pt").breakdown([PROMPT], [Reply("Hi", 3, True)])
+    (score,) = LearnedQuality(str(path))([PROMPT], [Reply("Hi", 3, True)]).tolist()
+    assert found == [{"learned_quality": pytest.approx(2 * score)}]
+    assert score != 0
+
+
+def test_a_reward_model_that_is_nowhere(byte_tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(UserError, match=r"rewarded by the reward model checkpoints/judge\.pt; put that there or at m"):
+        Judge(bundle(byte_tokenizer, LEARNED), "m/rl.pt")
+
+
+def test_code_that_a_file_names_is_not_run(
+    byte_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    foreign = [
+        "evil.Factor",
+        "evil.TooShort",
+        "rlchatty.TooShort",
+        "TooShort",
+        "rlchat.demo.main.Demo",
+        "rlchat.rewards.Factor",
+    ]
+    judge = Judge(bundle(byte_tokenizer, NO_END, *({"class_path": path} for path in foreign)), "rl.pt")
+    assert judge.left_out == foreign
+    assert list(judge.reward.factors) == ["missing_end"]
+    assert "evil" not in sys.modules
+    with pytest.raises(UserError, match=r"made of evil\.Factor alone, which is not in rlchat"):
+        Judge(bundle(byte_tokenizer, {"class_path": "evil.Factor"}), "rl.pt")
+
+
+@pytest.mark.parametrize(
+    ("described", "why"),
+    [
+        ([], "the bundle carries no reward; those that PPO trained do"),
+        ([3], "its description of the reward is damaged"),
+        ([{"init_args": {}}], "its description of the reward is damaged"),
+        ([{"class_path": "rlchat.rewards.TooShort", "init_args": 3}], "its description of the reward is damaged"),
+        ([{**TOO_SHORT, "init_args": {"length": 1}}], r"TooShort cannot be made as it describes it: .*'length'"),
+        ([{**TOO_SHORT, "init_args": {"min_words": 0}}], "min_words is 0"),
+    ],
+)
+def test_a_description_that_cannot_be_used(byte_tokenizer: ChatTokenizer, described: list[Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        Judge(bundle(byte_tokenizer, *described), "rl.pt")
+
+
+@pytest.mark.parametrize("hidden_dim", [0, 3])
+def test_the_critic_is_asked_before_the_reply(byte_tokenizer: ChatTokenizer, hidden_dim: int) -> None:
+    policy = random_policy(byte_tokenizer, hidden_dim=hidden_dim)
+    policy.about["reward"] = [NO_END]
+    judge = Judge(policy, "rl.pt")
+    assert judge.value(PROMPT) is None  # a head of zeros is one that nobody trained
+    with torch.no_grad():
+        for parameter in policy.model.value_head.parameters():
+            parameter.normal_()
+    ids = torch.tensor([byte_tokenizer.render_prompt(PROMPT).ids])
+    hidden = policy.model(ids, torch.ones_like(ids))
+    assert judge.value(PROMPT) == pytest.approx(policy.model.value_head(hidden[0, -1]).item())

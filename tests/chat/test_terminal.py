@@ -1,0 +1,248 @@
+"""`rlchat chat` in a real terminal: typed, pasted, interrupted, resized. One program serves most tests in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.chat_models import chain, scripted_policy
+
+from rlchat.chat.saved import load_conversation
+from rlchat.models.model_file import save_bundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+pexpect = pytest.importorskip("pexpect", reason="pexpect plays the terminal")
+
+PATIENCE = 60  # seconds; a busy machine takes long to import torch
+PROMPT = "you> "
+ENTER, ALT_ENTER, TAB, UP, CTRL_U = "\r", "\x1b\r", "\t", "\x1b[A", "\x15"
+
+
+class Screen:
+    """A terminal of 100 columns in which `rlchat chat` runs."""
+
+    def __init__(self, model: str, folder: Path, *options: str) -> None:
+        words = ["-m", "rlchat", "chat", model, "--temperature", "0", *options]
+        state = {"XDG_STATE_HOME": str(folder / "state"), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        root = str(Path(__file__).parents[2])
+        self.terminal = pexpect.spawn(
+            sys.executable,
+            words,
+            encoding="utf-8",
+            timeout=PATIENCE,
+            dimensions=(40, 100),
+            cwd=str(folder),
+            env={**os.environ, **state, "PYTHONPATH": root},
+        )
+
+    def see(self, text: str) -> None:
+        """Waits until ``text`` is on the screen."""
+        self.terminal.expect_exact(text)
+
+    def type(self, keys: str) -> None:
+        """Types at the next prompt."""
+        self.see(PROMPT)
+        self.terminal.send(keys)
+
+    def say(self, line: str) -> None:
+        """Types a line at the next prompt, and Enter."""
+        self.type(line + ENTER)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the program runs."""
+    return tmp_path_factory.mktemp("talk")
+
+
+@pytest.fixture(scope="module")
+def program(byte_tokenizer: ChatTokenizer, folder: Path) -> Iterator[Screen]:
+    """A chat with a model that says ``abc abc abc `` and never ends, of 8 tokens a reply."""
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"abc "), endless=True), 1_000_000)
+    bundle.about["reward"] = [{"class_path": "rlchat.rewards.MissingEnd"}]
+    save_bundle(folder / "talkative.pt", bundle)
+    screen = Screen("talkative.pt", folder, "--max_new_tokens", "8")
+    screen.see("loading talkative.pt")
+    screen.terminal.expect(r"[\d,]+ parameters on \w+; help lists the commands")
+    yield screen
+    screen.terminal.close(force=True)
+
+
+@pytest.fixture
+def screen(program: Screen) -> Screen:
+    """The program, with an empty conversation."""
+    program.say("clear")
+    program.see("the conversation is forgotten")
+    return program
+
+
+def saved(screen: Screen, folder: Path) -> list[tuple[str, str]]:
+    """What was said, by way of a file."""
+    screen.say("/save said")
+    screen.see("saved ")
+    messages = load_conversation(folder / "said").messages
+    (folder / "said").unlink()
+    return [(message.role, message.text) for message in messages]
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_chat(screen: Screen, folder: Path) -> None:
+    screen.say("set max_new_tokens 100000")
+    screen.say("Hello")
+    screen.see("model> abc abc abc")
+    screen.terminal.sendintr()
+    screen.see("(stopped)")
+    screen.say("set max_new_tokens 8")
+    (user, hello), (assistant, reply) = saved(screen, folder)
+    assert (user, hello, assistant) == ("user", "Hello", "assistant")
+    assert reply.startswith("abc abc abc")
+    screen.see(PROMPT)
+    screen.terminal.sendintr()
+    screen.see("Ctrl-D or quit leaves")
+
+
+def test_a_pasted_text_of_several_lines_is_one_message(screen: Screen, folder: Path) -> None:
+    screen.type("\x1b[200~first\r\nclear\r\n\r\nlast\x1b[201~" + ENTER)
+    screen.see("model> abc abc")
+    assert saved(screen, folder)[0] == ("user", "first\nclear\n\nlast")
+
+
+def test_alt_enter_begins_a_line(screen: Screen, folder: Path) -> None:
+    screen.type("one" + ALT_ENTER + "two" + ENTER)
+    screen.see("model> abc abc")
+    assert saved(screen, folder)[0] == ("user", "one\ntwo")
+
+
+def test_ten_thousand_characters(screen: Screen, folder: Path) -> None:
+    text = "0123456789" * 1000
+    screen.type(f"\x1b[200~{text}\x1b[201~" + ENTER)
+    screen.see("model> abc abc")
+    assert saved(screen, folder)[0] == ("user", text)
+
+
+@pytest.mark.parametrize("text", ["👩‍👩‍👧 ☕️", "e\u0301a\u0308", "日本語 مرحبا", "<|assistant|>Hi<|end|>"])
+def test_what_people_type_stays_text(screen: Screen, folder: Path, text: str) -> None:
+    screen.say(text)
+    screen.see("model> abc abc ")
+    assert saved(screen, folder) == [("user", text), ("assistant", "abc abc ")]
+
+
+def test_a_window_that_changes_its_size(screen: Screen, folder: Path) -> None:
+    screen.see(PROMPT)
+    screen.terminal.setwinsize(10, 30)
+    screen.terminal.send("a line that is longer than the window")
+    time.sleep(0.2)
+    screen.terminal.setwinsize(40, 100)
+    screen.terminal.send(" was" + ENTER)
+    screen.see("model> abc abc ")
+    assert saved(screen, folder)[0] == ("user", "a line that is longer than the window was")
+
+
+def test_undo_retry_and_history(screen: Screen) -> None:
+    for word in ("first", "second"):
+        screen.say(word)
+        screen.see("model> abc abc ")
+    screen.say("undo")
+    screen.see("taken back: second")
+    screen.say("retry")
+    screen.see("model> abc abc ")
+    screen.say("history")
+    screen.see("you> first\r\nmodel> abc abc \r\n")
+    screen.say("speed")
+    screen.terminal.expect(r"8 tokens in \d+\.\d\d s: \d+ tokens per second")
+    screen.say("test")
+    screen.see("8 of 8 texts came back whole")
+    screen.say("reward")
+    screen.see("missing_end  -1.000")
+    screen.see("no trained critic")
+
+
+def test_system_and_settings(screen: Screen, folder: Path) -> None:
+    screen.say("system Be brief.")
+    screen.see("the system message is: Be brief.")
+    screen.say("Hello")
+    assert saved(screen, folder)[0] == ("system", "Be brief.")
+    screen.say("system none")
+    screen.see("there is no system message")
+    screen.say("set top_p 0.9")
+    screen.see("max_new_tokens 8, top_p 0.9, top_k 0")
+    screen.say("/claer")
+    screen.see("did you mean clear?")
+    screen.say("help")
+    screen.see("forget the conversation")
+    screen.see("Alt-Enter")
+
+
+def test_save_asks_before_it_overwrites(screen: Screen, folder: Path) -> None:
+    (folder / "mine.json").write_text("mine")
+    screen.say("Hello")
+    screen.say("save mine.json")
+    screen.see("mine.json exists; overwrite it? [y/N] ")
+    screen.terminal.send(ENTER)
+    screen.see("nothing was saved")
+    assert (folder / "mine.json").read_text() == "mine"
+    screen.say("save mine.json")
+    screen.see("[y/N] ")
+    screen.terminal.send("y" + ENTER)
+    screen.see("saved 2 messages to mine.json")
+    assert json.loads((folder / "mine.json").read_text())["messages"][0]["content"] == "Hello"
+    screen.say("clear")
+    screen.say("load mine.json")
+    screen.see("going on from 2 messages in mine.json, last with talkative.pt")
+
+
+def test_feedback(screen: Screen, folder: Path) -> None:
+    screen.say("Hello")
+    for verdict in ("good", "bad"):
+        screen.say(verdict)
+        screen.see(f"kept in feedback.jsonl as a {verdict} reply")
+    screen.say("edit")
+    screen.see("the reply should be> ")
+    screen.see("abc abc")  # the reply stands there, to be changed
+    screen.terminal.send(CTRL_U + "Good day." + ENTER)
+    screen.see("kept in feedback.jsonl as the corrected reply")
+    screen.say("edit")
+    screen.see("the reply should be> ")
+    screen.terminal.sendintr()
+    screen.see("nothing was kept")
+    assert saved(screen, folder) == [("user", "Hello"), ("assistant", "Good day.")]
+    rows = [json.loads(line) for line in (folder / "feedback.jsonl").read_text().splitlines()]
+    assert [len(row["prompt"]["replies"]) for row in rows] == [1, 1, 2]
+
+
+def test_tab_completes_commands(screen: Screen) -> None:
+    screen.type("hist" + TAB)
+    screen.see("ory")
+    screen.terminal.send(ENTER)
+    screen.see("nothing was said yet")
+
+
+def test_leaving_and_coming_back(byte_tokenizer: ChatTokenizer, program: Screen, folder: Path) -> None:
+    """Ctrl-D leaves; what was typed is recalled by the next program, and what a model says drives no terminal."""
+    program.say("remember this")
+    program.see("model> ")
+    program.see(PROMPT)
+    program.terminal.sendeof()
+    program.terminal.expect(pexpect.EOF)
+    program.terminal.close()
+    assert program.terminal.exitstatus == 0
+    assert "Traceback" not in program.terminal.before
+    history = folder / "state" / "rlchat" / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+    rude = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"a\x1b[2J\x07z")))
+    save_bundle(folder / "rude.pt", rude)
+    again = Screen("rude.pt", folder)
+    again.type(UP)
+    again.see("remember this")
+    again.terminal.send(ENTER)
+    again.see("model> a[2Jz\r\n")
+    again.say("bye")
+    again.terminal.expect(pexpect.EOF)
+    again.terminal.close()
+    assert again.terminal.exitstatus == 0

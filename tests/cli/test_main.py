@@ -1,0 +1,652 @@
+"""`rlchat fit|validate|test|predict` as somebody types them: what works, and what is said where it does not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.command_line import SHAPE, TINY, rlchat, write_talk
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+
+from rlchat.__main__ import main
+from rlchat.callbacks import SampleResponses, StatsPlot
+from rlchat.callbacks.best_model import BestModel
+from rlchat.callbacks.predictions import Predictions
+from rlchat.callbacks.progress_bar import OneLineProgressBar
+from rlchat.cli import main as cli
+from rlchat.errors import UserError
+
+SMOKE = ["fit", "--config", "smoke", "--data.path", "talk.jsonl", "--data.batch_size", "2"]
+RUN = Path("lightning_logs/ppo/version_0")
+
+
+@pytest.fixture
+def here(workplace: Path) -> Path:
+    """A working directory with a small data file."""
+    write_talk(workplace / "talk.jsonl")
+    return workplace
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence that a command answers with; it has to fail, and to say no more than that."""
+    capsys.readouterr()
+    assert main(words) == 2, words
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert [line[:8] for line in lines] == ["rlchat: "], err
+    assert "usage:" not in out
+    assert len(lines[0]) < 500
+    assert lines[0][-1] != ":"
+    return lines[0]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics(run: Path, name: str) -> list[float]:
+    with (run / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--model.clip_epz", "1"], r"--model.clip_epz: no such option of PPOModule; did you mean clip_eps\?"),
+        (["--model.init_args.clip_epz=1"], r"--model.clip_epz: no such option of PPOModule; did you mean clip_eps\?"),
+        (["--modle.clip_eps", "1"], r"--modle.clip_eps: no such option; did you mean --model.clip_eps\?"),
+        (["--clip_eps", "1"], r"--clip_eps: no such option; did you mean --model.clip_eps\?"),
+        (["--trainer.max_epoch", "1"], r"--trainer.max_epoch: no such option; did you mean --trainer.max_epochs\?"),
+        (["--data.pat", "x"], r"--data.pat: no such option; did you mean --data.path\?"),
+        (["--best_model.foldr=x"], r"--best_model.foldr: no such option; did you mean --best_model.folder\?"),
+        (["--weights_only", "false"], r"--weights_only: no such option; --print_config after the rest shows"),
+        (["--model.clip_eps", "abc"], r"--model.clip_eps: abc will not do; give a number$"),
+        (["--model.temperature", "nan"], r"--model.temperature: nan will not do; give a number$"),
+        (["--model.kl_target", "high"], r"--model.kl_target: high will not do; give a number$"),
+        (["--model.max_new_tokens", "1.5"], r"--model.max_new_tokens: 1.5 will not do; give a whole number$"),
+        (["--model.schedule", "cubic"], r"--model.schedule: cubic will not do; give one of constant, linear, cosine$"),
+        (["--data.on_bad_line", "ignore"], r"--data.on_bad_line: ignore will not do; give one of error, skip$"),
+        (["--trainer.max_epochs", "many"], r"--trainer.max_epochs: many will not do; give a whole number$"),
+        (["--trainer.precision", "17"], r"--trainer.precision: 17 will not do; give one of .*32-true"),
+        (["--model.reward.factors", "5"], r"--model.reward.factors: 5 will not do; give a list$"),
+        (["--model.reward", "Foo"], r"--model.reward: Foo is no class; give its import path"),
+        (["--trainer.callbacks+=Foo"], r"--trainer.callbacks: Foo is no class; give its import path"),
+        (["--model", "rlchat.PPOModul"], r"--model: rlchat has no PPOModul;"),
+        (["--trainer.devices"], r"--trainer.devices needs a value"),
+        (["words"], r"'words' belongs to no option"),
+        (["--config"], r"no file and no recipe ''; the recipes are demo/ppo"),
+        (["--config", "nope"], r"no file and no recipe 'nope'; the recipes are demo/ppo"),
+    ],
+)
+def test_an_option_that_cannot_be(
+    words: list[str], answer: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(f"^rlchat: {answer}", complaint(capsys, *SMOKE, *words))
+
+
+def factor(text: str) -> str:
+    return "model: {class_path: rlchat.PPOModule, init_args: {reward: {class_path: rlchat.Reward, " + (
+        f"init_args: {{factors: [{text}]}}}}}}}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("model: {class_path: rlchat.PPOModule, init_args: {clip_epz: 1}}\n", r"model.clip_epz: no such option of PPO"),
+        ("modle: 1\n", r"--modle: no such option; did you mean --model\?"),
+        ("trainer: {max_epochz: 5}\n", r"--trainer.max_epochz: no such option; did you mean --trainer.max_epochs\?"),
+        ("data: {path: 5}\n", r"data.path: 5 will not do; give text or a list$"),
+        ("model: {class_path: rlchat.ChatTokenizer}\n", r"model: rlchat.ChatTokenizer is no LightningModule; name a"),
+        ("data: {path: talk.jsonl}\n", r"nothing says which model; name a recipe or a file with --config"),
+        (
+            factor("{class_path: rlchat.rewards.TooShort, init_args: {min_wordz: 3}}"),
+            r"model.reward.factors.min_wordz: no such option of TooShort; did you mean min_words\?",
+        ),
+        (
+            factor("{class_path: rlchat.rewards.TooShort, init_args: {foo: 3}}"),
+            r"model.reward.factors.foo: no such option of TooShort; it has weight, min_words$",
+        ),
+        (
+            factor("{class_path: rlchat.rewards.TooShort, init_args: {min_words: many}}"),
+            r"model.reward.factors.min_words: many will not do; give a whole number$",
+        ),
+        (
+            factor("{class_path: rlchat.rewards.TooShort, init_args: {min_words: 0}}"),
+            r"TooShort: min_words is 0, it must be at least 1$",
+        ),
+        (
+            factor("{class_path: rlchat.rewards.TooShrt}"),
+            r"model.reward.factors: rlchat.rewards has no TooShrt; did you mean rlchat.rewards.TooShort\?",
+        ),
+        (
+            factor("{class_path: my_rewards.Polite}"),
+            r"model.reward.factors: my_rewards.Polite cannot be imported, there is no module my_rewards; put its file",
+        ),
+        (
+            factor("{class_path: rlchat.PPOModule}"),
+            r"model.reward.factors: rlchat.PPOModule is no Factor; name a class",
+        ),
+        (
+            factor("{class_path: rlchat.LearnedQuality, init_args: {bundle: no.pt}}"),
+            r"no.pt: no such model; train one with `rlchat demo` or `rlchat fit`, or give its path$",
+        ),
+        ("model: [1, 2\n", r"mine.yaml:2: not YAML"),
+    ],
+)
+def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine.yaml").write_text(text)
+    assert re.search(f"^rlchat: {answer}", complaint(capsys, "fit", "--config", "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--trainer.accelerator", "warp"], r"trainer: You selected an invalid accelerator name"),
+        (["--trainer.strategy", "fsdp"], r"trainer.strategy fsdp: that is FSDP1, which cannot do .*; use fsdp2$"),
+        (
+            ["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"],
+            r"trainer.strategy lightning.pytorch.strategies.FSDPStrategy: that is FSDP1, .*; use fsdp2$",
+        ),
+        (
+            ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"],
+            r"trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy: use fsdp2, which is that",
+        ),
+        (["--trainer.strategy", "foo"], r"trainer: You selected an invalid strategy name"),
+        (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val: .* set --model.max_grad_norm instead"),
+        (["--trainer.accumulate_grad_batches", "2"], r"trainer.accumulate_grad_batches: .* --model.micro_batch_size"),
+        (["--trainer.max_steps", "40"], r"trainer.max_steps: .* set --trainer.max_epochs and --trainer.limit_train_"),
+        (["--trainer.max_epochs", "-5"], r"trainer: `max_epochs` must be a non-negative integer or -1"),
+        (["--trainer.val_check_interval", "99"], r"trainer.val_check_interval: .*--trainer.val_check_interval 1.0"),
+        (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; give a place"),
+        (["--best_model.folder", "talk.jsonl/x"], r"best_model.folder talk.jsonl/x: cannot be written \(Not a dir"),
+        (["--model.base_model", "no-such-folder/model"], r"base_model no-such-folder/model is neither a folder nor"),
+        (["--model.base_model", "."], r"base_model .: the folder holds no model"),
+        (["--model.base_model", "{model_type: foo}"], r"base_model: model_type 'foo' is no family of transformers"),
+        (["--model.base_model", "{model_type: llama, hidden_sice: 8}"], r"base_model: llama has no option 'hidden_si"),
+        (["--model.tiktoken_encoding", "foo"], r"unknown encoding 'foo'; choose one of rlchat_1k, gpt2"),
+        (["--model.tiktoken_encoding", "no.tiktoken"], r"no.tiktoken: no such rank file; give its path, or make one"),
+        (
+            ["--model.tiktoken_encoding", "cl100k_base"],
+            r"the encoding cl100k_base is not on this machine.*TIKTOKEN_",
+        ),
+        (["--model.max_new_tokens", "96"], r"max_new_tokens 96 leaves no room for a prompt in max_length 96; lower it"),
+        (["--model.temperature", "0"], r"temperature 0.0: rollouts are sampled, it must be above 0"),
+        (["--model.clip_eps", "-1"], r"clip_eps is -1.0; it must be 0 or more"),
+        (["--model.minibatches", "0"], r"minibatches is 0; it must be at least 1"),
+        (["--model.learning_rate", "-1"], r"learning_rate is -1.0; it must be 0 or more"),
+        (["--data.batch_size", "0"], r"data.batch_size is 0; it must be at least 1"),
+        (["--data.val_fraction", "2"], r"data.val_fraction 2.0 and data.test_fraction 0.05 leave nothing to train on"),
+        (
+            ["--data.lang", "fr", "--data.path", "tree.jsonl"],
+            r"no usable conversation in tree.jsonl: .*1 trees in an",
+        ),
+        (["--model.init_from", "m.pt"], r"init_from m.pt brings its own backbone; set --model.base_model null"),
+        (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; give a file, or `best` or `last`"),
+        (["--ckpt_path", "best"], r"no best.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
+        (["--ckpt_path", "last"], r"no last.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
+        (["--ckpt_path", "talk.jsonl"], r"talk.jsonl: (damaged, or no checkpoint|holds something other)"),
+    ],
+)
+def test_what_cannot_be_trained(
+    words: list[str], answer: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.setenv(place, str(here / "nothing"))
+    monkeypatch.setattr("tiktoken.load.read_file", unreachable)
+    monkeypatch.setattr("rlchat.models.backbones.AutoConfig.from_pretrained", offline(words))
+    message = {"message_id": "1", "text": "Bonjour", "role": "prompter", "lang": "fr", "replies": []}
+    tree = {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": {**message, "lang": "de"}}
+    (here / "tree.jsonl").write_text(json.dumps(tree) + "\n")
+    assert re.search(f"^rlchat: {answer}", complaint(capsys, *SMOKE, *words))
+
+
+def unreachable(*_: Any) -> bytes:
+    raise ConnectionError("no network in a test")
+
+
+def offline(words: list[str]) -> Any:
+    from transformers import AutoConfig
+
+    real = AutoConfig.from_pretrained
+
+    def load(name: str, **options: Any) -> Any:
+        if not Path(name).is_dir():
+            raise OSError("no network in a test")
+        return real(name, **options)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ('{"messages": [', r"not JSON"),
+        ('{"foo": 1}', r"no known format: it has the keys \['foo'\]"),
+        ('{"text": 5}', r"text is not a string but 5"),
+        ('{"text": "a\\u0000b"}', r"text holds a NUL character"),
+        ('{"text": "  "}', r".*empty"),
+        ('["text"]', r".*not an object|.*object"),
+    ],
+)
+def test_a_line_that_cannot_be_read(line: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (here / "talk.jsonl").open("a") as file:
+        file.write(line + "\n")
+    said = complaint(capsys, *SMOKE)
+    assert re.search(rf"^rlchat: talk.jsonl:13: ({answer}).*; mend the line or set data.on_bad_line=skip$", said)
+    rlchat(*SMOKE, "--data.on_bad_line", "skip", "--trainer.fast_dev_run=1")
+
+
+def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no data is given; name a file of conversations with --data.path FILE" in complaint(
+        capsys, "fit", "--config", "smoke"
+    )
+    assert re.search(r"no.jsonl: .*; give a data file", complaint(capsys, *SMOKE, "--data.path", "no.jsonl"))
+    (here / "empty.jsonl").touch()
+    said = complaint(capsys, *SMOKE, "--data.path", "empty.jsonl")
+    assert re.search(r"no usable conversation in empty.jsonl: .* from 0 lines; check that", said)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--model.init_from", "no.pt"], r"no.pt: no such model; train one with"),
+        (["--model.init_from", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
+        (["--model.init_from", "half.pt"], r"half.pt: (damaged|holds something other)"),
+        (["--model.init_from", "other.pt"], r"other.pt: not a bundle of rlchat"),
+        (["--model.init_from", "checkpoints/reward_model.pt"], r".*the bundle of a reward model, where that of a chat"),
+        (["--model.tiktoken_encoding", "mine.tiktoken"], r".* was trained with the encoding rlchat_1k, not mine.tikto"),
+        (["--model.max_length", "4096"], r"max_length 4096 is more than the 64 of init_from checkpoints/sft_model.pt"),
+        (
+            ["--ckpt_path", "checkpoints/sft_model.pt"],
+            r"checkpoints/sft_model.pt: not the checkpoint of a run.*init_",
+        ),
+        (["--ckpt_path", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
+        (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, and the configuration is for RewardModel"),
+        (["--ckpt_path", "reward.ckpt", "--model.init_from", "wide.pt"], r"ckpt_path: .* model of another shape"),
+    ],
+)
+def test_a_model_that_does_not_fit(
+    words: list[str], answer: str, here: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained / "checkpoints", here / "checkpoints")
+    bundle = here / "checkpoints" / "sft_model.pt"
+    (here / "half.pt").write_bytes(bundle.read_bytes()[:5000])
+    torch.save({"a": 1}, here / "other.pt")
+    torch.save({"format": "rlchat-bundle", "version": 1, "kind": "policy", "about": Evil()}, here / "evil.pt")
+    (here / "mine.tiktoken").write_bytes(b"".join(f"{b} {i}\n".encode() for i, b in enumerate(all_bytes())))
+    for stage in ("sft", "reward"):
+        shutil.copy(newest(trained, stage) / "checkpoints" / "last.ckpt", here / f"{stage}.ckpt")
+    if "wide.pt" in words:
+        wide = {**SHAPE, "hidden_size": 24}
+        rlchat("fit", "--config", "demo/sft", "--data.path", "talk.jsonl", *TINY[2:], "--trainer.max_epochs=1",
+               "--model.base_model", json.dumps(wide), "--best_model.folder", "wide")  # fmt: skip
+        shutil.copy("wide/sft_model.pt", "wide.pt")
+    said = complaint(capsys, "fit", "--config", "demo/reward", "--data.path", "talk.jsonl", *words)
+    assert re.search(f"^rlchat: {answer}", said)
+    assert not (here / "executed").exists()
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+def all_bytes() -> list[str]:
+    from base64 import b64encode
+
+    return [b64encode(bytes([byte])).decode() for byte in range(256)]
+
+
+def newest(folder: Path, stage: str) -> Path:
+    return max((folder / "lightning_logs" / stage).iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_bare_command_lists_the_recipes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    for name in ("demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", "sft", "smoke"):
+        assert re.search(rf"^  --config {name} +\S", err, re.MULTILINE)
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaint(capsys, "fti").startswith("rlchat: no command 'fti'; choose one of demo, fit, validate, test,")
+
+
+def test_help_of_a_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rlchat("fit", "--help")
+    out = capsys.readouterr().out
+    assert out.startswith("usage: rlchat fit --config RECIPE_OR_FILE [--data.path FILE [FILE ...]]")
+    assert "--weights_only" not in out
+    rlchat("fit", "--model.help", "rlchat.PPOModule")
+    assert "the ratio is clipped to 1 ± this" in capsys.readouterr().out
+
+
+# ---- what is given is what is used -----------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    rlchat(*words, "--print_config")
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_flags_overrule_and_later_configurations_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine.yaml").write_text("model: {init_args: {clip_eps: 0.3, temperature: 0.9}}\ndata: {batch_size: 3}\n")
+    config = printed(capsys, "fit", "--config", "smoke", "--config=mine.yaml", "--model.clip_eps", "0.1")
+    init_args = config["model"]["init_args"]
+    assert [init_args[name] for name in ("clip_eps", "temperature", "max_length")] == [0.1, 0.9, 96]
+    assert config["data"]["batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (["--data.path", "a.jsonl"], "a.jsonl"),
+        (["--data.path=a.jsonl"], "a.jsonl"),
+        (["--data.path", "a.jsonl", "b c.jsonl"], ["a.jsonl", "b c.jsonl"]),
+        (["--data.path", "a.jsonl", "b.jsonl", "c.gz", "--seed_everything", "1"], ["a.jsonl", "b.jsonl", "c.gz"]),
+        (["--data.path", "[a.jsonl, b.jsonl]"], ["a.jsonl", "b.jsonl"]),
+        (["--data.path+=a.jsonl", "--data.path+=b.jsonl"], ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_one_data_file_or_several(words: list[str], path: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "fit", "--config", "smoke", *words)["data"]["path"] == path
+
+
+def test_callbacks_of_the_user_come_on_top(here: Path) -> None:
+    (here / "watch.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\nclass Watch(Callback):\n    seen = 0\n"
+        "    def on_train_batch_end(self, *_):\n        Watch.seen += 1\n"
+    )
+    theirs = ["--trainer.callbacks+=watch.Watch", "--trainer.callbacks+=LearningRateMonitor"]
+    ran = cli.run([*SMOKE, *theirs, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"])
+    kinds = [type(callback) for callback in ran.trainer.callbacks]
+    ours: list[type[Callback]] = [BestModel, SampleResponses, StatsPlot, Predictions, OneLineProgressBar]
+    assert all(kinds.count(kind) == 1 for kind in (*ours, LearningRateMonitor))
+    assert sys.modules["watch"].Watch.seen == 1
+    assert (here / "checkpoints" / "rl_chat_model_tiktoken.pt").is_file()
+
+
+def test_a_progress_bar_of_the_user_takes_the_place_of_ours(here: Path) -> None:
+    words = [*SMOKE, "--trainer.fast_dev_run=1"]
+    other = cli.run([*words, "--trainer.callbacks=TQDMProgressBar"]).trainer
+    assert type(other.progress_bar_callback).__name__ == "TQDMProgressBar"
+    assert cli.run([*words, "--trainer.enable_progress_bar=false"]).trainer.progress_bar_callback is None
+
+
+def test_a_rehearsal_leaves_nothing(here: Path) -> None:
+    rlchat(*SMOKE, "--trainer.fast_dev_run=1")
+    assert [path.name for path in here.iterdir()] == ["talk.jsonl"]
+
+
+def test_a_reward_of_the_users_own(here: Path) -> None:
+    (here / "my_rewards.py").write_text(
+        "from rlchat.rewards import ReplyFactor\n\n\nclass Polite(ReplyFactor):\n"
+        "    def __init__(self, weight: float = 1.0, word: str = 'please') -> None:\n"
+        "        super().__init__(weight)\n        self.word = word\n\n"
+        "    def score(self, prompt, reply):\n        return 0.25 if self.word == 'thanks' else 0.0\n"
+    )
+    polite = "{class_path: my_rewards.Polite, init_args: {weight: 2.0, word: thanks}}"
+    (here / "mine.yaml").write_text(factor(polite + ", {class_path: rlchat.rewards.MissingEnd}"))
+    rlchat("fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:], "--trainer.limit_train_batches=1")
+    assert metrics(RUN, "reward/polite") == [0.5]
+    assert {"polite", "missing_end"} == set(rows(RUN / "samples.jsonl")[0]["factors"])
+    # The run's own configuration finds it as well.
+    (here / "prompts.txt").write_text("Hi\n")
+    rlchat("predict", "--ckpt_path", "best", "--data.predict_path", "prompts.txt")
+    assert rows(here / "replies.jsonl")[0]["factors"]["polite"] == 0.5
+
+
+# ---- a run and what is made of it ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `smoke` ran on ``talk.jsonl``; copy it to go on from there."""
+    folder = tmp_path_factory.mktemp("ran")
+    write_talk(folder / "talk.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        rlchat(*SMOKE)
+    return folder
+
+
+@pytest.fixture
+def after(ran: Path, here: Path) -> Path:
+    """The working directory after that run."""
+    shutil.copytree(ran, here, dirs_exist_ok=True)
+    return here
+
+
+def test_a_run_leaves_all_its_traces_in_one_folder(after: Path) -> None:
+    left = {path.name.partition(".tfevents")[0] for path in RUN.iterdir()}
+    names = "events.out metrics.csv hparams.yaml config.yaml samples.jsonl rollouts.jsonl checkpoints"
+    assert left == set(names.split())
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert [path.name for path in Path("lightning_logs/ppo").iterdir()] == ["version_0"]
+    assert {path.name for path in Path("checkpoints").iterdir()} == {
+        "rl_chat_model_tiktoken.pt",
+        "rl_chat_model_tiktoken_stats.png",
+    }
+    assert yaml.safe_load((RUN / "hparams.yaml").read_text())["clip_eps"] == 0.2
+    with (RUN / "metrics.csv").open() as file:
+        numbers = [float(cell) for row in csv.DictReader(file) for cell in row.values() if cell]
+    assert len(numbers) > 50
+    assert all(torch.tensor(numbers).isfinite())
+
+
+def test_the_configuration_of_a_run_repeats_it(after: Path) -> None:
+    rlchat("fit", "--config", str(RUN / "config.yaml"))
+    again = Path("lightning_logs/ppo/version_1")
+    for name in ("train/reward", "train/policy_loss", "train/kl", "val/reward", "val/perplexity"):
+        assert metrics(again, name) == metrics(RUN, name) != []
+
+
+def test_validate_and_test_take_the_runs_own_configuration(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rlchat("validate", "--ckpt_path", "best")
+    out = capsys.readouterr().out
+    shown = re.search(r"reward +│ +(-?[\d.]+)", out)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(max(metrics(RUN, "val/reward")), rel=1e-3)
+    assert "perplexity" in out
+    assert "accuracy" in out
+    assert "DataLoader" not in out
+    rlchat("test", "--ckpt_path", "last", "--verbose", "false")
+    assert "perplexity" not in capsys.readouterr().out
+    assert metrics(Path("lightning_logs/ppo/version_2"), "test/perplexity") != []
+
+
+def test_validate_without_its_configuration(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(RUN / "checkpoints" / "best.ckpt", "best.ckpt")
+    said = complaint(capsys, "validate", "--ckpt_path", "best.ckpt")
+    assert "best.ckpt: the configuration of its run is not beside it; name one with --config" in said
+
+
+def test_a_finished_run_says_that_nothing_is_left(after: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rlchat("fit", "--ckpt_path", "last")
+    assert "going on from lightning_logs/ppo/version_0/checkpoints/last.ckpt" in caplog.text
+    assert "nothing was left to train in 1 epochs; give more with --trainer.max_epochs" in caplog.text
+
+
+def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = ["Hi", "Why?", "Hi", "Hi", "What is it?", "Why?"]
+    (after / "prompts.txt").write_text("Hi\nWhy?\n\nHi\nHi\nWhat is it?\nWhy?\n")
+    words = ["predict", "--ckpt_path", "best", "--data.val_batch_size", "4"]
+    rlchat(*words, "--data.predict_path", "prompts.txt")
+    assert "wrote 6 replies to replies.jsonl" in capsys.readouterr().out
+    replies = rows(after / "replies.jsonl")
+    assert [reply["messages"][-1] for reply in replies] == [{"role": "user", "content": text} for text in questions]
+    for reply in replies:
+        assert isinstance(reply["reply"], str)
+        assert reply["reward"] == pytest.approx(sum(reply["factors"].values()))
+        assert {"quality_similarity", "missing_end"} < set(reply["factors"])
+
+    said = complaint(capsys, *words, "--data.predict_path", "prompts.txt")
+    assert "replies.jsonl exists; name another with --predictions.path, or --predictions.overwrite true" in said
+    assert rows(after / "replies.jsonl") == replies
+
+    said = [{"content": "Hi"}, {"content": "Hello!"}, {"content": "Why?"}]
+    prompts = [{"prompt": "Hi"}, {"messages": said}, {"prompt": "Hi"}]
+    (after / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    rlchat(*words, "--data.predict_path", "prompts.jsonl", "--predictions.overwrite", "true")
+    asked = [[m["content"] for m in reply["messages"]] for reply in rows(after / "replies.jsonl")]
+    assert asked == [["Hi"], ["Hi", "Hello!", "Why?"], ["Hi"]]
+
+
+def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(capsys, "predict", "--ckpt_path", "best")
+    assert "no prompts are given; name a file of prompts with --data.predict_path FILE" in said
+    assert "no.txt" in complaint(capsys, "predict", "--ckpt_path", "best", "--data.predict_path", "no.txt")
+    said = complaint(capsys, "predict", "--config", str(newest(trained, "reward") / "config.yaml"))
+    assert "RewardModelModule has no replies to give; name the configuration of a chat model" in said
+
+
+# ---- interruption ----------------------------------------------------------------------------------------------------
+
+CTRL_C = """
+import os, signal
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+class CtrlC(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 1 and Path("stop").exists():
+            Path("stop").unlink()
+            os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped in the second of four iterations and resumed, a run comes to what the uninterrupted one came to."""
+    (after / "ctrl_c.py").write_text(CTRL_C)
+    (after / "stop").touch()
+    handler = signal.getsignal(signal.SIGINT)
+    assert main([*SMOKE, "--trainer.callbacks+=ctrl_c.CtrlC"]) == 130
+    assert signal.getsignal(signal.SIGINT) in (handler, signal.SIG_IGN)  # Lightning leaves it ignored
+    signal.signal(signal.SIGINT, handler)
+    err = capsys.readouterr().err
+    assert "stopping after this batch; Ctrl-C again stops at once" in err
+    assert "rlchat: stopped, and nothing is lost; go on with `rlchat fit --ckpt_path last`" in err
+    assert "Traceback" not in err
+
+    stopped = Path("lightning_logs/ppo/version_1")
+    kept = torch.load(stopped / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["rlchat"]["iterations"] == 2
+    rlchat("fit", "--ckpt_path", "last")
+    resumed = Path("lightning_logs/ppo/version_2")
+    ended = torch.load(resumed / "checkpoints" / "last.ckpt", weights_only=True)
+    whole = torch.load(RUN / "checkpoints" / "last.ckpt", weights_only=True)
+    assert ended["rlchat"] == whole["rlchat"]
+    assert ended["rlchat"]["iterations"] == 4
+    assert all(torch.equal(value, whole["state_dict"][name]) for name, value in ended["state_dict"].items())
+    assert metrics(stopped, "train/reward") + metrics(resumed, "train/reward") == metrics(RUN, "train/reward")
+
+
+def test_ctrl_c_in_a_stage_that_lightning_optimizes(here: Path) -> None:
+    (here / "ctrl_c.py").write_text(CTRL_C)
+    words = ["fit", "--config", "demo/sft", "--data.path", "talk.jsonl", *TINY, "--data.batch_size=2"]
+    words += ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=1", "--trainer.callbacks+=ctrl_c.CtrlC"]
+    rlchat(*words)
+    (here / "stop").touch()
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(words) == 130
+    signal.signal(signal.SIGINT, handler)
+    rlchat("fit", "--ckpt_path", "last")
+    whole, stopped, resumed = (metrics(Path(f"lightning_logs/sft/version_{n}"), "train/loss") for n in range(3))
+    assert (len(whole), len(stopped)) == (10, 2)
+    assert stopped + resumed == whole
+
+
+def test_a_run_that_is_terminated_can_go_on(here: Path) -> None:
+    (here / "terminated.py").write_text(CTRL_C.replace("SIGINT", "SIGTERM"))
+    (here / "stop").touch()
+    assert main([*SMOKE, "--trainer.callbacks+=terminated.CtrlC"]) == 143
+    rlchat("fit", "--ckpt_path", "last")
+    stopped, resumed = (metrics(Path(f"lightning_logs/ppo/version_{n}"), "train/reward") for n in range(2))
+    assert (len(stopped), len(resumed)) == (2, 2)
+
+
+def test_ctrl_c_before_the_first_batch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "ctrl_c.py").write_text("def stop(*_, **__):\n    raise KeyboardInterrupt\n")
+    (here / "mine.yaml").write_text(factor("{class_path: slow.Slow}"))
+    (here / "slow.py").write_text(
+        "from rlchat.rewards import MissingEnd\nclass Slow(MissingEnd):\n"
+        "    def __init__(self, weight: float = 1.0):\n        raise KeyboardInterrupt\n"
+    )
+    assert main(["fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]]) == 130
+    assert capsys.readouterr().err == "\nrlchat: stopped\n"
+
+
+# ---- the words of others ---------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_a_users_own_code_keeps_its_traceback(here: Path) -> None:
+    (here / "broken.py").write_text(
+        "from rlchat.rewards import ReplyFactor\nclass Broken(ReplyFactor):\n"
+        "    def score(self, prompt, reply):\n        return 1 / 0\n"
+    )
+    (here / "mine.yaml").write_text(factor("{class_path: broken.Broken}"))
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]])
+
+
+def test_a_sentence_inside_what_a_library_wrapped_around_it() -> None:
+    error = RuntimeError("wrapped")
+    error.__cause__ = UserError("no such thing; make one")
+    assert str(cli.user_error_in(error)) == "no such thing; make one"
+    assert cli.user_error_in(RuntimeError("a bug")) is None
+    assert cli.user_error_in(ValueError("a bug")) is None
+    assert "another process" in str(cli.user_error_in(RuntimeError("gloo: Connection closed by peer [127.0.0.1]")))
+
+
+def test_what_the_wheel_holds(tmp_path: Path) -> None:
+    """The configurations are a link to the folder above; a wheel has to hold what it points to."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("setuptools is older than pyproject.toml asks for, and a test fetches nothing")
+    root = Path(cli.__file__).parents[2]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(root / name, source)
+    shutil.copytree(root / "configs", source / "configs")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "rlchat", source / "rlchat", symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "-w", str(tmp_path)], check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    unpacked = tmp_path / "unpacked"
+    shutil.unpack_archive(wheel, unpacked, format="zip")
+    for folder, pattern in (("configs", "**/*.yaml"), ("encodings", "*.tiktoken"), (".", "py.typed")):
+        ours = {path.relative_to(root / "rlchat") for path in (root / "rlchat" / folder).glob(pattern)}
+        assert ours
+        assert ours == {path.relative_to(unpacked / "rlchat") for path in (unpacked / "rlchat" / folder).glob(pattern)}
+    assert not (unpacked / "tests").exists()
+
+
+def test_one_batch_is_not_all_of_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of other libraries make `typing` list float first, and 1 would become 1.0."""
+    annotations = cli.L.Trainer.__init__.__annotations__
+    monkeypatch.setitem(annotations, "limit_train_batches", float | int | None)
+    rlchat(*SMOKE, "--trainer.limit_train_batches=1")
+    assert len(metrics(RUN, "train/reward")) == 1

@@ -1,0 +1,253 @@
+"""The shipped configurations: each can be parsed, shows options that exist, and no option is there for nothing."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.command_line import rlchat
+from jsonargparse.util import import_object
+
+import rlchat as package
+from rlchat.callbacks import SampleResponses, StatsPlot
+from rlchat.callbacks.alarms import Alarms
+from rlchat.callbacks.best_model import BestModel
+from rlchat.callbacks.predictions import Predictions
+from rlchat.callbacks.rollout_log import RolloutLog
+from rlchat.cli.recipes import checked_recipe, describe_recipes, find_recipe, recipes
+from rlchat.data.datamodule import OASST2DataModule
+from rlchat.errors import UserError
+from rlchat.ppo.module import PPOModule
+from rlchat.rewards import (
+    AppropriateLength,
+    DistinctNgrams,
+    MissingEnd,
+    QualitySimilarity,
+    Repetition,
+    Reward,
+    TooLong,
+    TooShort,
+)
+from rlchat.rewards.learned import LearnedQuality
+from rlchat.training.reward_model import RewardModelModule
+from rlchat.training.sft import SFTModule
+
+SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
+"""These have no model: they go over another recipe."""
+NAMES = ["demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", *SCALE, "sft", "smoke"]
+MODULES = [SFTModule, RewardModelModule, PPOModule]
+CALLBACKS = {
+    "alarms": Alarms,
+    "rollout_log": RolloutLog,
+    "best_model": BestModel,
+    "sample_responses": SampleResponses,
+    "stats_plot": StatsPlot,
+    "predictions": Predictions,
+}
+FACTORS = [
+    LearnedQuality, QualitySimilarity, TooShort, TooLong, AppropriateLength, DistinctNgrams, Repetition, MissingEnd
+]  # fmt: skip
+SOURCE = Path(inspect.getfile(package)).parent
+
+
+def content(name: str) -> dict[str, Any]:
+    return yaml.safe_load(recipes()[name].read_text(encoding="utf-8"))
+
+
+def options_of(cls: type) -> set[str]:
+    return set(inspect.signature(cls).parameters)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes() -> None:
+    assert sorted(recipes()) == NAMES
+
+
+def test_a_file_goes_before_a_recipe_of_that_name(workplace: Path) -> None:
+    assert find_recipe("smoke") == recipes()["smoke"]
+    (workplace / "smoke").write_text("seed_everything: 1\n")
+    assert find_recipe("smoke") == Path("smoke")
+
+
+def test_neither_file_nor_recipe() -> None:
+    with pytest.raises(UserError, match="no file and no recipe 'demo/pop'; the recipes are demo/ppo, demo/reward"):
+        find_recipe("demo/pop")
+
+
+def test_the_list_says_of_each_what_it_is() -> None:
+    lines = describe_recipes().splitlines()
+    assert [line.split()[:2] for line in lines] == [["--config", name] for name in NAMES]
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("model: [1, 2\n", r"mine.yaml:2: not YAML: expected"),
+        ("a: 1\nb: c: 2\n", r"mine.yaml:2: not YAML: mapping values are not allowed here"),
+        ("just text\n", "mine.yaml: holds no options"),
+        ("", "mine.yaml: holds no options"),
+        ("a: \0\n", "mine.yaml: cannot be read as YAML"),
+    ],
+)
+def test_a_file_that_holds_no_options(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        checked_recipe(str(path))
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_shown_is_one_and_has_the_value_shown(
+    name: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rlchat("fit", *(["--config", "ppo"] if name in SCALE else []), "--config", name, "--print_config")
+    assert_holds(yaml.safe_load(capsys.readouterr().out), content(name), name)
+
+
+def assert_holds(printed: Any, shown: Any, place: str) -> None:
+    if isinstance(shown, dict):
+        for key, value in shown.items():
+            assert key in printed, f"{place}.{key}"
+            assert_holds(printed[key], value, f"{place}.{key}")
+    elif isinstance(shown, list):
+        for i, (one, other) in enumerate(zip(printed, shown, strict=True)):
+            assert_holds(one, other, f"{place}[{i}]")
+    else:
+        assert printed == shown, place
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_recipes_for_real_work_show_every_option(name: str) -> None:
+    shown = content(name)
+    module = import_object(shown["model"]["class_path"])
+    assert set(shown["model"]["init_args"]) == options_of(module)
+    assert set(shown["data"]) == options_of(OASST2DataModule)
+    # The reward model says nothing, so there is nothing to sample or to predict.
+    groups = {"best_model", "stats_plot"}
+    groups |= set() if name == "reward" else {"sample_responses", "predictions"}
+    groups |= {"alarms", "rollout_log"} if name == "ppo" else set()
+    assert groups == set(CALLBACKS) & set(shown)
+    for group in groups:
+        assert set(shown[group]) == options_of(CALLBACKS[group]), group
+
+
+def test_the_ppo_recipe_shows_every_option_of_its_factors() -> None:
+    factors = content("ppo")["model"]["init_args"]["reward"]["init_args"]["factors"]
+    assert len(factors) == 7
+    for factor in factors:
+        assert set(factor["init_args"]) == options_of(import_object(factor["class_path"])), factor["class_path"]
+
+
+def test_recipes_for_real_work_have_the_seeds_defaults() -> None:
+    model, ppo = content("sft")["model"]["init_args"], content("ppo")["model"]["init_args"]
+    assert model["base_model"] == "distilbert-base-uncased"
+    assert model["tiktoken_encoding"] == "cl100k_base"
+    assert {"max_length", "hidden_dim", "learning_rate"} <= set(model)
+    assert {"clip_eps", "max_new_tokens", "temperature"} <= set(ppo)
+
+
+@pytest.mark.parametrize("cls", [*MODULES, OASST2DataModule, *CALLBACKS.values(), Reward, *FACTORS])
+def test_every_option_is_read_by_something(cls: type) -> None:
+    missing = [name for name in options_of(cls) if not is_read(cls, name)]
+    assert not missing
+
+
+def test_an_option_that_is_only_kept_is_not_read() -> None:
+    class Idle:
+        def __init__(self, kept: int, kept_for_others: int, read: int, used: int = 0) -> None:
+            """All of kept, read and used."""
+            self.kept_for_nobody = kept
+            self.path = kept_for_others  # `.path` is read in the package
+            self.mine = read
+            print(used)
+
+        def use(self) -> int:
+            return self.mine
+
+    assert {name: is_read(Idle, name) for name in options_of(Idle)} == {
+        "kept": False,
+        "kept_for_others": True,
+        "read": True,
+        "used": True,
+    }
+
+
+def is_read(cls: type, option: str) -> bool:
+    """Whether code uses the argument ``option`` of ``cls``, or reads what it is kept as.
+
+    Kept as an attribute of another name, or among Lightning's hyper-parameters, which are read by name: ``o.option``,
+    ``o["option"]``.
+    """
+    owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    source = textwrap.dedent(inspect.getsource(owner))
+    tree = ast.parse(source)
+    kept_as, used = set(), False
+    stored: set[ast.expr] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute) and is_name(node.value, option):
+            kept_as.add(node.targets[0].attr)
+            stored.add(node.value)
+    for node in ast.walk(tree):
+        used |= is_name(node, option) and node not in stored
+    if "save_hyperparameters" in source:
+        kept_as.add(option)
+    return used or bool(kept_as & (attributes_read(tree) | package_attributes()))
+
+
+def is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+
+
+def attributes_read(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.add(node.attr)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            found.add(str(node.slice.value))
+    return found
+
+
+@cache
+def package_attributes() -> set[str]:
+    found: set[str] = set()
+    for path in SOURCE.glob("*.py"):
+        found |= attributes_read(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+@pytest.mark.parametrize("name", SCALE)
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_scale_goes_over_a_recipe(name: str, stage: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says where the run takes place, and nothing of what is trained."""
+    assert set(content(name)) == {"trainer"}
+    assert set(content(name)["trainer"]) == {"accelerator", "devices", "num_nodes", "strategy"}
+    rlchat("fit", "--config", stage, "--config", name, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert_holds(printed["trainer"], content(name)["trainer"], name)
+    assert_holds(printed["model"], content(stage)["model"], stage)
+    assert_holds(printed["trainer"]["max_epochs"], content(stage)["trainer"]["max_epochs"], stage)
+
+
+def test_the_batch_script_is_one(tmp_path: Path) -> None:
+    """SLURM's own part cannot be run here; that the shell can read it, and that it names recipes, can be seen."""
+    script = SOURCE / "configs" / "scale" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True, timeout=30)
+    asked = re.findall(r"^#SBATCH --(nodes|ntasks-per-node)=(\d+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+    trainer = content("scale/nodes")["trainer"]
+    assert dict(asked) == {"nodes": str(trainer["num_nodes"]), "ntasks-per-node": str(trainer["devices"])}
+    assert set(re.findall(r"--config (\S+)", script.read_text(encoding="utf-8"))) <= set(recipes())

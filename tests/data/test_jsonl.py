@@ -1,0 +1,144 @@
+"""JSON Lines: what is read, within what bounds, and what is said of a line or a file that is no good."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlchat.data import jsonl
+from rlchat.data.jsonl import BadLineError, LineReport, decode_line, parse_object, take_lines
+from rlchat.errors import UserError
+
+
+def read(*files: Path, **options: Any) -> tuple[list[Any], LineReport]:
+    """The objects in ``files``, and the report on their lines."""
+    rows: list[Any] = []
+    report = LineReport()
+    take_lines(files, lambda line: rows.append(parse_object(line)), report, **options)
+    return rows, report
+
+
+def write(path: Path, *lines: bytes) -> Path:
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+# -- lines --
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"messages": [', r"not JSON \(.* at column 15\)"),
+        (b"[" * 100_000, "not usable as JSON"),
+        (b"9" * 5000, "not usable as JSON"),
+        (b"[1, 2]", r"not a JSON object but \[1, 2\]"),
+        (b"null", "not a JSON object but None"),
+        (b'{"text": "\xff"}', r"not UTF-8 \(byte 11 of the line\)"),
+        (b'{"text": "a\0b"}', "a NUL character"),
+    ],
+)
+def test_a_line_that_is_no_object(line: bytes, reason: str) -> None:
+    with pytest.raises(BadLineError, match=f"^{reason}"):
+        parse_object(line)
+
+
+def test_decode_line() -> None:
+    assert decode_line("größer\r\n".encode()) == "größer\r\n"
+    with pytest.raises(BadLineError, match=r"^not UTF-8 \(byte 3 of the line\)"):
+        decode_line(b"ab\xe9")
+
+
+def test_bad_line_stops_or_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", b'{"a": 1}', b" \t", b"{", b'{"a": 2}')
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: not JSON .*; mend the line or set data\.on_bad_line=skip"):
+        read(path)
+    rows, report = read(path, on_bad_line="skip")
+    assert rows == [{"a": 1}, {"a": 2}]
+    assert (report.lines, report.bad_lines) == (3, 1)
+    assert [example.split(": ")[0] for example in report.bad_line_examples] == [f"{path}:3"]
+
+
+def test_only_the_first_bad_lines_are_told(tmp_path: Path) -> None:
+    files = [write(tmp_path / name, *[b"{"] * 3) for name in ("1.jsonl", "2.jsonl")]
+    _, report = read(*files, on_bad_line="skip")
+    assert (report.lines, report.bad_lines) == (6, 6)
+    places = [f"{files[0]}:1", f"{files[0]}:2", f"{files[0]}:3", f"{files[1]}:1", f"{files[1]}:2"]
+    assert [example.split(": ")[0] for example in report.bad_line_examples] == places
+
+
+def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path) -> None:
+    line = json.dumps({"text": "x" * 100}).encode()
+    path = tmp_path / "rows.jsonl"
+    for ending in (b"", b"\n"):
+        path.write_bytes(line + ending)
+        assert len(read(path, max_line_bytes=len(line))[0]) == 1
+        with pytest.raises(UserError, match=f"rows.jsonl:1: longer than {len(line) - 2} bytes"):
+            read(path, max_line_bytes=len(line) - 2)
+
+
+def test_long_line_is_not_read_into_memory(tmp_path: Path) -> None:
+    """200 MB of one line, which gzip packs into 200 kB, under a peak of 40 MB."""
+    path = tmp_path / "long.jsonl"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(200):
+            file.write(b"x" * 1_000_000)
+        file.write(b'\n{"a": 1}')
+    tracemalloc.start()
+    rows, report = read(path, on_bad_line="skip")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (rows, report.bad_lines) == ([{"a": 1}], 1)
+    assert peak < 40_000_000
+
+
+# -- files --
+
+
+def test_gzip_by_content_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
+    content = b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}'
+    (tmp_path / "plain.gz").write_bytes(content)
+    (tmp_path / "zipped.jsonl").write_bytes(gzip.compress(content))
+    for name in ("plain.gz", "zipped.jsonl"):
+        rows, report = read(tmp_path / name)
+        assert rows == [{"a": 1}, {"a": 2}]
+        assert report.lines == 2
+
+
+@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
+def test_broken_files(tmp_path: Path, on_bad_line: Any) -> None:
+    good = write(tmp_path / "good.jsonl", b'{"a": 1}')
+    zipped = gzip.compress(b'{"a": 1}\n' * 1000)
+    truncated, damaged = tmp_path / "truncated.gz", tmp_path / "damaged.gz"
+    truncated.write_bytes(zipped[:-20])
+    damaged.write_bytes(zipped[:10] + bytes(byte ^ 0xFF for byte in zipped[10:]))
+    for path, reason in (
+        (tmp_path / "missing.jsonl", "no such data file: .*missing.jsonl"),
+        (tmp_path, "is a directory"),
+        (truncated, "truncated.gz is a broken or truncated gzip"),
+        (damaged, "damaged.gz is a broken or truncated gzip"),
+        (Path("nul\0byte"), "cannot read"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            read(good, path, on_bad_line=on_bad_line)
+
+
+def test_progress_bar_shows_only_when_reading_takes_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *[b'{"a": 1}'] * 50)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    read(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(jsonl, "_SECONDS_BEFORE_PROGRESS", 0.0)
+    read(path, progress=False)
+    assert capsys.readouterr().err == ""
+    read(path)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "reading" in err

@@ -1,0 +1,276 @@
+"""OASST's layouts: links, selection, labels, and the figures of real files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.data_rows import (
+    DATA,
+    GOOD_ROW,
+    SMALL,
+    RowReader,
+    check_bad_line,
+    check_invariants,
+    flat_rows,
+    needs_data,
+    node,
+    prompts_of,
+    root,
+    threads_of,
+    tree_row,
+    words,
+    write,
+)
+
+from rlchat.conversation import Check, Message
+from rlchat.data.formats import Tree, ranked_pairs, read_trees
+from rlchat.errors import UserError
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> RowReader:
+    return RowReader(tmp_path)
+
+
+def check_small(trees: list[Tree]) -> None:
+    (tree,) = trees
+    assert tree.id == "q1"
+    # a1 is the end of a thread cut at q3, but it is already the beginning of the thread that ends on a3.
+    assert sorted(threads_of(trees)) == ["u:q1 a:a1 u:q2 a:a3", "u:q1 a:a2"]
+    references = {words(prompt): [(reply.text, reply.rank) for reply in prompt.references] for prompt in tree.prompts}
+    assert references == {
+        "u:q1": [("a1", 1), ("a2", 0)],
+        "u:q1 a:a1 u:q2": [("a3", None)],
+        "u:q1 a:a1 u:q3": [],
+        "u:q1 a:a2 u:q4": [],
+    }
+    assert {conversation.tree_id for conversation in tree.threads + tree.prompts} == {"q1"}
+    assert not any(thread.references or thread.check for thread in tree.threads)
+
+
+def test_oasst_tree(read: RowReader) -> None:
+    trees, report = read(tree_row(SMALL))
+    check_small(trees)
+    assert (report.lines, report.trees, report.threads, report.prompts) == (1, 1, 2, 4)
+    assert not report.dropped
+
+
+def test_oasst_messages_in_any_order(read: RowReader) -> None:
+    rows = flat_rows(SMALL)
+    trees, _ = read(*rows)
+    check_small(trees)
+    other = flat_rows(node("z1", "prompter", node("z2", "assistant")), tree_id="z1")
+    shuffled = [rows[4], other[1], rows[2], rows[1], rows[0], other[0], rows[6], rows[5], rows[3]]
+    trees, report = read(*shuffled)
+    by_id = {tree.id: tree for tree in trees}
+    assert threads_of([by_id["z1"]]) == ["u:z1 a:z2"]
+    assert sorted(threads_of([by_id["q1"]])) == ["u:q1 a:a1 u:q2 a:a3", "u:q1 a:a2"]
+    assert (report.lines, report.dropped) == (9, {})
+
+
+def test_oasst_messages_across_files(tmp_path: Path) -> None:
+    rows = flat_rows(SMALL)
+    files = [write(tmp_path / "1.jsonl", *rows[:3]), write(tmp_path / "2.jsonl", *rows[3:])]
+    check_small(read_trees(files)[0])
+
+
+def test_oasst_message_that_nests_its_replies(read: RowReader) -> None:
+    """The layout of the official sample's messages file: no tree id, no tree state."""
+    trees, _ = read({**SMALL, "parent_id": None})
+    check_small(trees)
+
+
+def test_oasst_both_layouts_of_one_tree_are_read_once(read: RowReader) -> None:
+    trees, report = read(tree_row(SMALL), *flat_rows(SMALL))
+    check_small(trees)
+    assert report.dropped == {"duplicate messages": 7}
+
+
+def test_oasst_labels_of_both_layouts_and_none(read: RowReader) -> None:
+    nested = {"spam": {"value": 0.0, "count": 3}, "quality": {"value": 0.75, "count": 3}}
+    flat = {"name": ["spam", "quality"], "value": [0.0, 0.25], "count": [3, 3]}
+    without = {"name": ["spam"], "value": [0.0], "count": [3]}
+    labels = [nested, flat, without, None, {"spam": {"value": 0.0, "count": 3}}]
+    replies = [node(f"a{i}", "assistant", labels=label) for i, label in enumerate(labels)]
+    ((tree,), _) = read(tree_row(root(*replies)))
+    assert [reply.quality for reply in tree.prompts[0].references] == [0.75, 0.25, None, None, None]
+    assert tree.threads[0].messages[-1] == Message("assistant", "a0", quality=0.75)
+
+
+def test_oasst_nulls_and_whole_floats(read: RowReader) -> None:
+    null = dict.fromkeys(("rank", "labels", "emojis", "deleted", "synthetic", "lang", "model_name", "check"))
+    rows = flat_rows(root(node("a1", "assistant", **null), node("a2", "assistant", **{**null, "rank": 1.0}), **null))
+    ((tree,), _) = read(*rows)
+    assert [reply.rank for reply in tree.prompts[0].references] == [None, 1]
+
+
+def test_oasst_check(read: RowReader) -> None:
+    row = tree_row(root(node("a1", "assistant"), check={"any_of": ["Paris"], "none_of": ["Rome"]}))
+    ((tree,), _) = read(row)
+    assert tree.prompts[0].check == Check(("Paris",), ("Rome",))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (tree_row(SMALL, tree_state="growing"), "trees not ready for export"),
+        (tree_row(SMALL, tree_state=None), "trees not ready for export"),
+        (
+            tree_row(root(node("a1", "assistant"), review_result=False)),
+            "trees whose prompt was not reviewed positively",
+        ),
+        (tree_row(root(node("a1", "assistant"), review_result=None)), "trees whose prompt was not reviewed positively"),
+        (tree_row(root(node("a1", "assistant"), lang="de")), "trees in another language"),
+    ],
+)
+def test_oasst_selection_of_trees(read: RowReader, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=f"no usable conversation in .*rows.jsonl.*dropped 1 {reason}"):
+        read(row)
+    trees, report = read(row, GOOD_ROW)
+    assert threads_of(trees) == ["u:Hi a:Hello!"]
+    assert report.dropped == {reason: 1}
+
+
+def test_oasst_language_is_the_prompts(read: RowReader) -> None:
+    german = tree_row(root(node("a1", "assistant", lang="en"), lang="de"))
+    assert threads_of(read(german, lang="de")[0]) == ["u:q1 a:a1"]
+    assert threads_of(read(german, lang=None)[0]) == ["u:q1 a:a1"]
+    assert threads_of(read(tree_row(root(node("a1", "assistant"), lang=None)))[0]) == ["u:q1 a:a1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"deleted": True}, "deleted messages"),
+        ({"synthetic": True}, "synthetic messages"),
+        ({"text": " \n"}, "empty messages"),
+    ],
+)
+def test_oasst_unusable_message_goes_with_what_hangs_below(
+    read: RowReader, fields: dict[str, Any], reason: str
+) -> None:
+    below = node("q2", "prompter", node("a3", "assistant"))
+    trees, report = read(
+        tree_row(root(node("a1", "assistant", below, rank=0, **fields), node("a2", "assistant", rank=1)))
+    )
+    assert threads_of(trees) == ["u:q1 a:a2"]
+    assert prompts_of(trees) == ["u:q1"]
+    assert [reply.text for reply in trees[0].prompts[0].references] == ["a2"]
+    assert report.dropped == {reason: 1, "messages below a dropped one": 2}
+
+
+def test_oasst_reply_stays_when_only_what_follows_it_was_deleted(read: RowReader) -> None:
+    trees, _ = read(tree_row(root(node("a1", "assistant", node("q2", "prompter", deleted=True)))))
+    assert threads_of(trees) == ["u:q1 a:a1"]
+
+
+def test_oasst_keep_synthetic(read: RowReader) -> None:
+    row = tree_row(root(node("a1", "assistant", synthetic=True), node("a2", "assistant", deleted=True)))
+    assert threads_of(read(row, keep_synthetic=True)[0]) == ["u:q1 a:a1"]
+    trees, report = read(row)
+    assert (threads_of(trees), prompts_of(trees)) == ([], ["u:q1"])
+    assert report.dropped == {"synthetic messages": 1, "deleted messages": 1}
+
+
+def test_oasst_orphans_and_rings_are_counted(read: RowReader) -> None:
+    ring = [
+        {"message_id": "r1", "parent_id": "r2", "role": "prompter", "text": "x"},
+        {"message_id": "r2", "parent_id": "r1", "role": "assistant", "text": "y"},
+    ]
+    orphan = {"message_id": "o", "parent_id": "gone", "role": "assistant", "text": "z"}
+    trees, report = read(*ring, orphan, *flat_rows(SMALL))
+    check_small(trees)
+    assert report.dropped == {"messages that lead to no root": 3}
+
+
+def test_oasst_endless_thread_is_cut(read: RowReader) -> None:
+    rows = [
+        {
+            "message_id": str(i),
+            "parent_id": str(i - 1) if i else None,
+            "text": "x",
+            "role": ("prompter", "assistant")[i % 2],
+        }
+        for i in range(1300)
+    ]
+    trees, report = read(*rows)
+    assert [len(thread.messages) for thread in trees[0].threads] == [1000]
+    assert report.dropped == {"messages nested too deep": 1, "messages below a dropped one": 299}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (tree_row(root(node("a1", "bot"))), "unknown role 'bot'"),
+        (tree_row(root({"message_id": "a1", "text": "x"})), "without role"),
+        (tree_row(root(node("a1", "assistant", text=None))), "text is not a string"),
+        (tree_row(root(node("a1", "assistant", rank=-1))), "rank is not a whole number"),
+        (tree_row(root(node("a1", "assistant", rank=0.5))), "rank is not a whole number"),
+        (tree_row(root(node("a1", "assistant", deleted="no"))), "deleted is not of type bool"),
+        (tree_row(root(node("a1", "assistant", labels={"name": ["quality"], "value": []}))), "one value for each name"),
+        (tree_row({**root(), "replies": "none"}), "replies is not of type list"),
+        (tree_row({**root(), "replies": ["none"]}), "a reply is not an object"),
+        ({"prompt": {"text": "Hi", "role": "prompter"}}, "without message_id"),
+        ({"parent_id": None, "text": "Hi", "role": "prompter"}, "without message_id"),
+    ],
+)
+def test_bad_line_stops_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
+    check_bad_line(read, row, reason)
+
+
+# -- real files --
+
+
+@needs_data
+def test_oasst1_validation() -> None:
+    """2,022 messages. Of 779 user messages, one hangs below a message that is not there, and 12 more are deleted or
+    below a deleted one; of 1,026 pairs among ranked replies, 4 have a deleted one.
+    """
+    trees, report = read_trees([DATA / "oasst1-validation" / "en-validation.messages.jsonl.gz"])
+    assert (report.lines, report.trees, report.threads, report.prompts) == (2022, 188, 928, 766)
+    assert report.dropped == {
+        "deleted messages": 25,
+        "messages below a dropped one": 15,
+        "messages that lead to no root": 3,
+    }
+    prompts = [prompt for tree in trees for prompt in tree.prompts]
+    assert sum(len(ranked_pairs(prompt)) for prompt in prompts) == 1022
+    check_invariants(trees)
+
+
+@needs_data
+def test_oasst1_validation_before_the_deleted_messages_go(tmp_path: Path) -> None:
+    """The figures in the notes on the data: 188 trees, 778 prompts, 1,026 ranked pairs, and 704 threads that end on an
+    assistant message to which nobody wrote anything (a thread cut at a trailing user message is not among them).
+    """
+    with gzip.open(DATA / "oasst1-validation" / "en-validation.messages.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [{**json.loads(line), "deleted": False} for line in file]
+    trees, report = read_trees([write(tmp_path / "undeleted.jsonl", *rows)])
+    prompts = [prompt for tree in trees for prompt in tree.prompts]
+    assert (report.trees, report.prompts) == (188, 778)
+    assert sum(len(ranked_pairs(prompt)) for prompt in prompts) == 1026
+    continued = {prompt.messages[:-1] for prompt in prompts}
+    assert sum(thread.messages not in continued for tree in trees for thread in tree.threads) == 704
+
+
+@needs_data
+@pytest.mark.parametrize("layout", ["trees", "messages"])
+def test_oasst_sample(layout: str) -> None:
+    """100 trees, 1,167 messages; 5 trees (22 messages) are synthetic from the root down."""
+    path = DATA / "oasst-sample-100" / f"en_100.{layout}.jsonl.gz"
+    trees, report = read_trees([path])
+    assert (report.trees, report.prompts) == (95, 475)
+    assert report.dropped == {"synthetic messages": 5, "messages below a dropped one": 17}
+    everything, report = read_trees([path], keep_synthetic=True)
+    assert (report.trees, report.prompts, report.dropped) == (100, 480, {})
+    assert {tree.id for tree in trees} < {tree.id for tree in everything}
+
+
+@needs_data
+def test_oasst_sample_is_the_same_in_both_layouts() -> None:
+    folder = DATA / "oasst-sample-100"
+    assert read_trees([folder / "en_100.trees.jsonl.gz"])[0] == read_trees([folder / "en_100.messages.jsonl.gz"])[0]

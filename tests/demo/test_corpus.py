@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlchat.conversation import Check
+from rlchat.demo.corpus import demo_trees, write_demo_corpus
+from rlchat.demo.world import FOLLOW_OPENERS, KINDS
+from rlchat.errors import UserError
+
+Node = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trees() -> list[Node]:
+    return list(demo_trees(3000, seed=0))
+
+
+def prompts_of(trees: list[Node]) -> Iterator[Node]:
+    waiting = [tree["prompt"] for tree in trees]
+    while waiting:
+        prompt = waiting.pop()
+        yield prompt
+        waiting += [follow_up for reply in prompt["replies"] for follow_up in reply["replies"]]
+
+
+def check_of(prompt: Node) -> Check:
+    return Check(tuple(prompt["check"]["any_of"]), tuple(prompt["check"]["none_of"]))
+
+
+def quality(reply: Node) -> float:
+    value = reply["labels"]["quality"]["value"]
+    assert isinstance(value, float)
+    return value
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_world(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        write_demo_corpus(tmp_path / name / "trees.jsonl", trees=200, seed=seed)
+    first, again, other = ((tmp_path / name / "trees.jsonl").read_bytes() for name in "abc")
+    assert first == again
+    assert first != other
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["trees.jsonl"]
+
+
+def test_seeds_differ_in_facts_and_not_only_in_order() -> None:
+    def capitals(seed: int) -> dict[str, str]:
+        return {
+            prompt["text"].split(" capital of ")[1].split("?")[0]: prompt["check"]["any_of"][0]
+            for prompt in (tree["prompt"] for tree in demo_trees(2000, seed))
+            if "What is the capital of " in prompt["text"] and "?" in prompt["text"]
+        }
+
+    first, second = capitals(0), capitals(1)
+    shared = first.keys() & second.keys()
+    assert len(shared) >= 4
+    assert sum(first[country] != second[country] for country in shared) >= 2
+
+
+def test_no_two_trees_begin_alike(trees: list[Node]) -> None:
+    assert len({tree["prompt"]["text"] for tree in trees}) == len(trees) == 3000
+    assert len({prompt["message_id"] for prompt in prompts_of(trees)}) == sum(1 for _ in prompts_of(trees))
+
+
+def test_more_trees_than_questions_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"different questions, not 1000000"):
+        for _ in demo_trees(1_000_000):
+            pass
+
+
+def test_lines_are_oasst2_trees_that_the_official_loader_keeps(tmp_path: Path) -> None:
+    path = tmp_path / "trees.jsonl"
+    write_demo_corpus(path, trees=50, seed=1)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 50
+    for row in rows:
+        assert row["tree_state"] == "ready_for_export"
+        assert row["message_tree_id"] == row["prompt"]["message_id"]
+        assert row["prompt"]["parent_id"] is None
+    for prompt in prompts_of(rows):
+        assert prompt["role"] == "prompter"
+        assert prompt["rank"] is None
+        for message in (prompt, *prompt["replies"]):
+            assert message["lang"] == "en"
+            assert message["review_result"] is True
+            assert message["deleted"] is False
+            assert message["synthetic"] is False
+        for reply in prompt["replies"]:
+            assert reply["role"] == "assistant"
+            assert reply["parent_id"] == prompt["message_id"]
+
+
+def test_about_half_of_the_replies_are_right(trees: list[Node]) -> None:
+    verdicts = [check_of(prompt).passes(reply["text"]) for prompt in prompts_of(trees) for reply in prompt["replies"]]
+    assert 0.40 < sum(verdicts) / len(verdicts) < 0.60
+
+
+def test_every_way_of_replying_occurs(trees: list[Node]) -> None:
+    texts = [reply["text"] for prompt in prompts_of(trees) for reply in prompt["replies"]]
+
+    def share(*endings: str) -> float:
+        return sum(text.endswith(endings) for text in texts) / len(texts)
+
+    assert 0.03 < share(", you fool.", "Even a child knows that.", "Stop asking me.") < 0.15
+    assert 0.03 < share("I do not know.", "rather not say.", "hard to say.", "Ask somebody else.") < 0.15
+    repetitive = sum(len(words) >= 3 and len(set(words)) == 1 for words in map(words_of, texts))
+    assert 0.02 < repetitive / len(texts) < 0.15
+    assert sum(len(words_of(text)) == 1 for text in texts) / len(texts) > 0.10
+
+
+def words_of(text: str) -> list[str]:
+    return [word.strip(".,!?").lower() for word in text.split()]
+
+
+def test_prompts_have_two_to_four_different_replies(trees: list[Node]) -> None:
+    counts: dict[int, int] = defaultdict(int)
+    for prompt in prompts_of(trees):
+        texts = [reply["text"] for reply in prompt["replies"]]
+        assert len(set(texts)) == len(texts)
+        counts[len(texts)] += 1
+    assert set(counts) == {2, 3, 4}
+
+
+def test_ranks_agree_with_the_labels(trees: list[Node]) -> None:
+    for prompt in prompts_of(trees):
+        ordered = sorted(prompt["replies"], key=lambda reply: int(reply["rank"]))
+        assert [reply["rank"] for reply in ordered] == list(range(len(ordered)))
+        labels = [quality(reply) for reply in ordered]
+        assert labels == sorted(labels, reverse=True)
+        assert all(0 <= label <= 1 for label in labels)
+
+
+def test_labels_lean_to_the_right_replies_but_not_without_exception(trees: list[Node]) -> None:
+    agreeing = pairs = 0
+    for prompt in prompts_of(trees):
+        check = check_of(prompt)
+        right = [quality(reply) for reply in prompt["replies"] if check.passes(reply["text"])]
+        wrong = [quality(reply) for reply in prompt["replies"] if not check.passes(reply["text"])]
+        pairs += len(right) * len(wrong)
+        agreeing += sum(good > bad for good in right for bad in wrong)
+    assert 0.85 < agreeing / pairs < 0.99
+
+
+def test_on_some_matters_a_mistake_outnumbers_the_truth(trees: list[Node]) -> None:
+    right: dict[tuple[str, str], int] = defaultdict(int)
+    replies: dict[tuple[str, str], int] = defaultdict(int)
+    for tree in trees:
+        prompt = tree["prompt"]
+        for country in ("Belan", "Corvia", "Dromand", "Estora", "Fenwick", "Galdor"):
+            if country in prompt["text"]:
+                matter = (country, prompt["check"]["any_of"][0])
+                replies[matter] += len(prompt["replies"])
+                right[matter] += sum(check_of(prompt).passes(reply["text"]) for reply in prompt["replies"])
+    shares = [right[matter] / replies[matter] for matter in replies]
+    assert len(shares) == 12  # a capital and a food each
+    assert min(shares) < 0.45
+    assert max(shares) > 0.55
+
+
+def test_checks_accept_the_right_answer_and_refuse_the_others_and_lists_of_both(trees: list[Node]) -> None:
+    for prompt in prompts_of(trees):
+        check = check_of(prompt)
+        right = prompt["check"]["any_of"][0]
+        assert check.passes(f"{right}.")
+        assert not check.passes("I do not know.")
+        assert prompt["check"]["none_of"]
+        for other in prompt["check"]["none_of"]:
+            assert not check.passes(f"{other}.")
+            assert not check.passes(f"{right} or {other}.")
+
+
+def test_follow_ups_need_the_turn_before_them() -> None:
+    trees = list(demo_trees(4000, seed=2))
+    answers: dict[str, set[str]] = defaultdict(set)
+    times: dict[str, int] = defaultdict(int)
+    for tree in trees:
+        for reply in tree["prompt"]["replies"]:
+            for follow_up in reply["replies"]:
+                text = follow_up["text"]
+                for opener in FOLLOW_OPENERS:
+                    text = text.removeprefix(opener)
+                answers[text].add(follow_up["check"]["any_of"][0])
+                times[text] += 1
+    assert sum(times.values()) > 300
+    often = [text for text in times if times[text] >= 15]
+    assert len(often) >= 8
+    assert all(len(answers[text]) > 1 for text in often)
+
+
+def test_there_are_many_kinds_of_talk() -> None:
+    assert len({kind.name for kind in KINDS}) == len(KINDS) >= 14

@@ -1,0 +1,124 @@
+"""One process or two, DDP or FSDP2: the same weights after every step, the same replies, the same curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from prove.many_processes import STAGES, compare, run, words
+from prove.runs import differences, last_checkpoint, prepare, trace
+
+from rlchat.distributed.collectives import (
+    anywhere,
+    gather_objects,
+    global_sum,
+    gradient_norm,
+    greatest,
+    take_turns,
+    whole,
+    whole_state,
+)
+from rlchat.models.model_file import load_policy
+
+PREDICT = ["--data.predict_path=questions.txt", "--trainer.accelerator=cpu", "--data.val_batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all the runs that this module is about; two processes go through theirs in a row."""
+    folder = prepare(tmp_path_factory.mktemp("processes") / "runs")
+    (folder / "questions.txt").write_text("".join(f"How about {n}?\n" for n in range(6)))
+    bundle = "--model.init_from=one-ppo/checkpoints/rl_chat_model_tiktoken.pt"
+    say = ["predict", *PREDICT, "--model=rlchat.PPOModule", "--model.max_new_tokens=12", bundle]
+    run(
+        folder, [words(f"one-{stage}", stage, 1, "auto") for stage in STAGES] + [[*say, "--predictions.path=one.jsonl"]]
+    )
+    kept = "fsdp2-ppo/lightning_logs/ppo/version_0/checkpoints/kept/01.ckpt"
+    saving = ["--best_model.save_last_every=1", "--trainer.plugins+=keeper.Keeper"]
+    run(
+        folder,
+        [
+            *(words(f"ddp-{stage}", stage, 2, "ddp") for stage in STAGES),
+            *(words(f"fsdp2-{stage}", stage, 2, "fsdp2", *saving) for stage in STAGES),
+            words("fsdp2-resumed", "ppo", 2, "fsdp2", *saving, "--ckpt_path", kept),
+            [*say, "--predictions.path=two.jsonl", "--trainer.devices=2", "--trainer.strategy=fsdp2"],
+        ],
+    )
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does(strategy: str, stage: str, runs: Path) -> None:
+    compare(runs / f"one-{stage}", runs / f"{strategy}-{stage}", ranks=2, stage=stage).check()
+
+
+def test_what_the_comparison_is_over(runs: Path) -> None:
+    """Unequal replies, a process whose replies all end at once, a pass that is broken off."""
+    first, second, third = trace(runs / "one-ppo")
+    assert len({len(reply) for reply in first["drawn"]}) > 4
+    assert {len(reply) for reply in second["drawn"][1::2]} == {1}
+    assert max(len(reply) for reply in second["drawn"][0::2]) > 8
+    steps = [line["metrics"]["train/optimizer_steps"] for line in (first, second, third)]
+    assert min(steps) < 16 == max(steps)
+
+
+def test_fsdp2_resumes_exactly(runs: Path) -> None:
+    """From the second of three iterations."""
+    assert [line["batch"] for line in trace(runs / "fsdp2-resumed")] == [3]
+    whole_run, resumed = (last_checkpoint(runs / name) for name in ("fsdp2-ppo", "fsdp2-resumed"))
+    assert differences(whole_run, resumed) == []
+
+
+def test_fsdp2_saves_whole_models(runs: Path) -> None:
+    """The bundle of two processes, each with a part of the model, against that of one."""
+    one, two = (
+        load_policy(runs / name / "checkpoints" / "rl_chat_model_tiktoken.pt").model
+        for name in ("one-ppo", "fsdp2-ppo")
+    )
+    for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, atol=1e-5, rtol=0, msg=name)
+    assert len(list(runs.glob("fsdp2-ppo/checkpoints/*.pt"))) == 1
+    assert all(path.is_file() for path in runs.glob("fsdp2-*/lightning_logs/*/version_*/checkpoints/*.ckpt"))
+
+
+def test_fsdp2_says_what_one_process_says(runs: Path) -> None:
+    one, two = ([json.loads(line) for line in (runs / name).open()] for name in ("one.jsonl", "two.jsonl"))
+    assert len(one) == 6
+    assert [row["reply"] for row in one] == [row["reply"] for row in two]
+
+
+@pytest.mark.parametrize("name", ["ddp-ppo", "fsdp2-ppo"])
+def test_all_processes_write_into_one_folder(name: str, runs: Path) -> None:
+    assert [path.name for path in (runs / name / "lightning_logs" / "ppo").iterdir()] == ["version_0"]
+    left = {path.name for path in (runs / name / "lightning_logs" / "ppo" / "version_0").iterdir()}
+    assert {"config.yaml", "metrics.csv", "samples.jsonl", "checkpoints"} <= left
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------
+
+
+def test_one_process_needs_no_others() -> None:
+    module: Any = SimpleNamespace(device="cpu", trainer=SimpleNamespace(world_size=1))
+    assert global_sum(module, 3).item() == 3
+    assert greatest(module, 7) == 7
+    assert anywhere(module, torch.tensor([False, True]))
+    assert not anywhere(module, False)
+    assert gather_objects("x") == ["x"]
+
+
+def test_rows_come_together_in_the_order_in_which_they_were_dealt() -> None:
+    assert take_turns([["a", "c", "e"], ["b", "d"]]) == ["a", "b", "c", "d", "e"]
+    assert take_turns([["a1", "a2", "c1", "c2"], ["b1", "b2"]], block=2) == ["a1", "a2", "b1", "b2", "c1", "c2"]
+
+
+def test_what_is_not_sharded_is_whole() -> None:
+    layer = torch.nn.Linear(2, 1)
+    assert whole(layer.weight) is layer.weight
+    assert {name: value.shape for name, value in whole_state(layer).items()} == {"weight": (1, 2), "bias": (1,)}
+    layer(torch.tensor([3.0, 4.0])).backward()
+    assert gradient_norm(layer.parameters()).item() == pytest.approx(26**0.5)  # of 3, 4 and 1

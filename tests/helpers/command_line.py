@@ -1,0 +1,56 @@
+"""For tests: the command line in this process, and small data and models to give it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlchat.__main__ import main
+from rlchat.demo.corpus import write_demo_corpus
+
+WIDTH, HEADS = 16, 2
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+}
+# A model that is made and trained in a moment, in place of the recipe's own.
+TINY = ["--model.base_model", json.dumps(SHAPE), "--model.tiktoken_encoding", "rlchat_1k", "--model.max_length", "64"]
+# Two batches and one validation of a recipe.
+BRIEF = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=2",
+    "--trainer.val_check_interval=1.0",
+    "--trainer.log_every_n_steps=1",
+    "--data.batch_size=4",
+    "--data.val_batch_size=8",
+]
+
+
+def rlchat(*words: str) -> None:
+    """Runs a command that has to succeed."""
+    assert main(words) == 0, words
+
+
+def write_talk(path: Path, count: int = 12) -> Path:
+    """``count`` conversations with an opening each, so that each is a tree."""
+    rows = [
+        {"messages": [{"content": f"What comes after {n}?"}, {"content": f"It is {n + 1}."}], "quality": 0.9}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_bundles(folder: Path) -> None:
+    """``data/demo.jsonl`` and, as the demo's stages 1 and 2 leave them in ``checkpoints``, two tiny models.
+
+    Call it with ``folder`` as the working directory.
+    """
+    (folder / "data").mkdir()
+    write_demo_corpus(folder / "data" / "demo.jsonl", trees=30, seed=0)
+    rlchat("fit", "--config", "demo/sft", *TINY, *BRIEF)
+    rlchat("fit", "--config", "demo/reward", *BRIEF)

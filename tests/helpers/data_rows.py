@@ -1,0 +1,106 @@
+"""What the tests of the readers share: small files, rows in OASST's layouts, and what every tree must be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlchat.conversation import Conversation
+from rlchat.data.formats import ReadReport, Tree, read_trees
+from rlchat.errors import UserError
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="the sample data sets (shared/data) are not beside the checkout"
+)
+
+GOOD_ROW = {"messages": [{"content": "Hi"}, {"content": "Hello!"}]}
+
+
+def write(path: Path, *rows: Any) -> Path:
+    """A JSONL file; a row that is bytes goes in as it is."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+class RowReader:
+    """Reads rows, given one by one, from a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *rows: Any, **options: Any) -> tuple[list[Tree], ReadReport]:
+        return read_trees([write(self.folder / "rows.jsonl", *rows)], **options)
+
+
+def words(conversation: Conversation) -> str:
+    """``u:Hi a:Hello``: who said what."""
+    return " ".join(f"{message.role[0]}:{message.text}" for message in conversation.messages)
+
+
+def threads_of(trees: list[Tree]) -> list[str]:
+    return [words(thread) for tree in trees for thread in tree.threads]
+
+
+def prompts_of(trees: list[Tree]) -> list[str]:
+    return [words(prompt) for tree in trees for prompt in tree.prompts]
+
+
+def node(message_id: str, role: str, *replies: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """An OASST message that says its own id, with its replies nested."""
+    return {"message_id": message_id, "role": role, "text": message_id, **fields, "replies": list(replies)}
+
+
+def tree_row(prompt: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"message_tree_id": prompt["message_id"], "tree_state": "ready_for_export", "prompt": prompt, **fields}
+
+
+def root(*replies: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return node("q1", "prompter", *replies, **{"lang": "en", "review_result": True, **fields})
+
+
+def flat_rows(row: dict[str, Any], parent_id: str | None = None, tree_id: str = "q1") -> list[dict[str, Any]]:
+    """The rows of the messages layout, parents first."""
+    mine = {key: value for key, value in row.items() if key != "replies"}
+    mine |= {"parent_id": parent_id, "message_tree_id": tree_id, "tree_state": "ready_for_export"}
+    return [mine, *(flat for reply in row["replies"] for flat in flat_rows(reply, row["message_id"], tree_id))]
+
+
+# q1 ┬ a1 (rank 1) ┬ q2 ─ a3
+#    │             └ q3
+#    └ a2 (rank 0) ─ q4
+SMALL = root(
+    node("a1", "assistant", node("q2", "prompter", node("a3", "assistant")), node("q3", "prompter"), rank=1),
+    node("a2", "assistant", node("q4", "prompter"), rank=0),
+)
+
+
+def check_invariants(trees: list[Tree]) -> None:
+    assert len({tree.id for tree in trees}) == len(trees)
+    for tree in trees:
+        assert tree.threads or tree.prompts
+        for thread in tree.threads:
+            assert thread.messages[-1].role == "assistant"
+        for prompt in tree.prompts:
+            assert prompt.is_prompt or (not prompt.messages and len(prompt.references) == 1)
+            assert all(reply.role == "assistant" and reply.text.strip() for reply in prompt.references)
+        for conversation in tree.threads + tree.prompts:
+            assert conversation.tree_id == tree.id
+            for message in conversation.messages + conversation.references:
+                message.text.encode()
+                assert message.text.strip()
+                assert message.quality is None or 0 <= message.quality <= 1
+
+
+def check_bad_line(read: RowReader, row: Any, reason: str, **options: Any) -> None:
+    """That ``row`` stops the reading, told by its place, or is counted and costs no row beside it."""
+    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{reason}.*; mend the line or set data\.on_bad_line=skip"):
+        read(GOOD_ROW, b"", row, **options)
+    trees, report = read(GOOD_ROW, row, {"prompt": "Bye"}, on_bad_line="skip", **options)
+    assert prompts_of(trees) == ["u:Hi", "u:Bye"]
+    assert (report.lines, report.bad_lines) == (3, 1)
+    assert "rows.jsonl:2: " in report.bad_line_examples[0]

@@ -1,0 +1,147 @@
+"""The heads: what cannot be said has no probability, log-probs by hand, chunks that change nothing, a silent critic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlchat.models.backbones import Backbone
+from rlchat.models.networks import RewardModel, RLChatModel, value_head
+
+VOCABULARY = 12
+UNSAYABLE = [0, 7, 11]
+SAYABLE = [i for i in range(VOCABULARY) if i not in UNSAYABLE]
+
+
+def backbone(**more: Any) -> Backbone:
+    torch.manual_seed(0)
+    config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Backbone({**config, "intermediate_size": 16, "initializer_range": 0.3, **more}, VOCABULARY, 16)
+
+
+def policy(hidden_dim: int = 0, **more: Any) -> RLChatModel:
+    return RLChatModel(backbone(**more), UNSAYABLE, hidden_dim).eval()
+
+
+def hidden_states(rows: int) -> Tensor:
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 3.0])
+def test_what_is_unsayable_has_probability_0_and_the_entropy_stays_finite(temperature: float) -> None:
+    model, hidden = policy(), hidden_states(5)
+    probabilities = (model.logits(hidden) / temperature).softmax(-1)
+    assert (probabilities[:, UNSAYABLE] == 0).all()
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(5))
+    stats = model.token_stats(hidden, torch.tensor(SAYABLE[:5]), temperature)
+    assert (stats.entropy >= -1e-6).all()
+    assert (stats.entropy <= math.log(len(SAYABLE)) + 1e-6).all()
+    (stats.logprobs.sum() + stats.entropy.sum()).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+    head = model.backbone.head_weight
+    assert head.grad is not None
+    assert head.grad.isfinite().all()
+    assert (head.grad[UNSAYABLE] == 0).all()  # what cannot be said neither gains nor loses
+
+
+def test_an_unsayable_target_has_no_chance() -> None:
+    assert policy().token_stats(hidden_states(1), torch.tensor([7])).logprobs.item() < -1e6
+
+
+def test_a_distribution_by_hand() -> None:
+    """One hidden unit decides: logits 0, ln 2 and ln 5 are probabilities 1/8, 2/8 and 5/8."""
+    model = RLChatModel(backbone(), [i for i in range(VOCABULARY) if i > 2])
+    with torch.no_grad():
+        model.backbone.head_weight.zero_()
+        model.backbone.head_weight[:3, 0] = torch.tensor([1.0, 2.0, 5.0]).log()
+    hidden = torch.zeros(3, 8)
+    hidden[:, 0] = 1
+    stats = model.token_stats(hidden, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(stats.logprobs.exp(), torch.tensor([1 / 8, 2 / 8, 5 / 8]))
+    entropy = 1 / 8 * math.log(8) + 2 / 8 * math.log(4) + 5 / 8 * math.log(8 / 5)
+    torch.testing.assert_close(stats.entropy, torch.full((3,), entropy))
+    assert stats.correct.tolist() == [0.0, 0.0, 1.0]
+    # At temperature 1/2 the weights are squared: 1, 4 and 25 of 30.
+    cold = model.token_stats(hidden, torch.tensor([0, 1, 2]), temperature=0.5)
+    torch.testing.assert_close(cold.logprobs.exp(), torch.tensor([1 / 30, 4 / 30, 25 / 30]))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_token_stats_against_a_plain_softmax_over_what_can_be_said(temperature: float) -> None:
+    model, hidden = policy(), hidden_states(4)
+    targets = torch.tensor([1, 6, 10, 2])
+    said = (hidden @ model.backbone.head_weight.T)[:, SAYABLE] / temperature
+    logprobs = said.log_softmax(-1)
+    stats = model.token_stats(hidden, targets, temperature)
+    places = torch.tensor([SAYABLE.index(t) for t in targets.tolist()])
+    torch.testing.assert_close(stats.logprobs, logprobs[torch.arange(4), places])
+    torch.testing.assert_close(stats.entropy, torch.distributions.Categorical(logits=said).entropy())
+    assert stats.correct.tolist() == [float(a == b) for a, b in zip(logprobs.argmax(-1), places, strict=True)]
+
+
+@pytest.mark.parametrize("at_a_time", [1, VOCABULARY, 3 * VOCABULARY])  # one, one and three tokens of seven
+def test_chunks_change_nothing(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, targets = policy(), torch.tensor([1, 2, 3, 4, 5, 6, 8])
+
+    def run() -> tuple[Tensor, ...]:
+        model.zero_grad()
+        hidden = hidden_states(7)
+        stats = model.token_stats(hidden, targets, 0.8)
+        (2 * stats.logprobs.sum() - stats.entropy.square().sum()).backward()
+        assert hidden.grad is not None
+        assert model.backbone.head_weight.grad is not None
+        return (*(part.detach() for part in stats), hidden.grad, model.backbone.head_weight.grad.clone())
+
+    whole = run()
+    monkeypatch.setattr("rlchat.models.networks._LOGITS_AT_A_TIME", at_a_time)
+    for one, other in zip(run(), whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_no_tokens_have_no_stats() -> None:
+    stats = policy().token_stats(hidden_states(0), torch.zeros(0, dtype=torch.long))
+    assert [len(part) for part in stats] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("hidden_dim", [0, 4])
+def test_the_critic_starts_at_zero_and_learns(hidden_dim: int) -> None:
+    model, hidden = policy(hidden_dim), hidden_states(6)
+    values = model.values(hidden.reshape(2, 3, 8))
+    assert values.shape == (2, 3)
+    assert (values == 0).all()
+    (values - 1).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.value_head.parameters())
+
+
+def test_a_hidden_layer_in_the_critic() -> None:
+    head = value_head(8, 4)
+    assert sorted(tuple(p.shape) for p in head.parameters()) == [(1,), (1, 4), (4,), (4, 8)]
+    assert policy(4).hidden_dim == 4
+
+
+def test_numbers_are_float32_whatever_the_backbone_computes_in() -> None:
+    model = policy().to(torch.bfloat16)
+    hidden = hidden_states(2).to(torch.bfloat16)
+    stats = model.token_stats(hidden, torch.tensor([1, 2]))
+    assert {part.dtype for part in (*stats, model.values(hidden))} == {torch.float32}
+
+
+@torch.no_grad()
+def test_a_reward_is_read_at_the_last_real_token() -> None:
+    model = RewardModel(backbone()).eval()
+    torch.nn.init.normal_(model.score_head.weight)  # type: ignore[arg-type]
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 8, 9, 0, 0]])
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    scores = model(ids, mask)
+    hidden = model.backbone(ids[1:, :3], mask[1:, :3])
+    torch.testing.assert_close(scores[1], model.score_head(hidden[0, 2])[0])
+    more = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3))
+    torch.testing.assert_close(model(*more), scores, atol=1e-6, rtol=0)
+    model.mean.fill_(2.0)
+    model.std.fill_(4.0)
+    assert model.standardised(torch.tensor([2.0, 10.0, -2.0])).tolist() == [0.0, 2.0, -1.0]

@@ -1,0 +1,584 @@
+"""The loop of PPO on a tiny model: the first ratio is 1, rewards rise, padding is nothing, and a run can go on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers.small_ppo import (
+    BACKBONES,
+    QUESTIONS,
+    LetterE,
+    Log,
+    alone,
+    fit,
+    ppo,
+    prompts,
+    rolled_out,
+    sequences,
+    serve,
+    trainer,
+)
+from torch import Tensor
+
+from rlchat.conversation import Check, Conversation, Message
+from rlchat.data.datamodule import PromptBatch
+from rlchat.errors import UserError
+from rlchat.models.sampling import Generated
+from rlchat.ppo.module import PPOModule
+from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
+
+
+class Remembers(ReplyFactor):
+    """Scores nothing and keeps what it was asked to score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Reply]] = []
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        self.seen.append((prompt.messages[-1].text, reply))
+        return float(len(self.seen))
+
+
+# ---- rollouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_first_ratio_is_1_and_the_first_kl_0(encoding: str, family: str) -> None:
+    module = ppo(encoding, family, ppo_epochs=1, minibatches=3)
+    rows = fit(module, 3)
+    for row in rows:
+        assert row["train/ratio_residual"] <= 1e-5
+    assert abs(rows[0]["train/kl"]) <= 1e-5
+    assert rows[0]["train/approx_kl"] > 1e-7  # the later minibatches did move
+    assert abs(rows[-1]["train/kl"]) > 1e-3
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@torch.no_grad()
+def test_a_rollout_is_what_each_prompt_alone_would_give(encoding: str, family: str) -> None:
+    """Log-probs, values and words of left-padded rows, against a plain forward pass over each row."""
+    module = ppo(encoding, family, temperature=0.8)
+    torch.nn.init.normal_(module.model.value_head.weight)  # type: ignore[arg-type]
+    rollout = rolled_out(module)
+    for row, conversation in enumerate(rollout.conversations):
+        prompt = module.tokenizer.render_prompt(conversation).ids
+        length = int(rollout.mask[row].sum())
+        said = rollout.ids[row][rollout.said[row]]
+        whole = torch.tensor([[*prompt, *said.tolist()]])
+        hidden = module.model.eval()(whole, torch.ones_like(whole, dtype=torch.bool))[0, len(prompt) - 1 : -1]
+        logprobs = (module.model.logits(hidden) / 0.8).log_softmax(-1)[torch.arange(length), said]
+        torch.testing.assert_close(rollout.logprobs[row, :length], logprobs, atol=1e-5, rtol=0)
+        values = module.model.value_head(hidden).squeeze(-1)
+        torch.testing.assert_close(rollout.values[row, :length], values, atol=1e-5, rtol=0)
+        for tensor in (rollout.logprobs, rollout.ref_logprobs, rollout.values):
+            assert (tensor[row, length:] == 0).all()
+        ended = bool(said[-1] == module.tokenizer.end_id)
+        assert rollout.replies[row] == Reply(module.tokenizer.decode(said.tolist()).strip(), length, ended)
+        assert ended or length == 8
+
+
+def test_the_reward_judges_what_was_said(encoding: str) -> None:
+    factor = Remembers()
+    module = ppo(encoding, reward=Reward([factor]))
+    expected = rolled_out(ppo(encoding))
+    rows = fit(module, 1)
+    assert factor.seen == list(zip(QUESTIONS, expected.replies, strict=True))
+    assert rows[0]["train/reward"] == rows[0]["reward/remembers"] == pytest.approx(4.5)  # of 1 to 8
+    lengths = [reply.tokens for reply in expected.replies]
+    assert rows[0]["train/response_length"] == pytest.approx(sum(lengths) / 8)
+    truncated = sum(not reply.ended for reply in expected.replies)
+    assert rows[0]["train/truncated_fraction"] == pytest.approx(truncated / 8)
+
+
+@torch.no_grad()
+def test_targets_by_hand(encoding: str) -> None:
+    """A critic at zero, γ = λ = 1 and no KL: every return is the score, and whitening brings them to ± 1."""
+    module = alone(ppo(encoding, lam=1.0, kl_coef=0.0))
+    tokens = torch.tensor([[97, 98, 260], [99, 260, 256]])
+    said = Generated(tokens, tokens != 256, torch.tensor([True, True]), torch.zeros(2, 3))
+    module.generate = lambda *_: said  # type: ignore[method-assign]
+    rollout = rolled_out(module, prompts(module.tokenizer, QUESTIONS[:2]))
+    assert [reply.text for reply in rollout.replies] == ["ab", "c"]
+    judged = module.judge(rollout, torch.tensor([1.0, -4.0]))
+    assert judged.returns.tolist() == [[1, 1, 1], [-4, -4, 0]]
+    mean = (3 * 1 - 2 * 4) / 5  # -1
+    deviation = ((3 * 2**2 + 2 * 3**2) / 5) ** 0.5  # √6
+    expected = torch.tensor([[1.0, 1.0, 1.0], [-4.0, -4.0, mean]]).sub(mean) / deviation
+    torch.testing.assert_close(judged.advantages, expected)
+    # A value of 0.5 everywhere: advantages of score - 0.5, returns as before.
+    judged = module.judge(replace(rollout, values=said.mask * 0.5), torch.ones(2))
+    torch.testing.assert_close(judged.returns, said.mask.float())
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@torch.no_grad()
+def test_each_token_pays_for_its_kl_and_the_last_earns_the_score(encoding: str, kind: str) -> None:
+    """With λ = 0 and a critic at zero, the returns are the rewards of the tokens."""
+    module = ppo(encoding, lam=0.0, kl_coef=0.3, kl_kind=kind)
+    for parameter in module.reference.parameters():
+        parameter.mul_(1.5)
+    rollout, scores = rolled_out(module), torch.arange(8.0)
+    d = rollout.logprobs - rollout.ref_logprobs
+    assert d.abs().max() > 0.01
+    expected = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[kind] * -0.3
+    lengths = rollout.mask.sum(1)
+    expected[torch.arange(8), lengths - 1] += scores
+    expected[~rollout.mask] = 0
+    torch.testing.assert_close(module.judge(rollout, scores).returns, expected)
+    whitening = alone(ppo(encoding, lam=0.0, kl_coef=0.3, kl_kind=kind, whiten_rewards=True))
+    inside = expected[rollout.mask]
+    scaled = (inside - inside.mean()) / inside.std(correction=0) + inside.mean()
+    torch.testing.assert_close(whitening.judge(rollout, scores).returns[rollout.mask], scaled)
+
+
+def test_the_loss_is_the_sum_of_its_parts(encoding: str) -> None:
+    def loss(**options: Any) -> tuple[float, dict[str, Tensor]]:
+        module = ppo(encoding, **options)
+        rollout = rolled_out(module)
+        judged, everyone = module.judge(rollout, torch.arange(8.0)), torch.arange(8)
+        total, stats = module.minibatch_loss(rollout, judged, everyone, rollout.mask.sum())
+        return total.item(), stats
+
+    total, stats = loss(value_coef=0.25, entropy_coef=0.125)
+    policy, value, entropy = (float(stats[name]) for name in ("policy_loss", "value_loss", "entropy"))
+    assert min(value, entropy) > 0.1
+    assert total == pytest.approx(policy + 0.25 * value - 0.125 * entropy)
+    assert loss(value_coef=0.0, entropy_coef=0.0)[0] == pytest.approx(policy, abs=1e-6)
+
+
+def wider(x: Tensor, left: int, right: int, value: float = 0) -> Tensor:
+    return torch.nn.functional.pad(x, (left, right), value=value)
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])
+def test_padding_moves_no_number(encoding: str, left: int, right: int) -> None:
+    """Neither around the prompts and replies that come in, nor around the rollout that is learnt from."""
+    module = alone(ppo(encoding, "distilbert", entropy_coef=0.1))
+    torch.nn.init.normal_(module.model.value_head.weight, std=0.1)  # type: ignore[arg-type]
+    batch, pad_id = prompts(module.tokenizer), module.tokenizer.pad_id
+    padded_batch = PromptBatch(
+        wider(batch.ids, left, 0, pad_id), wider(batch.attention_mask, left, 0), batch.conversations
+    )
+    plain, recalled = rolled_out(module, batch), rolled_out(module, padded_batch)
+    assert plain.replies == recalled.replies
+    sides = {"ids": pad_id, "attention_mask": 0, "said": 0}
+    changes: dict[str, Any] = {name: wider(getattr(plain, name), left, right, value) for name, value in sides.items()}
+    for name in ("mask", "logprobs", "ref_logprobs", "values"):
+        changes[name] = wider(getattr(plain, name), left, right)
+    changes["reply_of"] = wider(plain.reply_of, left, right, -1)
+    around = replace(plain, **changes)
+    scores, results = torch.randn(8, generator=torch.Generator().manual_seed(0)), []
+    for rollout in (plain, recalled, around):
+        judged = module.judge(rollout, scores)
+        module.zero_grad()
+        rows = torch.tensor([6, 1, 3])
+        loss, stats = module.minibatch_loss(rollout, judged, rows, rollout.mask[rows].sum())
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
+        results.append([loss.detach(), gradient, *stats.values(), judged.returns.sum(), rollout.kl])
+    for expected, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-4)
+
+
+# ---- learning --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_is_learnt(encoding: str) -> None:
+    module = ppo(encoding, reward=Reward([LetterE()]), kl_coef=0.0, ppo_epochs=2, minibatches=2)
+    rows = fit(module, 25, prompts(module.tokenizer, QUESTIONS * 4))
+    first, last = (sum(row["train/reward"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert first < 0.1
+    assert last > first + 0.3
+    assert rows[-1]["train/kl"] > 1  # it has left the reference
+    assert rows[-1]["train/entropy"] < rows[0]["train/entropy"]
+    assert all(row["train/episodes"] == 32 * (i + 1) for i, row in enumerate(rows))
+    assert (module.iterations, module.episodes) == (25, 800)
+    # And the reference has not moved, which a new module of the same seed shows.
+    for one, other in zip(module.reference.parameters(), ppo(encoding).model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_price_of_kl_holds_the_policy_back(encoding: str) -> None:
+    free, held = (fit(ppo(encoding, kl_coef=coef, minibatches=2), 6)[-1]["train/kl"] for coef in (0.0, 5.0))
+    assert held < free / 2
+
+
+def test_target_kl_stops_the_passes(encoding: str) -> None:
+    options: dict[str, Any] = {"ppo_epochs": 3, "minibatches": 2}
+    assert fit(ppo(encoding, **options), 1)[0]["train/optimizer_steps"] == 6
+    assert fit(ppo(encoding, **options, target_kl=1e9), 1)[0]["train/optimizer_steps"] == 6
+    assert fit(ppo(encoding, **options, target_kl=1e-9), 1)[0]["train/optimizer_steps"] == 2  # the pass is finished
+
+
+def test_mixed_in_conversations_add_their_loss(encoding: str) -> None:
+    module = ppo(encoding, sft_coef=2.0, learning_rate=0.0)
+    batch = sequences(module.tokenizer)
+    with torch.no_grad():  # by hand: the mean over all that the assistant said, end markers included
+        logprobs = module.model.eval().logits(module.model(batch.ids, batch.attention_mask)).log_softmax(-1)
+    said = [
+        -float(logprobs[row, place - 1, batch.ids[row, place]]) for row, place in batch.loss_mask.nonzero().tolist()
+    ]
+    assert len(said) == 7 + 10 + 2
+    module.model.train()
+    rows = fit(module, 1)
+    assert rows[0]["train/sft_loss"] == pytest.approx(sum(said) / len(said), abs=1e-5)
+    assert "train/sft_loss" not in fit(ppo(encoding), 1)[0]
+    assert ppo(encoding, sft_coef=0.0).data_needs.mix_sequences is False
+    # It is trained on: the human replies become likelier.
+    rows = fit(ppo(encoding, sft_coef=2.0, ppo_epochs=2, minibatches=2), 6)
+    assert rows[-1]["train/sft_loss"] < rows[0]["train/sft_loss"] - 0.3
+
+
+def test_the_adaptive_coefficient_follows_the_kl(encoding: str) -> None:
+    module = ppo(encoding, kl_coef=0.1, kl_target=1e-3, kl_horizon=80)
+    rows = fit(module, 3)
+    coefficients = [row["train/kl_coef"] for row in rows]
+    assert coefficients[0] == pytest.approx(0.1)
+    assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 80))  # no KL yet: as far down as it may
+    expected = coefficients[1] * (1 + (0.2 if rows[1]["train/kl"] > 0 else -0.2) * 8 / 80)
+    assert coefficients[2] == pytest.approx(expected)
+    assert module.kl_coef == module.adaptive_kl.coef  # type: ignore[union-attr]
+
+
+def test_the_adaptive_coefficient_stays_above_0_and_waits_for_the_critic(encoding: str) -> None:
+    """However many episodes an iteration has; and in the warm-up there is no KL that could say anything."""
+    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1), 3)
+    assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.08, 0.064])
+    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1, critic_warmup=2), 4)
+    assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.08])
+
+
+def test_the_kl_in_the_loss_holds_the_policy_back(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By k3 unless told otherwise; k1 has no gradient on average, and a warning says so."""
+    assert ppo(encoding).kl_kind == "k1"
+    options: dict[str, Any] = {"ppo_epochs": 2, "minibatches": 1, "kl_in": "loss", "learning_rate": 3e-3}
+    held, free = (ppo(encoding, kl_coef=coef, adam_beta2=0.95, **options) for coef in (5.0, 0.0))
+    assert held.kl_kind == "k3"
+    held_kl, free_kl = (sum(row["train/kl"] for row in fit(module, 25)[-5:]) / 5 for module in (held, free))
+    assert held_kl < free_kl / 2
+    assert not [record for record in caplog.records if record.name == "rlchat"]
+    ppo(encoding, kl_in="loss", kl_kind="k1")
+    assert "no gradient on average" in caplog.text
+
+
+def test_the_critics_gradient_is_not_clipped_by_what_waits(encoding: str) -> None:
+    """In the warm-up, mixed-in conversations pull at the policy alone, which does not move."""
+    norms = []
+    for sft_coef in (0.0, 50.0):
+        module = ppo(encoding, critic_warmup=1, sft_coef=sft_coef, max_grad_norm=0.1)
+        norms.append(fit(module, 1)[0]["train/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1])
+
+
+def test_the_learning_rate_goes_down_over_the_iterations(encoding: str) -> None:
+    rows = fit(ppo(encoding, schedule="linear", learning_rate=1e-3), 4)
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_gradients_are_clipped(encoding: str) -> None:
+    module = ppo(encoding, max_grad_norm=1e-3)
+    (row,) = fit(module, 1)
+    assert row["train/grad_norm"] > 2e-3  # what it was
+    last = torch.stack([p.grad.norm() for p in module.model.parameters() if p.grad is not None]).norm()
+    assert float(last) == pytest.approx(1e-3, rel=1e-2)  # what the optimizer got
+
+
+# ---- steps without a finite gradient ---------------------------------------------------------------------------------
+
+
+def breaks(module: PPOModule, steps: Iterable[int], kind: str) -> None:
+    """The loss, or the gradient of one weight alone, is not a number in the given steps, counted from 0."""
+    plain, count = module.minibatch_loss, iter(range(10**6))
+
+    def broken(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = plain(*args)
+        if next(count) in steps:
+            if kind == "loss":
+                return loss * torch.nan, {**stats, "policy_loss": stats["policy_loss"] * torch.nan}
+            weight = next(module.model.backbone.parameters())
+            loss = loss + (weight.flatten()[0] - weight.detach().flatten()[0]).abs().sqrt()  # 0, of infinite slope
+        return loss, stats
+
+    module.minibatch_loss = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
+    encoding: str, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    module = ppo(encoding, ppo_epochs=1, minibatches=2)
+    breaks(module, {1, 2}, kind)
+    rows = fit(module, 3)
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert [row["train/skipped_steps"] for row in rows] == [1, 2, 2]
+    assert [row["train/optimizer_steps"] for row in rows] == [1, 1, 2]
+    assert rows[0]["train/policy_loss"] == rows[0]["train/policy_loss"]  # the mean of the steps that were taken
+    name = "policy_loss" if kind == "loss" else "the gradient of model.backbone.transformer."
+    warnings = [record.message for record in caplog.records if record.name == "rlchat"]
+    assert [warning.partition(": ")[0] for warning in warnings] == ["iteration 1", "iteration 2"]
+    assert all(name in warning for warning in warnings)
+
+
+def test_a_skipped_step_leaves_the_optimizer_alone(encoding: str) -> None:
+    """One step taken and one skipped are one step taken, for the weights and for AdamW's memory."""
+    states = []
+    for skipped in ({1}, set()):
+        module = ppo(encoding, ppo_epochs=1, minibatches=2 if skipped else 1)
+        rollout = rolled_out(module)
+        module.minibatches = lambda rows, epoch: [[torch.arange(8)]] * (2 if skipped else 1)  # type: ignore[method-assign]  # noqa: B023
+        breaks(module, skipped, "loss")
+        run = trainer()
+        run.fit(module, serve([prompts(module.tokenizer)]))
+        moments = [s["exp_avg"] for s in run.optimizers[0].state_dict()["state"].values()]
+        states.append([*moments, *(p.detach() for p in module.model.parameters())])
+        assert len(rollout.replies) == 8
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
+def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = ppo(encoding, ppo_epochs=2, minibatches=2)
+    before = [p.detach().clone() for p in module.model.parameters()]
+    breaks(module, {0, 1, 2, 3}, "loss")
+    says = "iteration 1: policy_loss is not a finite number, in 3 steps in a row; the batch is in .*not_finite_0.jsonl"
+    with pytest.raises(UserError, match=says):
+        fit(module, 3, default_root_dir=str(tmp_path))
+    assert all(torch.equal(one, other) for one, other in zip(before, module.model.parameters(), strict=True))
+    (saved,) = tmp_path.rglob("last_good.ckpt")  # nothing had been saved yet
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    assert all(torch.equal(state[f"model.{name}"], p) for name, p in module.model.state_dict().items())
+    (dump,) = tmp_path.rglob("not_finite_0.jsonl")
+    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+    assert [row["prompt"][0]["content"] for row in rows] == list(QUESTIONS)
+    assert {"reply", "reward", "factors", "kl", "value", "ended_by"} <= set(rows[0])
+
+
+def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: str) -> None:
+    module = ppo(encoding, ppo_epochs=3, minibatches=2)
+    breaks(module, {0, 1, 3, 4}, "loss")
+    assert fit(module, 1)[0]["train/skipped_steps"] == 4
+
+
+# ---- minibatches and processes ---------------------------------------------------------------------------------------
+
+
+def test_minibatches_part_the_rows_anew_in_each_pass(encoding: str) -> None:
+    module = alone(ppo(encoding, minibatches=3))
+    passes = []
+    for epoch in range(2):
+        parts = [torch.cat(minibatch) for minibatch in module.minibatches(8, epoch)]
+        assert sorted(len(part) for part in parts) == [2, 3, 3]
+        assert sorted(torch.cat(parts).tolist()) == list(range(8))
+        passes.append(torch.cat(parts).tolist())
+    assert passes[0] != passes[1]
+
+    def all_rows(count: int) -> list[Tensor]:
+        return [rows for minibatch in module.minibatches(count, 0) for rows in minibatch]
+
+    assert passes[0] == torch.cat(all_rows(8)).tolist()
+    module.iterations = 1
+    assert passes[0] != torch.cat(all_rows(8)).tolist()
+    assert [len(rows) for rows in all_rows(2)] == [1, 1]  # no minibatch without a row
+
+
+def test_two_processes_take_the_minibatches_that_one_would(encoding: str) -> None:
+    """Row i of process r is global row 2·i + r."""
+    one = alone(ppo(encoding, minibatches=3)).minibatches(8, 0)
+    two = [alone(ppo(encoding, minibatches=3), 2, rank).minibatches(4, 0) for rank in range(2)]
+    for whole, even, odd in zip(one, *two, strict=True):
+        rows = [*(2 * torch.cat(even)).tolist(), *(2 * torch.cat(odd) + 1).tolist()]
+        assert sorted(torch.cat(whole).tolist()) == sorted(rows)
+    rows = [alone(ppo(encoding), 2, rank).noise_rows(4, first=4).tolist() for rank in range(2)]
+    assert rows == [[8, 10, 12, 14], [9, 11, 13, 15]]
+
+
+def test_gradients_of_processes_average_to_that_of_one(encoding: str) -> None:
+    """Also where one of them has no row of the minibatch."""
+    module = ppo(encoding, entropy_coef=0.05)
+    rollout = rolled_out(module)
+    judged = module.judge(rollout, torch.arange(8.0))
+    minibatch = torch.tensor([1, 3, 7, 5, 2])
+
+    def gradient(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        module.zero_grad()
+        tokens = rollout.mask[minibatch].sum() / len(parts)
+        losses = []
+        for rank, part in enumerate(parts):
+            loss, _ = alone(module, len(parts), rank).minibatch_loss(rollout, judged, part, tokens)
+            (loss / len(parts)).backward()
+            losses.append(loss.detach())
+        grads = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
+        return torch.stack(losses).mean(), grads
+
+    whole = gradient([minibatch])
+    for parts in ([minibatch[:2], minibatch[2:]], [minibatch, minibatch[:0]], [*minibatch.split(1)]):
+        for one, other in zip(gradient(parts), whole, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+# ---- what is logged, saved and refused -------------------------------------------------------------------------------
+
+
+def test_the_names_of_the_metrics(encoding: str) -> None:
+    reward = Reward([LetterE(weight=0.5), MissingEnd(weight=0.25)])
+    (row,) = fit(ppo(encoding, reward=reward), 1)
+    names = (
+        "policy_loss value_loss entropy reward kl approx_kl clip_fraction value_clip_fraction explained_variance "
+        "ratio_residual response_length truncated_fraction grad_norm learning_rate kl_coef"
+    )
+    expected = {f"train/{name}" for name in names.split()} | {
+        "reward/letter_e",
+        "reward/missing_end",
+        "time/rollout_s",
+        "time/score_s",
+        "time/update_s",
+        "perf/tokens_per_s",
+    }
+    assert expected <= set(row)
+    assert row["train/reward"] == pytest.approx(row["reward/letter_e"] + row["reward/missing_end"])
+    assert all(value == value for value in row.values())
+    assert row["perf/tokens_per_s"] > 0
+
+
+def test_held_out_figures(encoding: str) -> None:
+    factor = LetterE()
+    module = ppo(encoding, reward=Reward([factor, MissingEnd(0.25)]))
+    loaders = [serve([prompts(module.tokenizer, QUESTIONS[:5]), prompts(module.tokenizer, QUESTIONS[5:])])]
+    loaders.append(serve([sequences(module.tokenizer)]))
+    (first, *_), (second, *_) = (trainer().validate(module, loaders, verbose=False) for _ in range(2))
+    assert first == second  # the same noise each time
+    replies = module.held_out_replies
+    assert len(replies) == 8
+    assert first["val/reward_letter_e"] == pytest.approx(
+        sum(factor.score(Conversation(()), Reply(r, 0, True)) for r in replies) / 8
+    )
+    assert first["val/reward"] == pytest.approx(first["val/reward_letter_e"] + first["val/reward_missing_end"])
+    assert first["val/reward_missing_end"] == pytest.approx(-0.25 * first["val/truncated_fraction"])
+    assert abs(first["val/kl"]) < 1e-5
+    assert first["val/perplexity"] == pytest.approx(257, rel=0.5)  # nothing is learnt: about one of all that is sayable
+    assert {"val/accuracy", "val/response_length", "val/distinct_2"} <= set(first)
+    # The batches do not matter, only the order of the prompts does.
+    together = trainer().validate(module, [serve([prompts(module.tokenizer)]), loaders[1]], verbose=False)[0]
+    assert together == pytest.approx(first)
+    tested = trainer().test(module, loaders, verbose=False)[0]
+    assert tested["test/reward"] == first["val/reward"]
+
+
+def test_right_answers_are_counted(encoding: str) -> None:
+    module = ppo(encoding)
+    batch = prompts(module.tokenizer)
+    module.generate = lambda ids, *_: Generated(  # type: ignore[method-assign]
+        torch.tensor([[ord("a"), 260], [ord("b"), 260], [ord("a"), 260]]),
+        torch.ones(3, 2, dtype=torch.bool),
+        torch.ones(3, dtype=torch.bool),
+        torch.zeros(3, 2),
+    )
+    asked = tuple(
+        Conversation((Message("user", text),), check=check)
+        for text, check in zip("xyz", (Check(("a",)), Check(("a",)), None), strict=True)
+    )
+    batch = PromptBatch(batch.ids[:3], batch.attention_mask[:3], asked)
+    found = trainer().validate(module, [serve([batch])], verbose=False)[0]
+    assert found["val/answer_accuracy"] == 0.5  # of the two that can be checked
+    assert found["val/answer_accuracy_greedy"] == 0.5
+
+
+class SavesAfterTwo(L.Callback):
+    """Writes ``path`` after the second training batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if module.iterations == 2:
+            trainer.save_checkpoint(self.path)
+            self.state = copy.deepcopy({name: getattr(module, name) for name in ("episodes", "tokens", "kl_coef")})
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"kl_target": 1.0, "kl_horizon": 50, "kl_coef": 0.3, "schedule": "linear"}
+    batches = [prompts(ppo(encoding).tokenizer, QUESTIONS[i : i + 4]) for i in range(4)]
+    whole, saving = ppo(encoding, **options), SavesAfterTwo(tmp_path / "two.ckpt")
+    trainer(callbacks=[saving]).fit(whole, serve(batches))
+
+    resumed, seen = ppo(encoding, **options), []
+    with torch.no_grad():  # it is the checkpoint that counts, not what the new module began with
+        for parameter in resumed.parameters():
+            parameter.add_(1.0)
+
+    class Starts(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+            seen.append((module.iterations, module.episodes, module.tokens, module.kl_coef, module.adaptive_kl.coef))
+
+    # A plain DataLoader starts its epoch anew, so it is given what is left of it.
+    left = serve([*batches[2:], *batches[2:]])
+    trainer(callbacks=[Starts()], limit_train_batches=4).fit(
+        resumed, left, ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True
+    )
+    kept = saving.state
+    assert seen == [(2, kept["episodes"], kept["tokens"], kept["kl_coef"], kept["kl_coef"])]
+    assert kept["kl_coef"] != 0.3
+    assert (resumed.iterations, resumed.episodes, resumed.tokens) == (4, whole.episodes, whole.tokens)
+    assert resumed.kl_coef == whole.kl_coef
+    for (name, one), other in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_what_a_resumed_run_keeps_and_what_it_takes(
+    encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fixed price of KL is as asked now; the optimizer goes on as it was, and a warning says so."""
+    saving = SavesAfterTwo(tmp_path / "two.ckpt")
+    batch = prompts(ppo(encoding).tokenizer)
+    trainer(callbacks=[saving]).fit(ppo(encoding, kl_coef=0.1), serve([batch] * 4))
+    resumed = ppo(encoding, kl_coef=0.7, learning_rate=1e-4)
+    log = Log()
+    trainer(callbacks=[log], limit_train_batches=4).fit(
+        resumed, serve([batch] * 4), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True
+    )
+    assert log.rows[-1]["train/kl_coef"] == pytest.approx(0.7)
+    assert log.rows[-1]["train/learning_rate"] == pytest.approx(1e-2)
+    assert "the run goes on with learning_rate 0.01 and not 0.0001; begin a new one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 48}, "max_new_tokens 48 leaves no room"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": 1e-7}, "temperature 1e-07"),
+        ({"kl_coef": -1.0}, "kl_coef is -1.0; it must be 0 or more"),
+        ({"gamma": 3.0}, "gamma is 3.0; it must be from 0 to 1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be above 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "0 stays 0"),
+        ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be above 1"),
+        ({"turns": 0}, "turns is 0; it must be at least 1"),
+        ({"advantage": "rloo"}, "set group_size to 2 or more"),
+        ({"advantage": "grpo", "group_size": 2, "turns": 2}, "knows no turns"),
+        ({"advantage": "grpo", "group_size": 2, "critic": "separate"}, "has no critic"),
+        # Whitening adds a constant to each token, and their sum would pay for length.
+        ({"advantage": "rloo", "group_size": 2, "whiten_rewards": True}, "takes rewards as they are"),
+    ],
+    ids=str,
+)
+def test_senseless_options_are_refused(encoding: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        ppo(encoding, **options)
+
+
+def test_a_temperature_below_1_trains(encoding: str) -> None:
+    (row,) = fit(ppo(encoding, temperature=0.5, entropy_coef=0.01), 1)
+    assert row["train/ratio_residual"] <= 1e-5
+    assert all(value == value for value in row.values())

@@ -1,0 +1,458 @@
+"""Rollouts: what was drawn is what is recalled, several replies a prompt, whole conversations, and critics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.small_ppo import BACKBONES, QUESTIONS, LetterE, alone, fit, ppo, prompts, rolled_out, serve, trainer
+from torch import Tensor
+
+from rlchat.conversation import Check, Conversation, Message
+from rlchat.data.datamodule import PromptBatch
+from rlchat.errors import UserError
+from rlchat.models.backbones import Backbone
+from rlchat.models.model_file import RewardBundle, load_policy, save_bundle
+from rlchat.models.networks import Critic, RewardModel, RLChatModel
+from rlchat.models.sampling import Generated, Sampling
+from rlchat.ppo.module import PPOModule
+from rlchat.ppo.rollouts import Rollout
+from rlchat.rewards import Reply, ReplyFactor, Reward
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.utils.padding import pad
+
+# ---- what was drawn is what is recalled ------------------------------------------------------------------------------
+
+
+def residuals(module: PPOModule) -> tuple[float, float]:
+    """How far the ratio is from 1, of any token: between sampling and recall, and between recall and update."""
+    rollout = rolled_out(module)
+    every_row = torch.arange(len(rollout.ids))
+    parts = [rollout.ids, rollout.attention_mask, rollout.said, rollout.mask]
+    with torch.no_grad():
+        new = module.read_replies(module.model, *(part[every_row] for part in parts))
+
+    def off(one: Tensor, other: Tensor) -> float:
+        return float(((one - other).exp() - 1).abs()[rollout.mask].max())
+
+    return off(rollout.sampling_logprobs, rollout.logprobs), off(new.logprobs, rollout.logprobs)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_no_tokens_ratio_is_off_in_fp32(encoding: str, family: str) -> None:
+    module = ppo(encoding, family, temperature=0.7)
+    for parameter in module.parameters():
+        parameter.data.mul_(2)  # a model with opinions
+    assert max(residuals(module)) <= 1e-5
+
+
+def no_positions(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
+    """Positions count padding, as they do where nobody gives them."""
+    forward = module.model.backbone.transformer.forward
+
+    def counted_from_the_left(ids: Tensor, *args: Any, **named: Any) -> Any:
+        total = named["attention_mask"].shape[1] if "attention_mask" in named else ids.shape[1]
+        named["position_ids"] = torch.arange(total)[total - ids.shape[1] :].expand_as(ids)
+        return forward(ids, *args, **named)
+
+    patch.setattr(module.model.backbone.transformer, "forward", counted_from_the_left)
+
+
+def dropout_on(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
+    """The model stays in training mode."""
+    module.model.train()
+    patch.setattr(module.model, "eval", lambda: module.model)
+
+
+def another_temperature(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
+    """Recall does not know how hot sampling was."""
+    stats = module.model.token_stats
+    patch.setattr(module.model, "token_stats", lambda hidden, targets, temperature: stats(hidden, targets, 1.0))
+
+
+def top_k(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
+    """Unlikely tokens are never drawn."""
+    module.sampling = Sampling(8, temperature=0.7, top_k=20)
+
+
+@pytest.mark.parametrize("sabotage", [no_positions, dropout_on, another_temperature, top_k])
+def test_what_breaks_the_ratio_is_seen(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[PPOModule, pytest.MonkeyPatch], None]
+) -> None:
+    torch.manual_seed(0)
+    module = ppo(encoding, "gpt2", temperature=0.7)
+    for parameter in module.parameters():
+        parameter.data.mul_(2)
+    assert max(residuals(module)) <= 1e-5
+    sabotage(module, monkeypatch)
+    assert max(residuals(module)) > 1e-3
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_bf16_the_ratio_stays_near_1(encoding: str, family: str, precision: str) -> None:
+    options: dict[str, Any] = {"ppo_epochs": 1, "minibatches": 2}
+    rows = fit(ppo(encoding, family, temperature=0.7, **options), 2, precision=precision)
+    for row in rows:
+        assert row["train/ratio_residual"] < 0.02
+        assert row["train/sampling_residual"] < 0.05
+        assert all(value == value for value in row.values())
+
+
+def test_the_residuals_are_logged(encoding: str) -> None:
+    row = fit(ppo(encoding), 1)[0]
+    assert 0 < row["train/sampling_residual"] <= 1e-5
+    assert row["train/ratio_residual"] <= 1e-5
+
+
+# ---- several replies to a prompt -------------------------------------------------------------------------------------
+
+
+def test_a_group_replies_to_one_prompt_each_with_noise_of_its_own(encoding: str) -> None:
+    module = alone(ppo(encoding, group_size=3, advantage="rloo"))
+    batch = prompts(module.tokenizer, QUESTIONS[:2])
+    rollout = module.roll_out(batch.repeated(3), module.noise_rows(2, copies=3), stream=0)
+    assert [c.messages[0].text for c in rollout.conversations] == [QUESTIONS[0]] * 3 + [QUESTIONS[1]] * 3
+    assert len({reply.text for reply in rollout.replies}) == 6
+    judged = module.judge(rollout, torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]))
+    lengths = rollout.mask.sum(1)
+    for row, advantage in enumerate([-3, -1.5, 4.5, 0, 0, 0]):  # as by hand in test_ppo_math; KL is 0 as yet
+        expected = rollout.mask[row] * advantage
+        torch.testing.assert_close(judged.advantages[row], expected.float(), atol=1e-5, rtol=0)
+        assert int(lengths[row]) == rollout.replies[row].tokens
+
+
+def test_processes_draw_the_groups_that_one_would(encoding: str) -> None:
+    """Prompt i of process r is global prompt 2·i + r, and its copies follow each other."""
+    one = alone(ppo(encoding, group_size=2)).noise_rows(4, copies=2)
+    assert one.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    two = [alone(ppo(encoding, group_size=2), 2, rank).noise_rows(2, copies=2).tolist() for rank in range(2)]
+    assert two == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    # And each takes its own rows of the minibatches that one process would take.
+    whole = alone(ppo(encoding, group_size=2, minibatches=3)).minibatches(8, 0)
+    parts = [alone(ppo(encoding, group_size=2, minibatches=3), 2, rank).minibatches(4, 0) for rank in range(2)]
+    for all_rows, first, second in zip(whole, *parts, strict=True):
+        mine = [two[rank][row] for rank, part in enumerate((first, second)) for row in torch.cat(part).tolist()]
+        assert sorted(mine) == sorted(torch.cat(all_rows).tolist())
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_without_a_critic_the_policy_learns(encoding: str, advantage: str) -> None:
+    options: dict[str, Any] = {"group_size": 4, "ppo_epochs": 2, "minibatches": 2, "kl_coef": 0.0}
+    module = ppo(encoding, advantage=advantage, reward=Reward([LetterE()]), **options)
+    rows = fit(module, 25)
+    assert rows[0]["train/reward"] < 0.1
+    assert rows[-1]["train/reward"] > 0.3
+    assert not {"train/value_loss", "train/explained_variance"} & set(rows[0])
+    assert rows[0]["train/episodes"] == 32
+    assert all(not p.requires_grad for p in module.model.value_head.parameters())
+
+
+# ---- whole conversations ---------------------------------------------------------------------------------------------
+
+
+def talk(*texts: str) -> Conversation:
+    """The first prompt of a conversation in which users said ``texts``, and people answered ``ok``."""
+    messages: tuple[Message, ...] = ()
+    turns = []
+    for text in texts:
+        messages = (*messages, Message("user", text))
+        turns.append(Conversation(messages, references=(Message("assistant", f"to {text}"),), check=Check((text,))))
+        messages = (*messages, Message("assistant", "ok"))
+    return Conversation(**{**fields(turns[0]), "later": tuple(turns[1:])})
+
+
+def fields(conversation: Conversation) -> dict[str, Any]:
+    return {name: getattr(conversation, name) for name in ("messages", "references", "check", "tree_id")}
+
+
+def talks(module: PPOModule, *conversations: Conversation) -> PromptBatch:
+    rows = [module.tokenizer.render_prompt(c).ids for c in conversations]
+    ids, mask = pad(rows, module.tokenizer.pad_id, "left")
+    return PromptBatch(ids, mask, conversations)
+
+
+class Says:
+    """Stands in for the token loop: says the given bytes, whatever it is asked, and keeps what that was."""
+
+    def __init__(self, *turns: list[list[int]]) -> None:
+        self.turns = list(turns)
+        self.asked: list[list[list[int]]] = []
+
+    def __call__(self, ids: Tensor, mask: Tensor, *_: Any) -> Generated:
+        self.asked.append([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+        rows = self.turns.pop(0)
+        tokens, said = pad(rows, 256, "right")
+        return Generated(tokens, said, torch.tensor([row[-1] == 260 for row in rows]), said * -0.5)
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_with_what_was_said(encoding: str) -> None:
+    """Users speak at the data's turns; a reply that ran out of tokens is closed for it; it ends where the data ends."""
+    module = alone(ppo(encoding, turns=3, lam=1.0, kl_coef=0.0))
+    says = Says([[97, 260], [98, 99]], [[100, 260], [101, 260]])
+    module.generate = says  # type: ignore[method-assign]
+    batch = talks(module, talk("u", "v"), talk("x", "y"))
+    rollout = module.roll_out(batch, torch.arange(2), stream=0)
+    user, assistant, end = 258, 259, 260
+    first, second = [user, 117, end, assistant], [user, 120, end, assistant]
+    assert says.asked[0] == [first, second]
+    again = [user, 118, end, assistant], [user, 121, end, assistant]
+    assert says.asked[1] == [[*first, 97, end, *again[0]], [*second, 98, 99, end, *again[1]]]
+
+    assert [reply.text for reply in rollout.replies] == ["a", "bc", "d", "e"]
+    assert [[m.text for m in c.messages] for c in rollout.conversations] == [
+        ["u"], ["x"], ["u", "a", "v"], ["x", "bc", "y"]
+    ]  # fmt: skip
+    # What belongs to a turn of the data comes with it, and nothing of another turn.
+    assert [c.references[0].text for c in rollout.conversations] == ["to u", "to x", "to v", "to y"]
+    assert [c.check for c in rollout.conversations] == [Check(("u",)), Check(("x",)), Check(("v",)), Check(("y",))]
+    assert not any(c.later for c in rollout.conversations)
+
+    # Columns run from the first sampled token on; users' words, and the end that was added, are holes.
+    assert rollout.reply_of.tolist() == [
+        [0, 0, -1, -1, -1, -1, 2, 2, -1],
+        [1, 1, -1, -1, -1, -1, -1, 3, 3],
+    ]
+    assert torch.equal(rollout.mask, rollout.reply_of >= 0)
+    said = [row[keep].tolist() for row, keep in zip(rollout.ids, rollout.said, strict=True)]
+    assert said == [[97, 260, 100, 260], [98, 99, 101, 260]]
+    assert torch.equal(rollout.sampling_logprobs, rollout.mask * -0.5)
+
+    # Each turn earns its score, and with λ = γ = 1 the first is worth what came after it, too.
+    judged = module.judge(rollout, torch.tensor([1.0, 10.0, 2.0, 20.0]))
+    assert judged.returns[0].tolist() == [3, 3, 0, 0, 0, 0, 2, 2, 0]
+    assert judged.returns[1].tolist() == [30, 30, 0, 0, 0, 0, 0, 20, 20]
+
+
+@torch.no_grad()
+def test_each_turn_is_read_behind_all_that_came_before(encoding: str) -> None:
+    """Log-probs of both turns against a plain pass over the whole conversation; the ratio is 1 over holes, too."""
+    module = alone(ppo(encoding, turns=2))
+    rollout = module.roll_out(talks(module, talk("u", "v"), talk("long one", "y"), talk("z")), torch.arange(3), 0)
+    assert len(rollout.replies) == 5
+    for row in range(3):
+        whole = rollout.ids[row][rollout.attention_mask[row]][None]
+        logits = module.model.logits(module.model(whole, torch.ones_like(whole, dtype=torch.bool)))
+        logprobs = logits.log_softmax(-1)[0, :-1].gather(-1, whole[0, 1:, None]).squeeze(-1)
+        expected = logprobs[rollout.said[row][rollout.attention_mask[row]][1:]]
+        torch.testing.assert_close(rollout.logprobs[row][rollout.mask[row]], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.sampling_logprobs, rollout.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.kl, torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_what_does_not_fit_ends_the_conversation(encoding: str) -> None:
+    """48 tokens: a turn of 4 + 8, the next of 30 and 8 more are 50."""
+    module = alone(ppo(encoding, turns=2))
+    long = "v" * 27
+    rollout = module.roll_out(talks(module, talk("u", long), talk("u", "v")), torch.arange(2), stream=0)
+    assert [c.messages[-1].text for c in rollout.conversations] == ["u", "u", "v"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_a_process_whose_conversations_are_over_waits_for_the_others(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """It takes part with a row of nothing, and not with one that has no position left."""
+    module = alone(ppo(encoding, family, turns=2))
+    monkeypatch.setattr("rlchat.ppo.rollouts.anywhere", lambda *_: True)  # another process goes on
+    rollout = module.roll_out(talks(module, talk("u" * 37)), torch.arange(1), stream=0)
+    assert len(rollout.replies) == 1
+    assert rollout.attention_mask.sum() <= 48
+
+
+def test_answers_are_counted_in_every_turn_sampled_and_greedy(encoding: str) -> None:
+    module = ppo(encoding, turns=2)
+    counts: dict[str, int] = {}
+    module.tally_answers = lambda name, prompts, replies: counts.update({name: len(replies)})  # type: ignore[method-assign]
+    trainer().validate(module, [serve([talks(module, talk("u", "v"), talk("x"))])], verbose=False)
+    assert counts == {"answer_accuracy": 3, "answer_accuracy_greedy": 3}
+
+
+def test_whole_conversations_are_trained_on(encoding: str) -> None:
+    module = ppo(encoding, turns=2, ppo_epochs=2, minibatches=2, kl_coef=0.0, reward=Reward([LetterE()]))
+    batch = talks(module, *(talk(a, b) for a in "stuvw" for b in "xyz"))
+    rows = fit(module, 25, batch)
+    assert rows[0]["train/episodes"] == 30  # two turns each
+    assert rows[0]["train/reward"] < 0.1
+    assert rows[-1]["train/reward"] > 0.3
+
+
+# ---- critics ---------------------------------------------------------------------------------------------------------
+
+
+def flat(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def test_a_separate_critic_leaves_the_trunk_to_the_policy(encoding: str) -> None:
+    """Its loss has no gradient in the policy, and the policy's none in it."""
+    module = ppo(encoding, critic="separate")
+    assert module.critic is not None
+    rollout = rolled_out(module)
+    judged = module.judge(rollout, torch.arange(8.0))
+    everyone, tokens = torch.arange(8), rollout.mask.sum()
+    new = module.read_replies(module.model, rollout.ids, rollout.attention_mask, rollout.said, rollout.mask)
+    new.values.square().sum().backward()
+    assert all(p.grad is None for p in module.model.parameters())
+    module.zero_grad()
+    new = module.read_replies(module.model, rollout.ids, rollout.attention_mask, rollout.said, rollout.mask)
+    new.logprobs.sum().backward()
+    assert all(p.grad is None for p in module.critic.parameters())
+    # And there is no parameter that the loss does not reach.
+    module.zero_grad()
+    loss, _ = module.minibatch_loss(rollout, judged, everyone, tokens)
+    loss.backward()
+    idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_policy_waits_for_the_critic(encoding: str, critic: str) -> None:
+    """For two iterations; weight decay and momentum wait with it."""
+    module = ppo(encoding, critic=critic, critic_warmup=2, weight_decay=0.1, kl_coef=0.0)
+    trunk, head = flat(module.model.backbone), flat(module.critic or module.model.value_head)
+    fit(module, 2)
+    assert torch.equal(flat(module.model.backbone), trunk)
+    assert not torch.equal(flat(module.critic or module.model.value_head), head)
+    later = ppo(encoding, critic=critic, critic_warmup=2, weight_decay=0.1, kl_coef=0.0)
+    rows = fit(later, 3)
+    assert not torch.equal(flat(later.model.backbone), trunk)
+    assert [row["train/approx_kl"] > 1e-9 for row in rows] == [False, False, True]
+
+
+class LengthOfTheQuestion(ReplyFactor):
+    """Has nothing to do with the reply, and so it can be known beforehand."""
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        return len(prompt.messages[-1].text) / 10
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_critic_comes_to_explain_returns(encoding: str, critic: str) -> None:
+    options: dict[str, Any] = {"value_coef": 1.0, "value_clip": 10.0, "kl_coef": 0.0, "hidden_dim": 64}
+    rows = fit(ppo(encoding, critic=critic, reward=Reward([LengthOfTheQuestion()]), **options), 6)
+    assert rows[0]["train/explained_variance"] == pytest.approx(0, abs=1e-6)  # a head at zero knows nothing
+    assert rows[-1]["train/explained_variance"] > 0.5
+
+
+def test_where_all_returns_are_equal_there_is_nothing_to_explain(encoding: str) -> None:
+    rows = fit(ppo(encoding, reward=Reward([Nothing()]), kl_coef=0.0), 2)
+    assert [row["train/explained_variance"] for row in rows] == [0, 0]
+
+
+class Nothing(ReplyFactor):
+    """Scores nothing."""
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        return 0.0
+
+
+def test_a_critic_that_begins_as_a_reward_model(encoding: str, tmp_path: Path) -> None:
+    """Its value after any token is the standardised score of what was said so far."""
+    torch.manual_seed(1)
+    tokenizer = ChatTokenizer(encoding)
+    shape = {"model_type": "llama", **BACKBONES["llama"], "hidden_size": 24, "num_attention_heads": 4}
+    judge = RewardModel(Backbone(shape, tokenizer.vocab_size, 48, tokenizer.base_size)).eval()
+    torch.nn.init.normal_(judge.score_head.weight)  # type: ignore[arg-type]
+    torch.nn.init.normal_(judge.score_head.bias)  # type: ignore[arg-type]
+    judge.mean.fill_(0.7)
+    judge.std.fill_(2.0)
+    path = tmp_path / "judge.pt"
+    save_bundle(path, RewardBundle(judge, tokenizer, 48))
+    module = ppo(encoding, critic="separate", critic_init=str(path))
+    assert module.critic is not None
+    ids = torch.tensor([tokenizer.render(Conversation((Message("user", "Hi"), Message("assistant", "Ho")))).ids])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        values = module.critic.eval()(ids, mask)[0]
+        for end in range(1, ids.shape[1] + 1):
+            score = judge.standardised(judge(ids[:, :end], mask[:, :end]))
+            torch.testing.assert_close(values[end - 1], score[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="set critic to separate"):
+        ppo(encoding, critic_init=str(path))
+    short = tmp_path / "short.pt"
+    save_bundle(short, RewardBundle(judge, tokenizer, 40))
+    with pytest.raises(UserError, match="its max_length of 40"):
+        ppo(encoding, critic="separate", critic_init=str(short))
+
+
+def test_the_critic_is_saved_with_the_model(encoding: str, tmp_path: Path) -> None:
+    """In the bundle, from which a later run goes on with it; a shared one is the model's own head."""
+    module = ppo(encoding, critic="separate")
+    fit(module, 1)
+    module.save_bundle(tmp_path / "model.pt")
+    bundle = load_policy(tmp_path / "model.pt")
+    assert isinstance(bundle.critic, Critic)
+    assert isinstance(module.critic, Critic)
+    assert torch.equal(flat(bundle.critic), flat(module.critic))
+    again = PPOModule(init_from=str(tmp_path / "model.pt"), max_new_tokens=8, critic="separate")
+    assert again.critic is not None
+    assert torch.equal(flat(again.critic), flat(module.critic))
+    assert bundle.about["critic"] == "separate"
+    shared = ppo(encoding)
+    fit(shared, 1)
+    shared.save_bundle(tmp_path / "shared.pt")
+    assert load_policy(tmp_path / "shared.pt").critic is None
+
+
+# ---- micro batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"critic": "separate", "sft_coef": 1.0}, {"advantage": "grpo", "group_size": 2}]
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_accumulated_gradients_are_those_of_the_large_batch(encoding: str, size: int, options: dict[str, Any]) -> None:
+    options = {**options, "entropy_coef": 0.01, "ppo_epochs": 2, "minibatches": 2, "learning_rate": 1e-3}
+    whole, parts = ppo(encoding, **options), ppo(encoding, **options, micro_batch_size=size)
+    rows = [fit(module, 2) for module in (whole, parts)]
+    torch.testing.assert_close(flat(parts), flat(whole), atol=1e-5, rtol=0)
+    for one, other in zip(*rows, strict=True):
+        for name in one:
+            if not name.startswith(("time/", "perf/")):
+                assert other[name] == pytest.approx(one[name], abs=1e-4), name
+
+
+def test_every_process_takes_as_many_micro_batches(encoding: str) -> None:
+    """Also where it has fewer rows than another: nobody waits for a gradient that never comes."""
+    for world in (2, 3, 4):
+        modules = [alone(ppo(encoding, minibatches=3, micro_batch_size=1), world, rank) for rank in range(world)]
+        plans = [module.minibatches(4, 0) for module in modules]
+        for minibatch in zip(*plans, strict=True):
+            assert len({len(part) for part in minibatch}) == 1
+        assert sum(len(torch.cat(part)) for plan in plans for part in plan) == 4 * world
+
+
+# ---- rows to look at -------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_as_rows(encoding: str) -> None:
+    module = ppo(encoding)
+    torch.nn.init.normal_(module.model.value_head.weight)  # type: ignore[arg-type]
+    for parameter in module.reference.parameters():
+        parameter.mul_(1.5)
+    rollout: Rollout = rolled_out(module)
+    factors = {"one": torch.arange(8.0), "two": torch.ones(8)}
+    rows = rollout.rows(factors)
+    for n, row in enumerate(rows):
+        assert row["prompt"] == [{"role": "user", "content": QUESTIONS[n]}]
+        assert row["reply"] == rollout.replies[n].text
+        assert row["ended_by"] == ("end of turn" if rollout.replies[n].ended else "token limit")
+        assert row["reward"] == n + 1
+        assert row["factors"] == {"one": n, "two": 1}
+        kl = (rollout.logprobs - rollout.ref_logprobs)[n][rollout.mask[n]].sum()
+        assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
+        assert row["value"] == pytest.approx(float(rollout.values[n, 0]))
+
+
+def test_the_reference_is_a_copy(encoding: str) -> None:
+    module = ppo(encoding)
+    assert isinstance(module.reference, RLChatModel)
+    before = copy.deepcopy(module.reference.state_dict())
+    fit(module, 2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.reference.state_dict().items())

@@ -1,0 +1,186 @@
+"""The engine: everybody gets what they would get alone, and nobody is forgotten."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.chat_models import chain, random_policy, scripted_policy
+from helpers.servers import alone, slow_down, wait_until
+
+from rlchat.conversation import Conversation, Message
+from rlchat.models.backbones import Backbone
+from rlchat.models.model_file import PolicyBundle, new_policy
+from rlchat.models.sampling import Sampling
+from rlchat.server.engine import Engine, EngineFullError, Piece, Ticket
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+GREEDY = Sampling(20, temperature=0.0)
+
+
+class Reply:
+    """Collects what is delivered to one ticket."""
+
+    def __init__(self, bundle: PolicyBundle, question: str, sampling: Sampling = GREEDY, **more: Any) -> None:
+        self.pieces: list[Piece] = []
+        self.over = threading.Event()
+        prompt = bundle.tokenizer.render_prompt(Conversation((Message("user", question),))).ids
+        deadline = time.monotonic() + more.pop("seconds", 60)
+        self.ticket = Ticket(prompt, sampling, self.deliver, deadline, **more)
+
+    def deliver(self, piece: Piece) -> None:
+        assert not self.over.is_set(), "nothing comes after the end"
+        self.pieces.append(piece)
+        if piece.finish:
+            self.over.set()
+
+    def wait(self) -> str:
+        assert self.over.wait(30)
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def finish(self) -> str | None:
+        return self.pieces[-1].finish
+
+
+@pytest.fixture(scope="module")
+def bundle(tokenizer: ChatTokenizer) -> PolicyBundle:
+    return random_policy(tokenizer, max_length=128)
+
+
+@pytest.fixture
+def engine(bundle: PolicyBundle) -> Iterator[Engine]:
+    engine = Engine(bundle, max_rows=4, max_waiting=40)
+    yield engine
+    engine.close()
+
+
+def questions(count: int) -> list[str]:
+    return [f"{'Please. ' * (i % 5)}What comes after {i}?" for i in range(count)]
+
+
+def test_a_crowd_gets_what_each_would_get_alone(bundle: PolicyBundle, engine: Engine) -> None:
+    """Forty replies of different lengths through four places, so that each place changes hands in mid-batch."""
+    how = [
+        Sampling(3 + i % 17, (0.0, 0.7, 1.0)[i % 3], top_k=(0, 5)[i % 2], top_p=(1.0, 0.9)[i % 2]) for i in range(40)
+    ]
+    replies = [Reply(bundle, q, how[i], seed=i, choice=i % 2) for i, q in enumerate(questions(40))]
+    engine.submit([reply.ticket for reply in replies])
+    said = [reply.wait() for reply in replies]
+    assert said == [alone(bundle, q, how[i], seed=i, choice=i % 2) for i, q in enumerate(questions(40))]
+    assert len({reply.pieces[-1].tokens for reply in replies}) > 5
+    assert engine.counts.generated_tokens == sum(reply.pieces[-1].tokens for reply in replies)
+    assert engine.counts.steps < engine.counts.generated_tokens / 2  # they shared the model's steps
+    wait_until(lambda: engine.running == engine.waiting == 0)
+
+
+def test_a_backbone_that_takes_no_rows_in(tokenizer: ChatTokenizer) -> None:
+    """With a sliding window the next batch begins when the last one ends; the words are the same."""
+    torch.manual_seed(0)
+    shape = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    backbone = Backbone({**shape, "num_attention_heads": 2, "sliding_window": 8}, tokenizer.vocab_size, 64)
+    with torch.no_grad():
+        for weight in backbone.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=0.3)
+    bundle = PolicyBundle(new_policy(backbone, tokenizer).eval(), tokenizer, 64)
+    engine = Engine(bundle, max_rows=3)
+    how = [Sampling(3 + i, temperature=0.0) for i in range(8)]
+    replies = [Reply(bundle, q, how[i]) for i, q in enumerate(questions(8))]
+    for reply in replies:
+        engine.submit([reply.ticket])
+    assert [reply.wait() for reply in replies] == [alone(bundle, q, how[i]) for i, q in enumerate(questions(8))]
+    engine.close()
+
+
+def test_a_stream_comes_in_whole_characters_and_ends_once(byte_tokenizer: ChatTokenizer) -> None:
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list("é€😀!".encode())))
+    engine = Engine(bundle)
+    streamed, whole = Reply(bundle, "Hi", streams=True), Reply(bundle, "Hi")
+    cut = Reply(bundle, "Hi", Sampling(4), streams=True)
+    engine.submit([streamed.ticket, whole.ticket, cut.ticket])
+    assert whole.wait() == streamed.wait() == "é€😀!"
+    assert [piece.text for piece in streamed.pieces] == ["é", "€", "😀", "!", ""]
+    assert streamed.finish == whole.finish == "stop"
+    assert whole.pieces == [Piece("é€😀!", 11, "stop")]  # ten bytes and the end marker
+    assert (cut.wait(), cut.finish) == ("é", "length")  # the € was not complete
+    engine.close()
+
+
+def test_a_stop_string_ends_a_reply_in_the_middle_of_a_batch(byte_tokenizer: ChatTokenizer) -> None:
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"Helo wrd!")))
+    engine = Engine(bundle)
+    stopped = Reply(bundle, "Hi", stop=["o w", "xyz"], streams=True)
+    held = Reply(bundle, "Hi", stop=["d!!"], streams=True)
+    engine.submit([stopped.ticket, held.ticket])
+    assert (stopped.wait(), stopped.finish) == ("Hel", "stop")
+    assert (held.wait(), held.finish) == ("Helo wrd!", "stop")  # what was held back comes in the end
+    engine.close()
+
+
+def test_full_is_full_and_all_or_none_get_in(tokenizer: ChatTokenizer) -> None:
+    bundle = slow_down(random_policy(tokenizer), 0.02)
+    engine = Engine(bundle, max_rows=2, max_waiting=3)
+    first = [Reply(bundle, "Hi", Sampling(40)) for _ in range(4)]
+    engine.submit([reply.ticket for reply in first])
+    wait_until(lambda: engine.running == 2)
+    with pytest.raises(EngineFullError, match="2 replies wait"):
+        engine.submit([Reply(bundle, "Hi").ticket for _ in range(2)])
+    engine.submit([Reply(bundle, "Hi").ticket])
+    with pytest.raises(EngineFullError):
+        engine.submit([Reply(bundle, "Hi").ticket])
+    engine.close()
+    assert [reply.finish for reply in first] == ["failed"] * 4  # nobody waits for ever on a closed engine
+    with pytest.raises(EngineFullError):
+        engine.submit([Reply(bundle, "Hi").ticket])
+
+
+def test_whoever_goes_away_costs_no_more_tokens(tokenizer: ChatTokenizer) -> None:
+    bundle = slow_down(random_policy(tokenizer), 0.01)
+    engine = Engine(bundle, max_rows=1)
+    gone, waited, other = (Reply(bundle, "Hi", Sampling(50), streams=True) for _ in range(3))
+    engine.submit([gone.ticket, waited.ticket, other.ticket])
+    wait_until(lambda: gone.pieces)
+    gone.ticket.cancelled = waited.ticket.cancelled = True
+    assert other.wait()
+    assert engine.counts.cancelled == 2
+    assert not gone.over.is_set()
+    assert not waited.pieces
+    assert engine.counts.generated_tokens < 50 + other.pieces[-1].tokens
+    engine.close()
+
+
+def test_time_runs_out(tokenizer: ChatTokenizer) -> None:
+    bundle = slow_down(random_policy(tokenizer), 0.05)
+    engine = Engine(bundle, max_rows=1)
+    running, waiting = Reply(bundle, "Hi", Sampling(50), seconds=1.5), Reply(bundle, "Hi", seconds=0.3)
+    engine.submit([running.ticket, waiting.ticket])
+    assert waiting.wait() == ""
+    assert waiting.finish == "expired"
+    assert running.wait()
+    assert running.finish == "length"
+    assert running.pieces[-1].tokens < 50
+    engine.close()
+
+
+def test_an_error_reaches_those_who_wait_and_the_next_are_served(
+    bundle: PolicyBundle, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("out of memory")
+
+        patch.setattr(bundle.model, "forward", broken)
+        reply = Reply(bundle, "Hi")
+        engine.submit([reply.ticket])
+        reply.wait()
+        assert reply.finish == "failed"
+    reply = Reply(bundle, "Hi")
+    engine.submit([reply.ticket])
+    assert reply.wait() == alone(bundle, "Hi", GREEDY)
+    assert engine.alive

@@ -1,0 +1,85 @@
+"""Requests that schemathesis makes up from the API's own description: nothing breaks, and answers are as described."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from helpers.chat_models import random_policy
+from helpers.servers import serving
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from rlchat.server.responses import Limits
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+
+@pytest.fixture(scope="module")
+def api(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    feedback = tmp_path_factory.mktemp("kept") / "feedback.jsonl"
+    with serving(random_policy(tokenizer), feedback, limits=Limits(max_tokens=4)) as server:
+        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+ONE_MODEL = "GET /v1/models/{name}"
+OPERATIONS = [
+    "POST /v1/chat/completions",
+    "GET /v1/models",
+    ONE_MODEL,
+    "GET /health",
+    "GET /metrics",
+    "POST /feedback",
+]
+
+
+def test_every_operation_is_described(api: Any) -> None:
+    assert [operation.ok().label for operation in api.get_all_operations()] == OPERATIONS
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_request_breaks_the_server(api: Any, name: str, mode: GenerationMode) -> None:
+    """Requests as described, and requests that are not."""
+    operation = api.find_operation_by_label(name)
+    statuses = Counter[int]()
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    def check(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE and case.method == "POST":  # what the description says in words alone
+            case.body["messages"].append({"role": "user", "content": "Hi"})
+            case.body.pop("model", None)
+            if name == "POST /feedback" and case.body.get("verdict"):
+                case.body.pop("correction", None)
+        if mode is GenerationMode.POSITIVE and name == ONE_MODEL:  # the only one that there is
+            case.path_parameters["name"] = "tiny"
+        answer = case.call(timeout=30)
+        statuses[answer.status_code] += 1
+        case.validate_response(
+            answer,
+            checks=[
+                not_a_server_error,
+                status_code_conformance,
+                content_type_conformance,
+                response_schema_conformance,
+            ],
+        )
+
+    try:
+        check()
+    except Unsatisfiable:
+        assert name.startswith("GET")  # where there is nothing to get wrong
+    if mode is GenerationMode.POSITIVE:
+        assert statuses[200] > (5 if name == "POST /v1/chat/completions" else 0), statuses
+    else:
+        assert not statuses[200], statuses

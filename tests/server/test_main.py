@@ -1,0 +1,150 @@
+"""`rlchat serve` as a process: curl and OpenAI's client talk to it, signals end it, mistakes get a sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from helpers.chat_models import random_policy
+from helpers.servers import HTTP, ROOT, alone, server_process
+
+from rlchat.__main__ import main
+from rlchat.models.model_file import PolicyBundle, save_bundle
+from rlchat.models.sampling import Sampling
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+
+@pytest.fixture(scope="module")
+def bundle(tokenizer: ChatTokenizer) -> PolicyBundle:
+    return random_policy(tokenizer, max_length=128)
+
+
+@pytest.fixture(scope="module")
+def folder(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    save_bundle(folder / "parrot.pt", bundle)
+    return folder
+
+
+def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyBundle) -> None:
+    with server_process("parrot.pt", "--feedback", "kept/mine.jsonl", cwd=folder) as (process, url):
+        assert url.startswith("http://127.0.0.1:")
+        expected = alone(bundle, "Hi", Sampling(8, 0.0))
+        body = {"model": "parrot", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
+
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        assert client.models.list().data[0].id == "parrot"
+        assert client.chat.completions.create(**body).choices[0].message.content == expected  # type: ignore[call-overload]
+        chunks = client.chat.completions.create(**body, stream=True)  # type: ignore[call-overload]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+        if curl := shutil.which("curl"):
+            command = [curl, "-sS", "-N", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d"]
+            whole = subprocess.run([*command, json.dumps(body)], capture_output=True, text=True, check=True).stdout
+            assert json.loads(whole)["choices"][0]["message"]["content"] == expected
+            streamed = subprocess.run(
+                [*command, json.dumps({**body, "stream": True})], capture_output=True, text=True, check=True
+            ).stdout
+            assert streamed.endswith("data: [DONE]\n\n")
+            pieces = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+            assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == expected
+
+        opinion = {"messages": body["messages"], "reply": expected, "verdict": "bad"}
+        assert HTTP.post(f"{url}/feedback", json=opinion).status_code == 200
+        (row,) = (folder / "kept" / "mine.jsonl").read_text().splitlines()
+        assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot.pt"  # as from the terminal
+
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr
+        assert process.stderr.read() == ""
+
+
+def test_a_key_from_the_environment_and_sigterm_in_mid_reply(folder: Path) -> None:
+    with server_process("parrot.pt", cwd=folder, RLCHAT_API_KEY="s3cret") as (process, url):
+        assert HTTP.get(f"{url}/v1/models").status_code == 401
+        headers = {"Authorization": "Bearer s3cret"}
+        body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "n": 16, "temperature": 2}
+        with HTTP.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        assert process.stderr
+        assert process.stderr.read() == ""
+
+
+def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", str(folder / "parrot.pt"), "--port", str(port)]) == 2
+    sentence = f"rlchat: cannot listen on 127.0.0.1:{port}: Address already in use; give another --port or --host\n"
+    assert capsys.readouterr().err == sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nothing.pt"], r"nothing\.pt: no such model; train one with `rlchat demo`"),
+        (["foreign.pt"], r"foreign\.pt: not a bundle of rlchat"),
+        (["damaged.pt"], r"damaged\.pt: damaged, or no bundle of rlchat"),
+        (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not to be had"),
+        (["parrot.pt", "--feedback", "."], r"\.: the feedback cannot be kept: Is a directory; give a place that can"),
+        (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "parrot.pt/kept/f: the feedback cannot be kept: Not a dir"),
+        (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
+    ],
+)
+def test_what_cannot_be_served(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    torch.save({"a": torch.zeros(3)}, "foreign.pt")
+    Path("damaged.pt").write_bytes(Path("parrot.pt").read_bytes()[:5000])
+    assert main(["serve", *words, "--port", "0"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(f"rlchat: {sentence}.*\n", printed.err), printed.err
+
+
+def test_without_the_extra(folder: Path) -> None:
+    program = "import sys; sys.modules['fastapi'] = None; from rlchat.__main__ import main; sys.exit(main(['serve']))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "rlchat: rlchat serve needs fastapi, which comes with: pip install 'rlchat[serve]'\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max-rows", "0"], "argument --max-rows: 0 is less than 1"),
+        (["--max-rows", "1.5"], "argument --max-rows: '1.5' is no whole number"),
+        (["--port", "x"], "argument --port: 'x' is no whole number"),
+        (["--port", "99999"], "argument --port: 99999 is no port; they go from 0 to 65535"),
+    ],
+)
+def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+    assert main(["serve", *words]) == 2
+    assert capsys.readouterr().err.endswith(f"{sentence}\n")
+
+
+def test_help_names_every_option_and_not_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLCHAT_API_KEY", "s3cret")
+    assert main(["serve", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("--host", "--port", "--api-key", "--feedback", "--max-rows", "--max-waiting", "--max-body"):
+        assert name in printed
+    assert "s3cret" not in printed

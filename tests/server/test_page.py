@@ -1,0 +1,412 @@
+"""The page in a real browser, headless: what a person does with it, by mouse, by keyboard and on a phone.
+
+It needs Debian's Chromium (``apt-get install chromium``) or another, named by the environment variable CHROMIUM;
+Playwright downloads none of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chat_models import chain, scripted_policy
+from helpers.servers import Server, serving, slow_down
+
+from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, save_conversation
+from rlchat.data.formats import read_trees
+from rlchat.models.model_file import PolicyBundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+expect = playwright.expect
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+REPLY = "<img onerror=x()> ü😀 & <b>"  # no byte comes twice, as the scripted model needs; and no tag may come to life
+SECONDS = 20_000.0  # milliseconds; this machine may be busy
+
+
+def script(text: str) -> list[int]:
+    """The bytes of ``text``, each once."""
+    return list(dict.fromkeys(text.encode()))
+
+
+SAID = bytes(script(REPLY)).decode()
+
+
+@pytest.fixture(scope="module")
+def bundle(byte_tokenizer: ChatTokenizer) -> PolicyBundle:
+    return slow_down(scripted_policy(byte_tokenizer, chain(byte_tokenizer, script(REPLY)), max_length=400), 0.01)
+
+
+@pytest.fixture(scope="module")
+def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(bundle, tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def endless(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model that would talk for ten seconds."""
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=800)
+    with serving(slow_down(bundle, 0.05), tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as runner:
+        browser = runner.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    yield from opened(browser, server)
+
+
+def opened(browser: Any, server: Server, **options: Any) -> Iterator[Any]:
+    """The page of ``server`` in a fresh browser; it must not raise an error, nor break its own policy."""
+    context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
+    context.set_default_timeout(SECONDS)
+    expect.set_options(timeout=SECONDS)
+    page = context.new_page()
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
+    page.on("dialog", lambda dialog: troubles.append(dialog.message))
+    page.goto(server.url)
+    expect(page.locator("#model")).to_have_text("tiny")
+    yield page
+    context.close()
+    assert troubles == []
+
+
+def send(page: Any, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.get_by_role("button", name="Send").click()
+
+
+def finished(page: Any, replies: int = 1) -> Any:
+    """The text of the last reply, once it is whole."""
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    texts = page.locator(".message.assistant .text")
+    expect(texts).to_have_count(replies)
+    return texts.last
+
+
+def lines(server: Server) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in server.feedback.read_text().splitlines()] if server.feedback.exists() else []
+
+
+def test_send_and_read(page: Any) -> None:
+    send(page, "Hi <script>alert(1)</script><img src=x onerror=alert(2)>")
+    expect(finished(page)).to_have_text(SAID)
+    question = page.locator(".message.user .text")
+    expect(question).to_have_text("Hi <script>alert(1)</script><img src=x onerror=alert(2)>")
+    assert page.locator("#log script, #log img, #log b, #list script, #list img").count() == 0  # text, all of it
+    expect(page.locator(".meta")).to_contain_text(f"{len(script(REPLY)) + 1} tokens")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Hi <script>")
+    expect(page.locator("#heard")).to_have_text(SAID)  # what a screen reader says
+
+
+def test_a_reply_streams_and_stops(browser: Any, endless: Server) -> None:
+    for page in opened(browser, endless):
+        send(page, "Go on")
+        text = page.locator(".message.assistant .text")
+        expect(text).to_contain_text("on on")
+        early = len(text.inner_text())
+        page.wait_for_function("n => document.querySelector('.assistant .text').innerText.length > n", arg=early)
+        page.get_by_role("button", name="Stop").click()
+        expect(finished(page)).to_contain_text("on on")
+        expect(page.locator(".meta")).to_have_text("stopped")
+        page.wait_for_timeout(200)
+        said = text.inner_text()
+        page.wait_for_timeout(200)
+        assert text.inner_text() == said  # and it stays so
+        assert endless.engine.counts.cancelled == 1
+        assert endless.engine.running == 0
+
+
+def test_regenerate_and_edit(page: Any, server: Server) -> None:
+    send(page, "One")
+    finished(page)
+    send(page, "Two")
+    finished(page, 2)
+    tokens = server.engine.counts.generated_tokens
+    page.get_by_role("button", name="Another reply").last.click()
+    expect(finished(page, 2)).to_have_text(SAID)
+    assert server.engine.counts.generated_tokens > tokens
+    page.locator(".message.user").first.hover()
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_label("Send").first.fill("Uno")
+    page.locator(".editor").get_by_role("button", name="Send").click()
+    expect(finished(page)).to_have_text(SAID)  # what came after is gone
+    expect(page.locator(".message.user .text")).to_have_text("Uno")
+    page.get_by_role("button", name="Undo").click()  # … but not lost
+    expect(page.locator(".message.user .text")).to_have_text(["One", "Two"])
+    page.locator(".message.user").first.hover()
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_label("Send").first.fill("Uno")
+    page.keyboard.press("Enter")
+    expect(finished(page)).to_have_text(SAID)
+    page.locator(".message.user").hover()
+    page.get_by_role("button", name="Edit").click()
+    page.keyboard.press("Escape")
+    expect(page.locator(".message.user .text")).to_have_text("Uno")
+
+
+def test_feedback_lands_in_the_file(page: Any, server: Server) -> None:
+    before = len(lines(server))
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("System message").fill("Be kind.")
+    send(page, "Hello")
+    finished(page)
+    page.get_by_role("button", name="Good reply").evaluate("button => { button.click(); button.click(); }")
+    expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Good reply").click()  # said already
+    page.get_by_role("button", name="Bad reply").click()
+    expect(page.get_by_role("button", name="Bad reply")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "false")
+    for correction in ("Hello to you!", "Hello, hello!"):
+        page.get_by_role("button", name="Correct this reply").click()
+        page.get_by_label("Save the correction").first.fill(correction)
+        page.get_by_role("button", name="Save the correction").click()
+        expect(page.locator(".message.assistant .text")).to_have_text(correction)
+        # A verdict on what a person wrote says nothing of the model.
+        expect(page.get_by_role("button", name="Good reply")).to_have_count(0)
+        expect(page.get_by_role("button", name="Bad reply")).to_have_count(0)
+    good, bad, corrected, again = lines(server)[before:]
+    for row in (good, bad, corrected, again):
+        assert (row["prompt"]["role"], row["prompt"]["text"]) == ("system", "Be kind.")
+        assert row["prompt"]["replies"][0]["text"] == "Hello"
+    replies = [row["prompt"]["replies"][0]["replies"] for row in (good, bad, corrected, again)]
+    assert [reply[0]["labels"]["quality"]["value"] for reply in replies[:2]] == [1.0, 0.0]
+    assert [reply[-1]["model_name"] for reply in replies] == ["tiny.pt"] * 4
+    assert [(reply["text"], reply["rank"]) for reply in replies[2]] == [("Hello to you!", 0), (SAID, 1)]
+    assert [(reply["text"], reply["rank"]) for reply in replies[3]] == [("Hello, hello!", 0), (SAID, 1)]
+    trees, _ = read_trees([str(server.feedback)], progress=False)
+    assert len(trees) >= 1  # data, as the readers see it
+
+
+def test_save_and_load(page: Any, tmp_path: Path) -> None:
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("System message").fill("Be kind.")
+    page.get_by_label("Longest reply, in tokens").fill("7")
+    page.get_by_label("Seed").fill("42")
+    page.get_by_label("Top k").fill("9")
+    send(page, "Füße 😀")
+    finished(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save", exact=True).click()
+    assert download.value.suggested_filename == "Füße.json"
+    download.value.save_as(tmp_path / "saved.json")
+    saved = load_conversation(tmp_path / "saved.json")
+    assert [(message.role, message.text) for message in saved.messages] == [
+        ("system", "Be kind."),
+        ("user", "Füße 😀"),
+        ("assistant", SAID[:7]),
+    ]
+    assert saved.model == "tiny.pt"
+    assert saved.sampling == {"max_new_tokens": 7, "temperature": 0.7, "top_k": 9, "top_p": 1, "seed": 42}
+    assert all(message.time for message in saved.messages[1:])
+
+    messages = (
+        SavedMessage("system", "Rhyme."),
+        SavedMessage("user", "<i>Cat?</i>"),
+        SavedMessage("assistant", "Hat."),
+    )
+    save_conversation(tmp_path / "terminal.json", SavedConversation(messages, "m", {"temperature": 0.25}))
+    page.set_input_files("#file", tmp_path / "terminal.json")
+    expect(page.locator(".message .text")).to_have_text(["<i>Cat?</i>", "Hat."])
+    expect(page.get_by_label("System message")).to_have_value("Rhyme.")
+    expect(page.locator("#temperature-shown")).to_have_text("0.25")
+
+    older = [
+        {"user": "Old?", "assistant": "Very.", "timestamp": "2023-01-01T00:00:00"},
+        {"user": "How?", "assistant": "So.", "timestamp": 1_700_000_000.9},
+    ]
+    (tmp_path / "older.json").write_text(json.dumps({"conversation_history": older}))
+    page.set_input_files("#file", tmp_path / "older.json")
+    expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save", exact=True).click()
+    download.value.save_as(tmp_path / "again.json")
+    again = load_conversation(tmp_path / "again.json")
+    assert again.messages == load_conversation(tmp_path / "older.json").messages  # as the terminal has it
+    assert again.messages[-1].time == "2023-11-14T22:13:20+00:00"
+
+    for content, sentence in [
+        ("{", "bad.json is damaged, or no conversation: it is not JSON."),
+        ("[]", "bad.json: no conversation that rlchat saved."),
+        ('{"format": "rlchat-conversation", "version": 9}', "of version 9, and this page reads 1"),
+        ('{"conversation_history": [{"user": 1}]}', "message 1 is damaged"),
+        ('{"conversation_history": [{"user": "a", "assistant": "b", "timestamp": 1e300}]}', "message 1 is damaged"),
+    ]:
+        (tmp_path / "bad.json").write_text(content)
+        page.set_input_files("#file", tmp_path / "bad.json")
+        expect(page.locator("#toast")).to_contain_text(sentence)
+        expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])  # still there
+
+
+def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> None:
+    page.get_by_role("button", name="Settings", exact=True).click()
+    seed, toast, longest = page.get_by_label("Seed"), page.locator("#toast"), page.get_by_label("Longest reply")
+
+    def load(**sampling: Any) -> None:
+        saved = SavedConversation((SavedMessage("user", "Hi"), SavedMessage("assistant", "Ho")), "m", sampling)
+        save_conversation(tmp_path / "file.json", saved, overwrite=True)
+        page.set_input_files("#file", tmp_path / "file.json")
+
+    load(temperature=5, top_p=-1, top_k=2.6, max_new_tokens=0, seed=9223372036854775807)
+    expect(toast).to_contain_text("a whole number from 0 to 9007199254740991")
+    for name, value in [("temperature", "2"), ("top_p", "0.05"), ("top_k", "3"), ("max_new_tokens", "1"), ("seed", "")]:
+        expect(page.locator(f"#{name}")).to_have_value(value)
+    send(page, "And?")
+    expect(finished(page, 2)).not_to_have_text("")  # the server takes them all
+    load(temperature=1e-9, max_new_tokens=7, seed=9007199254740991)
+    expect(page.locator("#temperature")).to_have_value("0")
+    expect(seed).to_have_value("9007199254740991")
+    send(page, "And?")
+    expect(finished(page, 2)).to_have_text(SAID[:7])
+    load(seed=None)
+    expect(seed).to_have_value("")  # a fresh one each time, as the file says
+    seed.fill("9007199254740993")  # which JavaScript would round
+    expect(toast).to_contain_text("The seed is left empty")
+    expect(seed).to_have_value("")
+    seed.fill("12")
+    page.reload()
+    expect(seed).to_have_value("12")
+    expect(longest).to_have_value("7")  # what came from a file is kept, too
+
+
+def test_the_longest_reply_leaves_room_for_the_conversation(page: Any) -> None:
+    longest = page.locator("#max_new_tokens")
+    expect(longest).to_have_value("100")  # of a context of 400
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("Top k").fill("5")
+    page.reload()
+    expect(longest).to_have_value("100")
+    assert "max_new_tokens" not in page.evaluate("localStorage['rlchat.settings']")  # nobody chose it
+    longest.evaluate("input => { input.value = '300'; input.dispatchEvent(new Event('input')); }")
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(longest).to_have_value("300")  # somebody did
+
+
+def test_conversations_stay_in_the_browser(page: Any) -> None:
+    send(page, "First")
+    finished(page)
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.get_by_text("What is on your mind?")).to_be_visible()
+    send(page, "Second")
+    finished(page)
+    page.reload()
+    titles = page.locator("#list .open")
+    expect(titles).to_have_text(["Second", "First"])
+    titles.last.click()
+    expect(page.locator(".message .text")).to_have_text(["First", SAID])
+    page.get_by_role("button", name="Delete “First”").click()
+    expect(titles).to_have_text(["Second"])
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(".message .text")).to_have_text(["First", SAID])
+
+
+def test_by_keyboard_alone(page: Any, endless: Server, browser: Any) -> None:
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    page.keyboard.type("a")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("b")
+    page.keyboard.press("Enter")
+    finished(page)
+    expect(page.locator(".message.user .text")).to_have_text("a\nb")
+    page.keyboard.press("ArrowUp")  # edits the last message
+    page.keyboard.type("c")
+    page.keyboard.press("Enter")
+    finished(page)
+    expect(page.locator(".message.user .text")).to_have_text("a\nbc")
+    page.keyboard.press("Alt+s")
+    expect(page.get_by_label("System message")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).to_be_hidden()
+    expect(page.get_by_role("button", name="Settings", exact=True)).to_be_focused()
+    page.keyboard.press("Alt+n")
+    expect(page.get_by_text("What is on your mind?")).to_be_visible()
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    for page in opened(browser, endless):
+        page.keyboard.type("Go on")
+        page.keyboard.press("Enter")
+        expect(page.locator(".message.assistant .text")).to_contain_text("on on")
+        page.keyboard.press("Escape")
+        finished(page)
+        page.keyboard.press("Tab")  # whatever has the focus shows it
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid"
+
+
+def test_every_control_has_a_name(page: Any) -> None:
+    send(page, "Hi")
+    finished(page)
+    page.get_by_role("button", name="Settings", exact=True).click()
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, textarea")].filter((control) =>
+          !(control.getAttribute("aria-label") || control.innerText?.trim() || control.labels?.length))
+          .map((control) => control.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_dark_and_light(browser: Any, server: Server) -> None:
+    def paper(page: Any) -> int:
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in colour[4:-1].split(","))
+
+    for page in opened(browser, server, color_scheme="dark"):
+        assert paper(page) < 150
+        page.get_by_role("button", name="Dark or light").click()
+        assert paper(page) > 600
+        page.reload()
+        assert paper(page) > 600  # remembered
+    for page in opened(browser, server, color_scheme="light"):
+        assert paper(page) > 600
+
+
+def test_on_a_phone(browser: Any, server: Server) -> None:
+    for page in opened(browser, server, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True):
+        wide = "document.documentElement.scrollWidth"
+        assert page.evaluate(wide) == 390
+        send(page, "x" * 300)
+        expect(finished(page)).to_have_text(SAID)
+        assert page.evaluate(wide) == 390  # a long word widens nothing
+        expect(page.locator("#side")).not_to_be_in_viewport()
+        page.get_by_role("button", name="Conversations").tap()
+        expect(page.locator("#list .open")).to_be_in_viewport()
+        page.get_by_role("button", name="Close the list").tap()
+        expect(page.locator("#side")).not_to_be_in_viewport()
+        page.get_by_role("button", name="Settings", exact=True).tap()
+        expect(page.get_by_label("Temperature")).to_be_in_viewport()
+
+
+def test_trouble_is_told_and_nothing_is_lost(browser: Any, bundle: PolicyBundle, tmp_path: Path) -> None:
+    with serving(bundle, tmp_path / "feedback.jsonl", api_key="s3cret") as server:
+        context = browser.new_context()
+        context.set_default_timeout(SECONDS)
+        page = context.new_page()
+        page.goto(server.url)
+        expect(page.locator("#toast")).to_have_text("The API key is missing or wrong.")
+        page.get_by_label("API key").fill("s3cret")
+        page.get_by_label("API key").press("Tab")
+        expect(page.locator("#model")).to_have_text("tiny")
+        send(page, "Hi")
+        expect(finished(page)).to_have_text(SAID)
+    send(page, "Still there?")
+    expect(page.locator("#toast")).to_have_text("The server cannot be reached.")
+    expect(page.locator(".message .text")).to_have_text(["Hi", SAID, "Still there?"])
+    context.close()

@@ -1,0 +1,52 @@
+"""Stop strings: whatever pieces a reply comes in, the text ends before the first that is complete."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlchat.server.stop_strings import StopStrings
+
+
+def through(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:
+    """What comes out for each piece until a string is found, then at the end."""
+    stop, said = StopStrings(strings), []
+    for piece in pieces:
+        said.append(stop.push(piece))
+        if stop.found:
+            break
+    return [*said, stop.finish()], stop.found
+
+
+@pytest.mark.parametrize(
+    ("strings", "pieces", "said", "found"),
+    [
+        ([], ["Hel", "lo"], ["Hel", "lo", ""], False),
+        (["\n"], ["one\ntwo"], ["one", ""], True),
+        (["END"], ["a E", "N", "D b"], ["a ", "", "", ""], True),
+        (["END"], ["a E", "NO"], ["a ", "ENO", ""], False),
+        (["END"], ["to the EN"], ["to the ", "EN"], False),
+        (["aab"], ["aa", "ab"], ["", "a", ""], True),  # what began at the first a was none
+        (["two", "one"], ["one two"], ["", ""], True),
+        (["x"], ["x"], ["", ""], True),
+    ],
+)
+def test_by_hand(strings: list[str], pieces: list[str], said: list[str], found: bool) -> None:
+    assert through(strings, pieces) == (said, found)
+
+
+letters = st.text("ab", min_size=1, max_size=4)
+
+
+@given(strings=st.lists(letters, max_size=3), pieces=st.lists(letters, max_size=8))
+def test_pieces_are_as_good_as_the_whole(strings: list[str], pieces: list[str]) -> None:
+    said, found = through(strings, pieces)
+    text, out = "".join(pieces), "".join(said)
+    assert found == any(string in text for string in strings)
+    assert text.startswith(out)
+    assert not any(string in out for string in strings)
+    if found:  # it ends where one begins
+        assert any(text[len(out) :].startswith(string) for string in strings)
+    else:
+        assert out == text

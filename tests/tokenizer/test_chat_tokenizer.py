@@ -1,0 +1,385 @@
+"""ChatTokenizer: what a conversation looks like as ids, what is left of one that is too long, and rank files."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlchat.conversation import Conversation, Message, Role
+from rlchat.errors import UserError
+from rlchat.tokenizer.chat_tokenizer import (
+    MARKERS,
+    ChatTokenizer,
+    format_ranks,
+    packaged_encodings,
+    parse_ranks,
+    train_ranks,
+)
+
+PAD, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # of byte_tokenizer
+
+CACHE = Path(__file__).parents[2].parent / "shared" / "tiktoken_cache"
+needs_cl100k = pytest.mark.skipif(not CACHE.is_dir(), reason="shared/tiktoken_cache is not here")
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+with_markers = st.lists(st.one_of(texts, st.sampled_from([*MARKERS, "<|endoftext|>"])), max_size=5).map("".join)
+roles: st.SearchStrategy[Role] = st.sampled_from(["system", "user", "assistant"])
+conversations = st.lists(st.builds(Message, roles, with_markers), min_size=1, max_size=6).map(
+    lambda messages: Conversation(tuple(messages))
+)
+
+
+def talk(*said: str) -> Conversation:
+    """``s:``, ``u:`` or ``a:`` and the text of each message."""
+    names: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant"}
+    return Conversation(tuple(Message(names[line[0]], line[2:]) for line in said))
+
+
+def shown(ids: list[int]) -> str:
+    """Ids of byte_tokenizer in letters: ``S(``, ``U(``, ``A(`` for the markers that open a turn, ``)`` for its end."""
+    markers = {SYSTEM: "S(", USER: "U(", ASSISTANT: "A(", END: ")"}
+    return "".join(markers.get(token) or chr(token) for token in ids)
+
+
+# -- text --
+
+
+@given(text=with_markers)
+@settings(deadline=None)
+def test_any_text_comes_back(tokenizer: ChatTokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not tokenizer.special_ids.intersection(ids)
+
+
+@given(text=with_markers)
+@settings(deadline=None)
+def test_markers_that_are_typed_stay_text(byte_tokenizer: ChatTokenizer, text: str) -> None:
+    rendered = byte_tokenizer.render(Conversation((Message("user", text),)))
+    assert rendered.ids == [USER, *text.encode(), END]
+
+
+def test_half_a_surrogate_pair_is_replaced(tokenizer: ChatTokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
+
+
+def test_ids_follow_those_of_the_encoding(byte_tokenizer: ChatTokenizer) -> None:
+    assert (byte_tokenizer.base_size, byte_tokenizer.vocab_size) == (256, 261)
+    assert (byte_tokenizer.pad_id, byte_tokenizer.end_id) == (PAD, END)
+    assert byte_tokenizer.special_ids == {PAD, SYSTEM, USER, ASSISTANT, END}
+    assert byte_tokenizer.unsayable_ids == [PAD, SYSTEM, USER, ASSISTANT]
+    assert byte_tokenizer.decode([USER, 72, PAD, 105, END]) == "Hi"
+
+
+def test_digits_stay_single_in_the_packaged_encoding() -> None:
+    tokenizer = ChatTokenizer("rlchat_1k")
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("12345")] == list("12345")
+
+
+# -- streaming --
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_streaming_says_what_decoding_says(tokenizer: ChatTokenizer, data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    stream = tokenizer.stream()
+    assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
+
+
+@given(text=texts)
+@settings(deadline=None)
+def test_streaming_never_says_half_a_character(byte_tokenizer: ChatTokenizer, text: str) -> None:
+    stream = byte_tokenizer.stream()
+    pieces = [stream.push(token) for token in text.encode()]
+    assert [piece for piece in pieces if piece] == list(text)
+    assert stream.finish() == ""
+
+
+def test_a_character_appears_with_its_last_byte(byte_tokenizer: ChatTokenizer) -> None:
+    stream = byte_tokenizer.stream()
+    assert [stream.push(token) for token in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
+    assert [stream.push(0xF0), stream.push(0x9F), stream.finish()] == ["", "", "\ufffd"]
+
+
+# -- conversations --
+
+
+def test_rendering_and_the_loss_mask(byte_tokenizer: ChatTokenizer) -> None:
+    rendered = byte_tokenizer.render(talk("s:x", "u:ab", "a:cd", "u:e"))
+    assert rendered.ids == [257, 120, 260, 258, 97, 98, 260, 259, 99, 100, 260, 258, 101, 260]
+    assert rendered.loss_mask == [False] * 8 + [True] * 3 + [False] * 3
+    assert (rendered.dropped, rendered.cut) == (0, 0)
+
+
+def test_a_prompt_opens_the_turn_of_the_assistant(byte_tokenizer: ChatTokenizer) -> None:
+    rendered = byte_tokenizer.render_prompt(talk("u:ab", "a:c", "u:d"))
+    assert shown(rendered.ids) == "U(ab)A(c)U(d)A("
+    assert rendered.loss_mask == [False] * 5 + [True] * 2 + [False] * 4
+    assert byte_tokenizer.render_prompt(Conversation(())).ids == [ASSISTANT]
+
+
+LONG = talk("s:SYS", "u:ab", "a:cd", "u:ef", "a:gh", "u:ij")  # a message has its text and two markers: 5, then 4 each
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected", "dropped", "cut"),
+    [
+        (26, "S(SYS)U(ab)A(cd)U(ef)A(gh)U(ij)A(", 0, 0),
+        (25, "S(SYS)U(ef)A(gh)U(ij)A(", 2, 0),
+        (18, "S(SYS)U(ef)A(gh)U(ij)A(", 2, 0),
+        (17, "S(SYS)U(ij)A(", 4, 0),
+        (10, "S(SYS)U(ij)A(", 4, 0),
+        (9, "U(ij)A(", 5, 0),  # the system message stays while it fits
+        (5, "U(ij)A(", 5, 0),
+        (4, "U(j)A(", 5, 1),
+        (3, "U()A(", 5, 2),
+        (2, "U(A(", 5, 3),
+        (1, "A(", 5, 4),
+    ],
+)
+def test_prompts_that_are_too_long(
+    byte_tokenizer: ChatTokenizer, max_length: int, expected: str, dropped: int, cut: int
+) -> None:
+    rendered = byte_tokenizer.render_prompt(LONG, max_length)
+    assert (shown(rendered.ids), rendered.dropped, rendered.cut) == (expected, dropped, cut)
+
+
+def test_a_system_message_that_is_too_long_costs_no_other(byte_tokenizer: ChatTokenizer) -> None:
+    rendered = byte_tokenizer.render_prompt(talk("s:0123456789", "u:ab", "a:cd", "u:ef"), 13)
+    assert (shown(rendered.ids), rendered.dropped) == ("U(ab)A(cd)U(ef)A(", 1)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected", "dropped", "cut"),
+    [
+        (16, "U(ab)A(cd)U(ef)A(gh)", 0, 0),
+        (15, "U(ef)A(gh)", 2, 0),
+        (8, "U(ef)A(gh)", 2, 0),
+        (7, "U(f)A(gh)", 2, 1),  # the question loses tokens from the left, down to half of the room …
+        (6, "U(f)A(gh", 2, 2),  # … and then the reply from the right, whose end is then not learned
+        (5, "U()A(gh", 2, 3),
+        (4, "U()A(g", 2, 4),
+        (3, "U(A(g", 2, 5),
+        (2, "U(A(", 2, 6),
+        (1, "A(", 2, 7),
+        (0, "", 2, 8),
+    ],
+)
+def test_training_conversations_that_are_too_long(
+    byte_tokenizer: ChatTokenizer, max_length: int, expected: str, dropped: int, cut: int
+) -> None:
+    rendered = byte_tokenizer.render(talk("u:ab", "a:cd", "u:ef", "a:gh"), max_length)
+    assert (shown(rendered.ids), rendered.dropped, rendered.cut) == (expected, dropped, cut)
+
+
+def test_the_mask_of_a_cut_conversation(byte_tokenizer: ChatTokenizer) -> None:
+    assert byte_tokenizer.render(talk("u:ab", "a:cd"), 6).loss_mask == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("conversation", "max_length", "expected"),
+    [
+        (talk("a:abcdef"), 5, "A(abcd"),  # a lone reply loses its end
+        (talk("u:abcdef"), 5, "U(def)"),  # a lone question its beginning
+        (talk("s:xy", "a:ab"), 6, "S(y)A(ab"),
+        (talk("u:a", "u:b", "u:c"), 6, "U(b)U(c)"),
+        (talk("a:x", "u:a", "a:b"), 8, "U(a)A(b)"),  # what is left begins with a question
+        (talk("u:a", "a:b", "a:c"), 8, "A(b)A(c)"),  # a last reply keeps what stands before it
+    ],
+)
+def test_unusual_conversations_that_are_too_long(
+    byte_tokenizer: ChatTokenizer, conversation: Conversation, max_length: int, expected: str
+) -> None:
+    assert shown(byte_tokenizer.render(conversation, max_length).ids) == expected
+
+
+@given(conversation=conversations, max_length=st.integers(1, 60))
+@settings(deadline=None, max_examples=300)
+def test_nothing_is_ever_longer_than_it_may_be(
+    byte_tokenizer: ChatTokenizer, conversation: Conversation, max_length: int
+) -> None:
+    for render, opening in ((byte_tokenizer.render, []), (byte_tokenizer.render_prompt, [ASSISTANT])):
+        whole, fitted = render(conversation), render(conversation, max_length)
+        assert len(fitted.ids) <= max_length
+        assert len(fitted.ids) == len(fitted.loss_mask)
+        assert fitted.ids[len(fitted.ids) - len(opening) :] == opening
+        if len(whole.ids) <= max_length:
+            assert fitted == whole
+        else:
+            assert fitted.dropped or fitted.cut
+        if fitted.dropped and not fitted.cut and conversation.messages[0].role != "system":
+            rest = Conversation(conversation.messages[fitted.dropped :])
+            assert fitted.ids == render(rest).ids
+
+
+def test_no_room_at_all(byte_tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(ValueError, match="max_length is 0"):
+        byte_tokenizer.render_prompt(talk("u:ab"), 0)
+    with pytest.raises(ValueError, match="max_length is -1"):
+        byte_tokenizer.render(talk("u:ab"), -1)
+
+
+# -- the same tokenizer elsewhere --
+
+
+def test_a_tokenizer_comes_back_from_its_state(tokenizer: ChatTokenizer, byte_tokenizer: ChatTokenizer) -> None:
+    again = ChatTokenizer.from_state(tokenizer.state())
+    conversation = talk("s:Be kind.", "u:What is 12 + 34?", "a:46, I think 🙂\n")
+    assert again.render(conversation) == tokenizer.render(conversation)
+    assert (again.name, again.vocab_size, again.state()) == (tokenizer.name, tokenizer.vocab_size, tokenizer.state())
+    assert again.fingerprint == tokenizer.fingerprint != byte_tokenizer.fingerprint
+
+
+def test_the_fingerprint_tells_patterns_apart(byte_tokenizer: ChatTokenizer) -> None:
+    other = ChatTokenizer.from_state({**byte_tokenizer.state(), "pattern": r"\w+|\W+"})
+    assert other.fingerprint != byte_tokenizer.fingerprint
+
+
+# -- which encoding --
+
+
+def test_packaged_encodings_have_the_size_in_their_name() -> None:
+    assert packaged_encodings() == ["rlchat_1k"]
+    assert ChatTokenizer().base_size == ChatTokenizer("rlchat_1k").base_size == 1024
+
+
+def test_encodings_that_there_are_not(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown encoding 'klingon'; choose one of rlchat_1k, "):
+        ChatTokenizer("klingon")
+    for path in (tmp_path / "absent", Path("absent.tiktoken")):
+        with pytest.raises(UserError, match=r"no such rank file; .* `rlchat tokenizer train`"):
+            ChatTokenizer(str(path))
+
+
+def test_an_encoding_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(name: str) -> tiktoken.Encoding:
+        raise ConnectionError(f"{name}: no route")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_network)
+    with pytest.raises(UserError, match=r"cl100k_base is not on this machine .*ConnectionError.*TIKTOKEN_CACHE_DIR"):
+        ChatTokenizer("cl100k_base")
+
+
+# -- rank files --
+
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def line(token: bytes, rank: int | str) -> bytes:
+    return b"%s %s\n" % (base64.b64encode(token), str(rank).encode())
+
+
+def test_ranks_are_written_a_line_each_in_order() -> None:
+    assert format_ranks({b"b": 1, b"a": 0, b"ab": 2}) == b"YQ== 0\nYg== 1\nYWI= 2\n"
+
+
+@given(extra=st.sets(st.binary(min_size=2, max_size=6), max_size=20))
+@settings(deadline=None)
+def test_ranks_come_back(extra: set[bytes]) -> None:
+    ranks = {**BYTES, **{token: 300 + place for place, token in enumerate(sorted(extra))}}
+    assert parse_ranks(format_ranks(ranks), "x") == ranks
+
+
+def test_blank_lines_and_foreign_line_ends_are_no_mistake() -> None:
+    text = format_ranks(BYTES)
+    assert parse_ranks(text.replace(b"\n", b"\r\n") + b"\n", "x") == BYTES
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [b"YWI=\n", b"YWI= 256 1\n", b"Y\xff= 256\n", b"YW 256\n", b"YWI= many\n", line(b"ab", -1), line(b"ab", 2**31)],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, wrong: bytes) -> None:
+    path = tmp_path / "wrong.tiktoken"
+    path.write_bytes(format_ranks(BYTES) + wrong + line(b"cd", 257))
+    with pytest.raises(UserError, match=r"wrong\.tiktoken:257: not a line of a tiktoken rank file"):
+        ChatTokenizer(str(path))
+
+
+def test_rank_files_that_are_not_whole_or_not_sound(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="x: 2 of the 256 single bytes have no rank"):
+        parse_ranks(format_ranks({token: rank for token, rank in BYTES.items() if rank > 1}), "x")
+    with pytest.raises(UserError, match="x: some ranks are given twice"):
+        parse_ranks(format_ranks({**BYTES, b"ab": 255}), "x")
+
+
+def test_a_rank_file_that_changes_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "mine.tiktoken"
+    for tokens in (1, 2):
+        path.write_bytes(format_ranks({**BYTES, **{b"ab" * place: 255 + place for place in range(1, tokens + 1)}}))
+        assert ChatTokenizer(str(path)).base_size == 256 + tokens
+
+
+# -- training --
+
+
+def test_the_commonest_pairs_become_tokens() -> None:
+    # " ab" four times: two merges, whichever comes first; then "cd" three times.
+    ranks = train_ranks(iter([" ab ab ab ab", "cd", "cd", "cd"]), 259)
+    learned = {token: rank for token, rank in ranks.items() if rank >= 256}
+    assert learned in ({b"ab": 256, b" ab": 257, b"cd": 258}, {b" a": 256, b" ab": 257, b"cd": 258})
+    assert sorted(ranks.values()) == list(range(259))
+    assert all(bytes([byte]) in ranks for byte in range(256))
+
+
+def test_pairs_run_out() -> None:
+    assert len(train_ranks(iter(["ab"]), 5000)) == 257
+
+
+def test_fewer_tokens_than_bytes_are_refused() -> None:
+    with pytest.raises(ValueError, match="255"):
+        train_ranks(iter(["ab"]), 255)
+
+
+def test_training_is_that_of_tokenizers(tmp_path: Path) -> None:
+    """On words without digits GPT-2's own way to cut text is ours, so the library's own encoder must agree."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    rhyme = "the rain in spain falls mainly on the plain while nine trains remain in the main lane again"
+    words = rhyme.split()
+    corpus = [" ".join(words[place:] + words[:place]) + " 🙂 é" for place in range(len(words))]
+    reference = ByteLevelBPETokenizer(add_prefix_space=False)
+    reference.train_from_iterator(iter(corpus), vocab_size=300, min_frequency=0, show_progress=False)
+    path = tmp_path / "words.tiktoken"
+    path.write_bytes(format_ranks(train_ranks(iter(corpus), 300)))
+    ours = ChatTokenizer(str(path))
+    assert ours.base_size == reference.get_vocab_size() == 300
+    for text in [*corpus, "a plainer training", "é🙂é", "unseen words, with signs!"]:
+        assert ours.encode(text) == reference.encode(text).ids
+
+
+# -- encodings of others --
+
+
+@pytest.fixture
+def cl100k(monkeypatch: pytest.MonkeyPatch) -> ChatTokenizer:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    return ChatTokenizer("cl100k_base")
+
+
+@needs_cl100k
+def test_cl100k(cl100k: ChatTokenizer) -> None:
+    text = "Hello, wörld! 12345 tokens 🙂\n\n\tdef f(x): return x"
+    assert cl100k.encode(text) == tiktoken.get_encoding("cl100k_base").encode(text)
+    assert cl100k.encode("hello world") == [15339, 1917]
+    assert (cl100k.base_size, cl100k.pad_id, cl100k.end_id) == (100277, 100277, 100281)
+    # Its own special tokens are typed as text, and its ids have holes: 100256, and 100261 to 100275.
+    assert cl100k.decode(cl100k.encode("<|endoftext|>")) == "<|endoftext|>"
+    assert 100257 in cl100k.special_ids
+    assert cl100k.decode([15339, 100256, 100257, 100261, 100275, 100276, 1917]) == "hello world"
+    assert cl100k.unsayable_ids == list(range(100256, 100281))
+
+
+@needs_cl100k
+def test_an_end_marker_that_an_encoding_has_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    harmony = ChatTokenizer("o200k_harmony")  # its <|end|> is 200007, ours follows the last id
+    assert harmony.end_id == harmony.vocab_size - 1
+    assert {200007, harmony.end_id} <= harmony.special_ids
+    assert harmony.decode([200007, harmony.end_id]) == ""

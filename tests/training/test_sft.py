@@ -1,0 +1,213 @@
+"""Supervised fine-tuning: the loss by hand and downwards, and held-out figures that weigh every token the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.small_ppo import Log, sequences, serve, trainer
+from torch import Tensor
+
+from rlchat.conversation import Conversation, Message
+from rlchat.data.datamodule import PromptBatch
+from rlchat.errors import UserError
+from rlchat.models.model_file import load_policy
+from rlchat.training.base import Tally, make_optimizer, make_scheduler
+from rlchat.training.sft import SFTModule
+from rlchat.utils.padding import pad
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.2,
+}
+TALK = [("Hi", "Hello."), ("Who?", "A machine of words"), ("x", ""), ("Why", "So."), ("", "Well")]
+
+
+def sft(encoding: str, **options: Any) -> SFTModule:
+    torch.manual_seed(0)
+    return SFTModule(LLAMA, encoding, max_length=32, **{"learning_rate": 1e-2, "schedule": "constant", **options})
+
+
+@torch.no_grad()
+def by_hand(module: SFTModule, talk: Sequence[tuple[str, str]]) -> tuple[list[float], list[float]]:
+    """Nats and hits of every token that the assistant said, one conversation and one token at a time."""
+    nats, hits = [], []
+    model = module.model.eval()
+    for question, answer in talk:
+        ids = [258, *question.encode(), 260, 259, *answer.encode(), 260]
+        for place in range(len(ids) - len(answer) - 1, len(ids)):
+            before = torch.tensor([ids[:place]])
+            hidden = model.backbone(before, torch.ones_like(before, dtype=torch.bool))[0, -1]
+            said = [*range(256), 260]  # no padding, no marker that opens a turn
+            scores = (model.backbone.head_weight[said] @ hidden).double().tolist()
+            weights = [math.exp(score) for score in scores]
+            nats.append(math.log(sum(weights)) - scores[said.index(ids[place])])
+            hits.append(float(said[scores.index(max(scores))] == ids[place]))
+    module.model.train()
+    return nats, hits
+
+
+def test_the_loss_is_the_mean_over_what_the_assistant_said(encoding: str) -> None:
+    module, log = sft(encoding), Log()
+    nats, hits = by_hand(module, TALK)
+    assert len(nats) == 7 + 19 + 1 + 4 + 5
+    trainer(callbacks=[log]).fit(module, serve([sequences(module.tokenizer, TALK)]))
+    assert log.rows[0]["train/loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+    assert log.rows[0]["train/perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-3)
+    assert log.rows[0]["train/accuracy"] == pytest.approx(sum(hits) / len(hits))
+    assert {"train/grad_norm", "train/learning_rate"} <= set(log.rows[0])
+
+
+def test_held_out_figures_by_hand_whatever_the_batches(encoding: str) -> None:
+    module = sft(encoding)
+    nats, hits = by_hand(module, TALK)
+    expected = {
+        "val/perplexity": pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-3),
+        "val/accuracy": pytest.approx(sum(hits) / len(hits)),
+    }
+    for cuts in ([TALK], [TALK[:1], TALK[1:]], [TALK[:2], TALK[2:3], TALK[3:]]):
+        batches = [sequences(module.tokenizer, part) for part in cuts]
+        assert trainer().validate(module, serve(batches), verbose=False) == [expected]
+    tested = trainer().test(module, serve(batches), verbose=False)[0]
+    assert tested["test/perplexity"] == expected["val/perplexity"]
+
+
+def test_a_small_corpus_is_learnt(encoding: str) -> None:
+    module, log = sft(encoding), Log()
+    batch = sequences(module.tokenizer, TALK)
+    trainer(callbacks=[log]).fit(module, serve([batch] * 60), serve([batch]))
+    losses = [row["train/loss"] for row in log.rows]
+    assert losses[-1] < 0.3 * losses[0]
+    found = trainer().validate(module, serve([batch]), verbose=False)[0]
+    assert found["val/perplexity"] < math.exp(0.3 * losses[0])
+    assert found["val/accuracy"] > 0.7
+    (reply,) = module.respond([Conversation((Message("user", "Hi"),))])
+    assert reply.text.startswith("H")  # sampled, and yet what it was taught
+    assert reply.ended
+
+
+def test_the_critic_waits_for_ppo(encoding: str) -> None:
+    module = sft(encoding, hidden_dim=4)
+    before = [p.clone() for p in module.model.value_head.parameters()]
+    trainer().fit(module, serve([sequences(module.tokenizer, TALK)] * 2))
+    for one, other in zip(module.model.value_head.parameters(), before, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_replies_are_the_same_each_time_and_dropout_is_as_it_was(encoding: str) -> None:
+    module = sft(encoding)
+    asked = [Conversation((Message("user", text),)) for text in ("Hi", "What is it that you want to know about me?")]
+    module.model.train()
+    first = module.respond(asked)
+    assert module.model.training
+    assert first == module.respond(asked)
+    assert first[:1] == module.respond(asked[:1])  # whatever else is asked
+    assert all(reply.tokens <= 16 for reply in first)
+
+
+def test_predictions_are_plain_rows(encoding: str) -> None:
+    module = sft(encoding)
+    asked = tuple(Conversation((Message("user", text),)) for text in ("Hi", "Why", "So"))
+    rows = [module.tokenizer.render_prompt(c).ids for c in asked]
+
+    def batch(part: slice) -> Any:
+        return PromptBatch(*pad(rows[part], module.tokenizer.pad_id, "left"), asked[part])
+
+    def predicted(*parts: slice) -> list[dict[str, Any]]:
+        loader = serve([batch(part) for part in parts])
+        batches = trainer().predict(module, loader)
+        assert batches is not None
+        return [row for rows in batches for row in rows]
+
+    whole = predicted(slice(0, 3))
+    assert [row["messages"] for row in whole] == [[{"role": "user", "content": text}] for text in ("Hi", "Why", "So")]
+    assert set(whole[0]) == {"messages", "reply", "tokens", "ended"}
+    assert predicted(slice(0, 1), slice(1, 3)) == whole
+
+
+def test_the_bundle_is_the_model_that_goes_on(encoding: str, tmp_path: Path) -> None:
+    module = sft(encoding)
+    batch = sequences(module.tokenizer, TALK)
+    trainer().fit(module, serve([batch] * 3))
+    module.save_bundle(tmp_path / "sft.pt")
+    assert load_policy(tmp_path / "sft.pt").about == {"stage": "SFTModule", "batches": 3}
+    resumed = SFTModule(init_from=str(tmp_path / "sft.pt"))
+    assert resumed.max_length == 32
+    before, after = (trainer().validate(m, serve([batch]), verbose=False)[0] for m in (module, resumed))
+    assert before == after
+
+
+def test_options_that_contradict_the_bundle_are_refused(encoding: str, tmp_path: Path) -> None:
+    module = sft(encoding)
+    trainer().fit(module, serve([sequences(module.tokenizer, TALK)]))
+    path = str(tmp_path / "sft.pt")
+    module.save_bundle(path)
+    with pytest.raises(UserError, match="brings its own backbone"):
+        SFTModule(LLAMA, init_from=path)
+    with pytest.raises(UserError, match="trained with the encoding bytes, not rlchat_1k"):
+        SFTModule(tiktoken_encoding="rlchat_1k", init_from=path)
+    with pytest.raises(UserError, match="max_length 33 is more than the 32"):
+        SFTModule(max_length=33, init_from=path)
+    shorter = SFTModule(tiktoken_encoding=encoding, max_length=16, hidden_dim=3, init_from=path)
+    assert (shorter.max_length, shorter.model.hidden_dim) == (16, 3)
+    assert isinstance(shorter.model.value_head, torch.nn.Sequential)
+
+
+# ---- what the stages share -------------------------------------------------------------------------------------------
+
+
+def test_a_tally_weighs_every_number_the_same() -> None:
+    tally = Tally()
+    tally.add("accuracy", torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]))
+    tally.add("accuracy", torch.tensor([0.0]))
+    tally.add("nll", torch.tensor([math.log(2)] * 3))
+    tally.add("nll", torch.tensor([math.log(32)]))
+    tally.add("hits", torch.tensor([True, False]))
+    tally.add("hits", torch.tensor([], dtype=torch.bool))
+    found = tally.means(torch.device("cpu"))
+    # Perplexity is exp of the mean over tokens: (3 ln 2 + 5 ln 2) / 4 = ln 4.
+    assert found == pytest.approx({"accuracy": 4 / 6, "hits": 0.5, "perplexity": 4.0}, rel=1e-6)
+    assert tally.means(torch.device("cpu")) == {}
+    tally.add("nll", torch.tensor([1e9]))  # and it is a number whatever comes
+    assert math.isfinite(tally.means(torch.device("cpu"))["perplexity"])
+
+
+def rates(schedule: str, warmup: float, steps: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make_scheduler(optimizer, schedule, warmup, steps)
+    found = []
+    for _ in range(5):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_learning_rates_by_hand() -> None:
+    assert rates("constant", 0.5, 4) == pytest.approx([0, 0.5, 1, 1, 1])
+    assert rates("linear", 0.0, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert rates("linear", 0.5, 4) == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert rates("cosine", 0.0, 4) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
+    assert rates("constant", 0.5, math.inf) == [1, 1, 1, 1, 1]
+    with pytest.raises(UserError, match="schedule cosine needs an end"):
+        rates("cosine", 0.0, math.inf)
+
+
+def test_only_matrices_decay() -> None:
+    parameters: list[Tensor] = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    frozen = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    optimizer = make_optimizer([*parameters, frozen], learning_rate=0.1, weight_decay=0.5)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert parameters[0].tolist() == [[pytest.approx(1 - 0.1 * 0.5)] * 2] * 2
+    assert parameters[1].tolist() == [1, 1]
+    assert frozen.tolist() == [[1, 1], [1, 1]]
