@@ -23,6 +23,21 @@ Cache = DynamicCache | EncoderCache
 """transformers' own for decoders; ours for encoders that were made causal."""
 
 
+def is_empty(cache: Cache) -> bool:
+    """Whether no layer has stored anything in ``cache``."""
+    if isinstance(cache, EncoderCache):
+        return not cache
+    return not any(_holds_state(layer) for layer in cache.layers)
+
+
+def _holds_state(layer: object) -> bool:
+    recurrent = getattr(layer, "has_previous_state", False)  # a dict by state in newer versions of transformers
+    if any(recurrent.values()) if isinstance(recurrent, dict) else recurrent is True:
+        return True
+    keys = getattr(layer, "keys", None)
+    return isinstance(keys, Tensor) and keys.numel() > 0
+
+
 def can_append(cache: Cache) -> bool:
     """Whether rows can join: every layer keeps every column, unlike sliding windows and recurrent states."""
     return isinstance(cache, EncoderCache) or all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from rlchat.errors import UserError
-from rlchat.models.backbones import Backbone, _causal_mask
+from rlchat.models.backbones import Backbone
+from rlchat.models.causal_attention import causal_mask
 from rlchat.models.kv_cache import EncoderCache, shorten
 
 VOCABULARY = 40
@@ -46,6 +47,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": LAYERS,
     "roberta": LAYERS,
     "electra": {**LAYERS, "embedding_size": 8},
+    "data2vec-text": LAYERS,
+    "roberta-prelayernorm": LAYERS,
+    "xlm-roberta-xl": LAYERS,
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -166,8 +170,8 @@ def test_an_encoder_sees_the_past_and_itself_by_hand() -> None:
     """Padding sees itself: with nothing to see, a softmax is NaN on some devices."""
     real = torch.tensor([[False, True, True, False]])
     seen = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
-    assert _causal_mask(real, 4).int().tolist() == [[seen]]
-    assert _causal_mask(real, 2).int().tolist() == [[seen[2:]]]  # two tokens behind two that are cached
+    assert causal_mask(real, 4).int().tolist() == [[seen]]
+    assert causal_mask(real, 2).int().tolist() == [[seen[2:]]]  # two tokens behind two that are cached
 
 
 @every_family
@@ -212,12 +216,12 @@ def test_the_head_fits_the_vocabulary(family: str) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "albert", **LAYERS, "embedding_size": 8}, "sees tokens that come later"),
-        ({"model_type": "t5", "d_model": 16, "num_layers": 1, "num_heads": 2}, "encoder with a decoder"),
-        ({"model_type": "no-such-family"}, "no family of transformers"),
-        ({"hidden_size": 16}, "no family of transformers"),
-        ({"model_type": "llama", "hidden_size": 15}, "does not take this configuration"),
-        ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 3}, "cannot be built like this"),
+        ({"model_type": "albert", **LAYERS, "embedding_size": 8}, "sees later tokens"),
+        ({"model_type": "t5", "d_model": 16, "num_layers": 1, "num_heads": 2}, "is an encoder-decoder"),
+        ({"model_type": "no-such-family"}, "unknown model_type"),
+        ({"hidden_size": 16}, "unknown model_type"),
+        ({"model_type": "llama", "hidden_size": 15}, "invalid configuration for llama"),
+        ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 3}, "cannot build a gpt2 model"),
         ({"model_type": "gpt2", **FAMILIES["gpt2"], "max_position_embeddings": 8}, "more than the 8 positions"),
         ({"model_type": "roberta", **LAYERS, "max_position_embeddings": 16}, "more than the 15 positions"),
     ],
@@ -358,7 +362,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_leak_is_refused_from_a_folder_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     albert = AlbertModel(AlbertConfig(vocab_size=30, max_position_embeddings=POSITIONS, embedding_size=8, **LAYERS))
-    with pytest.raises(UserError, match="'albert' sees tokens that come later"):
+    with pytest.raises(UserError, match="'albert' sees later tokens"):
         Backbone(saved(albert, tmp_path), 35, POSITIONS)
 
 

@@ -1,0 +1,60 @@
+"""Causal attention for encoders: they attend in both directions by design; here they see only the past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rlchat.models.kv_cache import EncoderCache
+
+ATTENTION_NAME = "rlchat_causal"
+
+# Keyword arguments by which transformers asks for more than plain attention; ignoring one would change the result.
+_NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+def causal_mask(attention_mask: Tensor, time: int) -> Tensor:
+    """Bool [batch, 1, time, total]: which columns each of the last ``time`` columns of a row attends to.
+
+    ``attention_mask`` [batch, total] is True on real tokens. A token attends to real tokens up to itself. Padding
+    attends to itself too, because a softmax over nothing is NaN on some devices. Example: with total 3, time 2 and the
+    first column padding, the two rows of the result are [0, 1, 0] and [0, 1, 1].
+    """
+    total = attention_mask.shape[1]
+    column = torch.arange(total, device=attention_mask.device)
+    query = column[total - time :, None]
+    return (((column <= query) & attention_mask.bool()[:, None, :]) | (column == query))[:, None]
+
+
+def _causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    rlchat_cache: EncoderCache | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """Attention [batch, heads, time, width] under a mask [batch, 1, time, cached + time], appending to a cache.
+
+    Raises NotImplementedError where the family asks for more than plain attention.
+    """
+    for name in _NOT_SUPPORTED:
+        if other.get(name) is not None:
+            raise NotImplementedError(f"its attention uses {name}, which is not supported for encoders")
+    if rlchat_cache is not None:
+        if module in rlchat_cache:
+            past_key, past_value = rlchat_cache[module]
+            key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        rlchat_cache[module] = (key, value)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _causal_attention)

@@ -1,0 +1,41 @@
+"""Encoder families that rlchat can run causally: every module of this folder declares one or more of them.
+
+Decoders need no declaration: transformers runs them causally and caches their keys and values. To add an encoder
+family, add one module here that defines ``FAMILIES``; nothing else names it. Each backbone is probed when it is made
+(see :mod:`rlchat.models.probe`), so a family whose attention does not fit is refused instead of trained wrongly.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderFamily:
+    """An encoder family of transformers whose attention goes through ``AttentionInterface``.
+
+    ``model_type`` is its name in transformers. ``positions_follow_padding`` is True where the first token has position
+    ``pad_token_id + 1``, as in RoBERTa, and False where it has position 0.
+    """
+
+    model_type: str
+    positions_follow_padding: bool = False
+
+    def first_position(self, config: Any) -> int:
+        """The position id of the first token of a row."""
+        return int(config.pad_token_id) + 1 if self.positions_follow_padding else 0
+
+
+@functools.cache
+def encoder_families() -> Mapping[str, EncoderFamily]:
+    """All declared encoder families by ``model_type``."""
+    families: dict[str, EncoderFamily] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES:
+            families[family.model_type] = family
+    return families

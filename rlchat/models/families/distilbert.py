@@ -1,0 +1,5 @@
+"""DistilBERT (Sanh et al. 2019)."""
+
+from rlchat.models.families import EncoderFamily
+
+FAMILIES = (EncoderFamily("distilbert"),)

@@ -1,0 +1,181 @@
+"""Checks of what a backbone must do, made with a few short forward passes when it is built.
+
+A property that fails is named in one sentence. The tolerance is relative: rounding of the hidden states, plus a
+hundredth of what a change of the token before the last does to the last hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlchat.errors import UserError
+from rlchat.models.base_models import one_line
+from rlchat.models.families import encoder_families
+from rlchat.models.kv_cache import Cache, is_empty, keep_rows
+
+if TYPE_CHECKING:
+    from rlchat.models.backbones import Backbone
+
+_LENGTH = 10  # tokens of a probed row
+_PADDING = 3
+_LONGEST = 160  # tokens; a row longer than a sliding window is probed up to here
+_ROUNDING = 1e-4  # of the largest hidden value
+
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def probe(backbone: Backbone, max_length: int) -> None:
+    """Raises :class:`UserError` naming the first property that ``backbone`` lacks; ``max_length`` limits the rows.
+
+    The properties: hidden states of the declared width; no leak from later tokens; the cache is used; cached equals
+    full over several steps; left-padded equals unpadded, with and without a cache; rows of a batch can be reordered in
+    the cache; a row longer than the sliding window gives the same with and without a cache.
+    """
+    training = backbone.training
+    backbone.eval()
+    try:
+        _probe(backbone, max_length)
+    finally:
+        backbone.train(training)
+
+
+@torch.no_grad()
+def check_cache_is_used(backbone: Backbone) -> None:
+    """Raises :class:`UserError` where a forward pass of one token leaves the cache empty.
+
+    For model files, whose backbone was probed when it was made, perhaps with another version of transformers.
+    """
+    training = backbone.training
+    backbone.eval()
+    ids, mask = _row(backbone, 1)
+    cache = backbone.new_cache()
+    _attempt(backbone, "with a cache", lambda: backbone(ids, mask, cache))
+    backbone.train(training)
+    if is_empty(cache):
+        _refuse(backbone, "ignores the cache argument")
+
+
+def _probe(backbone: Backbone, max_length: int) -> None:
+    if backbone.is_encoder and (window := _window(backbone)) is not None:
+        _refuse(backbone, f"attends within a sliding window of {window} tokens, which is not supported for encoders")
+    length = max(2, min(_LENGTH, max_length))
+    ids, mask = _row(backbone, length)
+    full = _attempt(backbone, "on a short row", lambda: backbone(ids, mask))
+    if full.shape != (1, length, backbone.hidden_size):
+        _refuse(backbone, f"gives hidden states of width {full.shape[-1]}, expected {backbone.hidden_size}")
+    if not full.isfinite().all():
+        _refuse(backbone, "gives hidden states that are not finite")
+    if length < 3:
+        return
+    tolerance = _tolerance(backbone, ids, mask, full)
+    _check_no_leak(backbone, ids, mask, full, tolerance)
+    _check_cache(backbone, ids, mask, full, tolerance)
+    _check_left_padding(backbone, ids, mask, full, tolerance)
+    window = _window(backbone)
+    if window is not None and length <= window + 4 <= min(max_length, _LONGEST):
+        ids, mask = _row(backbone, window + 4)
+        full = _attempt(backbone, "on a row longer than its sliding window", lambda: backbone(ids, mask))
+        cached = _attempt(
+            backbone,
+            "with a cache longer than its sliding window",
+            lambda: _in_steps(backbone, ids, mask, backbone.new_cache(), window - 1),
+        )
+        if not _equal(cached, full, tolerance):
+            _refuse(backbone, "gives other results with a cache than without when a row is longer than its window")
+
+
+def _check_no_leak(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor, tolerance: float) -> None:
+    for place in (1, ids.shape[1] // 2, ids.shape[1] - 1):
+        changed = backbone(_changed(backbone, ids, place), mask)
+        if not _equal(changed[:, :place], full[:, :place], tolerance):
+            _refuse(backbone, "sees later tokens and cannot be made causal")
+
+
+def _check_cache(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor, tolerance: float) -> None:
+    cache = _attempt(backbone, "with a cache", backbone.new_cache)
+    cached = _attempt(backbone, "with a cache", lambda: _in_steps(backbone, ids, mask, cache, max(1, ids.shape[1] - 4)))
+    if is_empty(cache):
+        _refuse(backbone, "ignores the cache argument")
+    if not _equal(cached, full, tolerance):
+        _refuse(backbone, "gives other results with a cache than without")
+
+
+def _check_left_padding(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor, tolerance: float) -> None:
+    """The row itself beside a copy without its first tokens, left-padded with some other token."""
+    padding = min(_PADDING, ids.shape[1] - 2)
+    batch, batch_mask = ids.repeat(2, 1), mask.repeat(2, 1)
+    batch[1, :padding] = batch[1, -1]
+    batch_mask[1, :padding] = False
+    short = backbone(ids[:, padding:], mask[:, padding:])
+    cache = backbone.new_cache()
+    runs: tuple[tuple[str, Callable[[], Tensor]], ...] = (
+        ("without a cache", lambda: backbone(batch, batch_mask)),
+        ("with a cache", lambda: _in_steps(backbone, batch, batch_mask, cache, ids.shape[1] - 2)),
+    )
+    for name, run in runs:
+        hidden = _attempt(backbone, f"on a left-padded row {name}", run)
+        if not (_equal(hidden[1:, padding:], short, tolerance) and _equal(hidden[:1], full, tolerance)):
+            _refuse(backbone, f"gives other results for a left-padded row than for an unpadded one ({name})")
+    _attempt(backbone, "when rows of a cached batch are removed", lambda: keep_rows(cache, torch.tensor([1])))
+
+
+def _row(backbone: Backbone, length: int) -> tuple[Tensor, Tensor]:
+    """A row of ``length`` tokens that differ from their neighbours, and its mask."""
+    ids = (torch.arange(length, device=backbone.device) * 7 + 5) % backbone.vocab_size
+    return ids[None], torch.ones(1, length, dtype=torch.bool, device=backbone.device)
+
+
+def _changed(backbone: Backbone, ids: Tensor, place: int) -> Tensor:
+    other = ids.clone()
+    other[:, place] = (other[:, place] + 3) % backbone.vocab_size
+    return other
+
+
+def _in_steps(backbone: Backbone, ids: Tensor, mask: Tensor, cache: Cache, first: int) -> Tensor:
+    """Hidden states of ``ids``: ``first`` tokens at once, then one at a time."""
+    ends = [first, *range(first + 1, ids.shape[1] + 1)]
+    starts = [0, *ends[:-1]]
+    steps = [backbone(ids[:, a:b], mask[:, :b], cache) for a, b in zip(starts, ends, strict=True)]
+    return torch.cat(steps, 1)
+
+
+def _tolerance(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor) -> float:
+    effect = (backbone(_changed(backbone, ids, ids.shape[1] - 2), mask) - full)[:, -1].abs().max()
+    return float(_ROUNDING * full.abs().max() + 0.01 * effect)
+
+
+def _equal(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return bool(((one - other).abs() <= tolerance).all())  # False for NaN
+
+
+def _window(backbone: Backbone) -> int | None:
+    """The sliding window in tokens, or None where every layer attends to the whole row."""
+    config = backbone.transformer.config
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    for name in ("sliding_window", "local_attention", "attention_window"):
+        if isinstance(window := getattr(config, name, None), int) and window > 0:
+            return window
+    return None
+
+
+def _attempt(backbone: Backbone, where: str, run: Callable[[], T]) -> T:
+    try:
+        return run()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a family of transformers raises, it cannot be used
+        _refuse(backbone, f"fails {where} ({type(error).__name__}: {one_line(error)})", error)
+
+
+def _refuse(backbone: Backbone, reason: str, cause: Exception | None = None) -> NoReturn:
+    family = backbone.transformer.config.model_type
+    raise UserError(
+        f"base_model: the model family {family!r} {reason}; choose a decoder such as gpt2, llama or qwen3, or one of "
+        f"{', '.join(sorted(encoder_families()))}"
+    ) from cause
