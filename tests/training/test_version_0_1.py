@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,10 +62,10 @@ PPO = [
 
 
 @pytest.fixture
-def files(workplace: Path) -> Iterator[Path]:
+def files(workplace: Path) -> Path:
     """A working directory with copies of the files of version 0.1."""
     shutil.copytree(FILES, workplace, dirs_exist_ok=True)
-    yield workplace
+    return workplace
 
 
 def test_a_policy_model_file_chats() -> None:
@@ -100,7 +100,7 @@ def test_a_ppo_checkpoint_resumes_and_finishes(files: Path) -> None:
     coefficients = [value for _, name, value in metrics(files) if name == "train/kl_coef"]
     assert len(coefficients) == 5
     assert coefficients[0] == pytest.approx(before["kl_coef"])
-    assert all(later < earlier for earlier, later in zip(coefficients, coefficients[1:], strict=False))  # KL below 0.5
+    assert all(later < earlier for earlier, later in pairwise(coefficients))  # KL below 0.5
     assert ChatInterface("checkpoints/rl_chat_model_tiktoken.pt", seed=0).generate_response("Hi", max_new_tokens=12)
 
 
