@@ -68,7 +68,7 @@ class IdPPO(PPOModule):
         for model in (self.model, self.reference):
             model.unsayable[self.tokenizer.end_id] = True
 
-    def read(self, generated: Generated) -> list[Reply]:
+    def decode(self, generated: Generated) -> list[Reply]:
         rows = zip(generated.ids.tolist(), generated.mask.sum(1).tolist(), generated.ended.tolist(), strict=True)
         return [Reply(" ".join(map(str, row[:length])), length, ended) for row, length, ended in rows]
 

@@ -39,7 +39,7 @@ class RolloutLog(Callback):
             return
         seen = pl_module.last_iteration
         assert seen is not None
-        advantages = seen.judged.advantages[seen.rollout.mask].tolist()
+        advantages = seen.advantages[seen.rollout.response_mask].tolist()
         parts = gather_objects((seen.rollout.rows(seen.factors), advantages))
         log_dir = trainer.log_dir  # asks the other processes, so all of them have to ask
         if not trainer.is_global_zero or is_rehearsal(trainer):

@@ -1,73 +1,64 @@
-"""Rollouts: what a policy says to prompts, and what policy, reference and critic think of each token of it.
+"""Rollouts: sampled responses, with the log-probs and values of policy, reference model and critic.
 
-Shapes: B rows, N replies (as many as rows, or more where the policy answers several turns of a conversation), T tokens
-of the longest row, R from the first to the last sampled token of the longest row.
+Shapes: B rows, N responses (one per row, or more if the policy answers several turns of a conversation), T tokens in
+the longest row, R columns from the first to the last sampled token of a row.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlchat.conversation import Conversation, Message
-from rlchat.data.datamodule import PromptBatch, SequenceBatch
-from rlchat.distributed.collectives import anywhere, gather_objects, global_sum
+from rlchat.conversation import Conversation
+from rlchat.data.datamodule import PromptBatch
+from rlchat.distributed.collectives import anywhere
 from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle, load_reward_model
 from rlchat.models.networks import Critic, RLChatModel
 from rlchat.models.sampling import Sampling, addressed_uniforms
-from rlchat.rewards import Reply, Reward, distinct_n
-from rlchat.training.base import VALIDATION_STREAM, PolicyModule
+from rlchat.ppo.config import CriticKind, PPOConfig
+from rlchat.ppo.dialogues import NOT_SAMPLED, Transcript, start_dialogues, to_transcript
+from rlchat.rewards import Reply, Reward
+from rlchat.training.base import PolicyModule
 from rlchat.utils.padding import pad
-
-CriticKind = Literal["shared", "separate", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """Conversations as they went, token by token."""
-
-    conversations: Sequence[Conversation]  # [N] what each reply was said to
-    replies: Sequence[Reply]  # [N]
-    ids: Tensor  # Long [B, T] prompts, replies and what users said in between, padded on the right
-    attention_mask: Tensor  # Bool [B, T]
-    reply_of: Tensor  # Long [B, T] the number of the reply that a token was sampled for; -1 where it was given
-    sampling_logprobs: Tensor  # [B, T] of the distributions that tokens were drawn from; 0 where given
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What was said in one iteration, and what everybody thought of it before anything was learnt."""
+    """The responses of one iteration, evaluated before the first update.
 
-    conversations: Sequence[Conversation]  # [N] the prompts
-    replies: Sequence[Reply]  # [N] what was said to them
+    ``sampled`` [B, T] and ``response_mask`` [B, R] mark the same tokens in two layouts; see :func:`pack`.
+    """
+
+    conversations: Sequence[Conversation]  # [N] the prompt of each response
+    replies: Sequence[Reply]  # [N] the responses as text
     ids: Tensor  # Long [B, T]
     attention_mask: Tensor  # Bool [B, T]
-    said: Tensor  # Bool [B, T] True where ids holds a sampled token
-    reply_of: Tensor  # Long [B, R] counted from the first sampled token: whose reply it belongs to; -1 elsewhere
-    mask: Tensor  # Bool [B, R] True where a token was sampled; the user's words between two replies are holes
-    logprobs: Tensor  # [B, R] of the policy that sampled
-    ref_logprobs: Tensor  # [B, R] of the frozen reference
-    values: Tensor  # [B, R] the critic's, before each token; 0 without a critic
-    sampling_logprobs: Tensor  # [B, R] of the policy, as the token loop computed them
+    sampled: Tensor  # Bool [B, T] True where ids holds a sampled token
+    response_index: Tensor  # Long [B, R] the number (0 to N - 1) of the response that a token belongs to, or -1
+    response_mask: Tensor  # Bool [B, R] True where a token was sampled; False on user turns between responses
+    old_logprobs: Tensor  # [B, R] of the policy that sampled, computed as the update computes them
+    ref_logprobs: Tensor  # [B, R] of the reference model
+    values: Tensor  # [B, R] of the critic, before each token; 0 without a critic
+    sampling_logprobs: Tensor  # [B, R] of the same policy, as computed during sampling
 
     @property
     def kl(self) -> Tensor:
-        """[N] nats between policy and reference, summed over each reply."""
-        nats = torch.zeros(len(self.replies), dtype=torch.float32, device=self.ids.device)
-        return nats.index_add(0, self.reply_of[self.mask], (self.logprobs - self.ref_logprobs)[self.mask].float())
+        """[N] the KL to the reference model in nats per response: the sum of k1 over its tokens."""
+        kl = torch.zeros(len(self.replies), dtype=torch.float32, device=self.ids.device)
+        mask = self.response_mask
+        return kl.index_add(0, self.response_index[mask], (self.old_logprobs - self.ref_logprobs)[mask].float())
 
     def rows(self, factors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """One plain row a reply: what was asked and said, why it ended, what it earned and cost, what was expected."""
+        """One row of plain values per response: prompt, text, why it ended, reward by factor, KL, first value."""
         columns = {name: factor.tolist() for name, factor in factors.items()}
-        expected = dict(
-            zip(self.reply_of[self.mask].tolist()[::-1], self.values[self.mask].tolist()[::-1], strict=True)
-        )
+        numbers, values = (x[self.response_mask].tolist() for x in (self.response_index, self.values))
+        first_value = dict(zip(reversed(numbers), reversed(values), strict=True))  # the first token overwrites the rest
         return [
             {
                 "prompt": [{"role": message.role, "content": message.text} for message in prompt.messages],
@@ -77,7 +68,7 @@ class Rollout:
                 "reward": sum(column[row] for column in columns.values()),
                 "factors": {name: column[row] for name, column in columns.items()},
                 "kl": kl,
-                "value": expected[row],  # before its first token
+                "value": first_value[row],
             }
             for row, (prompt, reply, kl) in enumerate(
                 zip(self.conversations, self.replies, self.kl.tolist(), strict=True)
@@ -85,8 +76,32 @@ class Rollout:
         ]
 
 
-class Readings(NamedTuple):
-    """What networks say of sampled tokens; [B, R], 0 where none was sampled."""
+def pack(response_at: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of [B, T] that become [B, R]: from the first to the last sampled token of each row.
+
+    Args:
+        response_at: Long [B, T], -1 where a token was not sampled.
+
+    Returns:
+        columns: Long [B, R], for ``gather`` on a tensor [B, T].
+        inside: Bool [B, R], False beyond the last sampled token of a row.
+
+    Example: p are prompt tokens, u a user turn between two responses, _ is padding, digits are response numbers:
+
+        [B, T]   p p 0 0 u 2 2        columns  2 3 4 5 6      packed [B, R]   0 0 u 2 2
+                 p p p 1 1 _ _                 3 4 5 6 6                      1 1
+    """
+    sampled = response_at >= 0
+    width = response_at.shape[1]
+    columns = torch.arange(width, device=response_at.device).expand_as(response_at)
+    first = torch.where(sampled, columns, width).amin(1, keepdim=True)
+    last = torch.where(sampled, columns, -1).amax(1, keepdim=True)
+    span = first + torch.arange(int((last - first).max()) + 1, device=response_at.device)
+    return span.clamp(max=width - 1), span <= last
+
+
+class TokenEvaluation(NamedTuple):
+    """What the networks compute for sampled tokens; [B, R], 0 where no token was sampled."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -94,304 +109,148 @@ class Readings(NamedTuple):
 
 
 class RolloutModule(PolicyModule):
-    """A policy with a frozen reference, a critic and a reward: it can talk, and measure how well it does.
+    """A policy with its reference model, critic and reward: it samples responses and evaluates them.
 
     Args:
-        bundle: the policy to begin with.
-        reward: judges the replies.
-        critic: whether values come from a head on the policy's trunk, from a network of its own, or are not needed.
-        critic_init: the bundle of a reward model as which a critic of its own begins; else it begins as a copy of the
-            policy's trunk, or as the critic that the bundle brings.
-        sampling: how training and evaluation draw tokens.
-        turns: user turns of a conversation that are answered at most.
-        seed: of all noise.
+        bundle: the policy to start from.
+        options: the options of PPO.
+        reward: scores the responses.
     """
 
-    def __init__(
-        self,
-        bundle: PolicyBundle,
-        reward: Reward,
-        critic: CriticKind,
-        critic_init: str | None,
-        sampling: Sampling,
-        turns: int,
-        seed: int,
-    ) -> None:
-        super().__init__(bundle)
+    options: PPOConfig
+
+    def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
+        super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature))
         self.reward = reward
-        self.sampling = sampling
-        self.turns = turns
-        self.noise_seed = seed
-        self.critic_kind = critic
+        self.critic_kind: CriticKind = options.critic_kind
         self.reference: RLChatModel = copy.deepcopy(self.model).requires_grad_(False)
         self.critic: Critic | None = None
-        if critic == "separate":
-            self.critic = _new_critic(bundle, critic_init).train()
-        elif critic_init is not None:
-            raise UserError(f"critic_init {critic_init}: only a network of its own begins so; set critic to separate")
-        if critic != "shared":
-            self.model.value_head.requires_grad_(False)  # it has no part in any loss, which DDP does not forgive
-
-    # Talking --------------------------------------------------------------------------------------------------------
+        if self.critic_kind == "separate":
+            self.critic = _new_critic(bundle, options.critic_init).train()
+        if self.critic_kind != "shared":
+            # DDP fails on a parameter that requires a gradient and is in no loss.
+            self.model.value_head.requires_grad_(False)
 
     @torch.no_grad()
     def roll_out(self, batch: PromptBatch, rows: Tensor, stream: int) -> Rollout:
-        """Conversations from the prompts of ``batch`` on, with the log-probs and values that an update starts from.
+        """Samples responses to the prompts of ``batch`` and evaluates them.
 
-        ``rows`` Long [B] are the global numbers of the rows, which together with ``stream`` address their noise.
+        Args:
+            batch: B prompts.
+            rows: Long [B], the global row numbers, which address the random numbers together with ``stream``.
+            stream: the iteration, or a stream of its own for an evaluation.
         """
-        return self.recall(self.converse(batch, rows, stream))
+        return self.evaluate_transcript(self.sample_transcript(batch, rows, stream))
 
-    def converse(self, batch: PromptBatch, rows: Tensor, stream: int, sampling: Sampling | None = None) -> Transcript:
-        """The policy replies to each prompt, and to what the user says next, for so many ``turns``.
+    def sample_transcript(
+        self, batch: PromptBatch, rows: Tensor, stream: int, sampling: Sampling | None = None
+    ) -> Transcript:
+        """The policy responds to each prompt and to up to ``turns - 1`` later user turns of the data.
 
-        What the user says next is what the user of the data said, though it was said to another reply. ``sampling`` is
-        another than that of training.
+        ``sampling`` replaces that of training; the other arguments are those of :meth:`roll_out`.
         """
         sampling = sampling or self.sampling
-        talks = [
-            _Talk(replace(conversation, later=()), conversation.later, ids[mask].tolist())
-            for ids, mask, conversation in zip(
-                batch.ids.cpu(), batch.attention_mask.cpu(), batch.conversations, strict=True
-            )
-        ]
-        conversations: list[Conversation] = []
+        dialogues = start_dialogues(batch)
+        most_ids = self.max_length - self.sampling.max_new_tokens
+        prompts: list[Conversation] = []
         replies: list[Reply] = []
-        speaking = list(range(len(talks)))
-        for turn in range(self.turns):
+        active = list(range(len(dialogues)))
+        for turn in range(self.options.turns):
             if turn:
-                speaking = [row for row in speaking if self._user_speaks(talks[row])]
-                if not anywhere(self, bool(speaking)):
+                active = [row for row in active if dialogues[row].add_user_turn(self.tokenizer, most_ids)]
+                if not anywhere(self, bool(active)):
                     break
-            # A process that has nobody left takes part all the same: a model that lies in shards needs everybody.
-            waiting = [talks[row].ids for row in speaking] or [[self.tokenizer.end_id]]
-            ids, mask = pad(waiting, self.tokenizer.pad_id, "left")
-            start = -turn * sampling.max_new_tokens  # each turn has noise of its own
-            noise = addressed_uniforms(self.noise_seed, stream, rows.cpu()[speaking or [0]], start)
-            said = self.generate(ids.to(self.device), mask.to(self.device), sampling, noise)
+            # A process without active dialogues generates for one dummy row: a sharded model needs all processes.
+            ids, mask = pad(
+                [dialogues[row].ids for row in active] or [[self.tokenizer.end_id]], self.tokenizer.pad_id, "left"
+            )
+            start = -turn * sampling.max_new_tokens  # each turn has its own random numbers
+            uniforms = addressed_uniforms(self.options.seed, stream, rows.cpu()[active or [0]], start)
+            generated = self.generate(ids.to(self.device), mask.to(self.device), sampling, uniforms)
             for row, reply, tokens, logprobs in zip(
-                speaking, self.read(said), said.ids.tolist(), said.logprobs.tolist(), strict=False
+                active, self.decode(generated), generated.ids.tolist(), generated.logprobs.tolist(), strict=False
             ):
-                talks[row].hear(reply, len(replies), tokens[: reply.tokens], logprobs[: reply.tokens])
-                conversations.append(talks[row].conversation)
+                dialogues[row].add_response(reply, len(replies), tokens[: reply.tokens], logprobs[: reply.tokens])
+                prompts.append(dialogues[row].prompt)
                 replies.append(reply)
-        ids, attention_mask = pad([talk.ids for talk in talks], self.tokenizer.pad_id, "right")
-        reply_of, _ = pad([talk.reply_of for talk in talks], -1, "right")
-        # float32 by name: under bf16-true it is not what PyTorch makes when nothing is said.
-        logprobs = torch.zeros(ids.shape, dtype=torch.float32).masked_scatter(
-            attention_mask, torch.tensor([number for talk in talks for number in talk.logprobs], dtype=torch.float32)
-        )
-        tensors = (tensor.to(self.device) for tensor in (ids, attention_mask, reply_of, logprobs))
-        return Transcript(conversations, replies, *tensors)
+        return to_transcript(dialogues, prompts, replies, self.tokenizer.pad_id, self.device)
 
-    def _user_speaks(self, talk: _Talk) -> bool:
-        """Adds to ``talk`` what the user of the data says next; False where that is nothing, or does not fit."""
-        if not talk.later:
-            return False
-        following, *later = talk.later
-        words = tuple(message for message in following.messages[talk.heard :] if message.role != "assistant")
-        # A reply that ran out of tokens did not close its turn: that is done for it, and it did not say so.
-        given = [] if talk.reply is None or talk.reply.ended else [self.tokenizer.end_id]
-        given += self.tokenizer.render_prompt(Conversation(words)).ids
-        if len(talk.ids) + len(given) + self.sampling.max_new_tokens > self.max_length:
-            return False
-        talk.listen(words, given, following, tuple(later))
-        return True
+    def evaluate_transcript(self, transcript: Transcript) -> Rollout:
+        """Log-probs and values of ``transcript``, from the same forward pass that an update uses.
 
-    def recall(self, transcript: Transcript) -> Rollout:
-        """What policy, reference and critic think of ``transcript``, by the same forward pass that an update uses.
-
-        Not the log-probs that sampling saw: in low precision they differ, and the first ratio would not be 1.
+        The old log-probs are not those of sampling, which differ in low precision, so that the first ratio would not
+        be 1.
         """
         ids, attention_mask = transcript.ids, transcript.attention_mask
-        said = transcript.reply_of >= 0
-        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        first = torch.where(said, columns, ids.shape[1]).amin(1, keepdim=True)
-        last = torch.where(said, columns, -1).amax(1, keepdim=True)
-        span = first + torch.arange(int((last - first).max()) + 1, device=ids.device)  # [B, R] columns of [B, T]
-        inside, span = span <= last, span.clamp(max=ids.shape[1] - 1)
-        reply_of = torch.where(inside, transcript.reply_of.gather(1, span), -1)
-        mask = reply_of >= 0
+        sampled = transcript.response_at >= 0
+        columns, inside = pack(transcript.response_at)
+        response_index = torch.where(inside, transcript.response_at.gather(1, columns), NOT_SAMPLED)
+        mask = response_index >= 0
         for network in filter(None, (self.model, self.reference, self.critic)):
-            network.eval()  # and so it stays for the update: dropout would be another policy
-        policy = self.read_replies(self.model, ids, attention_mask, said, mask)
-        reference = self.read_replies(self.reference, ids, attention_mask, said, mask)
+            network.eval()  # also during the update: dropout would make another policy
+        policy = self.evaluate_tokens(self.model, ids, attention_mask, sampled, mask)
+        reference = self.evaluate_tokens(self.reference, ids, attention_mask, sampled, mask)
         return Rollout(
             conversations=transcript.conversations,
             replies=transcript.replies,
             ids=ids,
             attention_mask=attention_mask,
-            said=said,
-            reply_of=reply_of,
-            mask=mask,
-            logprobs=policy.logprobs,
+            sampled=sampled,
+            response_index=response_index,
+            response_mask=mask,
+            old_logprobs=policy.logprobs,
             ref_logprobs=reference.logprobs,
             values=policy.values,
-            sampling_logprobs=torch.where(mask, transcript.sampling_logprobs.gather(1, span), 0.0),
+            sampling_logprobs=torch.where(mask, transcript.sampling_logprobs.gather(1, columns), 0.0),
         )
 
-    def read_replies(
-        self,
-        model: RLChatModel,
-        ids: Tensor,
-        attention_mask: Tensor,
-        said: Tensor,
-        mask: Tensor,
-        critic_alone: bool = False,
-    ) -> Readings:
-        """Of the ``said`` tokens of ``ids`` [B, T], packed as ``mask`` [B, R] has them; values for the policy only.
+    def evaluate_tokens(
+        self, model: RLChatModel, ids: Tensor, attention_mask: Tensor, sampled: Tensor, response_mask: Tensor
+    ) -> TokenEvaluation:
+        """Log-probs, entropies and values [B, R] of the sampled tokens; values only if ``model`` is the policy.
 
-        Logits are made for these tokens alone: the vocabulary is by far the widest layer. With ``critic_alone``, no
-        value sends a gradient into the policy's trunk.
+        Logits are computed for these tokens alone, because the vocabulary is by far the widest layer.
+
+        Args:
+            model: the policy or the reference model.
+            ids: Long [B, T].
+            attention_mask: Bool [B, T].
+            sampled: Bool [B, T].
+            response_mask: Bool [B, R], with as many True entries in each row as ``sampled`` has.
         """
         hidden = model(ids, attention_mask)
-        before = hidden[:, :-1][said[:, 1:]]  # [tokens, hidden]: what each sampled token was drawn from
-        stats = model.token_stats(before, ids[said], self.sampling.temperature)
-        blank = torch.zeros(mask.shape, dtype=torch.float32, device=ids.device)
+        before = hidden[:, :-1][sampled[:, 1:]]  # [tokens, hidden]: the state that each token was sampled from
+        stats = model.token_stats(before, ids[sampled], self.sampling.temperature)
         if model is self.reference or self.critic_kind == "none":
             values = torch.zeros_like(stats.logprobs)
         elif self.critic is not None:
-            values = self.critic(ids, attention_mask)[:, :-1][said[:, 1:]]
+            values = self.critic(ids, attention_mask)[:, :-1][sampled[:, 1:]]
         else:
-            values = model.values(before.detach() if critic_alone else before)
-        return Readings(*(blank.masked_scatter(mask, x) for x in (stats.logprobs, stats.entropy, values)))
-
-    # Held-out conversations -----------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Starts to collect replies."""
-        self.held_out_replies: list[str] = []
-        self.held_out_rows = 0
-
-    def validation_step(self, batch: PromptBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Conversations give accuracy and perplexity; prompts are replied to and judged."""
-        if isinstance(batch, SequenceBatch):
-            self.tally_sequences(batch)
-            return
-        # Always the same noise, so that two validations differ by the model alone.
-        rows = self.noise_rows(len(batch.ids), self.held_out_rows)
-        self.held_out_rows += len(batch.ids)
-        rollout = self.roll_out(batch, rows, stream=VALIDATION_STREAM)
-        self.held_out_replies += [reply.text for reply in rollout.replies]
-        factors = self.reward.breakdown(rollout.conversations, rollout.replies)
-        self.tally.add("reward", torch.stack(list(factors.values())).sum(0))
-        for name, value in factors.items():
-            self.tally.add(f"reward_{name}", value)
-        self.tally.add("kl", rollout.kl)
-        self.tally.add("response_length", torch.tensor([reply.tokens for reply in rollout.replies]))
-        self.tally.add("truncated_fraction", torch.tensor([not reply.ended for reply in rollout.replies]))
-        self.tally_answers("answer_accuracy", rollout.conversations, rollout.replies)
-        if not self.trainer.training and anywhere(self, any(c.check for c in batch.conversations)):
-            greedy = Sampling(self.sampling.max_new_tokens, temperature=0.0)
-            said = self.converse(batch, rows, VALIDATION_STREAM, greedy)
-            self.tally_answers("answer_accuracy_greedy", said.conversations, said.replies)
-
-    def tally_answers(self, name: str, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> None:
-        """Share of right replies among the prompts that can be checked."""
-        right = [float(p.check.passes(r.text)) for p, r in zip(prompts, replies, strict=True) if p.check]
-        if right:
-            self.tally.add(name, torch.tensor(right))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the held-out figures, over all processes."""
-        self.log_held_out("val")
-
-    def on_test_epoch_start(self) -> None:
-        """As for validation."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: PromptBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As for validation, on the conversations that chose nothing."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the test figures, over all processes."""
-        self.log_held_out("test")
-
-    def log_held_out(self, stage: str) -> None:
-        """Means over every reply of every process."""
-        values = self.tally.means(self.device)
-        replies = [reply for part in gather_objects(self.held_out_replies) for reply in part]
-        if replies:
-            values["distinct_2"] = distinct_n(replies, 2)
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
-
-    def judgements(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:
-        """The reward of each predicted reply, whole and by factor."""
-        factors = self.reward.breakdown(prompts, replies)
-        rows = [{name: float(value[i]) for name, value in factors.items()} for i in range(len(replies))]
-        return [{"reward": sum(row.values()), "factors": row} for row in rows]
-
-    def bundle(self) -> PolicyBundle:
-        """As for every stage, and with it the critic and what the reward consists of."""
-        bundle = super().bundle()
-        bundle.critic = self.critic
-        bundle.about |= {"critic": self.critic_kind, "reward": self.reward.describe()}
-        return bundle
-
-    # All processes --------------------------------------------------------------------------------------------------
-
-    def global_sum(self, value: Tensor | float) -> Tensor:
-        """``value`` summed over all processes."""
-        return global_sum(self, value)
-
-    def global_mean(self, values: Tensor) -> float:
-        """Mean of the rows [N] of all processes."""
-        total = torch.stack(
-            [values.float().sum().to(self.device), torch.tensor(float(len(values)), device=self.device)]
+            values = model.values(before)
+        zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=ids.device)
+        # Row by row, the n-th sampled token of [B, T] is the n-th True entry of the response mask [B, R].
+        return TokenEvaluation(
+            *(zeros.masked_scatter(response_mask, x) for x in (stats.logprobs, stats.entropy, values))
         )
-        total = self.global_sum(total)
-        return float(total[0] / total[1])
-
-
-@dataclass(slots=True)
-class _Talk:
-    """A conversation while it goes on."""
-
-    conversation: Conversation  # so far; in it waits a user for a reply
-    later: tuple[Conversation, ...]  # what the data holds of the rest
-    ids: list[int]
-    heard: int = 0  # messages of the data's own conversation that have come up
-    reply_of: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    reply: Reply | None = None  # the last
-
-    def __post_init__(self) -> None:
-        self.heard = len(self.conversation.messages)
-        self.reply_of = [-1] * len(self.ids)
-        self.logprobs = [0.0] * len(self.ids)
-
-    def hear(self, reply: Reply, number: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """The policy speaks: its reply has this ``number`` among all."""
-        self.reply = reply
-        self.ids += ids
-        self.reply_of += [number] * len(ids)
-        self.logprobs += logprobs
-
-    def listen(
-        self, words: tuple[Message, ...], ids: Sequence[int], following: Conversation, later: tuple[Conversation, ...]
-    ) -> None:
-        """The user speaks: ``words``, as they stood at the end of the data's ``following`` prompt."""
-        assert self.reply is not None
-        said = (*self.conversation.messages, Message("assistant", self.reply.text), *words)
-        self.conversation = replace(following, messages=said, later=())
-        self.later, self.heard = later, len(following.messages)
-        self.ids += ids
-        self.reply_of += [-1] * len(ids)
-        self.logprobs += [0.0] * len(ids)
 
 
 def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
-    """The critic that begins: the reward model in ``critic_init``, the bundle's own, or a copy of the policy's trunk.
+    """A separate critic: the reward model ``critic_init``, the model file's own, or a copy of the policy's backbone.
 
-    Raises :class:`UserError` for a reward model that cannot read all that the policy can say.
+    Raises:
+        UserError: for a reward model that cannot read everything the policy can generate.
     """
     if critic_init is not None:
-        judge = load_reward_model(critic_init)
-        if judge.tokenizer.fingerprint != bundle.tokenizer.fingerprint or judge.max_length < bundle.max_length:
+        reward_model = load_reward_model(critic_init)
+        if reward_model.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
             raise UserError(
-                f"critic_init {critic_init}: its encoding, or its max_length of {judge.max_length}, does not serve "
-                f"this policy; give a reward model that was trained like it, or leave critic_init out"
+                f"critic_init {critic_init} has another encoding than the policy; use a reward model that was trained "
+                f"with the policy's encoding, or leave out --model.critic_init"
             )
-        return Critic.from_reward_model(judge.model)
+        if reward_model.max_length < bundle.max_length:
+            raise UserError(
+                f"critic_init {critic_init} has max_length {reward_model.max_length}, less than the policy's "
+                f"{bundle.max_length}; lower --model.max_length, or leave out --model.critic_init"
+            )
+        return Critic.from_reward_model(reward_model.model)
     return bundle.critic or Critic(copy.deepcopy(bundle.model.backbone), bundle.model.hidden_dim)

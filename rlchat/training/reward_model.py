@@ -1,30 +1,31 @@
-"""Stage 2, the reward model: learns from human ranks and labels what a good reply is, and judges for PPO.
+"""Stage 2, the reward model: learns from human ranks and quality labels, and scores responses in PPO.
 
 rlchat fit --config demo/reward
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, RankedBatch
-from rlchat.distributed.collectives import gather_objects, global_sum, shard_networks
-from rlchat.models.model_file import RewardBundle, save_bundle
+from rlchat.distributed.collectives import gather_objects
+from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
-from rlchat.training.base import Tally, make_optimizer, make_scheduler, open_policy, seed_dropout, warn_of_kept_options
+from rlchat.training.base import StageModule
+from rlchat.training.initial_model import open_policy
+from rlchat.training.options import Schedule, StageOptions
 
 
 def preferred_pairs(group: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (better, worse), Long [pairs] each, of the same ``group`` [rows] where ``worth`` [rows] is higher.
+    """All pairs (better, worse) of rows in the same group, as row numbers Long [pairs] each.
 
-    Rows whose worth is NaN are in no pair.
+    Args:
+        group: Long [rows].
+        worth: Float [rows], higher is better. A row whose worth is NaN is in no pair, and equal rows form no pair.
     """
     better = (group[:, None] == group[None, :]) & (worth[:, None] > worth[None, :])
     first, second = better.nonzero(as_tuple=True)
@@ -32,16 +33,23 @@ def preferred_pairs(group: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RankingLoss(NamedTuple):
-    """Sums over a batch, with what they are sums over."""
+    """Sums over a batch, and the number of their terms."""
 
-    pair_loss: Tensor  # of -log σ(better - worse)
+    pair_loss: Tensor  # sum of -log σ(better - worse)
     pairs: int
-    label_loss: Tensor  # of the cross-entropy between σ(score) and the quality label
+    label_loss: Tensor  # sum of the cross-entropy between σ(score) and the quality label
     labels: int
 
 
 def ranking_loss(scores: Tensor, batch: RankedBatch) -> RankingLoss:
-    """Bradley–Terry on ranked replies (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1), and regression on labels."""
+    """Bradley–Terry loss on ranked replies, and regression on quality labels.
+
+    The pair loss is that of Bradley and Terry 1952 and Ouyang et al. 2022 (eq. 1), summed over pairs.
+
+    Args:
+        scores: [N], of the rows of ``batch``.
+        batch: replies with their ranks and labels.
+    """
     better, worse = preferred_pairs(batch.group, -_known(batch.rank))
     labelled = ~batch.quality.isnan()
     return RankingLoss(
@@ -52,24 +60,25 @@ def ranking_loss(scores: Tensor, batch: RankedBatch) -> RankingLoss:
     )
 
 
-class RewardModelModule(L.LightningModule):
-    """A scalar on the end of a reply, trained on which of two replies people ranked higher, and on quality labels.
+class RewardModelModule(StageModule):
+    """A scalar score at the end of a reply, trained on human ranks and quality labels.
 
     Args:
         base_model: a transformers model by name or path, or an inline configuration (random weights).
         tiktoken_encoding: a tiktoken or packaged encoding by name, or the path of a rank file.
-        max_length: tokens that a conversation holds at most, the reply included.
-        init_from: the bundle of an SFT model whose backbone to start from, in place of base_model.
-        label_coef: weight of the regression on quality labels beside the ranks.
-        learning_rate: of AdamW at its highest.
-        schedule: how the learning rate goes over the run.
-        warmup: share of the steps in which the learning rate rises.
-        weight_decay: of AdamW, on matrices.
+        max_length: the maximum number of tokens in a conversation, replies included.
+        init_from: the model file of an SFT model whose backbone to start from instead of base_model.
+        label_coef: the weight of the regression on quality labels beside the ranks.
+        learning_rate: the peak learning rate of AdamW.
+        schedule: the learning rate schedule after the warm-up.
+        warmup: the fraction of the steps in which the learning rate rises from 0.
+        weight_decay: the weight decay of AdamW, on matrices only.
     """
 
     stage = "reward"
     bundle_name = "reward_model.pt"
     monitor = ("val/pair_accuracy", "max")
+    model: RewardModel
 
     def __init__(
         self,
@@ -79,55 +88,45 @@ class RewardModelModule(L.LightningModule):
         init_from: str | None = None,
         label_coef: float = 0.5,
         learning_rate: float = 5e-5,
-        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: float = 0.02,
         weight_decay: float = 0.01,
     ) -> None:
-        super().__init__()
+        options = StageOptions.of(locals())
         start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from)
+        super().__init__(RewardModel(start.model.backbone), options, start.tokenizer, start.max_length)
         self.save_hyperparameters()
-        self.tokenizer = start.tokenizer
-        self.max_length = start.max_length
-        self.model = RewardModel(start.model.backbone).train()
-        if self.model.backbone.head is not None:  # an untied policy head has no part in a score
+        self.label_coef = label_coef
+        if self.model.backbone.head is not None:  # an untied policy head gets no gradient from a score
             self.model.backbone.head.requires_grad_(False)
-        self.tally = Tally()
         self.held_out_scores: list[float] = []
-
-    def configure_model(self) -> None:
-        """Leaves this process a part of the network, where the strategy says so."""
-        shard_networks(self)
 
     @property
     def data_needs(self) -> DataNeeds:
-        """What the data module serves to this stage."""
+        """Replies with ranks or labels, grouped by prompt."""
         return DataNeeds(task="reward", tokenizer=self.tokenizer, max_length=self.max_length)
 
-    def on_train_batch_start(self, batch: RankedBatch, batch_idx: int) -> None:
-        """Makes dropout a matter of the batch, and not of what came before."""
-        seed_dropout(self)
-
     def training_step(self, batch: RankedBatch, batch_idx: int) -> Tensor:
-        """Mean loss of pairs plus ``label_coef`` times that of labels, over all processes."""
+        """Mean loss of the pairs plus ``label_coef`` times the mean loss of the labels, over all processes."""
         scores = self.model(batch.ids, batch.attention_mask)
         part = ranking_loss(scores, batch)
-        pairs, labels = (global_sum(self, n).clamp(min=1) for n in (part.pairs, part.labels))
+        pairs, labels = (self.global_sum(n).clamp(min=1) for n in (part.pairs, part.labels))
         pair_loss, label_loss = part.pair_loss / pairs, part.label_loss / labels
-        loss = pair_loss + self.hparams["label_coef"] * label_loss
+        loss = pair_loss + self.label_coef * label_loss
         better, worse = preferred_pairs(batch.group, -_known(batch.rank))
-        self.log("train/loss", global_sum(self, loss.detach()), prog_bar=True)
+        self.log("train/loss", self.global_sum(loss.detach()), prog_bar=True)
         self.log_dict(
             {
-                "train/pair_loss": global_sum(self, pair_loss.detach()),
-                "train/label_loss": global_sum(self, label_loss.detach()),
-                "train/pair_accuracy": global_sum(self, (scores[better] > scores[worse]).float().sum()) / pairs,
-                "train/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+                "train/pair_loss": self.global_sum(pair_loss.detach()),
+                "train/label_loss": self.global_sum(label_loss.detach()),
+                "train/pair_accuracy": self.global_sum((scores[better] > scores[worse]).float().sum()) / pairs,
+                "train/learning_rate": self.current_learning_rate(),
             }
         )
-        return loss * self.trainer.world_size  # gradients are averaged over processes, and this one is a share of a sum
+        return loss * self.trainer.world_size  # DDP averages gradients, and this loss is a share of a sum
 
     def validation_step(self, batch: RankedBatch, batch_idx: int) -> None:
-        """Which of two held-out replies scores higher: by people's ranks, and by what is right."""
+        """Accuracy on held-out pairs: by human rank (``pair_accuracy``) and by correctness (``right_over_wrong``)."""
         scores = self.model(batch.ids, batch.attention_mask)
         self.held_out_scores += scores.tolist()
         part = ranking_loss(scores, batch)
@@ -142,41 +141,24 @@ class RewardModelModule(L.LightningModule):
             self.tally.add("label_error", (scores[labelled].sigmoid() - batch.quality[labelled]).abs())
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the held-out figures, and keeps the scale of held-out scores with the model."""
+        """Logs the held-out metrics, and keeps mean and standard deviation of held-out scores with the model."""
         scores = torch.tensor([s for part in gather_objects(self.held_out_scores) for s in part])
         self.held_out_scores.clear()
         if len(scores) > 1 and not self.trainer.sanity_checking:
             self.model.mean.fill_(float(scores.mean()))
             self.model.std.fill_(max(float(scores.std()), 1e-3))
-        for name, value in self.tally.means(self.device).items():
-            self.log(f"val/{name}", value, prog_bar=f"val/{name}" == self.monitor[0])
-
-    def test_step(self, batch: RankedBatch, batch_idx: int) -> None:
-        """As for validation, on the conversations that chose nothing."""
-        self.validation_step(batch, batch_idx)
+        super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test figures; the scale of the scores stays as validation left it."""
+        """Logs the held-out metrics; mean and standard deviation stay as validation left them."""
         self.held_out_scores.clear()
-        self.log_dict({f"test/{k}": v for k, v in self.tally.means(self.device).items()})
+        super().on_test_epoch_end()
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and a learning rate that goes over the run's steps."""
-        o = self.hparams
-        optimizer = make_optimizer(self.model.parameters(), o["learning_rate"], o["weight_decay"])
-        scheduler = make_scheduler(optimizer, o["schedule"], o["warmup"], self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says which options a run that goes on cannot change."""
-        warn_of_kept_options(self, checkpoint)
-
-    def save_bundle(self, path: str | Path) -> None:
-        """Writes the reward model as it is now; see :mod:`rlchat.models.model_file`. A collective."""
-        about = {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
-        save_bundle(path, RewardBundle(self.model, self.tokenizer, self.max_length, about))
+    def bundle(self) -> RewardBundle:
+        """The reward model in its present state, with its tokenizer."""
+        return RewardBundle(self.model, self.tokenizer, self.max_length, self.about())
 
 
 def _known(x: Tensor) -> Tensor:
-    """``x`` as float, NaN where it is negative: unranked, or without a check."""
+    """``x`` as float, NaN where it is negative, which means unranked or without a check."""
     return torch.where(x >= 0, x.float(), torch.nan)

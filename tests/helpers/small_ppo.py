@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rlchat.conversation import Conversation, Message
 from rlchat.data.datamodule import PromptBatch, SequenceBatch
-from rlchat.ppo.module import PPOModule
+from rlchat.ppo.module import Iteration, PPOModule
 from rlchat.ppo.rollouts import Rollout
 from rlchat.rewards import Reply, ReplyFactor, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -108,6 +109,12 @@ def alone(module: PPOModule, world: int = 1, rank: int = 0) -> PPOModule:
     """``module`` as process ``rank`` of ``world``, without a Trainer."""
     module.trainer = SimpleNamespace(world_size=world, global_rank=rank, training=False)  # type: ignore[assignment]
     return module
+
+
+def iterated(module: PPOModule, rollout: Rollout, scores: Tensor) -> Iteration:
+    """``rollout`` with its advantages and returns, for a reward of one factor."""
+    advantages, returns = module.compute_advantages(rollout, scores)
+    return Iteration(rollout, {"scores": scores}, scores, advantages, returns)
 
 
 def rolled_out(module: PPOModule, batch: PromptBatch | None = None) -> Rollout:

@@ -19,6 +19,7 @@ from helpers.small_ppo import (
     Log,
     alone,
     fit,
+    iterated,
     ppo,
     prompts,
     rolled_out,
@@ -32,7 +33,7 @@ from rlchat.conversation import Check, Conversation, Message
 from rlchat.data.datamodule import PromptBatch
 from rlchat.errors import UserError
 from rlchat.models.sampling import Generated
-from rlchat.ppo.module import PPOModule
+from rlchat.ppo.module import Iteration, PPOModule
 from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
 
 
@@ -71,15 +72,15 @@ def test_a_rollout_is_what_each_prompt_alone_would_give(encoding: str, family: s
     rollout = rolled_out(module)
     for row, conversation in enumerate(rollout.conversations):
         prompt = module.tokenizer.render_prompt(conversation).ids
-        length = int(rollout.mask[row].sum())
-        said = rollout.ids[row][rollout.said[row]]
+        length = int(rollout.response_mask[row].sum())
+        said = rollout.ids[row][rollout.sampled[row]]
         whole = torch.tensor([[*prompt, *said.tolist()]])
         hidden = module.model.eval()(whole, torch.ones_like(whole, dtype=torch.bool))[0, len(prompt) - 1 : -1]
         logprobs = (module.model.logits(hidden) / 0.8).log_softmax(-1)[torch.arange(length), said]
-        torch.testing.assert_close(rollout.logprobs[row, :length], logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(rollout.old_logprobs[row, :length], logprobs, atol=1e-5, rtol=0)
         values = module.model.value_head(hidden).squeeze(-1)
         torch.testing.assert_close(rollout.values[row, :length], values, atol=1e-5, rtol=0)
-        for tensor in (rollout.logprobs, rollout.ref_logprobs, rollout.values):
+        for tensor in (rollout.old_logprobs, rollout.ref_logprobs, rollout.values):
             assert (tensor[row, length:] == 0).all()
         ended = bool(said[-1] == module.tokenizer.end_id)
         assert rollout.replies[row] == Reply(module.tokenizer.decode(said.tolist()).strip(), length, ended)
@@ -108,15 +109,15 @@ def test_targets_by_hand(encoding: str) -> None:
     module.generate = lambda *_: said  # type: ignore[method-assign]
     rollout = rolled_out(module, prompts(module.tokenizer, QUESTIONS[:2]))
     assert [reply.text for reply in rollout.replies] == ["ab", "c"]
-    judged = module.judge(rollout, torch.tensor([1.0, -4.0]))
-    assert judged.returns.tolist() == [[1, 1, 1], [-4, -4, 0]]
+    targets = module.compute_advantages(rollout, torch.tensor([1.0, -4.0]))
+    assert targets.returns.tolist() == [[1, 1, 1], [-4, -4, 0]]
     mean = (3 * 1 - 2 * 4) / 5  # -1
     deviation = ((3 * 2**2 + 2 * 3**2) / 5) ** 0.5  # √6
     expected = torch.tensor([[1.0, 1.0, 1.0], [-4.0, -4.0, mean]]).sub(mean) / deviation
-    torch.testing.assert_close(judged.advantages, expected)
+    torch.testing.assert_close(targets.advantages, expected)
     # A value of 0.5 everywhere: advantages of score - 0.5, returns as before.
-    judged = module.judge(replace(rollout, values=said.mask * 0.5), torch.ones(2))
-    torch.testing.assert_close(judged.returns, said.mask.float())
+    targets = module.compute_advantages(replace(rollout, values=said.mask * 0.5), torch.ones(2))
+    torch.testing.assert_close(targets.returns, said.mask.float())
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -127,25 +128,25 @@ def test_each_token_pays_for_its_kl_and_the_last_earns_the_score(encoding: str, 
     for parameter in module.reference.parameters():
         parameter.mul_(1.5)
     rollout, scores = rolled_out(module), torch.arange(8.0)
-    d = rollout.logprobs - rollout.ref_logprobs
+    d = rollout.old_logprobs - rollout.ref_logprobs
     assert d.abs().max() > 0.01
     expected = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[kind] * -0.3
-    lengths = rollout.mask.sum(1)
+    lengths = rollout.response_mask.sum(1)
     expected[torch.arange(8), lengths - 1] += scores
-    expected[~rollout.mask] = 0
-    torch.testing.assert_close(module.judge(rollout, scores).returns, expected)
+    expected[~rollout.response_mask] = 0
+    torch.testing.assert_close(module.compute_advantages(rollout, scores).returns, expected)
     whitening = alone(ppo(encoding, lam=0.0, kl_coef=0.3, kl_kind=kind, whiten_rewards=True))
-    inside = expected[rollout.mask]
+    inside = expected[rollout.response_mask]
     scaled = (inside - inside.mean()) / inside.std(correction=0) + inside.mean()
-    torch.testing.assert_close(whitening.judge(rollout, scores).returns[rollout.mask], scaled)
+    torch.testing.assert_close(whitening.compute_advantages(rollout, scores).returns[rollout.response_mask], scaled)
 
 
 def test_the_loss_is_the_sum_of_its_parts(encoding: str) -> None:
     def loss(**options: Any) -> tuple[float, dict[str, Tensor]]:
         module = ppo(encoding, **options)
         rollout = rolled_out(module)
-        judged, everyone = module.judge(rollout, torch.arange(8.0)), torch.arange(8)
-        total, stats = module.minibatch_loss(rollout, judged, everyone, rollout.mask.sum())
+        iteration = iterated(module, rollout, torch.arange(8.0))
+        total, stats = module.minibatch_loss(iteration, torch.arange(8), rollout.response_mask.sum())
         return total.item(), stats
 
     total, stats = loss(value_coef=0.25, entropy_coef=0.125)
@@ -153,6 +154,26 @@ def test_the_loss_is_the_sum_of_its_parts(encoding: str) -> None:
     assert min(value, entropy) > 0.1
     assert total == pytest.approx(policy + 0.25 * value - 0.125 * entropy)
     assert loss(value_coef=0.0, entropy_coef=0.0)[0] == pytest.approx(policy, abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_minibatch_loss_is_the_mean_over_its_own_tokens(encoding: str) -> None:
+    """Responses of 3 and 2 tokens, at ratio 1: the policy loss is minus the mean advantage of the minibatch.
+
+    Divided by the tokens of the whole rollout, the first would be -6/5 and the second -9/5.
+    """
+    module = alone(ppo(encoding))
+    tokens = torch.tensor([[97, 98, 260], [99, 260, 256]])
+    said = Generated(tokens, tokens != 256, torch.tensor([True, True]), torch.zeros(2, 3))
+    module.generate = lambda *_: said  # type: ignore[method-assign]
+    rollout = rolled_out(module, prompts(module.tokenizer, QUESTIONS[:2]))
+    advantages = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
+    iteration = Iteration(rollout, {}, torch.zeros(2), advantages, torch.zeros(2, 3))
+    for rows, expected in (([0], -2.0), ([1], -4.5), ([0, 1], -3.0)):
+        for minibatch in ([torch.tensor(rows)], [*torch.tensor(rows).split(1)]):  # in one microbatch, or one row each
+            losses = [compute() for compute in module.minibatch_losses(iteration, minibatch, None)]
+            found = sum(float(metrics["policy_loss"]) for _, metrics in losses)
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 def wider(x: Tensor, left: int, right: int, value: float = 0) -> Tensor:
@@ -170,21 +191,21 @@ def test_padding_moves_no_number(encoding: str, left: int, right: int) -> None:
     )
     plain, recalled = rolled_out(module, batch), rolled_out(module, padded_batch)
     assert plain.replies == recalled.replies
-    sides = {"ids": pad_id, "attention_mask": 0, "said": 0}
+    sides = {"ids": pad_id, "attention_mask": 0, "sampled": 0}
     changes: dict[str, Any] = {name: wider(getattr(plain, name), left, right, value) for name, value in sides.items()}
-    for name in ("mask", "logprobs", "ref_logprobs", "values"):
+    for name in ("response_mask", "old_logprobs", "ref_logprobs", "values"):
         changes[name] = wider(getattr(plain, name), left, right)
-    changes["reply_of"] = wider(plain.reply_of, left, right, -1)
+    changes["response_index"] = wider(plain.response_index, left, right, -1)
     around = replace(plain, **changes)
     scores, results = torch.randn(8, generator=torch.Generator().manual_seed(0)), []
     for rollout in (plain, recalled, around):
-        judged = module.judge(rollout, scores)
+        iteration = iterated(module, rollout, scores)
         module.zero_grad()
         rows = torch.tensor([6, 1, 3])
-        loss, stats = module.minibatch_loss(rollout, judged, rows, rollout.mask[rows].sum())
+        loss, stats = module.minibatch_loss(iteration, rows, rollout.response_mask[rows].sum())
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
-        results.append([loss.detach(), gradient, *stats.values(), judged.returns.sum(), rollout.kl])
+        results.append([loss.detach(), gradient, *stats.values(), iteration.returns.sum(), rollout.kl])
     for expected, *others in zip(*results, strict=True):
         for other in others:
             torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-4)
@@ -260,15 +281,15 @@ def test_the_adaptive_coefficient_stays_above_0_and_waits_for_the_critic(encodin
 
 def test_the_kl_in_the_loss_holds_the_policy_back(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
     """By k3 unless told otherwise; k1 has no gradient on average, and a warning says so."""
-    assert ppo(encoding).kl_kind == "k1"
+    assert ppo(encoding).options.kl_estimator == "k1"
     options: dict[str, Any] = {"ppo_epochs": 2, "minibatches": 1, "kl_in": "loss", "learning_rate": 3e-3}
     held, free = (ppo(encoding, kl_coef=coef, adam_beta2=0.95, **options) for coef in (5.0, 0.0))
-    assert held.kl_kind == "k3"
+    assert held.options.kl_estimator == "k3"
     held_kl, free_kl = (sum(row["train/kl"] for row in fit(module, 25)[-5:]) / 5 for module in (held, free))
     assert held_kl < free_kl / 2
     assert not [record for record in caplog.records if record.name == "rlchat"]
     ppo(encoding, kl_in="loss", kl_kind="k1")
-    assert "no gradient on average" in caplog.text
+    assert "a gradient of 0 on average" in caplog.text
 
 
 def test_the_critics_gradient_is_not_clipped_by_what_waits(encoding: str) -> None:
@@ -351,7 +372,7 @@ def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch:
     module = ppo(encoding, ppo_epochs=2, minibatches=2)
     before = [p.detach().clone() for p in module.model.parameters()]
     breaks(module, {0, 1, 2, 3}, "loss")
-    says = "iteration 1: policy_loss is not a finite number, in 3 steps in a row; the batch is in .*not_finite_0.jsonl"
+    says = "iteration 1: policy_loss was not finite in 3 optimizer steps in a row; .* in .*not_finite_0.jsonl"
     with pytest.raises(UserError, match=says):
         fit(module, 3, default_root_dir=str(tmp_path))
     assert all(torch.equal(one, other) for one, other in zip(before, module.model.parameters(), strict=True))
@@ -399,7 +420,7 @@ def test_two_processes_take_the_minibatches_that_one_would(encoding: str) -> Non
     for whole, even, odd in zip(one, *two, strict=True):
         rows = [*(2 * torch.cat(even)).tolist(), *(2 * torch.cat(odd) + 1).tolist()]
         assert sorted(torch.cat(whole).tolist()) == sorted(rows)
-    rows = [alone(ppo(encoding), 2, rank).noise_rows(4, first=4).tolist() for rank in range(2)]
+    rows = [alone(ppo(encoding), 2, rank).global_rows(4, first=4).tolist() for rank in range(2)]
     assert rows == [[8, 10, 12, 14], [9, 11, 13, 15]]
 
 
@@ -407,15 +428,15 @@ def test_gradients_of_processes_average_to_that_of_one(encoding: str) -> None:
     """Also where one of them has no row of the minibatch."""
     module = ppo(encoding, entropy_coef=0.05)
     rollout = rolled_out(module)
-    judged = module.judge(rollout, torch.arange(8.0))
+    iteration = iterated(module, rollout, torch.arange(8.0))
     minibatch = torch.tensor([1, 3, 7, 5, 2])
 
     def gradient(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         module.zero_grad()
-        tokens = rollout.mask[minibatch].sum() / len(parts)
+        tokens = rollout.response_mask[minibatch].sum() / len(parts)
         losses = []
         for rank, part in enumerate(parts):
-            loss, _ = alone(module, len(parts), rank).minibatch_loss(rollout, judged, part, tokens)
+            loss, _ = alone(module, len(parts), rank).minibatch_loss(iteration, part, tokens)
             (loss / len(parts)).backward()
             losses.append(loss.detach())
         grads = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
@@ -503,7 +524,7 @@ class SavesAfterTwo(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if module.iterations == 2:
             trainer.save_checkpoint(self.path)
-            self.state = copy.deepcopy({name: getattr(module, name) for name in ("episodes", "tokens", "kl_coef")})
+            self.state = copy.deepcopy({name: getattr(module, name) for name in ("episodes", "kl_coef")})
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -> None:
@@ -519,7 +540,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -
 
     class Starts(L.Callback):
         def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-            seen.append((module.iterations, module.episodes, module.tokens, module.kl_coef, module.adaptive_kl.coef))
+            seen.append((module.iterations, module.episodes, module.kl_coef, module.adaptive_kl.coef))
 
     # A plain DataLoader starts its epoch anew, so it is given what is left of it.
     left = serve([*batches[2:], *batches[2:]])
@@ -527,9 +548,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -
         resumed, left, ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True
     )
     kept = saving.state
-    assert seen == [(2, kept["episodes"], kept["tokens"], kept["kl_coef"], kept["kl_coef"])]
+    assert seen == [(2, kept["episodes"], kept["kl_coef"], kept["kl_coef"])]
     assert kept["kl_coef"] != 0.3
-    assert (resumed.iterations, resumed.episodes, resumed.tokens) == (4, whole.episodes, whole.tokens)
+    assert (resumed.iterations, resumed.episodes) == (4, whole.episodes)
     assert resumed.kl_coef == whole.kl_coef
     for (name, one), other in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
@@ -549,27 +570,28 @@ def test_what_a_resumed_run_keeps_and_what_it_takes(
     )
     assert log.rows[-1]["train/kl_coef"] == pytest.approx(0.7)
     assert log.rows[-1]["train/learning_rate"] == pytest.approx(1e-2)
-    assert "the run goes on with learning_rate 0.01 and not 0.0001; begin a new one" in caplog.text
+    assert "the resumed run keeps learning_rate 0.01, not 0.0001; to change it, start a new run" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"max_new_tokens": 48}, "max_new_tokens 48 leaves no room"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
-        ({"temperature": 0.0}, "temperature 0.0"),
-        ({"temperature": 1e-7}, "temperature 1e-07"),
-        ({"kl_coef": -1.0}, "kl_coef is -1.0; it must be 0 or more"),
-        ({"gamma": 3.0}, "gamma is 3.0; it must be from 0 to 1"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0; it must be above 0"),
-        ({"kl_target": 6.0, "kl_coef": 0.0}, "0 stays 0"),
-        ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be above 1"),
-        ({"turns": 0}, "turns is 0; it must be at least 1"),
-        ({"advantage": "rloo"}, "set group_size to 2 or more"),
-        ({"advantage": "grpo", "group_size": 2, "turns": 2}, "knows no turns"),
+        ({"max_new_tokens": 48}, "invalid value 48 for max_new_tokens: it leaves no room"),
+        ({"max_new_tokens": 0}, "invalid value 0 for max_new_tokens"),
+        ({"temperature": 0.0}, "invalid value 0.0 for temperature"),
+        ({"temperature": 1e-7}, "invalid value 1e-07 for temperature"),
+        ({"kl_coef": -1.0}, "invalid value -1.0 for kl_coef: expected a number of at least 0"),
+        ({"gamma": 3.0}, "invalid value 3.0 for gamma: expected a number from 0 to 1"),
+        ({"max_grad_norm": 0.0}, "invalid value 0.0 for max_grad_norm: expected a number above 0"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_coef 0 would stay 0"),
+        ({"dual_clip": 1.0}, "invalid value 1.0 for dual_clip: expected a number above 1"),
+        ({"turns": 0}, "invalid value 0 for turns: expected an integer of at least 1"),
+        ({"advantage": "reinforce"}, "invalid value 'reinforce' for advantage: expected one of gae, rloo, grpo"),
+        ({"advantage": "rloo"}, "set --model.group_size to 2 or more"),
+        ({"advantage": "grpo", "group_size": 2, "turns": 2}, "does not support turns"),
         ({"advantage": "grpo", "group_size": 2, "critic": "separate"}, "has no critic"),
         # Whitening adds a constant to each token, and their sum would pay for length.
-        ({"advantage": "rloo", "group_size": 2, "whiten_rewards": True}, "takes rewards as they are"),
+        ({"advantage": "rloo", "group_size": 2, "whiten_rewards": True}, "does not support whiten_rewards"),
     ],
     ids=str,
 )

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_ppo import BACKBONES, QUESTIONS, LetterE, alone, fit, ppo, prompts, rolled_out, serve, trainer
+from helpers.small_ppo import (
+    BACKBONES,
+    QUESTIONS,
+    LetterE,
+    alone,
+    fit,
+    iterated,
+    ppo,
+    prompts,
+    rolled_out,
+    serve,
+    trainer,
+)
 from torch import Tensor
 
 from rlchat.conversation import Check, Conversation, Message
@@ -32,14 +44,14 @@ def residuals(module: PPOModule) -> tuple[float, float]:
     """How far the ratio is from 1, of any token: between sampling and recall, and between recall and update."""
     rollout = rolled_out(module)
     every_row = torch.arange(len(rollout.ids))
-    parts = [rollout.ids, rollout.attention_mask, rollout.said, rollout.mask]
+    parts = [rollout.ids, rollout.attention_mask, rollout.sampled, rollout.response_mask]
     with torch.no_grad():
-        new = module.read_replies(module.model, *(part[every_row] for part in parts))
+        new = module.evaluate_tokens(module.model, *(part[every_row] for part in parts))
 
     def off(one: Tensor, other: Tensor) -> float:
-        return float(((one - other).exp() - 1).abs()[rollout.mask].max())
+        return float(((one - other).exp() - 1).abs()[rollout.response_mask].max())
 
-    return off(rollout.sampling_logprobs, rollout.logprobs), off(new.logprobs, rollout.logprobs)
+    return off(rollout.sampling_logprobs, rollout.old_logprobs), off(new.logprobs, rollout.old_logprobs)
 
 
 @pytest.mark.parametrize("family", BACKBONES)
@@ -115,22 +127,22 @@ def test_the_residuals_are_logged(encoding: str) -> None:
 def test_a_group_replies_to_one_prompt_each_with_noise_of_its_own(encoding: str) -> None:
     module = alone(ppo(encoding, group_size=3, advantage="rloo"))
     batch = prompts(module.tokenizer, QUESTIONS[:2])
-    rollout = module.roll_out(batch.repeated(3), module.noise_rows(2, copies=3), stream=0)
+    rollout = module.roll_out(batch.repeated(3), module.global_rows(2, copies=3), stream=0)
     assert [c.messages[0].text for c in rollout.conversations] == [QUESTIONS[0]] * 3 + [QUESTIONS[1]] * 3
     assert len({reply.text for reply in rollout.replies}) == 6
-    judged = module.judge(rollout, torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]))
-    lengths = rollout.mask.sum(1)
+    targets = module.compute_advantages(rollout, torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]))
+    lengths = rollout.response_mask.sum(1)
     for row, advantage in enumerate([-3, -1.5, 4.5, 0, 0, 0]):  # as by hand in test_ppo_math; KL is 0 as yet
-        expected = rollout.mask[row] * advantage
-        torch.testing.assert_close(judged.advantages[row], expected.float(), atol=1e-5, rtol=0)
+        expected = rollout.response_mask[row] * advantage
+        torch.testing.assert_close(targets.advantages[row], expected.float(), atol=1e-5, rtol=0)
         assert int(lengths[row]) == rollout.replies[row].tokens
 
 
 def test_processes_draw_the_groups_that_one_would(encoding: str) -> None:
     """Prompt i of process r is global prompt 2·i + r, and its copies follow each other."""
-    one = alone(ppo(encoding, group_size=2)).noise_rows(4, copies=2)
+    one = alone(ppo(encoding, group_size=2)).global_rows(4, copies=2)
     assert one.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    two = [alone(ppo(encoding, group_size=2), 2, rank).noise_rows(2, copies=2).tolist() for rank in range(2)]
+    two = [alone(ppo(encoding, group_size=2), 2, rank).global_rows(2, copies=2).tolist() for rank in range(2)]
     assert two == [[0, 1, 4, 5], [2, 3, 6, 7]]
     # And each takes its own rows of the minibatches that one process would take.
     whole = alone(ppo(encoding, group_size=2, minibatches=3)).minibatches(8, 0)
@@ -214,19 +226,19 @@ def test_a_conversation_goes_on_with_what_was_said(encoding: str) -> None:
     assert not any(c.later for c in rollout.conversations)
 
     # Columns run from the first sampled token on; users' words, and the end that was added, are holes.
-    assert rollout.reply_of.tolist() == [
+    assert rollout.response_index.tolist() == [
         [0, 0, -1, -1, -1, -1, 2, 2, -1],
         [1, 1, -1, -1, -1, -1, -1, 3, 3],
     ]
-    assert torch.equal(rollout.mask, rollout.reply_of >= 0)
-    said = [row[keep].tolist() for row, keep in zip(rollout.ids, rollout.said, strict=True)]
+    assert torch.equal(rollout.response_mask, rollout.response_index >= 0)
+    said = [row[keep].tolist() for row, keep in zip(rollout.ids, rollout.sampled, strict=True)]
     assert said == [[97, 260, 100, 260], [98, 99, 101, 260]]
-    assert torch.equal(rollout.sampling_logprobs, rollout.mask * -0.5)
+    assert torch.equal(rollout.sampling_logprobs, rollout.response_mask * -0.5)
 
     # Each turn earns its score, and with λ = γ = 1 the first is worth what came after it, too.
-    judged = module.judge(rollout, torch.tensor([1.0, 10.0, 2.0, 20.0]))
-    assert judged.returns[0].tolist() == [3, 3, 0, 0, 0, 0, 2, 2, 0]
-    assert judged.returns[1].tolist() == [30, 30, 0, 0, 0, 0, 0, 20, 20]
+    targets = module.compute_advantages(rollout, torch.tensor([1.0, 10.0, 2.0, 20.0]))
+    assert targets.returns[0].tolist() == [3, 3, 0, 0, 0, 0, 2, 2, 0]
+    assert targets.returns[1].tolist() == [30, 30, 0, 0, 0, 0, 0, 20, 20]
 
 
 @torch.no_grad()
@@ -239,9 +251,9 @@ def test_each_turn_is_read_behind_all_that_came_before(encoding: str) -> None:
         whole = rollout.ids[row][rollout.attention_mask[row]][None]
         logits = module.model.logits(module.model(whole, torch.ones_like(whole, dtype=torch.bool)))
         logprobs = logits.log_softmax(-1)[0, :-1].gather(-1, whole[0, 1:, None]).squeeze(-1)
-        expected = logprobs[rollout.said[row][rollout.attention_mask[row]][1:]]
-        torch.testing.assert_close(rollout.logprobs[row][rollout.mask[row]], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(rollout.sampling_logprobs, rollout.logprobs, atol=1e-5, rtol=0)
+        expected = logprobs[rollout.sampled[row][rollout.attention_mask[row]][1:]]
+        torch.testing.assert_close(rollout.old_logprobs[row][rollout.response_mask[row]], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.sampling_logprobs, rollout.old_logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(rollout.kl, torch.zeros(5), atol=1e-5, rtol=0)
 
 
@@ -294,18 +306,22 @@ def test_a_separate_critic_leaves_the_trunk_to_the_policy(encoding: str) -> None
     module = ppo(encoding, critic="separate")
     assert module.critic is not None
     rollout = rolled_out(module)
-    judged = module.judge(rollout, torch.arange(8.0))
-    everyone, tokens = torch.arange(8), rollout.mask.sum()
-    new = module.read_replies(module.model, rollout.ids, rollout.attention_mask, rollout.said, rollout.mask)
+    iteration = iterated(module, rollout, torch.arange(8.0))
+    everyone, tokens = torch.arange(8), rollout.response_mask.sum()
+    new = module.evaluate_tokens(
+        module.model, rollout.ids, rollout.attention_mask, rollout.sampled, rollout.response_mask
+    )
     new.values.square().sum().backward()
     assert all(p.grad is None for p in module.model.parameters())
     module.zero_grad()
-    new = module.read_replies(module.model, rollout.ids, rollout.attention_mask, rollout.said, rollout.mask)
+    new = module.evaluate_tokens(
+        module.model, rollout.ids, rollout.attention_mask, rollout.sampled, rollout.response_mask
+    )
     new.logprobs.sum().backward()
     assert all(p.grad is None for p in module.critic.parameters())
     # And there is no parameter that the loss does not reach.
     module.zero_grad()
-    loss, _ = module.minibatch_loss(rollout, judged, everyone, tokens)
+    loss, _ = module.minibatch_loss(iteration, everyone, tokens)
     loss.backward()
     idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
@@ -373,11 +389,11 @@ def test_a_critic_that_begins_as_a_reward_model(encoding: str, tmp_path: Path) -
         for end in range(1, ids.shape[1] + 1):
             score = judge.standardised(judge(ids[:, :end], mask[:, :end]))
             torch.testing.assert_close(values[end - 1], score[0], atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="set critic to separate"):
+    with pytest.raises(UserError, match=r"set --model\.critic separate"):
         ppo(encoding, critic_init=str(path))
     short = tmp_path / "short.pt"
     save_bundle(short, RewardBundle(judge, tokenizer, 40))
-    with pytest.raises(UserError, match="its max_length of 40"):
+    with pytest.raises(UserError, match="has max_length 40, less than the policy's 48"):
         ppo(encoding, critic="separate", critic_init=str(short))
 
 
@@ -445,7 +461,7 @@ def test_a_rollout_as_rows(encoding: str) -> None:
         assert row["ended_by"] == ("end of turn" if rollout.replies[n].ended else "token limit")
         assert row["reward"] == n + 1
         assert row["factors"] == {"one": n, "two": 1}
-        kl = (rollout.logprobs - rollout.ref_logprobs)[n][rollout.mask[n]].sum()
+        kl = (rollout.old_logprobs - rollout.ref_logprobs)[n][rollout.response_mask[n]].sum()
         assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
         assert row["value"] == pytest.approx(float(rollout.values[n, 0]))
 

@@ -61,7 +61,7 @@ class Witness(Callback):
 
     def cut(self, said, module):
         tokenizer, copies = module.tokenizer, module.options.group_size
-        rows = module.noise_rows(len(said.ids) // copies, copies=copies)
+        rows = module.global_rows(len(said.ids) // copies, copies=copies)
         lengths = 1 + (5 * rows + 3 * module.iterations) % said.ids.shape[1]
         if module.iterations == 1:
             lengths = torch.where(rows % 2 == 1, 1, lengths)

@@ -16,8 +16,9 @@ from rlchat.conversation import Conversation, Message
 from rlchat.data.datamodule import PromptBatch
 from rlchat.errors import UserError
 from rlchat.models.model_file import load_policy
-from rlchat.training.base import Tally, make_optimizer, make_scheduler
+from rlchat.training.optimizers import make_optimizer, make_scheduler
 from rlchat.training.sft import SFTModule
+from rlchat.training.tally import Tally
 from rlchat.utils.padding import pad
 
 LLAMA = {
@@ -150,11 +151,11 @@ def test_options_that_contradict_the_bundle_are_refused(encoding: str, tmp_path:
     trainer().fit(module, serve([sequences(module.tokenizer, TALK)]))
     path = str(tmp_path / "sft.pt")
     module.save_bundle(path)
-    with pytest.raises(UserError, match="brings its own backbone"):
+    with pytest.raises(UserError, match="the model file holds its own backbone"):
         SFTModule(LLAMA, init_from=path)
     with pytest.raises(UserError, match="trained with the encoding bytes, not rlchat_1k"):
         SFTModule(tiktoken_encoding="rlchat_1k", init_from=path)
-    with pytest.raises(UserError, match="max_length 33 is more than the 32"):
+    with pytest.raises(UserError, match=r"invalid value 33 for max_length: the model file .* has 32"):
         SFTModule(max_length=33, init_from=path)
     shorter = SFTModule(tiktoken_encoding=encoding, max_length=16, hidden_dim=3, init_from=path)
     assert (shorter.max_length, shorter.model.hidden_dim) == (16, 3)
@@ -197,7 +198,7 @@ def test_learning_rates_by_hand() -> None:
     assert rates("linear", 0.5, 4) == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert rates("cosine", 0.0, 4) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
     assert rates("constant", 0.5, math.inf) == [1, 1, 1, 1, 1]
-    with pytest.raises(UserError, match="schedule cosine needs an end"):
+    with pytest.raises(UserError, match=r"invalid value 'cosine' for --model\.schedule: it needs a run with an end"):
         rates("cosine", 0.0, math.inf)
 
 

@@ -1,0 +1,72 @@
+"""Validation and test of PPO: responses to held-out prompts and their rewards, and perplexity on conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlchat.conversation import Conversation
+from rlchat.data.datamodule import PromptBatch, SequenceBatch
+from rlchat.distributed.collectives import anywhere, gather_objects
+from rlchat.models.sampling import Sampling
+from rlchat.ppo.rollouts import RolloutModule
+from rlchat.rewards import Reply, distinct_n
+from rlchat.training.base import VALIDATION_STREAM
+
+
+class HeldOutModule(RolloutModule):
+    """The validation, test and prediction loops of PPO."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the responses of the last validation."""
+        self.held_out_replies: list[str] = []
+        self.held_out_prompts = 0
+
+    def validation_step(self, batch: PromptBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Conversations give accuracy and perplexity; prompts are answered, and the responses get their reward."""
+        if isinstance(batch, SequenceBatch):
+            self.tally_sequences(batch)
+        else:
+            self.tally_responses(batch)
+
+    def tally_responses(self, batch: PromptBatch) -> None:
+        """Adds the rewards, KL, lengths and correctness of responses to held-out prompts to the tally."""
+        # The same random numbers in every validation, so that differences come from the model.
+        rows = self.global_rows(len(batch.ids), self.held_out_prompts)
+        self.held_out_prompts += len(batch.ids)
+        rollout = self.roll_out(batch, rows, stream=VALIDATION_STREAM)
+        self.held_out_replies += [reply.text for reply in rollout.replies]
+        factors = self.reward.breakdown(rollout.conversations, rollout.replies)
+        self.tally.add("reward", torch.stack(list(factors.values())).sum(0))
+        for name, value in factors.items():
+            self.tally.add(f"reward_{name}", value)
+        self.tally.add("kl", rollout.kl)
+        self.tally.add("response_length", torch.tensor([reply.tokens for reply in rollout.replies]))
+        self.tally.add("truncated_fraction", torch.tensor([not reply.ended for reply in rollout.replies]))
+        self.tally_answers("answer_accuracy", rollout.conversations, rollout.replies)
+        if not self.trainer.training and anywhere(self, any(c.check for c in batch.conversations)):
+            greedy = Sampling(self.sampling.max_new_tokens, temperature=0.0)
+            transcript = self.sample_transcript(batch, rows, VALIDATION_STREAM, greedy)
+            self.tally_answers("answer_accuracy_greedy", transcript.conversations, transcript.replies)
+
+    def tally_answers(self, name: str, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> None:
+        """Adds the fraction of correct replies, among the prompts whose answer can be checked."""
+        correct = [float(p.check.passes(r.text)) for p, r in zip(prompts, replies, strict=True) if p.check]
+        if correct:
+            self.tally.add(name, torch.tensor(correct))
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Means over all responses of all processes, and the fraction of distinct bigrams. A collective."""
+        metrics = super().held_out_metrics()
+        replies = [reply for part in gather_objects(self.held_out_replies) for reply in part]
+        if replies:
+            metrics["distinct_2"] = distinct_n(replies, 2)
+        return metrics
+
+    def predicted_rewards(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:
+        """The reward of each predicted response, in total and by factor."""
+        factors = self.reward.breakdown(prompts, replies)
+        rows = [{name: float(value[i]) for name, value in factors.items()} for i in range(len(replies))]
+        return [{"reward": sum(row.values()), "factors": row} for row in rows]

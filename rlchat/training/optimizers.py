@@ -1,0 +1,48 @@
+"""AdamW and learning rate schedules, as all stages use them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from rlchat.errors import UserError
+
+
+def make_optimizer(
+    parameters: Iterable[Tensor], learning_rate: float, weight_decay: float, eps: float = 1e-8, beta2: float = 0.95
+) -> torch.optim.AdamW:
+    """AdamW over the parameters that require a gradient. Weight decay applies to matrices, not to norms and biases."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: float, steps: float) -> LambdaLR:
+    """The learning rate over a run of ``steps`` scheduler steps.
+
+    Args:
+        optimizer: its learning rate is the peak.
+        schedule: ``constant``, or ``linear`` or ``cosine`` decay to zero at the end.
+        warmup: fraction of the steps in which the learning rate rises linearly from 0.
+        steps: math.inf for a run without an end, which can only have the schedule ``constant``.
+
+    Raises:
+        UserError: for a schedule that needs an end, in a run without one.
+    """
+    if not math.isfinite(steps):
+        if schedule != "constant":
+            raise UserError(
+                f"invalid value '{schedule}' for --model.schedule: it needs a run with an end; "
+                f"set --trainer.max_epochs, or use --model.schedule constant"
+            )
+        return get_scheduler("constant", optimizer)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=round(steps))

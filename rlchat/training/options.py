@@ -1,0 +1,74 @@
+"""Options that all stages share, and checks of options by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from rlchat.errors import UserError
+
+Schedule = Literal["constant", "linear", "cosine"]
+T = TypeVar("T", bound="StageOptions")
+
+
+@dataclass(kw_only=True)
+class StageOptions:
+    """The options of a stage, which are the arguments of its LightningModule by the same names.
+
+    The module's docstring describes them. Lightning keeps them as hyper-parameters, as plain values: an object of a
+    class would need an unpickler.
+
+    Raises:
+        UserError: for an option that is out of range.
+    """
+
+    base_model: str | dict[str, Any] | None
+    tiktoken_encoding: str | None
+    max_length: int | None
+    init_from: str | None
+    learning_rate: float
+    schedule: Schedule
+    warmup: float
+    weight_decay: float
+    adam_eps: float = 1e-8
+    adam_beta2: float = 0.95
+
+    @classmethod
+    def of(cls: type[T], arguments: Mapping[str, Any]) -> T:
+        """The options among ``arguments``, the local variables of a module's ``__init__``."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+    def __post_init__(self) -> None:
+        not_negative(learning_rate=self.learning_rate, weight_decay=self.weight_decay, adam_eps=self.adam_eps)
+        fractions(warmup=self.warmup)
+        if not 0 <= self.adam_beta2 < 1:
+            raise UserError(f"invalid value {self.adam_beta2} for adam_beta2: expected a number from 0 to below 1")
+
+
+def positive_integers(**options: int | None) -> None:
+    """Raises :class:`UserError` for an option below 1; None is allowed."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"invalid value {value} for {name}: expected an integer of at least 1")
+
+
+def not_negative(**options: float | None) -> None:
+    """Raises :class:`UserError` for an option that is negative or NaN; None is allowed."""
+    for name, value in options.items():
+        if value is not None and not value >= 0:
+            raise UserError(f"invalid value {value} for {name}: expected a number of at least 0")
+
+
+def positive(**options: float | None) -> None:
+    """Raises :class:`UserError` for an option that is not above 0; None is allowed."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise UserError(f"invalid value {value} for {name}: expected a number above 0")
+
+
+def fractions(**options: float) -> None:
+    """Raises :class:`UserError` for an option outside [0, 1]."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"invalid value {value} for {name}: expected a number from 0 to 1")

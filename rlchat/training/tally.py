@@ -1,0 +1,39 @@
+"""Means over a validation or test, on all processes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from rlchat.distributed.collectives import gather_objects
+
+
+class Tally:
+    """Means over all values of an evaluation, on all processes. Each value has the same weight, whatever its batch."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, MeanMetric] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Counts every number in ``values`` (any shape)."""
+        if name not in self._means:
+            self._means[name] = MeanMetric().to(values.device)
+        self._means[name].update(values.detach().float().to(self._means[name].device))
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """The means by name, over every process, and empties the tally. ``nll`` becomes ``perplexity`` = exp(nll).
+
+        A collective: every process must call it, even if it has counted nothing.
+        """
+        names = sorted({name for names in gather_objects(list(self._means)) for name in names})
+        result: dict[str, float] = {}
+        for name in names:
+            metric = self._means.get(name) or MeanMetric()
+            result[name] = float(metric.to(device).compute())
+        self._means.clear()
+        if "nll" in result:
+            result["perplexity"] = math.exp(min(result.pop("nll"), 700.0))
+        return result
