@@ -93,7 +93,7 @@ class ReplyFactor(Factor):
         """The unweighted score of ``reply``, whose text may be empty."""
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
-        scores = []
+        scores: list[float] = []
         for prompt, reply in zip(prompts, replies, strict=True):
             score = self.score(prompt, reply)
             if not isinstance(score, numbers.Real) and not (isinstance(score, Tensor) and score.numel() == 1):
