@@ -1,7 +1,7 @@
-"""Conversations: the one currency of the program.
+"""Conversations and messages: the data type that all packages exchange.
 
-Readers make them, the tokenizer renders them, rewards judge them, the chat extends them. Everything here is frozen,
-holds plain values, and imports nothing heavy.
+Readers create them, the tokenizer renders them, rewards score them, the chat extends them. Everything here is frozen,
+holds plain values, and imports nothing large.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: who spoke, what was said, and what people thought of it.
+    """One turn of a conversation, with its human labels.
 
-    ``quality`` is the human label in 0..1 (None where nobody labelled it); ``rank`` is the place among the replies to
-    the same message, 0 the best (None where unranked).
+    Attributes:
+        role: who speaks.
+        text: the content.
+        quality: the human label in 0..1; None if there is none.
+        rank: the place among the responses to the same message, 0 the best; None if unranked.
+        learn: False if SFT must not learn this message, although it is part of the context.
     """
 
     role: Role
     text: str
     quality: float | None = None
     rank: int | None = None
+    learn: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a right reply to a prompt contains: one of ``any_of``, and none of ``none_of``.
+    """What a correct response to a prompt contains: one of ``any_of``, and none of ``none_of``.
 
-    Matching is on whole words, without regard to case or punctuation. It measures held-out answers
+    Whole words are matched, ignoring case and punctuation. The check measures held-out answers
     (``val/answer_accuracy``) and is never a reward.
     """
 
@@ -40,7 +45,7 @@ class Check:
     none_of: tuple[str, ...] = ()
 
     def passes(self, reply: str) -> bool:
-        """Whether ``reply`` holds an accepted answer and no forbidden one."""
+        """Whether ``reply`` contains an accepted answer and no forbidden one."""
         words = _spaced_words(reply)
 
         def holds(phrase: str) -> bool:
@@ -51,12 +56,16 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in the order in which they were said.
+    """Messages in their order.
 
-    A *prompt* is a conversation that ends on a user message. In a prompt, ``references`` are the replies that people
-    gave to it, with their labels and ranks, and ``check`` tells a right reply from a wrong one where the data carries
-    that. ``tree_id`` names the tree it came from: train, validation and test are split by it. ``later`` are the prompts
-    of the same conversation that came after this one, where the whole of it is to be answered.
+    A *prompt* is a conversation that ends on a user message.
+
+    Attributes:
+        messages: the turns.
+        references: of a prompt: the human responses to it, with labels and ranks.
+        check: of a prompt: how to tell a correct response, if the data says so.
+        tree_id: the tree that it belongs to; training, validation and test split by tree.
+        later: of the first prompt of a conversation that is to be answered as a whole: its later prompts.
     """
 
     messages: tuple[Message, ...]
@@ -67,23 +76,23 @@ class Conversation:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether it is the assistant's turn to speak."""
+        """Whether the assistant speaks next."""
         return bool(self.messages) and self.messages[-1].role == "user"
 
     def say(self, role: Role, text: str) -> Conversation:
-        """This conversation with one more message; what belonged to the old end (references, check) is dropped."""
+        """This conversation with one more message; references and check, which belong to its old end, are removed."""
         return self.with_reply(Message(role, text))
 
     def with_reply(self, reply: Message) -> Conversation:
-        """This conversation continued by ``reply``, labels and all."""
+        """This conversation continued by ``reply`` with its labels."""
         return replace(self, messages=(*self.messages, reply), references=(), check=None, later=())
 
 
 def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
-    """Plain values that :func:`conversation_from_dict` turns back into the same conversation."""
+    """Plain values from which :func:`conversation_from_dict` restores the same conversation."""
     return {
-        "messages": [_message_to_list(m) for m in conversation.messages],
-        "references": [_message_to_list(m) for m in conversation.references],
+        "messages": [message_to_list(m) for m in conversation.messages],
+        "references": [message_to_list(m) for m in conversation.references],
         "check": None
         if conversation.check is None
         else [list(conversation.check.any_of), list(conversation.check.none_of)],
@@ -104,11 +113,12 @@ def conversation_from_dict(row: dict[str, Any]) -> Conversation:
     )
 
 
-def _message_to_list(message: Message) -> list[Any]:
-    return [message.role, message.text, message.quality, message.rank]
+def message_to_list(message: Message) -> list[Any]:
+    """Plain values such that ``Message(*values)`` is the same message."""
+    return [message.role, message.text, message.quality, message.rank, message.learn]
 
 
 def _spaced_words(text: str) -> str:
-    """`` word word `` in lower case, so that ``in`` matches whole words; hyphens and apostrophes stay in a word."""
+    """`` word word `` in lower case, so that ``in`` matches whole words. Hyphens and apostrophes are part of a word."""
     words = re.findall(r"\w+(?:[-'’]\w+)*", text.lower())
     return f" {' '.join(words)} "

@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("--prompts brings the questions; leave out the one on the command line, or --prompts")
     if options.out is not None and options.prompts is None:
         raise UserError("--out is for the replies to --prompts; name a file of prompts too")
-    prompts = None if options.prompts is None else read_prompts(options.prompts, cure="mend the line")
+    prompts = None if options.prompts is None else read_prompts(options.prompts, cure="fix the line")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):

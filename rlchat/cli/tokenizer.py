@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.data.formats import Tree, read_trees
+from rlchat.data.sources import data_file
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
 from rlchat.utils.files import write_atomically
@@ -97,11 +98,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _texts(paths: list[Path], lang: str | None, on_bad_line: Any) -> list[str]:
     """What is said in the files: every message once, every paragraph of plain text."""
-    plain = [path for path in paths if path.suffix == ".txt"]
+    plain = [path for path in paths if data_file(path).is_plain_text]
     texts = [paragraph for path in plain for paragraph in _paragraphs(path)]
-    if rows := [path for path in paths if path.suffix != ".txt"]:
+    if rows := [path for path in paths if not data_file(path).is_plain_text]:
         trees, report = read_trees(
-            rows, lang=lang, on_bad_line=on_bad_line, cure="mend the line, or pass over it with --on_bad_line skip"
+            rows, lang=lang, on_bad_line=on_bad_line, cure="fix the line or skip it with --on_bad_line skip"
         )
         print(report.summary(), file=sys.stderr)
         texts += (text for tree in trees for text in _message_texts(tree))

@@ -1,18 +1,6 @@
-"""Readers: JSONL files in, trees of conversations out.
+"""JSONL files in, trees of conversations out.
 
-Every row says by its keys what it is, so one file, or several, may mix them (see :func:`read_trees`):
-
-===========================================  ====================================================================
-keys                                         what it is
-===========================================  ====================================================================
-``prompt`` (an object)                       an OASST tree
-``message_id``                               an OASST message, linked by ``parent_id``, or nested in ``replies``
-``messages``                                 one conversation, with an optional ``quality``
-``prompt``, ``chosen``, ``rejected``         a preference pair
-``chosen``, ``rejected``                     an hh-rlhf pair: ``\\n\\nHuman: …\\n\\nAssistant: …``
-``prompt`` (text, or a list of messages)     a prompt without replies
-``text``                                     a lone response, with an optional ``quality``
-===========================================  ====================================================================
+Each row says by its keys which format it has, so a file may mix formats; :mod:`rlchat.data.readers` holds them.
 """
 
 from __future__ import annotations
@@ -27,41 +15,54 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.fields import shown
 from rlchat.data.jsonl import CURE, MAX_LINE_BYTES, BadLineError, LineReport, decode_line, parse_object, take_lines
-from rlchat.data.oasst import OasstForest
-from rlchat.data.rows import hh_pair_row, messages_row, pair_row, prompt_row, text_row
+from rlchat.data.readers import Readers, ReadOptions, Row
+from rlchat.data.sources import DataFile, data_file
 from rlchat.errors import UserError
 
 _log = logging.getLogger("rlchat")
 
-_Format = Literal["oasst", "messages", "pair", "hh pair", "prompt", "text"]
+_SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What must stay on one side of a split: an OASST tree, or every row that opens with the same words.
+    """What must stay on one side of a split: an OASST tree, or all rows with the same first user message.
 
-    ``threads`` are the conversations to imitate, each ending on an assistant message; none of an OASST tree is the
-    beginning of another. ``prompts`` are the conversations to reply to, each ending on a user message, with the usable
-    replies that people gave to it as ``references``. A lone response has no prompt: its entry in ``prompts`` has no
-    messages, is not :attr:`Conversation.is_prompt`, and carries the response as its one reference.
+    ``threads`` are the conversations to imitate, each ending on an assistant message. In an OASST tree, none is the
+    beginning of another. ``prompts`` are the conversations to answer, each ending on a user message, with its usable
+    human responses as ``references``. A lone response has no prompt: its entry in ``prompts`` has no messages, is not
+    :attr:`Conversation.is_prompt`, and has the response as its only reference.
     """
 
     id: str
     threads: tuple[Conversation, ...]
     prompts: tuple[Conversation, ...]
 
+    @property
+    def opening_id(self) -> str:
+        """:func:`tree_id_of` its first messages: equal for an OASST tree and feedback that starts with its prompt."""
+        first = (*self.threads, *self.prompts)[0]
+        return tree_id_of(first.messages or first.references)
+
 
 @dataclass(slots=True)
 class ReadReport(LineReport):
-    """What was read and what was left out: ``dropped`` counts by reason, in units that the reason names."""
+    """What was read and what was not.
+
+    Attributes:
+        dropped: why something was left out, in the plural → how often.
+        warnings: what the user should know of some rows → the number of rows.
+        unread: a key that has no influence → the number of rows.
+    """
 
     trees: int = 0
     threads: int = 0
     prompts: int = 0
     responses: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
         """One line: the totals, then :meth:`losses`."""
@@ -73,53 +74,63 @@ class ReadReport(LineReport):
         return "; ".join(filter(None, (totals, self.losses())))
 
     def losses(self) -> str:
-        """What was dropped and why, the most frequent reason first, and the bad lines; empty where nothing was lost."""
+        """What was dropped and why, the most frequent reason first, bad lines and unread keys; empty if nothing was."""
         parts = []
         if self.dropped:
             parts.append("dropped " + ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.most_common()))
         if self.bad_lines:
             parts.append(f"skipped {self.bad_lines:,} bad lines ({' | '.join(self.bad_line_examples)})")
+        if self.unread:
+            keys = [f"{key} ({n:,} rows)" for key, n in self.unread.most_common(_SHOWN_KEYS)]
+            more = len(self.unread) - len(keys)
+            parts.append("unused keys: " + ", ".join(keys) + (f" and {more:,} more" if more else ""))
         return "; ".join(parts)
+
+    def warning_lines(self) -> list[str]:
+        """What the user should know, a sentence each."""
+        return [f"{n:,} rows have {what}" for what, n in self.warnings.most_common()]
 
 
 def read_trees(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | DataFile],
     *,
     lang: str | None = "en",
     on_bad_line: Literal["error", "skip"] = "error",
     cure: str = CURE,
     max_line_bytes: int = MAX_LINE_BYTES,
     keep_synthetic: bool = False,
+    split_text: bool = False,
     progress: bool = True,
 ) -> tuple[list[Tree], ReadReport]:
-    """Every usable conversation of some JSONL files, plain or gzipped, as trees.
+    """Every usable conversation of some files, as trees.
 
-    OASST trees pass the selection of the official loader (``oasst_data`` in LAION-AI/Open-Assistant): exported
-    (``tree_state`` is ``ready_for_export``), their prompt reviewed positively and written in ``lang`` (None: any). A
-    key that the file does not carry is not held against a tree, nor is a language that is null. A deleted, synthetic
-    or empty message goes with all that hangs below it; synthetic ones stay under ``keep_synthetic``.
+    OASST trees are selected as :class:`rlchat.data.readers.oasst.OasstReader` describes. A preference pair gives its
+    chosen conversation as the thread, and its prompt with both responses, ranked 0 and 1. The ``quality`` of a row
+    holds for every assistant message that has none of its own.
 
-    A preference pair gives its chosen conversation as the thread, and its prompt with both replies, ranked 0 and 1.
-    The ``quality`` of a ``messages`` row holds for every assistant message that has none of its own.
+    Rows other than OASST's have no tree id: theirs is a hash of the first user message (ignoring case and white space),
+    so rows with the same first message are one tree and never on both sides of a split. Trees of equal id are merged:
+    equal conversations are kept once, and the responses to one prompt are gathered unless they are ranked, since ranks
+    of different rows cannot be compared.
 
-    Rows other than OASST's have no tree id: theirs is a hash of the first user message (without regard to case and
-    white space), so rows that open alike are one tree and never end up on both sides of a split. Trees of equal id
-    merge: equal conversations are kept once, and replies to one prompt are gathered unless they are ranked, since
-    ranks of different rows cannot be compared.
-
-    ``on_bad_line`` says what to do about a line that cannot be used (not JSON, no known format, a wrong type, …, or
-    longer than ``max_line_bytes``, which is never read into memory as a whole): stop, and tell the user to do what
-    ``cure`` says, or count it and go on. A progress bar shows on standard error when reading takes longer than two
-    seconds.
+    Args:
+        paths: plain or compressed files of JSON lines or of one JSON array.
+        lang: the language of the OASST trees to keep; None keeps all.
+        on_bad_line: stop at a line that cannot be used (not JSON, no known format, a wrong type, longer than
+            ``max_line_bytes``), with the advice ``cure``, or count it and continue.
+        keep_synthetic: whether to keep OASST messages that a model wrote.
+        split_text: whether to split ``text`` rows in the markup of a chat into turns.
+        progress: show a progress bar on standard error when reading takes longer than two seconds.
 
     Raises:
-        UserError: a file is missing, a directory or a broken gzip; a bad line; no usable conversation at all.
+        UserError: a file is missing, a directory, damaged or of an unsupported kind; a bad line; no usable
+            conversation at all.
     """
-    files = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    files = [data_file(path) for path in ([paths] if isinstance(paths, str | Path | DataFile) else paths)]
     if not files:
-        raise UserError("no data file is given; name at least one .jsonl or .jsonl.gz file")
+        raise UserError("no data file is given; pass at least one .jsonl or .jsonl.gz file")
     report = ReadReport()
-    forest = _Forest(report, lang, keep_synthetic)
+    forest = _Forest(report, ReadOptions(lang, keep_synthetic, split_text=split_text))
     take_lines(
         files,
         lambda line: forest.add(parse_object(line)),
@@ -137,8 +148,8 @@ def read_trees(
     if not trees:
         names = ", ".join(map(str, files))
         raise UserError(
-            f"no usable conversation in {names}: {report.summary()}; "
-            f"check that it is the right file, and what data.lang ({lang}) and the other rules leave out"
+            f"no usable conversation in {names}: {report.summary()}; check that it is the right file, and that "
+            f"data.lang ({lang}) and the other options do not exclude everything"
         )
     return trees, report
 
@@ -146,94 +157,67 @@ def read_trees(
 def read_prompts(
     path: str | Path, *, on_bad_line: Literal["error", "skip"] = "error", cure: str = CURE
 ) -> list[Conversation]:
-    """One prompt for every row of a file, in the order of the file, equal ones kept, so that replies stay with rows.
+    """One prompt for every row of a file, in the order of the file; duplicates stay, so that responses match rows.
 
-    A ``messages`` row gives its beginning up to the last user message, and a preference pair what both replies answer.
-    An OASST message gives the thread down to it where a user wrote it, whatever the state and language of its tree;
-    those that are deleted, empty, below such a message or known by their id already give none. A ``.txt`` file has a
-    prompt on each line that is not blank. References and checks come with a prompt as in :func:`read_trees`.
+    A conversation gives its beginning up to the last user message, and a preference pair the prompt of both responses.
+    An OASST message gives the thread down to it if a user wrote it, whatever the state and language of its tree;
+    messages that are deleted, empty, below such a message, or whose id came before give none. A ``.txt`` file has one
+    prompt per line that is not blank. References and checks come with a prompt as in :func:`read_trees`.
 
-    Any other row that holds no prompt, such as a lone response, is a bad line: passing over it in silence would leave
-    replies that no longer match the file. With ``on_bad_line="skip"``, a warning says what was left out. What a user
-    can do about one is the ``cure`` of :func:`rlchat.data.jsonl.take_lines`.
+    Any other row without a prompt, such as a lone response, is a bad line: skipping it silently would leave responses
+    that no longer match the file. With ``on_bad_line="skip"``, a warning says what was left out. ``cure`` is the advice
+    of :func:`rlchat.data.jsonl.take_lines`.
 
     Raises:
-        UserError: the file is missing, a directory or a broken gzip; a bad line; no prompt at all.
+        UserError: the file is missing, a directory, damaged or of an unsupported kind; a bad line; no prompt at all.
     """
-    path = Path(path).expanduser()
+    file = data_file(path)
     report = ReadReport()
-    oasst = OasstForest(report.dropped, lang=None, keep_synthetic=True, any_state=True)
-    # An OASST message stands here as its id until all others are known.
+    readers = Readers(ReadOptions(keep_synthetic=True, any_state=True), report.dropped)
+    # The message of an OASST row stands here as its id until all rows are read.
     found: list[Conversation | str] = []
 
     def take(line: bytes) -> None:
-        if path.suffix == ".txt":
+        if file.is_plain_text:
             if text := decode_line(line).strip():
                 found.append(Conversation((Message("user", text),)))
             return
-        row = parse_object(line)
-        if _recognise(row) == "oasst":
-            found.extend(oasst.add(row))
+        row = readers.read(parse_object(line))
+        if row.prompt is not None:
+            found.append(row.prompt)
+        elif row.message_ids or not (row.opening or row.flaw):
+            found.extend(row.message_ids)
         else:
-            found.append(_prompt_of(row))
+            raise BadLineError("no prompt to reply to")
 
-    take_lines([path], take, report, on_bad_line=on_bad_line, cure=cure)
-    of_message = {message_id: prompt for tree in oasst.trees() for message_id, prompt in tree.prompts.items()}
+    take_lines([file], take, report, on_bad_line=on_bad_line, cure=cure)
+    of_message = {message_id: prompt for tree in readers.linked() for message_id, prompt in tree.prompts.items()}
     prompts = [of_message.get(entry) if isinstance(entry, str) else entry for entry in found]
     usable = [prompt for prompt in prompts if prompt is not None]
     losses = report.losses()
     if not usable:
         raise UserError(
-            f"{path}: no prompts in it{losses and f' ({losses})'}; "
-            "give JSONL rows, or a .txt file with a prompt on each line"
+            f"{file}: no prompts in it{losses and f' ({losses})'}; "
+            "use JSONL rows, or a .txt file with one prompt per line"
         )
     if losses:
-        _log.warning("%s: %s", path, losses)
+        _log.warning("%s: %s", file, losses)
     return usable
 
 
 def ranked_pairs(prompt: Conversation) -> list[tuple[Message, Message]]:
-    """(better, worse) for every two references of different rank, best first; unranked ones and ties are no pair."""
+    """(better, worse) for every two references of different rank, best first. Unranked references form no pair."""
     ranked = sorted(
         ((reply.rank, reply) for reply in prompt.references if reply.rank is not None), key=lambda entry: entry[0]
     )
     return [(better, worse) for (rank, better), (worse_rank, worse) in combinations(ranked, 2) if rank != worse_rank]
 
 
-def _recognise(row: dict[str, Any]) -> _Format:
-    """What the keys of ``row`` say it is. Raises :class:`BadLineError` where they say nothing."""
-    if isinstance(row.get("prompt"), dict) or "message_id" in row or "parent_id" in row:
-        return "oasst"
-    if "messages" in row:
-        return "messages"
-    if ("chosen" in row) != ("rejected" in row):
-        raise BadLineError("chosen and rejected belong together, and one of them is missing")
-    if "chosen" in row:
-        return "pair" if "prompt" in row else "hh pair"
-    if "prompt" in row:
-        return "prompt"
-    if "text" in row:
-        return "text"
-    raise BadLineError(
-        f"no known format: it has the keys {shown(list(row))}, but none of messages, prompt, "
-        "chosen and rejected, text, or an OASST message_id"
-    )
-
-
-def _prompt_of(row: dict[str, Any]) -> Conversation:
-    """The one prompt of a row that is not OASST's. Raises :class:`BadLineError` where it has none."""
-    kind = _recognise(row)
-    prompt: Conversation | None = None
-    if kind == "messages":
-        _, prompts = messages_row(row)
-        prompt = prompts[-1] if prompts else None
-    elif kind == "prompt":
-        prompt = prompt_row(row)
-    elif kind != "text":
-        prompt = (pair_row(row) if kind == "pair" else hh_pair_row(row)).prompt
-    if prompt is None:
-        raise BadLineError("no prompt to reply to")
-    return prompt
+def tree_id_of(opening: Iterable[Message]) -> str:
+    """A stable name for all rows with the same first user message (or, if no user speaks, the same first message)."""
+    messages = tuple(opening)
+    text = next((message.text for message in messages if message.role == "user"), messages[0].text)
+    return "row-" + hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()[:20]
 
 
 @dataclass(slots=True)
@@ -246,41 +230,26 @@ class _Growing:
 
 
 class _Forest:
-    """Takes rows one by one and gives the trees in the end, when no more can join one."""
+    """Takes rows one by one, and gives the trees once all rows are in."""
 
-    def __init__(self, report: ReadReport, lang: str | None, keep_synthetic: bool) -> None:
+    def __init__(self, report: ReadReport, options: ReadOptions) -> None:
+        self.report = report
         self.dropped = report.dropped
-        self.oasst = OasstForest(report.dropped, lang, keep_synthetic)
+        self.readers = Readers(options, report.dropped)
         self.growing: dict[str, _Growing] = {}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Recognise one row and take what is usable of it; raises :class:`BadLineError`, having taken nothing."""
-        kind = _recognise(row)
-        if kind == "oasst":
-            self.oasst.add(row)
-        elif kind == "messages":
-            messages, prompts = messages_row(row)
-            end = len(messages)
-            while end and messages[end - 1].role != "assistant":
-                end -= 1
-            self._grow(tree_id_of(messages), [Conversation(messages[:end])] if end else [], prompts)
-        elif kind == "prompt":
-            prompt = prompt_row(row)
-            self._grow(tree_id_of(prompt.messages), [], [prompt])
-        elif kind == "text":
-            response = text_row(row)
-            self._grow(tree_id_of([response]), [Conversation((response,))], [Conversation((), (response,))])
-        else:
-            pair = pair_row(row) if kind == "pair" else hh_pair_row(row)
-            if pair.flaw is not None:
-                self.dropped[pair.flaw] += 1
-            elif pair.prompt is not None:
-                better = pair.prompt.references[0]
-                self._grow(tree_id_of(pair.prompt.messages), [pair.prompt.with_reply(better)], [pair.prompt])
+        """Take what is usable of ``row``. Raises :class:`BadLineError`, having kept nothing of it."""
+        read: Row = self.readers.read(row)
+        if read.flaw is not None:
+            self.dropped[read.flaw] += 1
+        elif read.opening:
+            self._grow(tree_id_of(read.opening), read.threads, read.prompts)
 
     def trees(self) -> list[Tree]:
         """All that was added, linked, selected and merged."""
-        for planted in self.oasst.trees():
+        self.report.warnings, self.report.unread = self.readers.warnings, self.readers.unread
+        for planted in self.readers.linked():
             self._grow(planted.id, planted.threads, planted.prompts.values())
         trees = []
         for tree_id, growing in self.growing.items():
@@ -296,7 +265,7 @@ class _Forest:
                     tuple(replace(prompt, tree_id=tree_id) for prompt in prompts),
                 )
             )
-        return trees
+        return [tree for tree in trees if tree.threads or tree.prompts]
 
     def _grow(self, tree_id: str, threads: Iterable[Conversation], prompts: Iterable[Conversation]) -> None:
         growing = self.growing.setdefault(tree_id, _Growing())
@@ -305,20 +274,13 @@ class _Forest:
         growing.prompts += prompts
 
 
-def tree_id_of(opening: Iterable[Message]) -> str:
-    """A stable name of all rows that open with the same user message (or, without one, the same message)."""
-    messages = tuple(opening)
-    text = next((message.text for message in messages if message.role == "user"), messages[0].text)
-    return "row-" + hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()[:20]
-
-
 def _gathered(prompts: list[Conversation]) -> list[Conversation]:
-    """The distinct prompts; unranked replies to the same words (under the same check) come together in one."""
+    """The distinct prompts. Unranked responses to the same prompt with the same check are gathered in one."""
     gathered: dict[Any, Conversation] = {}
     for prompt in prompts:
         ranked = any(reply.rank is not None for reply in prompt.references)
-        words = tuple((message.role, message.text) for message in prompt.messages)
-        key = (words, prompt.check, prompt.references if ranked or not words else None)
+        content = tuple((message.role, message.text) for message in prompt.messages)
+        key = (content, prompt.check, prompt.references if ranked or not content else None)
         first = gathered.setdefault(key, prompt)
         if first is not prompt and not ranked:
             gathered[key] = replace(first, references=tuple(dict.fromkeys(first.references + prompt.references)))

@@ -1,19 +1,17 @@
-"""JSON Lines: files, plain or gzipped, read line by line in bounded memory."""
+"""JSON Lines: files, plain or compressed, read line by line in bounded memory."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import reprlib
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from rlchat.data.sources import DataFile, data_file, file_size, numbered_lines, to_utf8
 from rlchat.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,15 +19,22 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = 8_000_000
 
-# What a user can do about a bad line, where the data module's options are at hand.
-CURE = "mend the line or set data.on_bad_line=skip"
+# What a user can do about a bad line, in the words of the data module's options.
+CURE = "fix the line or set data.on_bad_line=skip"
 
 _SHOWN_BAD_LINES = 5
 _SECONDS_BEFORE_PROGRESS = 2.0
 
 
 class BadLineError(Exception):
-    """Why a line cannot be used; :func:`take_lines` knows where it stands."""
+    """Why a line cannot be used; :func:`take_lines` adds the file and the line number.
+
+    ``cure`` replaces the general advice to skip the line, where it would be wrong.
+    """
+
+    def __init__(self, reason: str, cure: str | None = None) -> None:
+        super().__init__(reason)
+        self.cure = cure
 
 
 @dataclass(slots=True)
@@ -42,7 +47,7 @@ class LineReport:
 
 
 def take_lines(
-    files: Sequence[Path],
+    files: Sequence[str | Path | DataFile],
     take: Callable[[bytes], None],
     report: LineReport,
     *,
@@ -53,18 +58,19 @@ def take_lines(
 ) -> None:
     """Call ``take`` with every line that is not blank, and count in ``report``.
 
-    A line is bad where ``take`` raises :class:`BadLineError`, or where it is longer than ``max_line_bytes``, without
-    its line break; such a line is never in memory as a whole. ``on_bad_line`` says what to do about it: stop, and tell
-    the user to do what ``cure`` says, or count it and go on. A file is gzipped where its first bytes say so, whatever
-    its name. A byte order mark is passed over. With ``progress``, a bar shows on standard error when reading takes
-    longer than two seconds.
+    A file that is one JSON array of objects gives its elements instead. A line is bad if ``take`` raises
+    :class:`BadLineError`, or if it is longer than ``max_line_bytes`` without its line break; such a line is never in
+    memory as a whole. ``on_bad_line`` decides whether a bad line stops the reading, with the advice ``cure``, or is
+    counted and skipped. Compression is recognised by the first bytes of a file, whatever its name; a byte order mark
+    is ignored. With ``progress``, a bar appears on standard error when reading takes longer than two seconds.
 
     Raises:
-        UserError: a file is missing, a directory or a broken gzip; a bad line.
+        UserError: a file is missing, a directory, damaged or of an unsupported kind; a bad line.
     """
-    with _ReadingBar(sum(map(_file_size, files)), progress) as bar:
-        for path in files:
-            for number, line in _numbered_lines(path, max_line_bytes, bar):
+    sources = [data_file(file) for file in files]
+    with _ReadingBar(sum(map(file_size, sources)), progress) as bar:
+        for source in sources:
+            for number, line in numbered_lines(source, max_line_bytes, bar.show):
                 if line is not None and not line.strip():
                     continue
                 report.lines += 1
@@ -73,26 +79,28 @@ def take_lines(
                         raise BadLineError(f"longer than {max_line_bytes:,} bytes")
                     take(line)
                 except BadLineError as error:
-                    place = f"{path}:{number}: {error}"
+                    place = f"{source}:{number}: {error}"
                     if on_bad_line == "error":
-                        raise UserError(f"{place}; {cure}") from None
+                        raise UserError(f"{place}; {error.cure or cure}") from None
                     report.bad_lines += 1
                     if len(report.bad_line_examples) < _SHOWN_BAD_LINES:
                         report.bad_line_examples.append(place)
+            bar.finish_file(source)
 
 
 def decode_line(line: bytes) -> str:
-    """The text of a line. Raises :class:`BadLineError` where it is not UTF-8 or holds a NUL character."""
+    """The text of a line. Raises :class:`BadLineError` if it is not UTF-8 or holds a NUL character."""
     if b"\0" in line:
         raise BadLineError("a NUL character")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadLineError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+        # One such byte usually means that the whole file is in another encoding: skipping would lose every accent.
+        raise BadLineError(f"not UTF-8 (byte {error.start + 1} of the line)", to_utf8("LATIN1")) from None
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object that is ``line``. Raises :class:`BadLineError` where it is none."""
+    """The JSON object in ``line``. Raises :class:`BadLineError` if there is none."""
     text = decode_line(line)
     try:
         row = json.loads(text)
@@ -101,48 +109,12 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadLineError(f"not usable as JSON ({error})") from None
     if not isinstance(row, dict):
-        raise BadLineError(f"not a JSON object but {reprlib.repr(row)}")
+        raise BadLineError(f"expected a JSON object, got {reprlib.repr(row)}")
     return row
 
 
-def _file_size(path: Path) -> int:
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; name the .jsonl or .jsonl.gz files in it")
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"no such data file: {path}; check the path") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; check the path and its permissions") from None
-
-
-def _numbered_lines(path: Path, max_bytes: int, bar: _ReadingBar) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, the line), None in place of a line longer than ``max_bytes``."""
-    try:
-        with path.open("rb") as raw:
-            is_gzip = raw.peek(2)[:2] == b"\x1f\x8b"
-            handle: IO[bytes] = gzip.GzipFile(fileobj=raw) if is_gzip else raw  # type: ignore[assignment]
-            for number in count(1):
-                line = handle.readline(max_bytes + 1)
-                if not line:
-                    break
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                too_long = len(line) > max_bytes and not line.endswith(b"\n")
-                yield number, None if too_long else line
-                if too_long:
-                    while (rest := handle.readline(1 << 20)) and not rest.endswith(b"\n"):
-                        pass
-                bar.show(raw)
-            bar.finish_file(raw)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is a broken or truncated gzip file ({error}); download or make it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}; check the path and its permissions") from None
-
-
 class _ReadingBar:
-    """A progress bar over bytes, compressed ones where the file is, that appears only once reading has taken long."""
+    """A progress bar over bytes, compressed ones if the file is compressed. It appears once reading has taken long."""
 
     def __init__(self, total_bytes: int, enabled: bool) -> None:
         self.total_bytes = total_bytes
@@ -171,11 +143,9 @@ class _ReadingBar:
             self.progress = Progress(console=Console(stderr=True), transient=True)
             self.progress.add_task("reading", total=self.total_bytes)
             self.progress.start()
-        self.progress.update(self.progress.task_ids[0], completed=self.finished_bytes + _position(raw))
+        position = raw.tell() if raw.seekable() else 0
+        self.progress.update(self.progress.task_ids[0], completed=self.finished_bytes + position)
 
-    def finish_file(self, raw: IO[bytes]) -> None:
-        self.finished_bytes += _position(raw)
-
-
-def _position(raw: IO[bytes]) -> int:
-    return raw.tell() if raw.seekable() else 0
+    def finish_file(self, file: DataFile) -> None:
+        if self.enabled:
+            self.finished_bytes += file_size(file)

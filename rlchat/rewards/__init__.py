@@ -1,8 +1,15 @@
-"""Rewards: text in, numbers out. :class:`Reward` is a weighted sum of factors."""
+"""Rewards: text in, numbers out. :class:`Reward` is a weighted sum of factors.
+
+Every public class in a module of this folder is exported from here, so a new factor is one new module.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pkgutil
+import re
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from rlchat.utils.imports import lazy_exports
 
@@ -23,40 +30,33 @@ if TYPE_CHECKING:
     from rlchat.rewards.text import distinct_n as distinct_n
     from rlchat.rewards.text import words as words
 
-__all__ = [
-    "AppropriateLength",
-    "DistinctNgrams",
-    "Factor",
-    "LearnedQuality",
-    "MissingEnd",
-    "QualitySimilarity",
-    "Repetition",
-    "Reply",
-    "ReplyFactor",
-    "Reward",
-    "TooLong",
-    "TooShort",
-    "default_factors",
-    "distinct_n",
-    "words",
-]
-__getattr__ = lazy_exports(
-    __name__,
-    {
-        "AppropriateLength": "rlchat.rewards.length",
-        "DistinctNgrams": "rlchat.rewards.diversity",
-        "Factor": "rlchat.rewards.base",
-        "LearnedQuality": "rlchat.rewards.learned",
-        "MissingEnd": "rlchat.rewards.ending",
-        "QualitySimilarity": "rlchat.rewards.similarity",
-        "Repetition": "rlchat.rewards.diversity",
-        "Reply": "rlchat.rewards.base",
-        "ReplyFactor": "rlchat.rewards.base",
-        "Reward": "rlchat.rewards.reward",
-        "TooLong": "rlchat.rewards.length",
-        "TooShort": "rlchat.rewards.length",
-        "default_factors": "rlchat.rewards.reward",
-        "distinct_n": "rlchat.rewards.text",
-        "words": "rlchat.rewards.text",
-    },
-)
+
+_FUNCTIONS = {
+    "default_factors": "rlchat.rewards.reward",
+    "distinct_n": "rlchat.rewards.text",
+    "words": "rlchat.rewards.text",
+}
+
+
+@cache
+def _homes() -> dict[str, str]:
+    """Public name → its module. Sources are searched and not imported, because some modules import PyTorch."""
+    homes = dict(_FUNCTIONS)
+    for entry in pkgutil.iter_modules(__path__):
+        module = f"{__name__}.{entry.name}"
+        spec = find_spec(module)
+        source = getattr(spec.loader, "get_source", lambda _: None)(module) if spec is not None else None
+        homes |= dict.fromkeys(re.findall(r"^class ([A-Za-z]\w*)", source or "", re.MULTILINE), module)
+    return homes
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted(_homes())
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy_exports(__name__, _homes())(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_homes()})

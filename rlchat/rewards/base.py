@@ -1,21 +1,24 @@
-"""Rewards: text in, numbers out.
+"""The base classes of reward factors.
 
-A :class:`Reward` is a weighted sum of factors, and every factor judges what the model said, never the human replies.
-Your own factor is a class anywhere on the import path; name it by ``class_path`` in the configuration::
+A :class:`rlchat.rewards.Reward` is a weighted sum of factors. A factor scores what the model generated, never the human
+responses in the data. Your own factor is a class anywhere on the import path, named by ``class_path`` in the
+configuration::
 
     class Polite(ReplyFactor):
         def score(self, prompt: Conversation, reply: Reply) -> float:
             return float("please" in words(reply.text))
 
-By convention a bonus scores 0..1, a penalty -1..0, a judgement -1..1, and the weight says how much that is worth. So a
-weight is positive, and it is the most that its factor can add to a reply's reward or take from it.
+By convention a bonus scores 0..1, a penalty -1..0 and a measure of quality -1..1. The weight is positive: it is the
+most that the factor can add to the reward of a response or take from it.
 """
 
 from __future__ import annotations
 
 import abc
 import inspect
+import numbers
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +27,17 @@ import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation
+from rlchat.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model said to a prompt. ``tokens`` counts the sampled tokens, the end-of-turn marker among them.
+    """A generated response.
 
-    ``ended`` is False where the reply ran out of tokens before it came to an end of turn.
+    Attributes:
+        text: the decoded response.
+        tokens: the number of sampled tokens, the end-of-turn token included.
+        ended: False if generation reached its limit before an end-of-turn token.
     """
 
     text: str
@@ -39,10 +46,11 @@ class Reply:
 
 
 class Factor(abc.ABC):
-    """One thing that a reward looks at. Subclass it to score a whole batch at once, as a learned reward does.
+    """One term of a reward. Subclass it directly to score a whole batch at once, as a reward model does.
 
-    ``weight`` is how much a score of 1 is worth; :class:`Reward` multiplies by it. ``name`` is what the log calls the
-    factor (``reward/<name>``): the class's name in snake_case, unless a subclass says otherwise.
+    Attributes:
+        weight: the contribution of a score of 1; :class:`rlchat.rewards.Reward` multiplies by it.
+        name: the name in logs (``reward/<name>``): the class's name in snake_case, unless a subclass overrides it.
     """
 
     weight: float = 1.0
@@ -56,9 +64,9 @@ class Factor(abc.ABC):
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that make this factor again: ``class_path``, and ``init_args`` by name.
+        """Plain values from which the factor can be created again: ``class_path``, and ``init_args`` by name.
 
-        An argument is known by the attribute of its name; one that has none, or is no plain value, is left out.
+        An argument is read from the attribute of the same name; one without it, or that is no plain value, is left out.
         """
         names = inspect.signature(type(self)).parameters
         given = {name: getattr(self, name, None) for name in names}
@@ -70,16 +78,33 @@ class Factor(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
-        """Unweighted scores, ``[batch]`` floats; row i judges ``replies[i]`` to ``prompts[i]`` and nothing else."""
+        """Unweighted scores, ``[batch]`` floats. Row i depends only on ``prompts[i]`` and ``replies[i]``."""
 
 
 class ReplyFactor(Factor):
-    """A factor that scores one reply at a time: the easy way to write your own."""
+    """A factor that scores one response at a time: the easy way to write your own.
+
+    Raises (from the call):
+        UserError: :meth:`score` returned something other than a real number.
+    """
 
     @abc.abstractmethod
     def score(self, prompt: Conversation, reply: Reply) -> float:
-        """The unweighted score of ``reply``; the reply may be empty."""
+        """The unweighted score of ``reply``, whose text may be empty."""
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
-        scores = [self.score(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+        scores: list[float] = []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            score = self.score(prompt, reply)
+            if not isinstance(score, numbers.Real) and not (isinstance(score, Tensor) and score.numel() == 1):
+                raise UserError(
+                    f"reward factor '{self.name}' returned {reprlib.repr(score)} for the response "
+                    f"{shortened(reply.text)}: score() must return a finite number"
+                )
+            scores.append(float(score))
         return torch.tensor(scores, dtype=torch.float32)
+
+
+def shortened(text: str) -> str:
+    """``text`` quoted for an error message, cut after 60 characters."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")

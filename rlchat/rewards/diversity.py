@@ -11,16 +11,16 @@ from rlchat.rewards.text import ngrams, repeated_share, words
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
 
-
-# A unit of at most 20 characters, four or more times in a row. It starts with ink, so indentation is no loop.
+# A unit of at most 20 characters, four or more times in a row. It does not start with white space, so indentation
+# does not count.
 _LOOP = re.compile(r"(\S.{0,19}?)\1{3,}", re.DOTALL)
 
 
 class DistinctNgrams(ReplyFactor):
-    """Bonus for varied words: the share of the reply's n-grams that are distinct, averaged over n = 1..``max_n``. 0..1.
+    """Bonus for varied words: the fraction of distinct n-grams, averaged over n = 1..``max_n``. 0..1.
 
-    One word is always distinct from itself. So that this is worth nothing, a reply with fewer than ``min_words`` words
-    is measured against the n-grams that ``min_words`` words would have.
+    A single word is always distinct. So that it earns little, a response with fewer than ``min_words`` words is
+    measured against the number of n-grams that ``min_words`` words have.
     """
 
     def __init__(self, weight: float = 1.0, max_n: int = 2, min_words: int = 8) -> None:
@@ -28,21 +28,21 @@ class DistinctNgrams(ReplyFactor):
         self.max_n = at_least_one("DistinctNgrams", "max_n", max_n)
         self.min_words = min_words
         if min_words < max_n:
-            raise UserError(f"DistinctNgrams: min_words is {min_words}, it must be at least max_n, {max_n}")
+            raise UserError(f"invalid value {min_words} for DistinctNgrams.min_words: expected at least max_n, {max_n}")
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
-        said = words(reply.text)
-        length = max(len(said), self.min_words)
-        return sum(len(set(ngrams(said, n))) / (length - n + 1) for n in range(1, self.max_n + 1)) / self.max_n
+        found = words(reply.text)
+        length = max(len(found), self.min_words)
+        return sum(len(set(ngrams(found, n))) / (length - n + 1) for n in range(1, self.max_n + 1)) / self.max_n
 
 
 class Repetition(ReplyFactor):
-    """Penalty for saying it again: minus the largest of three shares, -1..0.
+    """Penalty for repetition: minus the largest of three fractions, -1..0.
 
-    - n-grams of ``n`` words that stood earlier in the reply (seq-rep-n of Welleck et al. 2020);
-    - sentences or lines that stood earlier in the reply;
-    - characters in a loop, past its first round: a unit of up to 20 characters, four times or more in a row, as in
-      ``!!!!!!`` or ``hahahahaha``, which the other two, being about words, do not see.
+    - n-grams of ``n`` words that occurred earlier in the response (seq-rep-n of Welleck et al. 2020);
+    - sentences or lines that occurred earlier in the response;
+    - characters in a loop after its first period: a unit of up to 20 characters, four times or more in a row, as in
+      ``!!!!!!`` or ``hahahahaha``, which the other two do not see because they compare words.
     """
 
     def __init__(self, weight: float = 1.0, n: int = 3) -> None:

@@ -1,4 +1,4 @@
-"""`LearnedQuality`: the reward factor that asks a trained reward model, without Lightning, so that a chat can too."""
+"""`LearnedQuality`: the score of a trained reward model as a factor. Needs no Lightning, so a chat can use it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rlchat.utils.padding import pad
 
 
 class LearnedQuality(Factor):
-    """Base quality, learned: the standardised score of a trained reward model.
+    """The standardized score of a trained reward model.
 
     Args:
         bundle: the reward model's file, such as ``checkpoints/reward_model.pt``.
         weight: of the factor.
-        clip: scores are clipped to ± this many standard deviations, so that no flaw of the model pays without limit.
-        batch_size: replies scored at one time.
-        device: ``auto`` takes this process's GPU where there is one.
+        clip: scores are clipped to ± this many standard deviations, which bounds what an error of the model can earn.
+        batch_size: responses per forward pass.
+        device: ``auto`` is this process's GPU if there is one.
     """
 
     def __init__(
@@ -31,21 +31,23 @@ class LearnedQuality(Factor):
     ) -> None:
         super().__init__(weight)
         if clip <= 0 or batch_size < 1:
-            raise UserError(f"LearnedQuality: clip {clip} and batch_size {batch_size} must be above 0")
+            raise UserError(
+                f"invalid values for LearnedQuality: expected clip {clip} and batch_size {batch_size} above 0"
+            )
         if device == "auto":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
         self.device = device
-        self.judge = load_reward_model(bundle, device)
+        self.reward_model = load_reward_model(bundle, device)
         self.clip = clip
         self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
-        """Scores [batch], in standard deviations above the mean human reply."""
-        model, tokenizer = self.judge.model, self.judge.tokenizer
+        """Scores ``[batch]``, in standard deviations above the mean human response."""
+        model, tokenizer = self.reward_model.model, self.reward_model.tokenizer
         rows = [
-            tokenizer.render(prompt.with_reply(Message("assistant", reply.text)), self.judge.max_length).ids
+            tokenizer.render(prompt.with_reply(Message("assistant", reply.text)), self.reward_model.max_length).ids
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
         scores = []

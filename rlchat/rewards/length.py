@@ -11,7 +11,7 @@ from rlchat.rewards.text import words
 
 
 class TooShort(ReplyFactor):
-    """Penalty for an overly short reply: -1 for no word at all, rising linearly to 0 at ``min_words``."""
+    """Penalty for a short response: -1 without any word, rising linearly to 0 at ``min_words``."""
 
     def __init__(self, weight: float = 1.0, min_words: int = 3) -> None:
         super().__init__(weight)
@@ -22,7 +22,7 @@ class TooShort(ReplyFactor):
 
 
 class TooLong(ReplyFactor):
-    """Penalty for an overly long reply: 0 up to ``max_words``, falling to -1 at twice as many, and no lower."""
+    """Penalty for a long response: 0 up to ``max_words``, falling linearly to -1 at twice as many."""
 
     def __init__(self, weight: float = 1.0, max_words: int = 200) -> None:
         super().__init__(weight)
@@ -33,17 +33,16 @@ class TooLong(ReplyFactor):
 
 
 class AppropriateLength(ReplyFactor):
-    """Bonus for a reply of ``low`` to ``high`` words: 1 there, 0 for an empty reply and from ``2 * high`` words on.
+    """Bonus for a response of ``low`` to ``high`` words: 1 there, 0 for an empty one and from ``2 * high`` words on.
 
-    Half a cosine joins them, so that the bonus has neither a cliff nor a kink: half of it at ``low / 2`` and at
-    ``1.5 * high`` words.
+    Half a cosine period joins them smoothly: the bonus is 1/2 at ``low / 2`` and at ``1.5 * high`` words.
     """
 
     def __init__(self, weight: float = 1.0, low: int = 8, high: int = 100) -> None:
         super().__init__(weight)
         self.low = at_least_one("AppropriateLength", "low", low)
         if high < low:
-            raise UserError(f"AppropriateLength: high is {high}, less than low, {low}: give a range from low to high")
+            raise UserError(f"invalid value {high} for AppropriateLength.high: expected at least low, {low}")
         self.high = high
 
     def score(self, prompt: Conversation, reply: Reply) -> float:

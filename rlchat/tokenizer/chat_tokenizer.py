@@ -45,8 +45,9 @@ _TRAINING_PATTERN = (
 class Rendered:
     """A conversation as token ids.
 
-    ``loss_mask[t]`` is True where ``ids[t]`` is a word of the assistant or the end marker behind it. ``dropped`` counts
-    the messages left out on the left, ``cut`` the tokens cut out of a message that alone was too long.
+    ``loss_mask[t]`` is True where ``ids[t]`` belongs to an assistant message to be learned, its end marker included.
+    ``dropped`` counts the messages left out on the left, ``cut`` the tokens cut out of a message that alone was too
+    long.
     """
 
     ids: list[int]
@@ -170,7 +171,7 @@ class ChatTokenizer:
 
     def _fit(self, conversation: Conversation, max_length: int | None, opening: list[int]) -> Rendered:
         segments = [
-            _Segment(m.role, [self._marker[f"<|{m.role}|>"], *self.encode(m.text), self.end_id])
+            _Segment(m.role, [self._marker[f"<|{m.role}|>"], *self.encode(m.text), self.end_id], m.learn)
             for m in conversation.messages
         ]
         dropped = cut = 0
@@ -186,7 +187,7 @@ class ChatTokenizer:
         for segment in segments:
             ids += segment.ids
             # The marker that opens a turn is given, not said.
-            mask += ([False] + [segment.role == "assistant"] * len(segment.ids))[: len(segment.ids)]
+            mask += ([False] + [segment.role == "assistant" and segment.learn] * len(segment.ids))[: len(segment.ids)]
         return Rendered(ids + opening, mask + [False] * len(opening), dropped, cut)
 
 
@@ -196,14 +197,15 @@ class _Segment:
 
     role: str
     ids: list[int]
+    learn: bool = True  # whether the loss covers it, if the assistant speaks
 
     def cut_left(self, room: int) -> _Segment:
         if len(self.ids) <= room:
             return self
-        return _Segment(self.role, [self.ids[0], *self.ids[len(self.ids) - room + 1 :]][:room])
+        return _Segment(self.role, [self.ids[0], *self.ids[len(self.ids) - room + 1 :]][:room], self.learn)
 
     def cut_right(self, room: int) -> _Segment:
-        return _Segment(self.role, self.ids[:room])
+        return _Segment(self.role, self.ids[:room], self.learn)
 
 
 class StreamDecoder:

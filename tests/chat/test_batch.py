@@ -109,7 +109,7 @@ def test_a_directory_takes_no_replies(force: list[str], capsys: pytest.CaptureFi
     [
         ("asked.txt", None, "no such data file: asked.txt"),
         ("asked.txt", "\n \n", "asked.txt: no prompts in it"),
-        ("asked.jsonl", "Hello\n", "asked.jsonl:1: not JSON (Expecting value at column 1); mend the line"),
+        ("asked.jsonl", "Hello\n", "asked.jsonl:1: not JSON (Expecting value at column 1); fix the line"),
     ],
 )
 def test_prompts_that_cannot_be_read(

@@ -247,7 +247,7 @@ def test_a_line_that_cannot_be_read(line: str, answer: str, here: Path, capsys: 
     with (here / "talk.jsonl").open("a") as file:
         file.write(line + "\n")
     said = complaint(capsys, *SMOKE)
-    assert re.search(rf"^rlchat: talk.jsonl:13: ({answer}).*; mend the line or set data.on_bad_line=skip$", said)
+    assert re.search(rf"^rlchat: talk.jsonl:13: ({answer}).*; fix the line or set data.on_bad_line=skip$", said)
     rlchat(*SMOKE, "--data.on_bad_line", "skip", "--trainer.fast_dev_run=1")
 
 

@@ -151,7 +151,7 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert err.count("\n") == 1
     assert not (tmp_path / "mine.tiktoken").exists()
     assert train(tmp_path / "bad.jsonl", tmp_path / "mine.tiktoken", 256) == 2
-    assert "mend the line, or pass over it with --on_bad_line skip" in capsys.readouterr().err
+    assert "fix the line or skip it with --on_bad_line skip" in capsys.readouterr().err
     assert train(tmp_path / "bad.jsonl", tmp_path / "mine.tiktoken", 256, "--on_bad_line", "skip") == 0
     assert "skipped 1 bad line" in capsys.readouterr().err
 

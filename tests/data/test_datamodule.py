@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,14 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import rlchat
 from rlchat.conversation import Conversation, Message
 from rlchat.data.batches import BatchLoader, Plan, RankSampler, bucketed_plan, fixed_plan, full_batches_plan
-from rlchat.data.corpus import contrasted, whole_conversations
+from rlchat.data.cache import cache_key, code_hash
 from rlchat.data.datamodule import DataNeeds, OASST2DataModule, PromptBatch, RankedBatch, SequenceBatch, split_trees
 from rlchat.data.formats import read_trees
+from rlchat.data.sources import data_file
+from rlchat.data.tokenizing import contrasted, whole_conversations
 from rlchat.demo.corpus import write_demo_corpus
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -106,7 +110,7 @@ def test_sequences_are_padded_right_and_only_the_reply_is_learnt(tmp_path: Path,
     path = write(tmp_path / "d.jsonl", [chat("x", "ab"), chat("xy", "abc", "y", "c")])
     data = module(path, sft, tmp_path)
     data.setup()
-    batch = only(data.val_dataloader()[0])  # two trees: validated on as they are, the longest first
+    batch = only(data.val_dataloader()[0])  # two trees: not split
     assert isinstance(batch, SequenceBatch)
     first = [USER, X, Y, END, BOT, A, B, C, END, USER, Y, END, BOT, C, END]
     second = [USER, X, END, BOT, A, B, END]
@@ -152,9 +156,12 @@ def test_prompts_are_padded_left_and_leave_room_for_the_reply(tmp_path: Path, by
     batch = only(data.val_dataloader()[0])
     # ten tokens: the marker, the last seven digits, the end, and the marker that opens the reply
     long = [USER, *b"3456789", END, BOT]
-    assert batch.ids.tolist() == [[PAD] * 6 + [USER, X, END, BOT], long]
-    assert batch.attention_mask.tolist() == [[False] * 6 + [True] * 4, [True] * 10]
-    assert [c.messages[-1].text for c in batch.conversations] == ["x", "0123456789"]
+    rows = zip(batch.ids.tolist(), batch.attention_mask.tolist(), batch.conversations, strict=True)
+    by_prompt = {conversation.messages[-1].text: (ids, mask) for ids, mask, conversation in rows}
+    assert by_prompt == {
+        "x": ([PAD] * 6 + [USER, X, END, BOT], [False] * 6 + [True] * 4),
+        "0123456789": (long, [True] * 10),
+    }
     assert [c.references[0].text for c in batch.conversations] == ["a", "a"]
     assert batch.sequences is None
     assert len(only(data.val_dataloader()[1]).ids) == 2
@@ -172,7 +179,7 @@ def test_ppo_batches_carry_sequences_where_the_module_mixes_them_in(tmp_path: Pa
     assert data.val_dataloader()[0].dataset[[0]].sequences is None
     prompts_alone = module(write(tmp_path / "p.jsonl", [{"prompt": f"q{n}"} for n in range(20)]), needs, tmp_path)
     prompts_alone.setup()
-    with pytest.raises(UserError, match="no replies to mix in to train on"):
+    with pytest.raises(UserError, match="no responses to mix in to train on"):
         prompts_alone.train_dataloader()
 
 
@@ -243,7 +250,9 @@ def test_one_tree_is_validated_on_with_a_warning(tmp_path: Path, sft: DataNeeds,
     assert only(data.train_dataloader()).ids.equal(only(data.val_dataloader()[0]).ids)
 
 
-def test_validation_prompts_are_capped_by_hash_and_stay_in_order(tmp_path: Path, ppo: DataNeeds) -> None:
+def test_validation_prompts_come_in_a_fixed_random_order_and_the_cap_takes_the_first(
+    tmp_path: Path, ppo: DataNeeds
+) -> None:
     def val_prompts(trees: int, cap: int | None) -> list[str]:
         path = many_trees(tmp_path / "d.jsonl", trees)
         data = module(path, ppo, tmp_path, val_fraction=0.5, max_val_prompts=cap)
@@ -253,8 +262,8 @@ def test_validation_prompts_are_capped_by_hash_and_stay_in_order(tmp_path: Path,
     everything, capped = val_prompts(60, None), val_prompts(60, 7)
     assert len(capped) == 7
     assert [p for p in everything if p in capped] == capped
-    assert capped != everything[:7]
-    assert everything == sorted(everything, key=lambda text: int(text[1:]))  # the order of the file
+    assert capped == everything[:7]
+    assert everything != sorted(everything, key=lambda text: int(text[1:]))  # not the order of the file
     more = val_prompts(80, 7)
     assert len(set(more) & set(capped)) >= 3  # most of them remain when a third more data comes
 
@@ -380,7 +389,7 @@ def test_too_few_held_out_rows_for_the_devices_say_so(tmp_path: Path, sft: DataN
     data = module(many_trees(tmp_path / "d.jsonl", 3), sft, tmp_path)
     data.trainer = SimpleNamespace(global_rank=0, world_size=3)  # type: ignore[assignment]
     data.setup()
-    with pytest.raises(UserError, match="2 val threads cannot be shared among 3 processes"):
+    with pytest.raises(UserError, match="1 val threads cannot be distributed over 3 processes"):
         data.val_dataloader()
 
 
@@ -507,7 +516,7 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_would_have_seen(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_checkpoints_hold_plain_values_of_the_data(tmp_path: Path, sft: DataNeeds) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
-    trainer = fit(module(path, sft, tmp_path), Recorder(sft), max_epochs=1, val_check_interval=1.0)
+    trainer = fit(module(path, sft, tmp_path, batch_size=4), Recorder(sft), max_epochs=1, val_check_interval=1.0)
     trainer.save_checkpoint(tmp_path / "c.ckpt")
     state = torch.load(tmp_path / "c.ckpt", weights_only=True)
     assert "datamodule_hyper_parameters" not in state
@@ -556,7 +565,7 @@ def was_cached(data: OASST2DataModule, heard: pytest.LogCaptureFixture) -> bool:
     data.setup("fit")
     data.setup("validate")
     (line,) = [record.getMessage() for record in heard.records if record.levelno == logging.INFO]
-    assert ("tokenised in" in line) != ("read from the cache" in line)
+    assert ("tokenized in" in line) != ("read from the cache" in line)
     return "read from the cache" in line
 
 
@@ -601,6 +610,32 @@ def test_the_cache_notices_whatever_changes_the_data(
     assert cached()
 
 
+def test_the_cache_notices_new_code(tmp_path: Path, sft: DataNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = many_trees(tmp_path / "d.jsonl", 10)
+    copy = tmp_path / "rlchat"
+    shutil.copytree(Path(rlchat.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(rlchat, "__file__", str(copy / "__init__.py"))
+
+    def key() -> str:
+        code_hash.cache_clear()
+        return cache_key([data_file(path)], sft, {})
+
+    try:
+        keys = [key(), key()]
+        for change in (copy / "data" / "readers" / "a_new_format.py", copy / "tokenizer" / "chat_tokenizer.py"):
+            with change.open("a") as file:
+                file.write("# changed\n")
+            keys.append(key())
+        (copy / "chat" / "commands.py").write_text("# this decides nothing about data")
+        keys.append(key())
+    finally:
+        monkeypatch.undo()
+        code_hash.cache_clear()
+    assert keys[0] == keys[1]
+    assert keys[3] == keys[4]
+    assert len(set(keys)) == 3
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, sft: DataNeeds, heard: Any, damage: str) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
@@ -630,7 +665,7 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, sft: DataNeed
     data = module(path, sft, tmp_path / "c")
     assert not was_cached(data, heard)  # tokenised once, not once for prepare_data and once for setup
     assert "could not keep" in heard.text
-    assert len(contents(data)[0]) == 8
+    assert len(contents(data)[0]) == 7  # of ten trees, three are held out
 
 
 def test_the_cache_lies_in_the_users_cache_folder(
@@ -653,7 +688,7 @@ def test_the_log_line_says_what_was_read_and_what_was_lost(tmp_path: Path, heard
     data.setup()
     line = next(record.getMessage() for record in heard.records if record.levelno == logging.INFO)
     assert "3 trees, 3 threads, 4 prompts" in line
-    assert "to fit 16 tokens, oldest messages dropped from 1 and words cut from 1 rows" in line
+    assert "to fit 16 tokens, oldest messages dropped from 1 rows and text cut from 1" in line
 
 
 def test_errors_name_the_cure(tmp_path: Path, sft: DataNeeds, reward: DataNeeds, byte_tokenizer: Any) -> None:
@@ -663,13 +698,13 @@ def test_errors_name_the_cure(tmp_path: Path, sft: DataNeeds, reward: DataNeeds,
         module(str(tmp_path / "missing.jsonl"), sft, tmp_path).setup()
     with pytest.raises(UserError, match="predict_path"):
         module(None, sft, tmp_path).predict_dataloader()
-    with pytest.raises(UserError, match="batch_size is 0"):
+    with pytest.raises(UserError, match=r"invalid value 0 for data\.batch_size"):
         OASST2DataModule(batch_size=0)
     with pytest.raises(UserError, match="leave nothing to train on"):
         OASST2DataModule(val_fraction=0.5, test_fraction=0.5)
     data = module(write(tmp_path / "d.jsonl", [chat("x", "a")] * 3), reward, tmp_path, test_fraction=0.0)
     data.setup()
-    with pytest.raises(UserError, match="no ranked or labelled replies to train on"):
+    with pytest.raises(UserError, match="no ranked or labelled responses to train on"):
         data.train_dataloader()
     with pytest.raises(UserError, match="test_fraction"):
         data.test_dataloader()

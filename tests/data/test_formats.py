@@ -206,11 +206,11 @@ def test_prompts_of_pairs_that_nothing_can_be_learned_from(tmp_path: Path) -> No
 def test_row_without_a_prompt_is_a_bad_line(
     asked: Any, row: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{reason}.*; mend the line or set data\.on_bad_line=skip"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{reason}.*; fix the line or set data\.on_bad_line=skip"):
         asked({"prompt": "Hi"}, row)
     assert asked({"prompt": "Hi"}, row, {"prompt": "Bye"}, on_bad_line="skip") == ["u:Hi", "u:Bye"]
     assert "rows.jsonl: skipped 1 bad lines (" in caplog.text
-    with pytest.raises(UserError, match=r"rows\.jsonl: no prompts in it \(skipped 1 bad lines .*\); give JSONL rows"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: no prompts in it \(skipped 1 bad lines .*\); use JSONL rows"):
         asked(row, on_bad_line="skip")
 
 
@@ -258,7 +258,7 @@ def test_prompts_of_a_text_file(tmp_path: Path) -> None:
 
 def test_files_without_a_prompt(tmp_path: Path) -> None:
     for name in ("empty.txt", "empty.jsonl"):
-        with pytest.raises(UserError, match=f"{name}: no prompts in it; give JSONL rows"):
+        with pytest.raises(UserError, match=f"{name}: no prompts in it; use JSONL rows"):
             read_prompts(write(tmp_path / name, b""))
     with pytest.raises(UserError, match=r"no such data file: .*missing\.txt"):
         read_prompts(tmp_path / "missing.txt")
@@ -343,8 +343,7 @@ def test_no_bytes_raise_anything_but_a_user_error(content: bytes, zipped: bool) 
 def test_a_good_row_survives_among_garbage(before: list[bytes], after: list[bytes]) -> None:
     good = json.dumps({"messages": [{"content": "Is it me?"}, {"content": "It is."}]}).encode()
     content = b"\n".join([*before, good, *after])
-    if content.startswith(b"\x1f\x8b"):  # that would be a broken gzip file, which cannot be read on
-        content = b"\n" + content
+    content = b"\n" + content  # so that the first bytes are not those of a compressed file or another encoding
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows")
         path.write_bytes(content)

@@ -37,8 +37,8 @@ def write(path: Path, *lines: bytes) -> Path:
         (b'{"messages": [', r"not JSON \(.* at column 15\)"),
         (b"[" * 100_000, "not usable as JSON"),
         (b"9" * 5000, "not usable as JSON"),
-        (b"[1, 2]", r"not a JSON object but \[1, 2\]"),
-        (b"null", "not a JSON object but None"),
+        (b"[1, 2]", r"expected a JSON object, got \[1, 2\]"),
+        (b"null", "expected a JSON object, got None"),
         (b'{"text": "\xff"}', r"not UTF-8 \(byte 11 of the line\)"),
         (b'{"text": "a\0b"}', "a NUL character"),
     ],
@@ -56,7 +56,7 @@ def test_decode_line() -> None:
 
 def test_bad_line_stops_or_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", b'{"a": 1}', b" \t", b"{", b'{"a": 2}')
-    with pytest.raises(UserError, match=r"rows\.jsonl:3: not JSON .*; mend the line or set data\.on_bad_line=skip"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: not JSON .*; fix the line or set data\.on_bad_line=skip"):
         read(path)
     rows, report = read(path, on_bad_line="skip")
     assert rows == [{"a": 1}, {"a": 2}]
@@ -120,8 +120,8 @@ def test_broken_files(tmp_path: Path, on_bad_line: Any) -> None:
     for path, reason in (
         (tmp_path / "missing.jsonl", "no such data file: .*missing.jsonl"),
         (tmp_path, "is a directory"),
-        (truncated, "truncated.gz is a broken or truncated gzip"),
-        (damaged, "damaged.gz is a broken or truncated gzip"),
+        (truncated, "truncated.gz is a damaged or truncated compressed file"),
+        (damaged, "damaged.gz is a damaged or truncated compressed file"),
         (Path("nul\0byte"), "cannot read"),
     ):
         with pytest.raises(UserError, match=reason):

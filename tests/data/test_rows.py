@@ -155,7 +155,7 @@ LONE_SURROGATE = b'{"text": "\\ud800"}'
         ({"prompt": 3}, "prompt is not a string"),
         ({"prompt": []}, "messages is not a list with"),
         ({"prompt": [{"content": "Hi"}, {"content": "Hello!"}]}, "prompt does not end on a user message"),
-        ({"prompt": "Hi", "chosen": ["A"], "rejected": "B"}, "chosen is not a string"),
+        ({"prompt": "Hi", "chosen": ["A"], "rejected": "B"}, "rejected is not a list of messages, but chosen is"),
         ({"chosen": "Hi", "rejected": "Ho"}, "chosen does not begin with Human"),
         ({"chosen": "\n\nAssistant: Hi", "rejected": "\n\nAssistant: Ho"}, "share no Human turn"),
     ],

@@ -98,7 +98,7 @@ def check_invariants(trees: list[Tree]) -> None:
 
 def check_bad_line(read: RowReader, row: Any, reason: str, **options: Any) -> None:
     """That ``row`` stops the reading, told by its place, or is counted and costs no row beside it."""
-    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{reason}.*; mend the line or set data\.on_bad_line=skip"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{reason}.*; fix the line or set data\.on_bad_line=skip"):
         read(GOOD_ROW, b"", row, **options)
     trees, report = read(GOOD_ROW, row, {"prompt": "Bye"}, on_bad_line="skip", **options)
     assert prompts_of(trees) == ["u:Hi", "u:Bye"]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlchat import rewards
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.rewards import (
@@ -31,7 +32,12 @@ from rlchat.rewards import (
     distinct_n,
     words,
 )
-from rlchat.rewards.similarity import chrf
+from rlchat.rewards.similarity import character_ngrams
+from rlchat.rewards.similarity import chrf as chrf_of_ngrams
+
+
+def chrf(reply: str, reference: str) -> float:
+    return chrf_of_ngrams(character_ngrams(reply), character_ngrams(reference))
 
 
 def prompt(*references: Message) -> Conversation:
@@ -140,8 +146,8 @@ def test_quality_from_ranks_and_without_labels() -> None:
     assert score(quality, "", human("aaa", quality=0.0)) == 0.0
 
 
-def test_the_label_of_the_conversation_itself_is_no_reward() -> None:
-    """The reward judges what the model said: the quality of earlier human turns reaches no factor."""
+def test_labels_in_the_prompt_do_not_change_the_reward() -> None:
+    """The reward scores what the model generated: the quality of earlier human turns reaches no factor."""
     labelled = Conversation((Message("user", "Hi", 1.0), human("Hello", 1.0, 0), Message("user", "And?", 1.0)))
     bare = Conversation((Message("user", "Hi"), human("Hello"), Message("user", "And?")))
     reply = Reply("Hello there, my friend.", 6, True)
@@ -244,13 +250,57 @@ def test_names() -> None:
         (torch.zeros(3), r"'returns' returned shape \(3,\)"),
         (torch.tensor(1.0), r"'returns' returned shape \(\)"),
         ([0.0, 1.0], "'returns' returned a list"),
-        (torch.tensor([0.0, math.nan]), "'returns' gave nan for reply 1, 'second'"),
-        (torch.tensor([-math.inf, 0.0]), "'returns' gave -inf for reply 0, 'first'"),
+        (torch.zeros(2, dtype=torch.complex64), "'returns' returned a complex tensor"),
+        (torch.tensor([0.0, math.nan]), "'returns' returned nan for response 1, 'second'"),
+        (torch.tensor([-math.inf, 0.0]), "'returns' returned -inf for response 0, 'first'"),
     ],
 )
-def test_a_factor_that_gives_nonsense_is_named(scores: object, complaint: str) -> None:
+def test_a_factor_with_an_invalid_result_is_named(scores: object, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         Reward([Returns(scores)])([prompt()] * 2, [Reply("first", 1, True), Reply("second", 1, True)])
+
+
+@pytest.mark.parametrize("result", [None, "0.5", 1j, [0.5], torch.zeros(2)])
+def test_a_score_that_is_no_number_names_the_factor(result: object) -> None:
+    class Broken(ReplyFactor):
+        def score(self, prompt: Conversation, reply: Reply) -> float:
+            return result  # type: ignore[return-value]
+
+    complaint = r"reward factor 'broken' returned .* for the response 'hi': score\(\) must return a finite number"
+    with pytest.raises(UserError, match=complaint):
+        Reward([Broken()])([prompt()], [Reply("hi", 1, True)])
+
+
+def test_numbers_of_other_types_are_scores() -> None:
+    class Returned(ReplyFactor):
+        def score(self, prompt: Conversation, reply: Reply) -> float:
+            return {"bool": True, "int": 2, "tensor": torch.tensor(0.5), "large": 1e21}[reply.text]  # type: ignore[return-value]
+
+    replies = [Reply(text, 1, True) for text in ("bool", "int", "tensor", "large")]
+    assert Reward([Returned()])([prompt()] * 4, replies).tolist() == [1.0, 2.0, 0.5, pytest.approx(1e21)]
+
+
+def test_a_module_in_the_folder_exports_its_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shouting.py").write_text("""
+from rlchat.rewards.base import ReplyFactor
+
+class Shouting(ReplyFactor):
+    def score(self, prompt, reply):
+        return -float(reply.text.isupper())
+""")
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(tmp_path)])
+    rewards._homes.cache_clear()
+    try:
+        factor = rewards.Shouting()
+        assert score(factor, "HELLO") == -1.0
+        assert factor.describe()["class_path"] == "rlchat.rewards.Shouting"
+        assert "Shouting" in dir(rewards)
+        with pytest.raises(AttributeError, match="Whispering"):
+            rewards.Whispering  # noqa: B018
+    finally:
+        monkeypatch.undo()
+        rewards._homes.cache_clear()
+        vars(rewards).pop("Shouting", None)
 
 
 def test_scores_of_another_type_become_float32_without_a_graph() -> None:

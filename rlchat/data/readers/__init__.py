@@ -1,0 +1,98 @@
+"""One module per family of file formats; :class:`Readers` finds them and reads a row with the one that recognises it.
+
+A new format is a module in this folder with a subclass of :class:`rlchat.data.readers.base.Reader`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections import Counter
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from rlchat.data.jsonl import BadLineError
+from rlchat.data.readers.base import LinkedTree, Reader, ReadOptions, Row
+from rlchat.data.readers.fields import shown
+
+__all__ = ["LinkedTree", "ReadOptions", "Reader", "Readers", "Row", "reader_classes"]
+
+# Keys that usually change what a row means: a reader that does not understand one says so, as a warning.
+_MEANINGFUL = frozenset(
+    {
+        "weight",
+        "weights",
+        "loss_weight",
+        "train",
+        "label",
+        "labels",
+        "loss_mask",
+        "mask",
+        "rank",
+        "score",
+        "rating",
+        "reward",
+        "quality",
+        "system",
+        "tools",
+        "functions",
+        "completion",
+        "response",
+        "answer",
+        "output",
+        "chosen",
+        "rejected",
+        "messages",
+        "conversations",
+    }
+)
+
+
+@cache
+def reader_classes() -> tuple[type[Reader], ...]:
+    """The readers of all modules in this folder, in the order in which they are asked."""
+    found = set()
+    for module in pkgutil.iter_modules(__path__):
+        members = vars(import_module(f"{__name__}.{module.name}")).values()
+        found |= {c for c in members if inspect.isclass(c) and issubclass(c, Reader) and not inspect.isabstract(c)}
+    return tuple(sorted(found, key=lambda c: (-c.priority, -len(c.required), c.name)))
+
+
+class Readers:
+    """Reads rows of all formats, and counts what of them is not used.
+
+    ``dropped`` counts what is left out, ``warnings`` and ``unread`` count rows: by what the user should know of them,
+    and by key that has no influence.
+    """
+
+    def __init__(self, options: ReadOptions, dropped: Counter[str]) -> None:
+        self.dropped = dropped
+        self.warnings: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
+        self._readers = [reader(options, dropped) for reader in reader_classes()]
+
+    def read(self, row: dict[str, Any]) -> Row:
+        """What ``row`` holds. Raises :class:`BadLineError` if no reader recognises it, or if it cannot be used."""
+        for reader in self._readers:
+            if reader.recognises(row):
+                result = reader.read(row)
+                self._count(row, reader, result)
+                return result
+        known = "; ".join(sorted(", ".join(sorted(reader.required)) for reader in self._readers))
+        raise BadLineError(f"no known format: it has the keys {shown(list(row))}; expected one of: {known}")
+
+    def linked(self) -> list[LinkedTree]:
+        """The trees of rows that are linked to one another. To be called once, after the last row."""
+        return [tree for reader in self._readers for tree in reader.linked()]
+
+    def _count(self, row: dict[str, Any], reader: Reader, result: Row) -> None:
+        self.warnings.update(result.notes)
+        understood = reader.required | reader.optional | reader.ignored
+        for key, value in row.items():
+            if key in understood or value is None:
+                continue
+            if key in _MEANINGFUL:
+                self.warnings[f"`{key}`, which is not supported beside {reader.name}"] += 1
+            else:
+                self.unread[key] += 1

@@ -1,0 +1,141 @@
+"""The fields of a row, each checked: a :class:`BadLineError` says which field is wrong, and how."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from typing import Any
+
+from rlchat.conversation import Check, Role
+from rlchat.data.jsonl import BadLineError
+
+# Every prefix of a thread that ends on a user message is a prompt, so the number of prompts grows with its length.
+MAX_MESSAGES = 1000
+# tiktoken's regular expressions fail with a panic on about a million white-space characters in a row.
+MAX_SPACES = 100_000
+
+_ROLES: dict[str, Role] = {
+    "user": "user",
+    "prompter": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+_TOOL_ROLES = ("tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation")
+# A fraction is not supported: a message is learned or it is not.
+_LEARN_KEYS = ("weight", "loss_weight", "train", "loss_mask")
+
+
+def shown(value: object) -> str:
+    """``value`` for an error message: shortened if it is long."""
+    return reprlib.repr(value)
+
+
+def text_field(value: object, name: str, may_be_empty: bool = False) -> str:
+    """``value``, which must be a string that UTF-8 can hold, with more than white space in it."""
+    if not isinstance(value, str):
+        raise BadLineError(f"{name} is not a string: got {shown(value)}")
+    if "\0" in value:
+        raise BadLineError(f"{name} holds a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadLineError(f"{name} holds a lone surrogate, which UTF-8 cannot encode") from None
+    if len(value) > MAX_SPACES and (longest := max(map(len, re.findall(r"\s+", value)), default=0)) > MAX_SPACES:
+        raise BadLineError(
+            f"{name} holds {longest:,} white-space characters in a row, more than the {MAX_SPACES:,} that can be "
+            "tokenized"
+        )
+    if not may_be_empty and not value.strip():
+        raise BadLineError(f"{name} is empty")
+    return value
+
+
+def content_field(value: object, name: str) -> str:
+    """The text of ``value``: a string, or a list of parts ``{"type": "text", "text": …}``, which are joined."""
+    if not isinstance(value, list):
+        return text_field(value, name)
+    texts = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise BadLineError(f"a part of {name} is not an object: got {shown(part)}")
+        if part.get("type", "text") != "text":
+            raise BadLineError(f"{name} has a part of type {shown(part['type'])}; only type 'text' is supported")
+        texts.append(text_field(part.get("text"), f"the text of a part of {name}", may_be_empty=True))
+    return text_field("".join(texts), name)
+
+
+def optional_field(row: dict[str, Any], key: str, kind: type) -> Any:
+    """The value of ``key``, which must be of type ``kind``; None if it is null or absent."""
+    value = row.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise BadLineError(f"{key} is not of type {kind.__name__}: got {shown(value)}")
+    return value
+
+
+def id_field(row: dict[str, Any], key: str) -> str | None:
+    """The identifier ``key``, a string or an integer; None if it is null, empty or absent."""
+    value = row.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return optional_field(row, key, str) or None
+
+
+def role_field(value: object) -> Role:
+    """The role that ``value`` names, in any case, by OASST's, ShareGPT's or OpenAI's name."""
+    name = value.strip().lower() if isinstance(value, str) else ""
+    if name in _TOOL_ROLES:
+        raise BadLineError(f"role {shown(value)} is not supported: tool calls cannot be trained on")
+    if name not in _ROLES:
+        raise BadLineError(f"unknown role {shown(value)}; expected one of {', '.join(_ROLES)}")
+    return _ROLES[name]
+
+
+def quality_field(value: object) -> float | None:
+    """``value``, a number in 0..1 or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadLineError(f"quality is not a number: got {shown(value)}")
+    if not 0 <= value <= 1:
+        raise BadLineError(f"quality {shown(value)} is not in 0..1")
+    return float(value)
+
+
+def row_quality(row: dict[str, Any]) -> float | None:
+    """The ``quality`` of a row; without one, 1 or 0 for a KTO ``label`` of true or false."""
+    if row.get("quality") is None and isinstance(row.get("label"), bool):
+        return float(row["label"])
+    return quality_field(row.get("quality"))
+
+
+def learn_field(row: dict[str, Any]) -> bool:
+    """Whether a message or a row is to be learned: False if a weight, ``train`` or ``loss_mask`` says 0 or false."""
+    for key in _LEARN_KEYS:
+        value = row.get(key)
+        if isinstance(value, bool | int | float) and not value:
+            return False
+    return True
+
+
+def unread_weights(row: dict[str, Any]) -> set[str]:
+    """The keys of ``row`` that ask for what :func:`learn_field` cannot give: a fraction, a list."""
+    return {key for key in _LEARN_KEYS if key in row and row[key] not in (None, 0, 1)}
+
+
+def check_field(value: object) -> Check | None:
+    """The check in an object ``{any_of: [...], none_of: [...]}``, ``none_of`` optional; None for None."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise BadLineError(f"check is not an object: got {shown(value)}")
+    any_of, none_of = optional_field(value, "any_of", list), optional_field(value, "none_of", list) or []
+    if not any_of:
+        raise BadLineError("check.any_of is missing or empty")
+    return Check(
+        tuple(text_field(phrase, "check.any_of") for phrase in any_of),
+        tuple(text_field(phrase, "check.none_of") for phrase in none_of),
+    )
