@@ -1,22 +1,28 @@
-"""The model bundle: one `.pt` file with all that it takes to talk to a model, or to score with it.
+"""Model files: one `.pt` file with everything that chatting with a model, or scoring with it, needs.
 
-A bundle holds tensors and plain values, loads with ``weights_only=True``, and needs no network and no other file.
+A model file holds tensors and plain values, loads with ``weights_only=True``, and needs no network and no other file.
 """
 
 from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import transformers
+from torch import Tensor
 
 from rlchat.distributed.collectives import is_first, whole_state
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
+from rlchat.models.base_models import config_from_json, one_line
 from rlchat.models.networks import Critic, RewardModel, RLChatModel
+from rlchat.models.probe import check_cache_is_used
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.files import write_atomically
 
@@ -24,14 +30,24 @@ FORMAT = "rlchat-bundle"
 VERSION = 1
 Kind = Literal["policy", "reward"]
 _NAMES = {"policy": "a chat model", "reward": "a reward model"}
-_KEYS = {"kind", "backbone", "hidden_dim", "tokenizer", "max_length", "about", "state"}
+_TYPES: dict[str, type] = {
+    "kind": str,
+    "backbone": str,
+    "hidden_dim": int,
+    "tokenizer": dict,
+    "max_length": int,
+    "about": dict,
+    "state": dict,
+}
+_LARGEST_BUFFERS = 2**30  # bytes of tensors that a backbone computes from its configuration, such as causal masks
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(slots=True)
 class PolicyBundle:
-    """A chat model with its tokenizer. ``about`` tells where it came from: plain values.
+    """A chat model with its tokenizer. ``about`` describes its origin in plain values.
 
-    ``critic`` estimates values where PPO trained a network of its own for that; a shared one is the model's value head.
+    ``critic`` is set where PPO trained a separate network for values; otherwise the model's value head estimates them.
     """
 
     model: RLChatModel
@@ -52,9 +68,9 @@ class RewardBundle:
 
 
 def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
-    """Writes ``bundle``, atomically: a kill or a full disk in the middle leaves what was there before.
+    """Writes ``bundle`` atomically: after a kill or on a full disk the previous file is still there.
 
-    Every process calls it, for each may hold a part of the model; the first one writes.
+    Every process must call it, because each may hold a shard of the model; the first one writes.
     """
     state = whole_state(bundle.model)
     critic = bundle.critic if isinstance(bundle, PolicyBundle) else None
@@ -84,36 +100,37 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
 
 
 def load_policy(path: str | Path, device: str | torch.device = "cpu") -> PolicyBundle:
-    """The chat model in ``path``, in eval mode. Raises :class:`UserError` for a file that is missing or is none."""
+    """The chat model in ``path``, in eval mode. Raises :class:`UserError` where it is missing, damaged or no such."""
     content = _read(path, "policy")
-    tokenizer = _tokenizer(content)
-    model = new_policy(Backbone.from_config_json(content["backbone"]), tokenizer, content["hidden_dim"])
-    _fill(model, content, path)
+    tokenizer = _tokenizer(content, path)
+    model = _load(path, content, lambda part: new_policy(_backbone(part), tokenizer, part["hidden_dim"]))
     critic: Critic | None = None
     if (part := content.get("critic")) is not None:
-        critic = Critic(Backbone.from_config_json(part["backbone"]), part["hidden_dim"])
-        _fill(critic, part, path)
+        _check_types(part, {name: _TYPES[name] for name in ("backbone", "hidden_dim", "state")}, path)
+        critic = _load(path, part, lambda part: Critic(_backbone(part), part["hidden_dim"]))
         critic = critic.to(device).eval()
+    check_cache_is_used(model.backbone)
     return PolicyBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"], critic)
 
 
 def load_reward_model(path: str | Path, device: str | torch.device = "cpu") -> RewardBundle:
-    """The reward model in ``path``, in eval mode. Raises :class:`UserError` for a file that is missing or is none."""
+    """The reward model in ``path``, in eval mode. Raises :class:`UserError` where it is missing, damaged or no such."""
     content = _read(path, "reward")
-    model = RewardModel(Backbone.from_config_json(content["backbone"]))
-    _fill(model, content, path)
-    return RewardBundle(model.to(device).eval(), _tokenizer(content), content["max_length"], content["about"])
+    tokenizer = _tokenizer(content, path)
+    model = _load(path, content, lambda part: RewardModel(_backbone(part)))
+    return RewardBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"])
 
 
 def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0) -> RLChatModel:
-    """A policy over ``backbone`` that can say what ``tokenizer`` has text for."""
+    """A policy over ``backbone`` that can generate the ids for which ``tokenizer`` has text, and the end marker."""
     return RLChatModel(backbone, tokenizer.unsayable_ids, hidden_dim)
 
 
 def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such model; train one with `rlchat demo` or `rlchat fit`, or give its path")
+        raise UserError(f"{path}: no such model file; train one with `rlchat demo` or `rlchat fit`, or fix the path")
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's, about pickles of other programs
@@ -122,30 +139,99 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
         raise UserError(
             f"{path}: holds something other than tensors and plain values, or is damaged; it was not opened"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or no bundle of rlchat; make it again") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: damaged, or not a model file of rlchat; create it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a bundle of rlchat; bundles are what `rlchat fit` leaves in checkpoints/*.pt")
+        raise UserError(f"{path}: not a model file of rlchat; `rlchat fit` writes them to checkpoints/*.pt")
     if content.get("version") != VERSION:
         found = content.get("version")
-        raise UserError(f"{path}: a bundle of version {found}, this rlchat reads {VERSION}; update rlchat")
-    if _KEYS - content.keys() or content["kind"] not in _NAMES:
-        raise UserError(f"{path}: a bundle of which parts are missing; make it again")
+        raise UserError(f"{path}: a model file of version {found}, this rlchat reads {VERSION}; update rlchat")
+    if missing := sorted(_TYPES.keys() - content.keys()):
+        raise UserError(f"{path}: incomplete model file, {', '.join(missing)} missing; create it again")
+    _check_types(content, _TYPES, path)
+    if content["kind"] not in _NAMES:
+        raise UserError(f"{path}: unknown kind of model {content['kind']!r}; update rlchat or create the file again")
     if content["kind"] != kind:
-        raise UserError(f"{path}: the bundle of {_NAMES[content['kind']]}, where that of {_NAMES[kind]} is needed")
+        raise UserError(f"{path}: contains {_NAMES[content['kind']]}, expected {_NAMES[kind]}")
     return content
 
 
-def _tokenizer(content: dict[str, Any]) -> ChatTokenizer:
-    state = dict(content["tokenizer"])
-    state["ranks"] = state["ranks"].numpy().tobytes()
-    return ChatTokenizer.from_state(state)
-
-
-def _fill(model: torch.nn.Module, content: dict[str, Any], path: str | Path) -> None:
+def _check_archive(path: Path) -> None:
+    """torch.save stores without compression; a compressed archive could ask for any amount of memory."""
     try:
-        model.load_state_dict(content["state"])
-    except RuntimeError as error:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # torch.load reports what is wrong with it
+    if size > path.stat().st_size:
+        raise UserError(f"{path}: expands to {size:,} bytes, more than the file has; not a model file of rlchat")
+
+
+def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Path) -> None:
+    for name, expected in types.items():
+        value = content.get(name)
+        if not isinstance(value, expected) or isinstance(value, bool) or (expected is int and value < 0):
+            raise UserError(f"{path}: damaged model file, {name} is {_shown(value)}, expected {expected.__name__}")
+    for name, tensor in content["state"].items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: damaged model file, weight {name} is {_shown(tensor)}, expected a tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: damaged model file, weight {name} is larger than what is stored for it")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: weight {name} has NaN or infinite values; training diverged, use another file")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, int | float | bool | None) else f"a {type(value).__name__}"
+
+
+def _tokenizer(content: dict[str, Any], path: str | Path) -> ChatTokenizer:
+    try:
+        state = dict(content["tokenizer"])
+        state["ranks"] = state["ranks"].numpy().tobytes()
+        return ChatTokenizer.from_state(state)
+    except UserError:
+        raise
+    except Exception as error:  # tiktoken raises errors of many kinds
+        raise UserError(f"{path}: damaged model file, its tokenizer cannot be built: {one_line(error)}") from error
+
+
+def _backbone(part: dict[str, Any]) -> Backbone:
+    return Backbone.from_config_json(part["backbone"])
+
+
+def _load(path: str | Path, part: dict[str, Any], build: Callable[[dict[str, Any]], M]) -> M:
+    """``build(part)`` with the weights of ``part``.
+
+    It is first built without memory (on the device ``meta``) and compared with the weights, because the shape that a
+    small damaged file claims may need any amount of memory.
+    """
+    state = part["state"]
+    try:
+        config = config_from_json(part["backbone"])
+        if int(getattr(config, "num_hidden_layers", 0)) > len(state):
+            raise UserError(f"{path}: damaged model file, {config.num_hidden_layers} layers but {len(state)} weights")
+        with torch.device("meta"):
+            empty = build(part)
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+    except KeyError as error:
         raise UserError(
-            f"{path}: its weights do not fit the shape that it names; it is damaged, make it again"
+            f"{path}: transformers {transformers.__version__} does not have the model family {error}; the file was "
+            f"probably made with a newer version, update transformers"
         ) from error
+    except Exception as error:  # whatever a family makes of damaged values
+        raise UserError(f"{path}: damaged model file, its model cannot be built: {one_line(error)}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    for name in sorted(shapes.keys() ^ state.keys()):
+        which = "lacks" if name in shapes else "has the unexpected"
+        raise UserError(f"{path}: damaged model file, it {which} weight {name}")
+    for name, shape in shapes.items():
+        if shape != (found := tuple(state[name].shape)):
+            raise UserError(f"{path}: damaged model file, weight {name} has shape {found}, expected {shape}")
+    others = sum(buffer.numel() * buffer.element_size() for name, buffer in empty.named_buffers() if name not in shapes)
+    if others > _LARGEST_BUFFERS:
+        raise UserError(f"{path}: damaged model file, its configuration asks for {others:,} bytes of buffers")
+    model = build(part)
+    model.load_state_dict(state)
+    return model

@@ -1,4 +1,4 @@
-"""The networks: `RLChatModel`, a policy that also estimates values; `Critic`, which does that alone; `RewardModel`."""
+"""The networks: `RLChatModel` (policy with a value head), `Critic` (values only) and `RewardModel`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from torch.utils.checkpoint import checkpoint
 from rlchat.models.backbones import Backbone
 from rlchat.models.kv_cache import Cache
 
-# Logits made at one time: 64 million numbers, 256 MiB. More tokens than that are taken in chunks whose logits are made
+# Logits held at one time: 64 million numbers, 256 MiB. More tokens are processed in chunks whose logits are computed
 # again in the backward pass, so that no [batch · time, vocabulary] tensor exists with a vocabulary of 100,000.
 _LOGITS_AT_A_TIME = 2**26
 
-# Not -inf, so that 0 · log 0 is 0 in an entropy and never NaN; and no smaller, so that no temperature makes it -inf.
+# Not -inf, so that 0 · log 0 is 0 in an entropy and never NaN; finite at every temperature that Sampling accepts.
 _UNSAYABLE_LOGIT = -1e30
 
 
 class TokenStats(NamedTuple):
-    """What the policy says of given tokens; each [tokens], float32."""
+    """Statistics of given tokens under the policy; each [tokens], float32."""
 
     logprobs: Tensor  # log-probability of the token, in nats
-    entropy: Tensor  # of the distribution that it was drawn from, in nats
-    correct: Tensor  # 1 where it was the likeliest
+    entropy: Tensor  # of the distribution over the token, in nats
+    correct: Tensor  # 1 where the token is the most likely one
 
 
 class RLChatModel(nn.Module):
-    """A causal backbone under a policy head and a value head.
+    """A causal backbone with a policy head and a value head.
 
     The policy head is the embedding matrix where the backbone ties them. It gives no probability to ``unsayable`` ids
-    (padding, the markers of other speakers, ids without text): sampling, training and evaluation all see that one
-    distribution. The value head starts at zero: linear, or with one hidden layer of ``hidden_dim`` units.
+    (padding, role markers, ids without text); sampling, training and evaluation use the same distribution. The value
+    head starts at zero: linear, or with one hidden layer of ``hidden_dim`` units. Logits and values are computed in
+    float32 whatever the precision of the backbone.
     """
 
     unsayable: Tensor
@@ -55,11 +56,11 @@ class RLChatModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of the token that follows each of ``hidden`` [..., hidden]."""
-        logits = F.linear(hidden, self.backbone.head_weight).float()
+        logits = _linear_fp32(hidden, self.backbone.head_weight)
         return logits.masked_fill(self.unsayable, _UNSAYABLE_LOGIT)
 
     def token_stats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
-        """Of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], at the temperature of sampling."""
+        """Statistics of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], at ``temperature``."""
         rows = max(1, _LOGITS_AT_A_TIME // self.backbone.vocab_size)
         if len(targets) <= rows:
             return self._stats(hidden, targets, temperature)
@@ -78,16 +79,15 @@ class RLChatModel(nn.Module):
         )
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Values [...] in float32: the return expected from each of ``hidden`` [..., hidden] on."""
-        values: Tensor = self.value_head(hidden).squeeze(-1).float()
-        return values
+        """Values [...] in float32: the return expected after each of ``hidden`` [..., hidden]."""
+        return _head_fp32(self.value_head, hidden).squeeze(-1)
 
 
 class RewardModel(nn.Module):
-    """A causal backbone under one scalar, read where the reply ends.
+    """A causal backbone with a scalar head, read at the end of the response.
 
-    ``mean`` and ``std`` of the scores of human replies are kept with it, so that :meth:`standardised` scores have the
-    same scale whatever the training run.
+    ``mean`` and ``std`` of the scores of human responses are stored with it, so that :meth:`standardised` scores have
+    the same scale in every training run. Scores are computed in float32 whatever the precision of the backbone.
     """
 
     mean: Tensor
@@ -101,7 +101,7 @@ class RewardModel(nn.Module):
         self.register_buffer("std", torch.tensor(1.0))
 
     def standardised(self, scores: Tensor) -> Tensor:
-        """``scores`` in standard deviations above the mean human reply."""
+        """``scores`` in standard deviations above the mean human response."""
         return (scores - self.mean) / self.std
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -109,40 +109,55 @@ class RewardModel(nn.Module):
         hidden = self.backbone(ids, attention_mask)
         last = attention_mask.long().sum(-1) - 1
         at_end = hidden[torch.arange(len(ids), device=ids.device), last]
-        scores: Tensor = torch.squeeze_copy(self.score_head(at_end), -1).float()  # FSDP2 wants no view to leave here
-        return scores
+        return torch.squeeze_copy(_head_fp32(self.score_head, at_end), -1)  # FSDP2 wants no view to leave here
 
 
 class Critic(nn.Module):
-    """A causal backbone of its own under a value head, for a policy whose trunk is to learn nothing but words."""
+    """A separate causal backbone with a value head, for a policy whose backbone learns from the policy loss only."""
 
     def __init__(self, backbone: Backbone, hidden_dim: int = 0) -> None:
         super().__init__()
-        backbone.head = None  # an untied policy head has no part in a value, and DDP forgives no idle parameter
+        backbone.head = None  # values do not use an untied policy head, and DDP fails on a parameter without a gradient
         self.backbone = backbone
         self.hidden_dim = hidden_dim
         self.value_head = value_head(backbone.hidden_size, hidden_dim)
 
     @classmethod
-    def from_reward_model(cls, judge: RewardModel) -> Critic:
-        """A critic that begins with the judge's standardised score of what was said so far."""
-        critic, score_head = cls(judge.backbone), judge.score_head
+    def from_reward_model(cls, reward_model: RewardModel) -> Critic:
+        """A critic whose first values are the reward model's standardized scores of the text so far."""
+        critic, score_head = cls(reward_model.backbone), reward_model.score_head
         assert isinstance(critic.value_head, nn.Linear)
         assert isinstance(score_head, nn.Linear)
         with torch.no_grad():
-            critic.value_head.weight.copy_(score_head.weight / judge.std)
-            critic.value_head.bias.copy_((score_head.bias - judge.mean) / judge.std)
+            critic.value_head.weight.copy_(score_head.weight / reward_model.std)
+            critic.value_head.bias.copy_((score_head.bias - reward_model.mean) / reward_model.std)
         return critic
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [batch, time] in float32: the return expected after each of ``ids``, as :meth:`Backbone.forward`."""
+        """Values [batch, time] in float32: the return expected after each token of ``ids``."""
         hidden = self.backbone(ids, attention_mask)
-        values: Tensor = torch.squeeze_copy(self.value_head(hidden), -1).float()  # FSDP2 wants no view to leave here
-        return values
+        return torch.squeeze_copy(_head_fp32(self.value_head, hidden), -1)  # FSDP2 wants no view to leave here
+
+
+def _linear_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden`` @ ``weight``.T in float32, also under autocast: in bfloat16 log-probs would be off by up to 0.25."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), weight.float())
+
+
+def _head_fp32(head: nn.Module, hidden: Tensor) -> Tensor:
+    """``head`` (of :func:`value_head`) applied to ``hidden`` [..., width] in float32, also under autocast: [..., 1]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        weight = next(head.parameters())
+        if weight.dtype == torch.float32:
+            output: Tensor = head(hidden.float())
+        else:  # a model that was converted as a whole
+            output = head(hidden.to(weight.dtype)).float()
+        return output
 
 
 def value_head(width: int, hidden_dim: int) -> nn.Module:
-    """A head of one output that is zero at first: linear, or with a hidden layer of ``hidden_dim`` tanh units."""
+    """A head with one output, initially zero: linear, or with a hidden layer of ``hidden_dim`` tanh units."""
     last = nn.Linear(hidden_dim or width, 1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

@@ -1,4 +1,4 @@
-"""`sample()`: the only token loop in the program. Rollouts, validation, chat and serving all come through here."""
+"""`sample()`: the only token loop in the program; rollouts, validation, chat and serving all use it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlchat.errors import UserError
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
 
 Uniforms = Callable[[int], Tensor]
-"""Position in the reply → one number in [0, 1) for each row, [batch]: all the randomness that sampling uses."""
+"""Position in the response → one number in [0, 1) for each row, [batch]: the only randomness of sampling."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is drawn.
 
-    ``temperature`` 0 takes the likeliest token. ``top_k`` 0 and ``top_p`` 1 leave the distribution whole, as rollouts
-    need it: the policy's log-probs are those of the distribution that was sampled.
+    ``temperature`` 0 takes the most likely token. ``top_k`` 0 and ``top_p`` 1 leave the distribution as it is, which
+    rollouts need: the policy's log-probs are those of the distribution that was sampled.
     """
 
     max_new_tokens: int = 100
@@ -51,10 +52,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Who leaves a batch and who joins it between two tokens; what the caller of :func:`sample` may send for a step.
+    """Rows that leave and join a batch between two tokens; the caller of :func:`sample` may send it after a step.
 
-    ``sampling`` and ``uniforms`` are those of the new batch: the rows that stay, then the rows that join. Positions go
-    on counting from the first token of the batch.
+    ``sampling`` and ``uniforms`` are those of the new batch: the rows that stay, then the rows that join. Positions
+    continue to count from the first token of the batch.
     """
 
     keep: Sequence[int]  # the rows that stay, by their number in the batch as it was
@@ -65,12 +66,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Sampled replies. ``mask`` is True where a token was sampled, the end marker included."""
+    """Sampled responses. ``mask`` is True where a token was sampled, the end marker included."""
 
-    ids: Tensor  # Long [batch, reply], padding where mask is False
-    mask: Tensor  # Bool [batch, reply]
-    ended: Tensor  # Bool [batch]: the reply closed its turn; False where it ran out of tokens
-    logprobs: Tensor  # [batch, reply] of the distributions that were drawn from; 0 where mask is False
+    ids: Tensor  # Long [batch, response], padding where mask is False
+    mask: Tensor  # Bool [batch, response]
+    ended: Tensor  # Bool [batch]: the response ended with the end marker; False where it was truncated
+    logprobs: Tensor  # [batch, response] of the distributions that were drawn from; 0 where mask is False
 
 
 @torch.no_grad()
@@ -86,19 +87,19 @@ def sample(
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
     cache: Cache | None = None,
 ) -> Generator[Step, Change | None, None]:
-    """Yields the next token of every row until each has ended or its ``max_new_tokens`` are out.
+    """Yields the next token of every row until each has ended or reached its ``max_new_tokens``.
 
     ``ids`` [batch, prompt] are left-padded prompts, ``attention_mask`` True on their real tokens. ``sampling`` is one
     for all rows, or one for each. A row that has ended yields ``pad_id``. The caller may stop at any token. The model
     should be in eval mode: dropout would sample from another distribution than the one that is trained. ``goes_on``
-    says of the rows that are ``alive`` [batch] whether there is another step; processes that hold a model in shards
-    have to agree on it.
+    decides from the unfinished rows ``alive`` [batch] whether there is another step; processes that hold a sharded
+    model have to agree on it.
 
-    A server keeps one batch going for ever: ``send(change)`` instead of the next step takes rows out and lets others
-    join. A row says the same whoever sits beside it, and whenever it came.
+    A server keeps one batch running: ``send(change)`` instead of ``next`` removes rows and adds others. A row gets the
+    same tokens, up to rounding, whatever other rows are in the batch and whenever it joined.
 
-    ``cache`` holds what stands before ``ids``, and ``attention_mask`` covers that too: [batch, cached + prompt]. It
-    grows by ``ids`` and by every token that was yielded, but for the last. None: nothing stands before them.
+    ``cache`` holds the tokens before ``ids``, and ``attention_mask`` covers them too: [batch, cached + prompt]. The
+    cache grows by ``ids`` and by every yielded token except the last. With None, nothing precedes ``ids``.
     """
     cache = model.backbone.new_cache() if cache is None else cache
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
@@ -108,7 +109,7 @@ def sample(
         drawn = choose(model.logits(hidden), sampling, uniforms(position).to(ids.device))
         token = torch.where(alive, drawn.tokens, pad_id)
         change = yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
-        # A finished row goes on as padding, unseen by itself: its positions and the others' stay as they are.
+        # A finished row continues as padding that nothing attends to, so that all positions stay as they are.
         mask = torch.cat([mask, alive[:, None]], 1)
         alive = alive & (token != end_id) & (position + 1 < ends)
         step = token[:, None]
@@ -123,7 +124,7 @@ def sample(
 
 
 def _ends(sampling: Sampling | Sequence[Sampling], rows: int, position: int) -> Tensor:
-    """Long [rows]: the positions that rows which begin at ``position`` do not reach."""
+    """Long [rows]: the first position after the token limit of rows that start at ``position``."""
     each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
     return torch.tensor([position + one.max_new_tokens for one in each], dtype=torch.long)
 
@@ -137,16 +138,16 @@ def _change_rows(
     prompts: Sequence[Sequence[int]],
     pad_id: int,
 ) -> tuple[Tensor, Tensor]:
-    """Brings ``cache`` to the new batch; returns its next tokens [batch, 1] and its mask [batch, columns + 1].
+    """Changes the rows of ``cache``; returns the next input tokens [batch, 1] and the mask [batch, columns + 1].
 
-    The prompts that join are read up to their last token, which is the next that their rows see. Raises ValueError for
-    a backbone whose cache cannot take them in.
+    Prompts that join are processed except for their last token, which is the next input of their rows. Raises
+    ValueError for a backbone whose cache cannot add rows.
     """
     keep_rows(cache, keep)
     step, mask = step[keep], mask[keep]
     if not can_append(cache):
         if prompts:
-            raise ValueError("the cache of this backbone takes no rows in; let the batch end first")
+            raise ValueError("the cache of this backbone cannot add rows; finish the batch first")
         return step, mask
     if prompts:
         ids, theirs = (rows.to(step.device) for rows in pad(prompts, pad_id, "left"))
@@ -156,7 +157,7 @@ def _change_rows(
         width = max(mask.shape[1], theirs.shape[1])
         step = torch.cat([step, ids[:, -1:]])
         mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (mask, theirs)])
-    unused = int(mask.any(0).int().argmax())  # columns that only those who left had filled
+    unused = int(mask.any(0).int().argmax())  # columns that only rows which left had filled
     drop_columns(cache, unused)
     return step, mask[:, unused:]
 
@@ -172,7 +173,7 @@ def generate(
     pad_id: int,
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
 ) -> Generated:
-    """Whole replies to ``ids``: :func:`sample` to its end, collected."""
+    """Complete responses to ``ids``: all steps of :func:`sample`, collected."""
     steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, goes_on=goes_on)
     tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
     return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1), logprobs=logprobs)
@@ -181,16 +182,19 @@ def generate(
 def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Tensor) -> Step:
     """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1).
 
-    ``sampling`` is one for all rows, or one for each.
+    ``sampling`` is one for all rows, or one for each. Of tokens with equal logits, ``top_k`` keeps the first. Raises
+    :class:`UserError` where a row of logits holds a NaN or an infinity: the weights have diverged.
     """
     if not isinstance(sampling, Sampling):
         return _choose_each(logits, sampling, uniform)
-    if sampling.temperature == 0:
+    if not logits.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
+        raise UserError("the model's logits are NaN or infinite; its weights have diverged, use an earlier model file")
+    if sampling.temperature == 0 or sampling.top_k == 1:
         return Step(logits.argmax(-1), torch.zeros_like(logits[:, 0]))
     logits = logits / sampling.temperature
-    if sampling.top_k:
-        worst_kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < worst_kept, -torch.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kept = logits.sort(dim=-1, descending=True, stable=True).indices[:, : sampling.top_k]
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
     probabilities = logits.softmax(-1)
@@ -199,7 +203,7 @@ def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Ten
 
 
 def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) -> Step:
-    """Rows that are drawn alike are drawn together: in a crowd most are."""
+    """Rows with equal options are drawn together."""
     alike: dict[Sampling, list[int]] = {}
     for row, one in enumerate(sampling):
         alike.setdefault(replace(one, max_new_tokens=1), []).append(row)
@@ -214,21 +218,21 @@ def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first token at which the cumulative probability passes ``uniform`` [batch]; never one of probability 0."""
-    cumulative = probabilities.cumsum(-1)
-    if cumulative.is_cuda:  # a parallel sum may dip by a rounding, and at a dip a token of probability 0 could be hit
+    cumulative = _cumsum(probabilities)
+    if cumulative.is_cuda:  # a parallel sum may decrease by rounding; a token of probability 0 could be hit
         cumulative = cumulative.cummax(-1).values
     total = cumulative[:, -1:]
-    # Rounding can bring u·total up to total, past every token; just below it is the last token that has probability.
+    # Rounding can bring u·total up to total, past every token; just below total is the last token with a probability.
     target = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def addressed_uniforms(seed: int | Tensor, stream: int, rows: Tensor, start: int | Tensor = 0) -> Uniforms:
-    """Noise that is looked up, not consumed: a number for each (seed, stream, row, position).
+    """Uniform numbers that are addressed, not consumed: one for each (seed, stream, row, position).
 
-    ``stream`` is the iteration; ``rows`` Long [batch] are global row numbers. Whoever asks for the same address gets
-    the same number, on any device, in any order, in any number of processes. Where rows came into a batch one after
-    the other, ``seed`` and ``start``, the position that is each one's first, are Long [batch].
+    ``stream`` is the iteration; ``rows`` Long [batch] are global row numbers. The same address always gives the same
+    number, on any device, in any order, in any number of processes. Where rows joined a batch one after another,
+    ``seed`` and ``start`` (each row's first position) are Long [batch].
     """
     base = _mix(_mix(_mix(torch.as_tensor(seed)) ^ stream) ^ rows.cpu())
 
@@ -239,15 +243,31 @@ def addressed_uniforms(seed: int | Tensor, stream: int, rows: Tensor, start: int
 
 
 def generator_uniforms(generator: torch.Generator, batch: int) -> Uniforms:
-    """Noise drawn from ``generator``, for a chat in which nobody needs the same words again."""
+    """Uniform numbers drawn from ``generator``, for a chat that need not be reproducible token by token."""
     return lambda _: torch.rand(batch, generator=generator)
 
 
+def _cumsum(probabilities: Tensor) -> Tensor:
+    """Cumulative sums [batch, vocabulary], also under ``torch.use_deterministic_algorithms``.
+
+    PyTorch has no deterministic float ``cumsum`` on CUDA and raises there. Its result is used for a comparison with a
+    random number only, so the check is switched off for this one operation.
+    """
+    if not (probabilities.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return probabilities.cumsum(-1)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return probabilities.cumsum(-1)
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Keeps the likeliest tokens that together have at least ``top_p`` (Holtzman et al. 2020)."""
+    """Keeps the smallest set of most likely tokens whose probability is at least ``top_p`` (Holtzman et al. 2020)."""
     ordered, order = logits.sort(-1, descending=True)
-    left_out = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1) >= top_p
-    left_out[..., 0] = False  # however small top_p is: as float32 it may be 0
+    left_out = _cumsum(ordered.softmax(-1)) - ordered.softmax(-1) >= top_p
+    left_out[..., 0] = False  # a very small top_p may be 0 in float32
     return logits.masked_fill(torch.zeros_like(left_out).scatter(-1, order, left_out), -torch.inf)
 
 

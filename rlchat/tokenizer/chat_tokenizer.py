@@ -1,8 +1,8 @@
 """ChatTokenizer: a tiktoken encoding with chat markers.
 
 A conversation is rendered as ``<|user|>Hello<|end|><|assistant|>Hi there.<|end|>``. The markers are special tokens
-that follow the encoding's own ids, and text is always encoded with ``encode_ordinary``: whoever types ``<|assistant|>``
-gets the letters, never the marker.
+that follow the encoding's own ids, and text is always encoded with ``encode_ordinary``: a typed ``<|assistant|>``
+becomes ordinary text tokens, never the marker.
 
     tokenizer = ChatTokenizer("rlchat_1k")
     tokenizer.decode(tokenizer.encode("Hello"))
@@ -28,14 +28,14 @@ from rlchat.errors import UserError
 
 MARKERS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# How text is cut into pieces before byte pairs are merged inside each piece: words with the space or sign before them,
-# runs of up to three digits, signs, line ends. It is the pattern of cl100k_base, and so of most rank files.
+# How text is split before byte pairs are merged inside each piece: words with the space or punctuation mark before
+# them, runs of up to three digits, punctuation, line ends. It is the pattern of cl100k_base, used by most rank files.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
-# The same for training, where digits stay single so that small vocabularies do not spend themselves on numbers. A rank
-# file without tokens of several digits encodes digits singly under PATTERN too, so that one pattern serves both.
+# The same for training, except that digits stay single so that a small vocabulary is not used up by numbers. A rank
+# file without tokens of several digits encodes digits singly under PATTERN too, so PATTERN works for both.
 _TRAINING_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+$|\s*[\r\n]|\s+(?!\S)|\s"
 )
@@ -46,7 +46,7 @@ class Rendered:
     """A conversation as token ids.
 
     ``loss_mask[t]`` is True where ``ids[t]`` belongs to an assistant message to be learned, its end marker included.
-    ``dropped`` counts the messages left out on the left, ``cut`` the tokens cut out of a message that alone was too
+    ``dropped`` counts the messages left out on the left, ``cut`` the tokens removed from a message that alone was too
     long.
     """
 
@@ -61,7 +61,7 @@ class ChatTokenizer:
 
     ``encoding`` is a name that tiktoken knows (``cl100k_base``), a packaged name (``rlchat_1k``, works with no network)
     or the path of a rank file (``*.tiktoken``). Raises :class:`UserError` for an unknown name, a damaged rank file, or
-    an encoding that would have to be downloaded and cannot be.
+    an encoding that cannot be downloaded.
     """
 
     def __init__(self, encoding: str = "rlchat_1k") -> None:
@@ -79,7 +79,7 @@ class ChatTokenizer:
         )
         self._base_specials = dict(base._special_tokens)
         self._marker = {marker: first + i for i, marker in enumerate(MARKERS)}
-        # Not specials.values(): o200k_harmony has an <|end|> of its own, whose id has no name any more.
+        # Not specials.values(): o200k_harmony has its own <|end|>, whose id is no longer in that dict.
         self._silent = frozenset([*base._special_tokens.values(), *self._marker.values()])
         self.vocab_size = first + len(MARKERS)
         self.pad_id = self._marker["<|pad|>"]
@@ -88,7 +88,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ChatTokenizer:
-        """The tokenizer that :meth:`state` described; needs no file and no network."""
+        """The tokenizer that :meth:`state` described, without any file or network."""
         tokenizer = cls.__new__(cls)
         tokenizer._build(
             tiktoken.Encoding(
@@ -111,7 +111,7 @@ class ChatTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of ranks, pattern and markers: equal for tokenizers that give equal ids."""
+        """A hash of ranks, pattern and markers: equal for tokenizers that produce equal ids."""
         if self._fingerprint is None:
             digest = hashlib.sha256(format_ranks(self._encoding._mergeable_ranks))
             digest.update(repr((self._encoding._pat_str, sorted(self._base_specials.items()), MARKERS)).encode())
@@ -125,21 +125,34 @@ class ChatTokenizer:
 
     @property
     def base_size(self) -> int:
-        """How many ids the encoding itself has; the chat markers follow them."""
+        """The number of ids of the encoding itself; the chat markers follow them."""
         return self.vocab_size - len(MARKERS)
 
     @property
     def unsayable_ids(self) -> list[int]:
-        """The ids that a reply cannot hold: all without text, but for the end marker."""
-        said = set(self._encoding._mergeable_ranks.values()) | {self.end_id}
-        return [token for token in range(self.vocab_size) if token not in said]
+        """The ids that a response cannot contain: all without text, except the end marker."""
+        allowed = set(self._encoding._mergeable_ranks.values()) | {self.end_id}
+        return [token for token in range(self.vocab_size) if token not in allowed]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``; never a special token, whatever the text says."""
-        return self._encoding.encode_ordinary(text)
+        """Ids of ``text``; never a special token, even where the text spells one.
+
+        Raises :class:`UserError` for text that tiktoken cannot encode, such as a run of a million spaces.
+        """
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # tiktoken's Rust code panics where its pattern needs too much stack. The class of that error cannot be
+            # imported, and it is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"the tokenizer cannot encode a text of {len(text):,} characters; shorten it, or remove long runs of "
+                f"spaces or of other repeated characters"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; special and unused ids are silent, broken UTF-8 becomes U+FFFD."""
+        """Text of ``ids``; special and unused ids are left out, invalid UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
@@ -148,7 +161,7 @@ class ChatTokenizer:
             return b""
         try:
             return self._encoding.decode_single_token_bytes(token)
-        except KeyError:  # cl100k_base and others have holes among their ids, and an untrained model samples them
+        except KeyError:  # cl100k_base and others have unused ids, and an untrained model samples them
             return b""
 
     def stream(self) -> StreamDecoder:
@@ -162,10 +175,9 @@ class ChatTokenizer:
     def render_prompt(self, conversation: Conversation, max_length: int | None = None) -> Rendered:
         """The conversation and the marker that opens the assistant's turn.
 
-        What is longer than ``max_length`` loses whole messages from the left, the oldest first; a leading system
-        message stays while it fits. Where the last turn alone is too long, its question loses tokens from the left and
-        then its reply from the right, its end marker with them. Raises ValueError where not even the marker of the
-        reply fits.
+        A conversation longer than ``max_length`` loses whole messages, oldest first; a leading system message is kept
+        while it fits. Where the last turn alone is too long, its question loses tokens from the left and then its reply
+        from the right, including its end marker. Raises ValueError where not even the marker of the reply fits.
         """
         return self._fit(conversation, max_length, opening=[self._marker["<|assistant|>"]])
 
@@ -186,7 +198,7 @@ class ChatTokenizer:
         mask: list[bool] = []
         for segment in segments:
             ids += segment.ids
-            # The marker that opens a turn is given, not said.
+            # The marker that opens a turn is part of the prompt.
             mask += ([False] + [segment.role == "assistant" and segment.learn] * len(segment.ids))[: len(segment.ids)]
         return Rendered(ids + opening, mask + [False] * len(opening), dropped, cut)
 
@@ -209,30 +221,30 @@ class _Segment:
 
 
 class StreamDecoder:
-    """Turns one reply's tokens into text piece by piece, never in the middle of a character."""
+    """Decodes one response token by token, never splitting a character."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that became certain with ``token``; empty while a character is incomplete."""
+        """The text that ``token`` completed; empty while a character is incomplete."""
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """What is left at the end: empty, or U+FFFD for a character that was never completed."""
+        """The rest at the end: empty, or U+FFFD for a character that was never completed."""
         return self._decoder.decode(b"", final=True)
 
 
 def packaged_encodings() -> list[str]:
-    """Names of the encodings that come with rlchat and need no network."""
+    """Names of the encodings that are installed with rlchat."""
     return sorted(p.name.removesuffix(".tiktoken") for p in _packaged().iterdir() if p.name.endswith(".tiktoken"))
 
 
 def train_ranks(texts: Iterator[str], vocab_size: int, *, progress: bool = False) -> dict[bytes, int]:
-    """Byte-pair ranks learned from ``texts``: ``vocab_size`` tokens, the 256 single bytes among them.
+    """Byte-pair ranks learned from ``texts``: ``vocab_size`` tokens including the 256 single bytes.
 
-    Raises ValueError for fewer than 256 tokens. Fewer than asked come back where the texts hold no more pairs.
+    Raises ValueError for fewer than 256 tokens. Returns fewer than requested where the texts have no more pairs.
     """
     if vocab_size < 256:
         raise ValueError(f"a vocabulary of {vocab_size} tokens cannot hold the 256 single bytes")
@@ -258,15 +270,15 @@ def train_ranks(texts: Iterator[str], vocab_size: int, *, progress: bool = False
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """The ``.tiktoken`` text of ``ranks``: a line a token, its bytes in base64 and its rank."""
+    """The ``.tiktoken`` text of ``ranks``: one line per token, its bytes in base64 and its rank."""
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda r: r[1]))
     return b"".join(lines)
 
 
 def parse_ranks(text: bytes, source: str) -> dict[bytes, int]:
-    """Ranks from ``.tiktoken`` text. Raises :class:`UserError` naming ``source`` and the line that is wrong."""
-    # Read here and not with tiktoken's own loader, which caches by path: a rank file that was trained anew would come
-    # back as the old one.
+    """Ranks from ``.tiktoken`` text. Raises :class:`UserError` naming ``source`` and the invalid line."""
+    # Not read with tiktoken's own loader, which caches by path: it would return the old content of a rank file that
+    # was trained again.
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line:

@@ -145,3 +145,24 @@ def test_a_reward_is_read_at_the_last_real_token() -> None:
     model.mean.fill_(2.0)
     model.std.fill_(4.0)
     assert model.standardised(torch.tensor([2.0, 10.0, -2.0])).tolist() == [0.0, 2.0, -1.0]
+
+
+@torch.no_grad()
+def test_heads_are_computed_in_float32_under_autocast() -> None:
+    """In bfloat16 (8 bits of precision) log-probs would be off by more than 1e-3 and most scores would coincide."""
+    model = policy(4)
+    for parameter in model.value_head.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden, targets = hidden_states(300).detach(), torch.full((300,), 5)
+    reward_model = RewardModel(backbone()).eval()
+    torch.nn.init.normal_(reward_model.score_head.weight)  # type: ignore[arg-type]
+    expected, values = model.token_stats(hidden, targets), model.values(hidden)
+    ids = torch.stack([torch.tensor([i % VOCABULARY, i // VOCABULARY, 3]) for i in range(100)])
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = model.token_stats(hidden, targets)
+        torch.testing.assert_close(stats.logprobs, expected.logprobs, atol=1e-6, rtol=0)
+        torch.testing.assert_close(stats.entropy, expected.entropy, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.values(hidden), values, atol=1e-6, rtol=0)
+        scores = reward_model(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert scores.dtype == torch.float32
+    assert len(scores.unique()) > 80

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.kv_cache import Cache
 from rlchat.models.networks import RLChatModel
@@ -501,3 +502,28 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(weights: list[float]
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
+
+
+def test_top_k_1_is_greedy_under_ties() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 3.0]]).expand(5, 4)
+    uniform = torch.tensor([0.0, 0.3, 0.5, 0.9, BELOW_ONE])
+    assert choose(logits, Sampling(top_k=1), uniform).tokens.tolist() == [1] * 5
+    assert choose(logits, Sampling(temperature=0), uniform).tokens.tolist() == [1] * 5
+    # top_k 2 keeps two of the three, the first ones.
+    assert choose(logits, Sampling(top_k=2), uniform).tokens.tolist() == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_k=3), Sampling(top_p=0.5)])
+@pytest.mark.parametrize("bad", [[1.0, math.nan, 0.0, 2.0], [1.0, math.inf, 0.0, 2.0], [-math.inf] * 4], ids=str)
+def test_logits_that_are_not_finite_are_an_error(sampling: Sampling, bad: list[float]) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], bad])
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        choose(logits, sampling, torch.tensor([0.5, 0.5]))
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        choose(logits, [sampling, Sampling(top_k=2)], torch.tensor([0.5, 0.5]))
+
+
+def test_a_uniform_number_that_rounds_up_to_the_total_hits_a_token() -> None:
+    """1 - 2**-30 is 1 in float32, so u · total is the total; without the guard the index would be 3, past the end."""
+    probabilities = torch.tensor([[0.5, 0.25, 0.0]])
+    assert inverse_cdf(probabilities, torch.tensor([1 - 2**-30], dtype=torch.float64)).tolist() == [1]

@@ -23,9 +23,6 @@ from rlchat.tokenizer.chat_tokenizer import (
 
 PAD, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # of byte_tokenizer
 
-CACHE = Path(__file__).parents[2].parent / "shared" / "tiktoken_cache"
-needs_cl100k = pytest.mark.skipif(not CACHE.is_dir(), reason="shared/tiktoken_cache is not here")
-
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 with_markers = st.lists(st.one_of(texts, st.sampled_from([*MARKERS, "<|endoftext|>"])), max_size=5).map("".join)
 roles: st.SearchStrategy[Role] = st.sampled_from(["system", "user", "assistant"])
@@ -357,29 +354,45 @@ def test_training_is_that_of_tokenizers(tmp_path: Path) -> None:
 # -- encodings of others --
 
 
-@pytest.fixture
-def cl100k(monkeypatch: pytest.MonkeyPatch) -> ChatTokenizer:
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+def named_encoding(monkeypatch: pytest.MonkeyPatch, special_tokens: dict[str, int]) -> ChatTokenizer:
+    """A tokenizer over what tiktoken returns for a name: the 256 bytes and ``he`` 256, and ``special_tokens``."""
+    ranks = {**{bytes([byte]): byte for byte in range(256)}, b"he": 256}
+    encoding = tiktoken.Encoding("small", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens=special_tokens)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
     return ChatTokenizer("cl100k_base")
 
 
-@needs_cl100k
-def test_cl100k(cl100k: ChatTokenizer) -> None:
-    text = "Hello, wörld! 12345 tokens 🙂\n\n\tdef f(x): return x"
-    assert cl100k.encode(text) == tiktoken.get_encoding("cl100k_base").encode(text)
-    assert cl100k.encode("hello world") == [15339, 1917]
-    assert (cl100k.base_size, cl100k.pad_id, cl100k.end_id) == (100277, 100277, 100281)
-    # Its own special tokens are typed as text, and its ids have holes: 100256, and 100261 to 100275.
-    assert cl100k.decode(cl100k.encode("<|endoftext|>")) == "<|endoftext|>"
-    assert 100257 in cl100k.special_ids
-    assert cl100k.decode([15339, 100256, 100257, 100261, 100275, 100276, 1917]) == "hello world"
-    assert cl100k.unsayable_ids == list(range(100256, 100281))
+def test_a_named_encoding_with_unused_ids_and_special_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in cl100k_base, ids between the tokens and the last special token are unused: here 257, and 259 and 260."""
+    tokenizer = named_encoding(monkeypatch, {"<|endoftext|>": 258, "<|endofprompt|>": 261})
+    assert tokenizer.encode("hehe!") == [256, 256, 33]
+    assert (tokenizer.base_size, tokenizer.pad_id, tokenizer.end_id) == (262, 262, 266)
+    assert tokenizer.decode(tokenizer.encode("<|endoftext|>")) == "<|endoftext|>"
+    assert {258, 261} <= tokenizer.special_ids
+    assert not tokenizer.special_ids.intersection(tokenizer.encode("<|endoftext|><|endofprompt|>"))
+    assert tokenizer.decode([256, 257, 258, 259, 260, 261, 33]) == "he!"
+    assert tokenizer.unsayable_ids == [257, 258, 259, 260, 261, 262, 263, 264, 265]
 
 
-@needs_cl100k
-def test_an_end_marker_that_an_encoding_has_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
-    harmony = ChatTokenizer("o200k_harmony")  # its <|end|> is 200007, ours follows the last id
-    assert harmony.end_id == harmony.vocab_size - 1
-    assert {200007, harmony.end_id} <= harmony.special_ids
-    assert harmony.decode([200007, harmony.end_id]) == ""
+def test_an_end_marker_that_the_encoding_already_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in o200k_harmony: the encoding's <|end|> keeps its id and ours follows the last id."""
+    tokenizer = named_encoding(monkeypatch, {"<|end|>": 257, "<|return|>": 258})
+    assert tokenizer.end_id == tokenizer.vocab_size - 1 == 263
+    assert {257, 263} <= tokenizer.special_ids
+    assert tokenizer.decode([257, 263]) == ""
+
+
+def test_text_that_makes_tiktoken_panic_is_a_user_error(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(UserError, match="cannot encode a text of 1,000,001 characters; shorten it"):
+        tokenizer.encode(" " * 1_000_000 + "a")
+
+
+def test_an_interrupt_during_encoding_is_no_user_error(
+    byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: tiktoken.Encoding, text: str) -> list[int]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        byte_tokenizer.encode("a")
