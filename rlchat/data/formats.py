@@ -252,12 +252,19 @@ class _Forest:
         self.dropped = report.dropped
         self.oasst = OasstForest(report.dropped, lang, keep_synthetic)
         self.growing: dict[str, _Growing] = {}
+        self.feedback: dict[str, dict[str, Any]] = {}  # the last row of each feedback_id; see rlchat.chat.feedback
+        self._options = lang, keep_synthetic
 
     def add(self, row: dict[str, Any]) -> None:
         """Recognise one row and take what is usable of it; raises :class:`BadLineError`, having taken nothing."""
         kind = _recognise(row)
         if kind == "oasst":
-            self.oasst.add(row)
+            if isinstance(feedback_id := row.get("feedback_id"), str):
+                OasstForest(Counter(), *self._options).add(row)  # raises for a bad line
+                self.dropped["replaced or withdrawn verdicts"] += feedback_id in self.feedback
+                self.feedback[feedback_id] = row
+            else:
+                self.oasst.add(row)
         elif kind == "messages":
             messages, prompts = messages_row(row)
             end = len(messages)
@@ -280,6 +287,13 @@ class _Forest:
 
     def trees(self) -> list[Tree]:
         """All that was added, linked, selected and merged."""
+        for row in self.feedback.values():
+            if row.get("verdict") == "none":
+                self.dropped["replaced or withdrawn verdicts"] += 1
+            else:
+                self.oasst.add(row)
+        self.feedback.clear()
+        self.dropped += Counter()  # removes counts of zero
         for planted in self.oasst.trees():
             self._grow(planted.id, planted.threads, planted.prompts.values())
         trees = []
