@@ -125,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="FILE", help="JSON file for the responses to --prompts (default: standard output)"
     )
+    _add_output_options(parser)
+    return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite files without asking")
     parser.add_argument(
         "--feedback",
