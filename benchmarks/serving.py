@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py [MODEL] --requests 64 --tokens 64
 
-Both are measured in one run, against one `rlchat serve` process, over HTTP, with the same prompts and seeds, so that both
-generate the same tokens. The first round of each is a warm-up. Without MODEL, it uses random weights in the shape of the
-demo's model.
+Both are measured in one run, against one `rlchat serve` process, over HTTP, with the same prompts and seeds, so that
+both generate the same tokens. The first round of each is a warm-up. Without MODEL, it uses random weights in the shape
+of the demo's model.
 """
 
 from __future__ import annotations

@@ -141,7 +141,6 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA if supported, else float32)"
     )
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
