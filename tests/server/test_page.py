@@ -270,7 +270,7 @@ def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> 
         page.set_input_files("#file", tmp_path / "file.json")
 
     load(temperature=5, top_p=-1, top_k=2.6, max_new_tokens=0, seed=9223372036854775807)
-    expect(toast).to_contain_text("a whole number from 0 to 9007199254740991")
+    expect(toast).to_contain_text("expected an integer from 0 to 9007199254740991")
     for name, value in [("temperature", "2"), ("top_p", "0.05"), ("top_k", "3"), ("max_new_tokens", "1"), ("seed", "")]:
         expect(page.locator(f"#{name}")).to_have_value(value)
     send(page, "And?")
