@@ -1,10 +1,10 @@
-"""How much a server gains by generating together: N requests at once against the same N one after the other.
+"""Throughput of continuous batching: N concurrent requests against the same N requests one after another.
 
     python benchmarks/serving.py [MODEL] --requests 64 --tokens 64
 
-Both in one run, against one `rlchat serve` process, over HTTP, with the same prompts and seeds, so that both generate
-the same tokens; the first round of each warms up and does not count. Without MODEL it takes random weights in the shape
-of the demo's model, whose replies are long and say nothing.
+Both are measured in one run, against one `rlchat serve` process, over HTTP, with the same prompts and seeds, so that
+both generate the same tokens. The first round of each is a warm-up. Without MODEL, it uses random weights in the shape
+of the demo's model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "n
 
 
 def random_model(path: Path) -> Path:
-    """A bundle with the demo's shape and no training."""
+    """A model file with the demo's shape and random weights."""
     torch.manual_seed(0)
     tokenizer = ChatTokenizer("rlchat_1k")
     backbone = Backbone({**SHAPE, "num_attention_heads": 4}, tokenizer.vocab_size, 512, tokenizer.base_size)
@@ -41,7 +41,7 @@ def random_model(path: Path) -> Path:
 
 
 async def one(client: httpx.AsyncClient, number: int, tokens: int) -> tuple[float, int]:
-    """Seconds until the whole reply to request ``number``, and its tokens."""
+    """The latency in seconds of request ``number``, and the number of tokens of its response."""
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": f"What is {number} + {number % 7}? {'Please. ' * (number % 5)}"}],
         "max_tokens": tokens,
@@ -54,7 +54,7 @@ async def one(client: httpx.AsyncClient, number: int, tokens: int) -> tuple[floa
 
 
 async def processor_seconds(client: httpx.AsyncClient) -> float:
-    """What the server's process has used; not a number where its /metrics do not say."""
+    """CPU seconds of the server's process; NaN if its metrics do not have them."""
     found = re.search(r"^process_cpu_seconds_total (\S+)$", (await client.get("/metrics")).text, re.M)
     return float(found[1]) if found else math.nan
 
@@ -74,8 +74,8 @@ async def measure(url: str, requests: int, tokens: int, rounds: int) -> None:
                     replies = [await one(client, i, tokens) for i in range(requests)]
                 seconds.append(time.perf_counter() - began)
                 used.append(await processor_seconds(client) - before)
-                latencies, count = [latency for latency, _ in replies], sum(said for _, said in replies)
-            best, cpu = min(seconds[1:]), min(used[1:])  # of the rounds the one that others disturbed least
+                latencies, count = [latency for latency, _ in replies], sum(length for _, length in replies)
+            best, cpu = min(seconds[1:]), min(used[1:])  # the round with the least interference from other processes
             speeds.append(count / best)
             costs.append(cpu)
             latency = statistics.median(latencies) * 1000
@@ -83,14 +83,16 @@ async def measure(url: str, requests: int, tokens: int, rounds: int) -> None:
                 f"{name:<13} {count:>7} {best:>9.2f} {count / best:>9.0f} {requests / best:>11.1f} {latency:>12.0f} ms"
                 f" {cpu:>21.2f}"
             )
-        print(f"at once: {speeds[1] / speeds[0]:.1f} times the tokens a second, 1/{costs[0] / costs[1]:.1f} of the CPU")
+        print(
+            f"at once: {speeds[1] / speeds[0]:.1f} times the tokens per second, 1/{costs[0] / costs[1]:.1f} of the CPU"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput of `rlchat serve`: at once against one at a time.")
-    parser.add_argument("model", nargs="?", help="a model bundle (default: random weights)")
+    parser.add_argument("model", nargs="?", help="model file (default: random weights)")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64, help="of a reply at most")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum per response")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""`rlchat chat --prompts FILE`: replies to many prompts at once, as JSON."""
+"""`rlchat chat --prompts FILE`: responses to many prompts, as JSON."""
 
 from __future__ import annotations
 
@@ -10,56 +10,72 @@ from typing import Any
 from rlchat.chat.interface import ChatInterface
 from rlchat.chat.saved import now
 from rlchat.conversation import Conversation
+from rlchat.errors import UserError
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
 from rlchat.utils.progress import with_progress
 
-_SCORED_AT_ONCE = 64  # replies, between two moves of the progress bar
+_SCORING_BATCH = 64  # responses per update of the progress bar
 
 
-def reply_to_all(chat: ChatInterface, prompts: Sequence[Conversation], sampling: Sampling) -> list[dict[str, Any]]:
-    """A row of plain values for each of ``prompts``, in their order.
+def generate_rows(
+    chat: ChatInterface, prompts: Sequence[Conversation], sampling: Sampling
+) -> tuple[list[dict[str, Any]], list[Reply]]:
+    """One row for each of ``prompts``, in their order, and the responses.
 
-    ``prompt`` is the user's last message, and ``messages`` the conversation where there is more of it; ``reply``,
-    ``tokens`` and whether it ``ended`` are what was said; ``reward`` and its ``factors`` what that is worth, where the
-    model's bundle carries a reward; ``time``, ``model`` and ``sampling`` how it came about.
+    ``prompt`` is the last user message, and ``messages`` the conversation if it has more than that. ``reply`` is the
+    response, ``tokens`` its length, and ``ended`` False if it was truncated. ``time``, ``model`` and ``sampling`` say
+    how it was generated. :func:`add_rewards` adds the reward.
     """
-    began = now()
+    started = now()
     replies = chat.batch_replies(prompts, **asdict(sampling))
-    worth = _rewards(chat, prompts, replies)
-    facts = {
-        "time": began,
-        "model": chat.model_path.name,
-        "sampling": {**asdict(sampling), "seed": chat.seed},
-    }
+    facts = {"time": started, "model": chat.model_path.name, "sampling": {**asdict(sampling), "seed": chat.seed}}
     rows = []
-    for prompt, reply, reward in zip(prompts, replies, worth, strict=True):
-        before = [{"role": m.role, "content": m.text} for m in prompt.messages]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        messages = [{"role": m.role, "content": m.text} for m in prompt.messages]
         rows.append(
             {
                 "prompt": prompt.messages[-1].text,
-                **({"messages": before} if len(before) > 1 else {}),
+                **({"messages": messages} if len(messages) > 1 else {}),
                 "reply": reply.text,
                 "tokens": reply.tokens,
                 "ended": reply.ended,
-                **reward,
                 **facts,
             }
         )
-    return rows
+    return rows, replies
+
+
+def add_rewards(
+    chat: ChatInterface, prompts: Sequence[Conversation], replies: Sequence[Reply], rows: Sequence[dict[str, Any]]
+) -> str:
+    """Add ``reward`` and ``factors`` to ``rows`` if the model file describes a reward; return what was not scored.
+
+    ``unscored`` names the factors that are not part of the reward because they cannot be used here. Rows whose reward
+    cannot be computed at all stay as they are.
+    """
+    if not chat.bundle.about.get("reward"):
+        return ""
+    chunks = [slice(start, start + _SCORING_BATCH) for start in range(0, len(replies), _SCORING_BATCH)]
+    try:
+        scored = [
+            factors
+            for chunk in with_progress(chunks, "scoring", show=True)
+            for factors in chat.reward.breakdown(prompts[chunk], replies[chunk])
+        ]
+    except UserError as error:
+        return f"the responses have no reward: {error}"
+    names = chat.reward.reward.factors  # those that did not fail on any chunk
+    for row, factors in zip(rows, scored, strict=True):
+        kept = {name: score for name, score in factors.items() if name in names}
+        row["reward"] = round(sum(kept.values()), 6)
+        row["factors"] = {name: round(score, 6) for name, score in kept.items()}
+        if chat.reward.left_out:
+            row["unscored"] = list(chat.reward.left_out)
+    left_out = chat.reward.describe_left_out()
+    return f"the reward leaves out {left_out}" if left_out else ""
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> str:
-    """A JSON list, a line a row."""
+    """A JSON list with one row per line."""
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
-def _rewards(chat: ChatInterface, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:
-    if not chat.bundle.about.get("reward"):
-        return [{} for _ in replies]
-    chunks = [slice(start, start + _SCORED_AT_ONCE) for start in range(0, len(replies), _SCORED_AT_ONCE)]
-    return [
-        {"reward": round(sum(factors.values()), 6), "factors": {name: round(x, 6) for name, x in factors.items()}}
-        for chunk in with_progress(chunks, "scoring", show=True)
-        for factors in chat.reward.breakdown(prompts[chunk], replies[chunk])
-    ]

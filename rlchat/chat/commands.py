@@ -1,10 +1,13 @@
-"""The commands of `rlchat chat`: one registry, which drives what they do, their help and their completion."""
+"""The commands of `rlchat chat`. One registry drives dispatch, completion and help.
+
+To add a command, write a function here and decorate it with :func:`command`; nothing else needs to change.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,207 +16,224 @@ from rlchat.chat.feedback import Correction
 from rlchat.errors import UserError
 
 if TYPE_CHECKING:
-    from rlchat.chat.repl import Talk
+    from rlchat.chat.repl import Session
 
 SETTINGS = ("temperature", "max_new_tokens", "top_p", "top_k", "seed")
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 
+Run = Callable[["Session", str], bool | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Words that are not for the model.
+    """One command and its names.
 
-    ``run`` takes what follows the name, and returns True where the talk is over. ``arguments`` is a pattern for the
-    arguments that make a line a command though no / stands before it; whatever else follows the name is a message.
-    ``completes`` says what a tab offers after the name.
+    ``run`` takes the session and the text after the name, and returns True to end the chat. ``argument`` is how help
+    shows the argument. ``arguments`` is a pattern of the arguments with which a line is a command without a leading
+    slash; with any other argument such a line is a message. ``completes`` is what the tab key offers after the name.
     """
 
     names: tuple[str, ...]
-    what: str
-    run: Callable[[Talk, str], bool | None]
-    argument: str = ""  # as the help names it
+    help: str
+    run: Run
+    argument: str = ""
     arguments: str = ""
     completes: Literal["nothing", "files", "settings"] = "nothing"
 
     @property
     def usage(self) -> str:
-        """How to type it."""
+        """Names and argument, for the help."""
         return f"{', '.join(self.names)} {self.argument}".rstrip()
 
 
-def find(line: str) -> tuple[Command, str] | None:
-    """The command that ``line`` is, and its argument; None for a message.
+COMMANDS: list[Command] = []
 
-    Raises :class:`UserError` for a line that begins with a / and a word as commands do, and is none.
+
+def command(
+    *names: str,
+    help: str,
+    argument: str = "",
+    arguments: str = "",
+    completes: Literal["nothing", "files", "settings"] = "nothing",
+) -> Callable[[Run], Run]:
+    """Register the decorated function as a command; see :class:`Command`."""
+
+    def register(run: Run) -> Run:
+        COMMANDS.append(Command(names, help, run, argument, arguments, completes))
+        return run
+
+    return register
+
+
+def find(line: str, *, slash_only: bool = False) -> tuple[Command, str] | None:
+    """The command in ``line`` and its argument; None for a message.
+
+    With ``slash_only``, a line without a leading slash is always a message, as in a pipe. Raises :class:`UserError` for
+    a slash and a word that is not a command.
     """
     slash = line.startswith("/")
+    if slash_only and not slash:
+        return None
     word, _, argument = line.removeprefix("/").partition(" ")
     argument = argument.strip()
-    for command in COMMANDS:
-        if word.lower() in command.names:
-            if not argument or re.fullmatch(command.arguments, argument, re.IGNORECASE):
-                return command, argument
-            if slash and command.argument:
-                return command, argument
+    for known in COMMANDS:
+        if word.lower() in known.names:
+            if not argument or re.fullmatch(known.arguments, argument, re.IGNORECASE):
+                return known, argument
+            if slash and known.argument:
+                return known, argument
     if slash and re.match(r"/[^\W\d_]+(?!\S)", line):
-        known = [name for command in COMMANDS for name in command.names]
-        (nearest,) = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.0)
-        raise UserError(f"no command {line.splitlines()[0]}; did you mean {nearest}? help lists them all")
+        names = [name for known in COMMANDS for name in known.names]
+        (nearest,) = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.0)
+        raise UserError(f"unknown command {line.splitlines()[0]}: did you mean /{nearest}? /help lists all commands")
     return None
 
 
-def _leave(talk: Talk, _: str) -> bool:
+@command("quit", "exit", "bye", help="leave")
+def _quit(session: Session, _: str) -> bool:
     return True
 
 
-def _help(talk: Talk, _: str) -> None:
-    width = max(len(command.usage) for command in COMMANDS)
-    talk.note("All that you type is a message, but for these words as a whole line, with or without a / before them:")
-    for command in COMMANDS:
-        talk.note(f"  {command.usage:<{width}}  {command.what}")
-    talk.note("A filename without a / before its command is one word, and edit with a text needs the /.")
-    talk.note("To say one of these words to the model, add a full stop to it. Ctrl-C stops a reply, Ctrl-D leaves;")
-    talk.note("Alt-Enter begins another line, and what is pasted stays one message.")
+@command("help", help="show this help")
+def _help(session: Session, _: str) -> None:
+    width = max(len(known.usage) for known in COMMANDS)
+    session.note("Type a message, or one of these commands, with or without a leading slash:")
+    for known in COMMANDS:
+        session.note(f"  {known.usage:<{width}}  {known.help}")
+    session.note("A slash is required in a pipe, for a file name with spaces, and for edit with a text.")
+    session.note("To send one of these words as a message, end it with a period.")
+    session.note("Ctrl-C stops a response. Ctrl-D leaves. Alt-Enter starts a new line.")
 
 
-def _clear(talk: Talk, _: str) -> None:
-    talk.chat.clear()
-    talk.note("the conversation is forgotten")
+@command("clear", help="delete the conversation; the system message stays")
+def _clear(session: Session, _: str) -> None:
+    session.chat.clear()
+    session.note("conversation cleared")
 
 
-def _save(talk: Talk, name: str) -> None:
-    path = Path(_given(name, "a file", "save talk.json")).expanduser()
-    if not talk.may_write(path):
-        talk.note("nothing was saved")
+@command("undo", help="remove your last message and its response")
+def _undo(session: Session, _: str) -> None:
+    text = session.chat.undo()
+    session.note("nothing to undo" if text is None else f"removed: {_short(text)}")
+
+
+@command("retry", help="generate another response to your last message")
+def _retry(session: Session, _: str) -> None:
+    if (text := session.chat.undo()) is None:
+        raise UserError("there is no message yet: send one first")
+    session.respond(text)
+    session.chat.redo()  # restores the old response if Ctrl-C came before the first character
+
+
+@command("history", help="show the conversation")
+def _history(session: Session, _: str) -> None:
+    if session.chat.system is not None:
+        session.note(f"system> {session.chat.system}")
+    for message in session.chat.history:
+        session.note(f"{'you' if message.role == 'user' else 'model'}> {message.text}")
+    if not session.chat.history:
+        session.note("the conversation is empty")
+
+
+@command("save", help="save the conversation to a file", argument="<filename>", arguments=r"\S+", completes="files")
+def _save(session: Session, name: str) -> None:
+    path = Path(_required(name, "a file name", "/save chat.json")).expanduser()
+    if not session.may_write(path):
+        session.note("not saved")
         return
-    talk.chat.save(path, overwrite=True)
-    talk.note(f"saved {_count(len(talk.chat.history), 'message')} to {path}")
+    session.chat.save(path, overwrite=True)
+    session.note(f"saved {_count(len(session.chat.history), 'message')} to {path}")
 
 
-def _load(talk: Talk, name: str) -> None:
-    saved = talk.chat.load(_given(name, "a file", "load talk.json"))
-    by = f", last with {saved.model}" if saved.model else ""
-    talk.note(f"going on from {_count(len(talk.chat.history), 'message')} in {name}{by}")
-    if talk.chat.system is not None:
-        talk.note(f"the system message is: {talk.chat.system}")
+@command("load", help="load a conversation from a file", argument="<filename>", arguments=r"\S+", completes="files")
+def _load(session: Session, name: str) -> None:
+    saved = session.chat.load(_required(name, "a file name", "/load chat.json"))
+    model = f" (model: {saved.model})" if saved.model else ""
+    session.note(f"loaded {_count(len(session.chat.history), 'message')} from {name}{model}")
+    if session.chat.system is not None:
+        session.note(f"system message: {session.chat.system}")
     if saved.sampling:
-        talk.adopt(saved.sampling)
-        talk.note(f"sampling from now on: {_settings(talk)}")
+        session.adopt(saved.sampling)
+        session.note(f"settings: {_settings(session)}")
 
 
-def _system(talk: Talk, text: str) -> None:
+@command("system", help="set the system message (none: remove it); alone, show it", argument="<text>", arguments=r".+")
+def _system(session: Session, text: str) -> None:
     if text:
-        talk.chat.system = None if text.lower() == "none" else text
-    now = talk.chat.system
-    talk.note("there is no system message; system <text> gives one" if now is None else f"the system message is: {now}")
+        session.chat.system = None if text.lower() == "none" else text
+    system = session.chat.system
+    session.note("no system message: set one with system <text>" if system is None else f"system message: {system}")
 
 
-def _set(talk: Talk, words: str) -> None:
-    if words:
-        name, *value = re.split(r"[\s=]+", words, maxsplit=1)
-        talk.set(name.lower(), "".join(value))
-    talk.note(_settings(talk))
-
-
-def _history(talk: Talk, _: str) -> None:
-    if talk.chat.system is not None:
-        talk.note(f"system> {talk.chat.system}")
-    for message in talk.chat.history:
-        talk.note(f"{'you' if message.role == 'user' else 'model'}> {message.text}")
-    if not talk.chat.history:
-        talk.note("nothing was said yet")
-
-
-def _undo(talk: Talk, _: str) -> None:
-    text = talk.chat.undo()
-    talk.note("nothing was said yet" if text is None else f"taken back: {_short(text)}")
-
-
-def _retry(talk: Talk, _: str) -> None:
-    if (text := talk.chat.undo()) is None:
-        raise UserError("nothing was said yet; say something first")
-    talk.say(text)
-    talk.chat.redo()  # where Ctrl-C came before the first word, the old reply stands
-
-
-def _test(talk: Talk, _: str) -> None:
-    checks = talk.chat.tokenization_test()
-    for check in checks:
-        talk.note(f"  {'ok    ' if check.intact else 'BROKEN'} {check.tokens:>5} tokens  {_short(check.text)!r}")
-    broken = sum(not check.intact for check in checks)
-    name = talk.chat.tokenizer.name
-    talk.note(f"{len(checks) - broken} of {len(checks)} texts came back whole through the encoding {name}")
-
-
-def _reward(talk: Talk, _: str) -> None:
-    factors, value = talk.chat.judgement()
-    width = max(map(len, ("reward", *factors)))
-    talk.note(f"  {'reward':<{width}}  {sum(factors.values()):+.3f}")
-    for name, contribution in factors.items():
-        talk.note(f"  {name:<{width}}  {contribution:+.3f}")
-    if talk.chat.reward.left_out:
-        talk.note(f"  and without {', '.join(talk.chat.reward.left_out)}, which is not part of rlchat")
-    expected = "the bundle has no trained critic" if value is None else f"the critic expected {value:+.3f}"
-    talk.note(f"  {expected}{' before the first word' if value is not None else ''}")
-
-
-def _speed(talk: Talk, _: str) -> None:
-    talk.note(talk.speed())
-
-
-def _good(talk: Talk, _: str) -> None:
-    talk.judge("good")
-
-
-def _bad(talk: Talk, _: str) -> None:
-    talk.judge("bad")
-
-
-def _edit(talk: Talk, text: str) -> None:
-    turn = talk.chat.last_turn
-    if not text and turn is not None and talk.terminal is not None:
-        text = talk.ask("the reply should be> ", turn[1].text)
-        if not text.strip():
-            talk.note("nothing was kept")
-            return
-    talk.judge(Correction(_given(text, "the reply that it should be", "/edit Anna lives in Rome.")))
-
-
-COMMANDS: Sequence[Command] = (
-    Command(("quit", "exit", "bye"), "leave", _leave),
-    Command(("help",), "show this", _help),
-    Command(("clear",), "forget the conversation and begin anew; the system message stays", _clear),
-    Command(("undo",), "take back your last message and the reply", _undo),
-    Command(("retry",), "ask for another reply to your last message", _retry),
-    Command(("history",), "show the conversation", _history),
-    Command(("save",), "keep the conversation in a file", _save, "<filename>", r"\S+", "files"),
-    Command(("load",), "go on from a conversation in a file", _load, "<filename>", r"\S+", "files"),
-    Command(("system",), "tell the model how to be (none: nothing); alone, show it", _system, "<text>", r".+"),
-    Command(
-        ("set",),
-        f"{'|'.join(SETTINGS)}; alone, show them",
-        _set,
-        "<name> <value>",
-        rf"(?:{'|'.join(SETTINGS)})(?:[\s=].*)?|\S+ +{_NUMBER}",
-        "settings",
-    ),
-    Command(("good",), "keep the last reply as training data: a good one", _good),
-    Command(("bad",), "the same: a bad one", _bad),
-    Command(("edit",), "the same, with the reply that it should have been", _edit, "<text>"),
-    Command(("reward",), "the last reply's reward and its factors, and what the critic expected", _reward),
-    Command(("speed",), "how fast the last reply came, in tokens per second", _speed),
-    Command(("test",), "send texts of many kinds through the tokenizer and back", _test),
+@command(
+    "set",
+    help=f"change a setting: {', '.join(SETTINGS)}; alone, show them",
+    argument="<name> <value>",
+    arguments=rf"(?:{'|'.join(SETTINGS)})(?:[\s=].*)?|\S+ +{_NUMBER}",
+    completes="settings",
 )
+def _set(session: Session, argument: str) -> None:
+    if argument:
+        name, *value = re.split(r"[\s=]+", argument, maxsplit=1)
+        session.set(name.lower(), "".join(value))
+    session.note(_settings(session))
 
 
-def _settings(talk: Talk) -> str:
-    return ", ".join(f"{name} {value}" for name, value in talk.settings().items())
+@command("good", help="rate the last response as good; saved as training data")
+def _good(session: Session, _: str) -> None:
+    session.add_feedback("good")
 
 
-def _given(argument: str, what: str, example: str) -> str:
+@command("bad", help="rate the last response as bad")
+def _bad(session: Session, _: str) -> None:
+    session.add_feedback("bad")
+
+
+@command("edit", help="replace the last response by the one it should have been", argument="<text>")
+def _edit(session: Session, text: str) -> None:
+    turn = session.chat.last_turn
+    if not text and turn is not None and session.terminal is not None:
+        text = session.ask("corrected response> ", turn[1].text)
+        if not text.strip():
+            session.note("not saved")
+            return
+    session.add_feedback(Correction(_required(text, "a text", "/edit Anna lives in Rome.")))
+
+
+@command("reward", help="show the reward of the last response, its factors and the critic's value")
+def _reward(session: Session, _: str) -> None:
+    factors, value = session.chat.score_last_response()
+    width = max(map(len, ("reward", *factors)))
+    session.note(f"  {'reward':<{width}}  {sum(factors.values()):+.3f}")
+    for name, contribution in factors.items():
+        session.note(f"  {name:<{width}}  {contribution:+.3f}")
+    for name, why in session.chat.reward.left_out.items():
+        session.note(f"  not included: {name} ({why})")
+    session.note("  no trained critic" if value is None else f"  critic's value of the prompt: {value:+.3f}")
+
+
+@command("speed", help="show the speed of the last response in tokens per second")
+def _speed(session: Session, _: str) -> None:
+    session.note(session.speed())
+
+
+@command("test", help="check that texts survive encoding and decoding")
+def _test(session: Session, _: str) -> None:
+    checks = session.chat.tokenization_test()
+    for check in checks:
+        session.note(f"  {'ok    ' if check.intact else 'BROKEN'} {check.tokens:>5} tokens  {_short(check.text)!r}")
+    intact = sum(check.intact for check in checks)
+    session.note(f"{intact} of {len(checks)} texts intact with the encoding {session.chat.tokenizer.name}")
+
+
+def _settings(session: Session) -> str:
+    return ", ".join(f"{name} {value}" for name, value in session.settings().items())
+
+
+def _required(argument: str, what: str, example: str) -> str:
     if not argument.strip():
-        raise UserError(f"this needs {what}; type, for instance, {example}")
+        raise UserError(f"this command needs {what}, for example: {example}")
     return argument
 
 

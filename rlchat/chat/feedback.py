@@ -1,18 +1,23 @@
-"""What people think of replies, kept as training data: one JSONL line for each piece of feedback.
+"""Feedback on responses, kept as training data: one JSONL line per verdict.
 
-A line is an OASST tree: the conversation, and below it the reply with a quality label, or a corrected reply ranked
-above the model's own. So the file is data as it is::
+A line is an OASST tree: the conversation, and below it the response with a quality label, or a corrected response
+ranked above the model's own. The file can be trained on as it is::
 
     rlchat fit --config reward --data.path feedback.jsonl
+
+A response has one verdict. The file is append-only: every line has a ``feedback_id``, a hash of the conversation and
+the response, and :func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,8 +28,8 @@ from rlchat.data.formats import tree_id_of
 from rlchat.data.jsonl import MAX_LINE_BYTES
 from rlchat.errors import UserError
 
-# Messages of a conversation that a line keeps at most, the newest: each is nested in the one before it, and readers of
-# JSON bear only so much nesting.
+# Most messages of a conversation in one line, the newest ones: each message is nested in the one before it, and JSON
+# parsers limit the depth of nesting.
 MAX_CONTEXT = 100
 
 _QUALITY = {"good": 1.0, "bad": 0.0}
@@ -33,38 +38,41 @@ _OASST_ROLES = {"user": "prompter", "assistant": "assistant", "system": "system"
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What the model should have said."""
+    """The response that the model should have given."""
 
     text: str
 
 
-Verdict = Literal["good", "bad"] | Correction
+Verdict = Literal["good", "bad", "none"] | Correction
+"""``none`` withdraws the verdict that was given before."""
 
 
 def append_feedback(path: str | Path, prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "") -> None:
-    """Appends what somebody thinks of ``reply`` to ``prompt`` to the file ``path``, which is made where there is none.
+    """Append a verdict on the response ``reply`` to ``prompt`` to the file ``path``, which is created if needed.
 
-    ``good`` and ``bad`` become the quality labels 1 and 0; a :class:`Correction` is ranked 0 and the reply below it 1.
-    ``model`` names who replied. Several processes may append at once; a line is there whole or not at all.
+    ``good`` and ``bad`` become the quality labels 1 and 0. A :class:`Correction` becomes a pair: the correction with
+    rank 0, the response with rank 1. ``none`` withdraws the verdict. A later verdict on the same response to the same
+    prompt replaces an earlier one when the file is read. ``model`` is the name of the model that gave the response.
+    Several processes may append at once; a line is written as a whole or not at all.
 
     Raises:
-        UserError: the message, the reply or its correction is empty; the correction is the reply; the file cannot be
-            written.
+        UserError: the message, the response or its correction is empty; the correction equals the response; the file
+            cannot be written.
     """
     row = feedback_row(prompt, reply, verdict, model=model)
     line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
-        raise UserError(f"the feedback takes {len(line):,} bytes, and a line of data has {MAX_LINE_BYTES:,} at most")
+        raise UserError(f"the feedback has {len(line):,} bytes: a line of data may have at most {MAX_LINE_BYTES:,}")
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _append(path, line)
     except OSError as error:
-        raise _unkept(path, error) from error
+        raise _write_error(path, error) from error
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises :class:`UserError` where :func:`append_feedback` could not write to ``path``; leaves nothing there."""
+    """Raise :class:`UserError` if :func:`append_feedback` could not write to ``path``. Creates no file."""
     path = Path(path)
     try:
         if path.exists():
@@ -73,40 +81,50 @@ def check_writable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
             return
     except OSError as error:
-        raise _unkept(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _unkept(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: the feedback cannot be kept: {error.strerror}; give a place that can")
+def _write_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write feedback to {path}: {error.strerror}; choose another file with --feedback")
 
 
 def feedback_row(prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "") -> dict[str, Any]:
     """The OASST tree that :func:`append_feedback` writes."""
-    said, messages = _clean(reply), _context(prompt)
+    response, messages = _clean(reply), _context(prompt)
     if isinstance(verdict, Correction):
         correction = _clean(verdict.text)
         if not correction.strip():
-            raise UserError("the corrected reply is empty; write what the model should have said")
-        if correction == said:
-            raise UserError("the corrected reply is the reply itself; say good, or write another")
+            raise UserError("the correction is empty: enter the response that the model should have given")
+        if correction == response:
+            raise UserError("the correction equals the response: rate it good, or enter another text")
         replies = [{**_message("assistant", correction), "rank": 0}]
-        replies += [{**_message("assistant", said), "rank": 1, "model_name": model}] if said.strip() else []
+        replies += [{**_message("assistant", response), "rank": 1, "model_name": model}] if response.strip() else []
+    elif verdict == "none":
+        replies = []
     else:
-        if not said.strip():
-            raise UserError("the reply is empty, and data has no place for that; correct it instead")
+        if not response.strip():
+            raise UserError("the response is empty and cannot be rated: correct it instead")
         label = {"quality": {"value": _QUALITY[verdict], "count": 1}}
-        replies = [{**_message("assistant", said), "labels": label, "model_name": model}]
-    # Not marked as synthetic, though a model said it: readers of OASST leave synthetic messages out.
+        replies = [{**_message("assistant", response), "labels": label, "model_name": model}]
+    # Not marked as synthetic although a model wrote the response: readers of OASST skip synthetic messages.
     for message in reversed(messages):
         parent = _message(_OASST_ROLES[message.role], message.text)
         replies = [{**parent, "replies": [{**child, "parent_id": parent["message_id"]} for child in replies]}]
     return {
-        # The same for all that opens alike, so that it stays on one side of a split into training and held-out data.
+        # Equal for all conversations that open alike, so that they stay on one side of a split.
         "message_tree_id": tree_id_of(messages),
+        "feedback_id": _feedback_id(messages, response),
+        "verdict": "corrected" if isinstance(verdict, Correction) else verdict,
         "tree_state": "ready_for_export",
         "created_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "prompt": replies[0],
     }
+
+
+def _feedback_id(messages: Sequence[Message], response: str) -> str:
+    """Equal for verdicts on the same response to the same conversation."""
+    texts = [[message.role, message.text] for message in messages]
+    return "feedback-" + hashlib.sha256(json.dumps([texts, response]).encode()).hexdigest()[:20]
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
@@ -114,12 +132,12 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 
 def _context(prompt: Conversation) -> list[Message]:
-    """The messages of ``prompt`` that a reader would keep: the newest, from a user's on, and the system message.
+    """The messages of ``prompt`` that a reader keeps: the newest, starting at a user message, and the system message.
 
-    What hangs below an empty message, as a model that stayed silent leaves, is no data.
+    Readers drop everything below an empty message, so the context starts after the last empty one.
     """
     if not prompt.is_prompt:
-        raise ValueError("feedback is about the reply to a user's message, and this conversation does not end on one")
+        raise ValueError("feedback needs a conversation that ends with a user message")
     messages = [Message(message.role, _clean(message.text)) for message in prompt.messages]
     system = messages[:1] if messages[0].role == "system" and messages[0].text.strip() else []
     start = max(0, len(messages) - MAX_CONTEXT)
@@ -128,37 +146,37 @@ def _context(prompt: Conversation) -> list[Message]:
     while start < len(messages) and messages[start].role != "user":
         start += 1
     if start == len(messages):
-        raise UserError("the message that was replied to is empty, and data has no place for that")
+        raise UserError("the user message is empty: feedback needs a message with text")
     return system + messages[start:]
 
 
 def _clean(text: str) -> str:
-    """``text`` without what no UTF-8 file of data may hold: NUL characters and lone surrogates become U+FFFD."""
+    """``text`` without characters that a UTF-8 data file may not hold: NUL and lone surrogates become U+FFFD."""
     return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Adds ``line`` at the end of ``path``, alone there for the moment; takes back what a full disk leaves of it."""
+    """Append ``line`` to ``path`` under an exclusive lock. If the disk is full, remove what was written of it."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
         _lock(descriptor)
         end = os.lseek(descriptor, 0, os.SEEK_END)
-        if end:  # a line that somebody's editor, or another program's crash, left without an end
+        if end:  # an editor or a crashed program may have left the last line without a line break
             os.lseek(descriptor, end - 1, os.SEEK_SET)
             line = line if os.read(descriptor, 1) == b"\n" else b"\n" + line
         try:
             if (written := os.write(descriptor, line)) < len(line):
-                written += os.write(descriptor, line[written:])  # says what the matter is, or ends the line
+                written += os.write(descriptor, line[written:])  # raises the reason, or completes the line
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, end)
             raise
     finally:
-        os.close(descriptor)  # and with it the lock
+        os.close(descriptor)  # releases the lock
 
 
 def _lock(descriptor: int) -> None:
-    """Waits until no other process holds the file; on Windows, where there is no such lock, one write is all."""
+    """Wait for an exclusive lock. Windows has no such lock; there, the line is written with one call."""
     if sys.platform != "win32":
         import fcntl
 

@@ -1,4 +1,4 @@
-"""`ChatInterface`: talk with a trained model.
+"""`ChatInterface`: chat with a trained model.
 
 chat = ChatInterface("checkpoints/rl_chat_model_tiktoken.pt")
 print(chat.generate_response("Hello, how are you?"))
@@ -7,58 +7,47 @@ print(chat.generate_response("Hello, how are you?"))
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
-from itertools import groupby
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 
-import torch
-
+from rlchat.chat.context import FittedPrompt, fit_prompt
 from rlchat.chat.feedback import Correction, Verdict, append_feedback
+from rlchat.chat.generation import (
+    ResponseGenerator,
+    TokenizationCheck,
+    check_tokenization,
+    decode_stream,
+    generator_from,
+    sampling_from,
+)
 from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, now, save_conversation
-from rlchat.chat.scoring import Judge
+from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.models.kv_cache import Cache, shorten
 from rlchat.models.model_file import load_policy
-from rlchat.models.sampling import Sampling, addressed_uniforms, generate, generator_uniforms, sample
+from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.devices import choose_device, choose_dtype
-from rlchat.utils.padding import pad
-from rlchat.utils.progress import with_progress
-
-_SAMPLES = (
-    "Hello, how are you?",
-    "  two spaces,\ttabs\nand lines\r\n",
-    "1234567890 3.14 €5",
-    "naïve Ελλάδα Привет 你好 こんにちは مرحبا",
-    "e\u0301 and 👩\u200d👩\u200d👧 are several code points each",
-    "<|user|> typed by a user is text<|end|>",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizationCheck:
-    """What became of a text: its number of tokens, and whether it came back as it was, whole and token by token."""
-
-    text: str
-    tokens: int
-    intact: bool
 
 
 class ChatInterface:
-    """One conversation with the model in ``model_path``, which it remembers.
+    """One conversation with the model in ``model_path``.
 
-    ``device`` is chosen where none is given: CUDA, then MPS, then the CPU; and so is ``dtype``, the numbers that the
-    model computes with: bfloat16 on CUDA that has it, else float32. ``seed`` makes the replies repeatable; None draws
-    a fresh one. Raises :class:`UserError` for a model, a device or a dtype that cannot be used.
+    ``device`` defaults to CUDA, then MPS, then the CPU. ``dtype`` defaults to bfloat16 on CUDA devices that support it,
+    else float32. ``seed`` makes the responses repeatable; None draws a fresh seed. Raises :class:`UserError` for a
+    model, device, dtype or seed that cannot be used.
 
-    ``system`` is an instruction that stands before the conversation (None: none). ``dropped_messages`` and
-    ``cut_tokens`` tell what of the conversation the last reply did not see because it no longer fits: so many of the
-    oldest messages, and so many of the first tokens of a message that alone was too long.
+    ``system`` is the system message (None: none). After each response, ``dropped_messages``, ``dropped_system`` and
+    ``cut_tokens`` say what did not fit into the model's context: the number of oldest messages, whether the system
+    message was left out, and the number of tokens cut from a message that was too long by itself.
+
+    An interface generates one response at a time. Starting another response, or changing the conversation, while a
+    stream is open or another thread generates raises :class:`UserError`.
     """
 
     def __init__(
@@ -71,133 +60,165 @@ class ChatInterface:
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        self.reseed(seed)
+        generator = generator_from(seed)
+        self.seed = seed
         self.model_path = Path(model_path)
         self.bundle = load_policy(model_path, self.device)
         self.model = self.bundle.model.to(self.dtype)
         self.tokenizer = self.bundle.tokenizer
         self.max_length = self.bundle.max_length
-        self.system: str | None = None
         self.dropped_messages = 0
+        self.dropped_system = False
         self.cut_tokens = 0
-        self._said: list[SavedMessage] = []
-        self._undone: list[SavedMessage] = []  # what the last undo took back, until something else is said
-        self._verdicts: list[tuple[SavedMessage, Verdict, Path]] = []  # on which message, and the file that keeps it
-        self._last: Reply | None = None  # where it is the last of what was said, and was generated here
+        self._system: str | None = None
+        self._busy = threading.Lock()
+        self._generator = ResponseGenerator(self.bundle, self.device, generator)
+        self._messages: list[SavedMessage] = []
+        self._undone: list[SavedMessage] = []  # what the last undo removed, until the next response
+        # Per message that was rated: the model's own response, the verdict, and the file that holds it.
+        self._ratings: list[tuple[SavedMessage, Reply, Verdict, Path]] = []
+        self._last: Reply | None = None  # the last message, if it was generated here
         self._sampling = Sampling()
-        self._seen: tuple[Cache, list[int]] | None = None  # a cache, and the ids whose keys and values stand in it
+
+    @property
+    def system(self) -> str | None:
+        """The system message; None if there is none."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"invalid system message {reprlib.repr(text)}: expected a string or None")
+        self._system = text
 
     def reseed(self, seed: int | None) -> None:
-        """From now on, replies are drawn as ``seed`` says. Raises :class:`UserError` for one out of range."""
-        self._generator = _generator(seed)
+        """Seed the responses that follow. Raises :class:`UserError` for an invalid seed."""
+        self._generator.generator = generator_from(seed)
         self.seed = seed
 
     # ---- the conversation --------------------------------------------------------------------------------------------
 
     @property
     def history(self) -> tuple[Message, ...]:
-        """What was said, the oldest first; the system message is not part of it."""
-        return tuple(Message(message.role, message.text) for message in self._said)
+        """The user and assistant messages, oldest first. The system message is not included."""
+        return tuple(Message(message.role, message.text) for message in self._messages)
 
     @property
     def last_turn(self) -> tuple[Conversation, Reply] | None:
-        """The last reply, and all that stood before it; None where nothing was replied."""
-        if [message.role for message in self._said[-2:]] != ["user", "assistant"]:
+        """The prompt of the last response and the response; None if there is no response."""
+        if [message.role for message in self._messages[-2:]] != ["user", "assistant"]:
             return None
-        text = self._said[-1].text
+        text = self._messages[-1].text
         reply = self._last or Reply(text, len(self.tokenizer.encode(text)) + 1, ended=True)
-        return Conversation((*self._instruction(), *self.history[:-1])), reply
+        return Conversation((*self._system_messages(), *self.history[:-1])), reply
 
     def clear(self) -> None:
-        """Forgets what was said; the system message stays."""
-        self._said, self._undone, self._verdicts = [], [], []
-        self._last = self._seen = None
-        self.dropped_messages = self.cut_tokens = 0
+        """Delete the messages. The system message stays."""
+        with self._exclusive():
+            self._clear()
+
+    def _clear(self) -> None:
+        self._messages, self._undone, self._ratings = [], [], []
+        self._last = None
+        self._generator.forget()
+        self._reset_dropped()
 
     def undo(self) -> str | None:
-        """Takes back the last message of the user and what was replied; returns it, or None where there is none."""
-        users = [number for number, message in enumerate(self._said) if message.role == "user"]
-        if not users:
-            return None
-        self._undone = self._said[users[-1] :]
-        del self._said[users[-1] :]
-        self._last = None
-        return self._undone[0].text
+        """Remove the last user message and its response. Return the user message, or None if there is none."""
+        with self._exclusive():
+            users = [number for number, message in enumerate(self._messages) if message.role == "user"]
+            if not users:
+                return None
+            self._undone = self._messages[users[-1] :]
+            del self._messages[users[-1] :]
+            self._last = None
+            return self._undone[0].text
 
     def redo(self) -> None:
-        """Puts back what :meth:`undo` took back last, where nothing was said since."""
-        self._said += self._undone
-        self._undone = []
+        """Restore what :meth:`undo` removed last, unless a response was generated since."""
+        with self._exclusive():
+            self._messages += self._undone
+            self._undone = []
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes the conversation to ``path``, with the model and how it was last asked; whole or not at all.
+        """Write the conversation, the model's name and the last sampling options to ``path``, atomically.
 
-        Raises :class:`UserError` where the place cannot be written, or holds a file and ``overwrite`` does not allow
-        that. See :mod:`rlchat.chat.saved` for the format.
+        Raises :class:`UserError` if the file cannot be written, or exists and ``overwrite`` is False. See
+        :mod:`rlchat.chat.saved` for the format.
         """
         system = () if self.system is None else (SavedMessage("system", self.system),)
-        sampling = {**asdict(self._sampling), "seed": self.seed}
+        seed = None if self.seed is None else int(self.seed)  # a NumPy integer is not JSON
+        sampling = {**asdict(self._sampling), "seed": seed}
         save_conversation(
-            path, SavedConversation((*system, *self._said), self.model_path.name, sampling), overwrite=overwrite
+            path, SavedConversation((*system, *self._messages), self.model_path.name, sampling), overwrite=overwrite
         )
 
     def load(self, path: str | Path) -> SavedConversation:
-        """Goes on with the conversation in ``path`` in place of this one, and returns what the file holds.
+        """Replace this conversation by the one in ``path``, and return the content of the file.
 
-        Raises :class:`UserError` for a file that is missing, damaged or another's; this conversation is then unharmed.
+        Raises :class:`UserError` for a file that is missing, damaged or in another format; this conversation is then
+        unchanged.
         """
         saved = load_conversation(path)
-        self.clear()
-        has_system = bool(saved.messages) and saved.messages[0].role == "system"
-        self.system = saved.messages[0].text if has_system else None
-        self._said = list(saved.messages[has_system:])
+        with self._exclusive():
+            self._clear()
+            has_system = bool(saved.messages) and saved.messages[0].role == "system"
+            self.system = saved.messages[0].text if has_system else None
+            self._messages = list(saved.messages[has_system:])
         return saved
 
-    def judge(self, verdict: Verdict, path: str | Path) -> bool:
-        """Appends what somebody thinks of the last reply to the training data in ``path``; False: it stands there.
+    # ---- feedback and reward -----------------------------------------------------------------------------------------
 
-        A correction also takes the reply's place in the conversation, and can be corrected again, but is neither good
-        nor bad of the model. Raises :class:`UserError` where it is called so, where there is no reply, or the feedback
-        cannot be kept; see :func:`rlchat.chat.feedback.append_feedback`.
+    def add_feedback(self, verdict: Verdict, path: str | Path) -> bool:
+        """Append a verdict on the last response to the feedback file ``path``; False if it is the current verdict.
+
+        A response has one verdict: the last one replaces those before it, in the file too. A correction also replaces
+        the response in the conversation. Raises :class:`UserError` if there is no response, if a correction is rated,
+        or if the file cannot be written; see :func:`rlchat.chat.feedback.append_feedback`.
         """
-        prompt, reply = self._replied()
-        path = Path(path)
-        judged = self._said[-1]
-        before = [(known, place) for message, known, place in self._verdicts if message is judged]
-        if (verdict, path) in before:
-            return False
-        by_hand = any(isinstance(known, Correction) for known, _ in before)
-        if by_hand and not isinstance(verdict, Correction):
-            raise UserError("that reply is your own correction, and not the model's; edit it, or ask for another")
-        append_feedback(path, prompt, reply.text, verdict, model="" if by_hand else self.model_path.name)
-        if isinstance(verdict, Correction):
-            judged = self._said[-1] = SavedMessage("assistant", verdict.text, now())
-            self._last = None
-        self._verdicts.append((judged, verdict, path))
-        return True
+        with self._exclusive():
+            prompt, reply = self._required_turn()
+            path, rated = Path(path), self._messages[-1]
+            for message, generated, known, place in reversed(self._ratings):
+                if message is rated:
+                    if (known, place) == (verdict, path):
+                        return False
+                    if isinstance(known, Correction):
+                        reply = generated
+                        if not isinstance(verdict, Correction):
+                            raise UserError(
+                                "the last response is your correction: edit it again, or generate another with retry"
+                            )
+                    break
+            append_feedback(path, prompt, reply.text, verdict, model=self.model_path.name)
+            if isinstance(verdict, Correction):
+                rated = self._messages[-1] = SavedMessage("assistant", verdict.text, now())
+                self._last = None
+            self._ratings.append((rated, reply, verdict, path))
+            return True
 
-    def judgement(self) -> tuple[dict[str, float], float | None]:
-        """The reward of the last reply by its factors, and the critic's value; see :class:`rlchat.chat.scoring.Judge`.
+    def score_last_response(self) -> tuple[dict[str, float], float | None]:
+        """The reward factors of the last response, and the critic's value of its prompt; see :class:`RewardScorer`.
 
-        Raises :class:`UserError` where there is no reply, or the bundle carries no reward.
+        Raises :class:`UserError` if there is no response, or the model file describes no reward.
         """
-        prompt, reply = self._replied()
+        prompt, reply = self._required_turn()
         return self.reward.breakdown([prompt], [reply])[0], self.reward.value(prompt)
 
     @cached_property
-    def reward(self) -> Judge:
-        """What the model was rewarded for. Raises :class:`UserError` where the bundle carries no reward."""
-        return Judge(self.bundle, self.model_path)
+    def reward(self) -> RewardScorer:
+        """The reward that the model was trained with. Raises :class:`UserError` if the file describes none."""
+        return RewardScorer(self.bundle, self.model_path)
 
-    def _replied(self) -> tuple[Conversation, Reply]:
+    def _required_turn(self) -> tuple[Conversation, Reply]:
         if (turn := self.last_turn) is None:
-            raise UserError("there is no reply yet; say something first")
+            raise UserError("there is no response yet: send a message first")
         return turn
 
-    def _instruction(self) -> tuple[Message, ...]:
+    def _system_messages(self) -> tuple[Message, ...]:
         return () if self.system is None else (Message("system", self.system),)
 
-    # ---- replies -----------------------------------------------------------------------------------------------------
+    # ---- responses ---------------------------------------------------------------------------------------------------
 
     def generate_response(
         self,
@@ -208,7 +229,7 @@ class ChatInterface:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> str:
-        """The reply to ``text``, of at most ``max_new_tokens`` tokens; arguments as in :meth:`stream_response`."""
+        """The response to ``text``, at most ``max_new_tokens`` tokens. Arguments as in :meth:`stream_response`."""
         return "".join(self.stream_response(text, max_new_tokens, temperature, use_history, top_k, top_p))
 
     def stream_response(
@@ -220,21 +241,21 @@ class ChatInterface:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Generator[str, None, None]:
-        """The reply to ``text`` in pieces, as they are made: whole characters, no special token.
+        """The response to ``text`` in pieces of whole characters, as they are generated; no special tokens.
 
-        ``temperature`` 0 always takes the likeliest token; ``top_k`` 0 and ``top_p`` 1 leave out none. Without
-        ``use_history`` the reply sees nothing of what was said, and neither it nor ``text`` is remembered. Closing the
-        iterator stops the reply; what it said until then is remembered.
+        ``temperature`` 0 always takes the most likely token. ``top_k`` 0 or -1, and ``top_p`` 1, exclude no token.
+        Without ``use_history``, the model sees only the system message and ``text``, and neither ``text`` nor the
+        response is added to the history. Closing the iterator stops the response; its text so far is kept.
 
-        Prompt and reply share the model's ``max_length``: the oldest messages give way to the reply, until half is
-        left to them, and a longer ``max_new_tokens`` is lowered to what the prompt leaves free. Raises
-        :class:`UserError` for an empty text and for a number out of range.
+        Prompt and response share ``max_length`` tokens; see :func:`rlchat.chat.context.fit_prompt`. Raises
+        :class:`UserError` for an empty text or an invalid option, and, from the first piece on, if this interface is
+        generating another response.
         """
         if not isinstance(text, str):
-            raise UserError(f"the message is {reprlib.repr(text)}; it must be a text")
+            raise UserError(f"invalid message {reprlib.repr(text)}: expected a string")
         if not text.strip():
-            raise UserError("the message is empty; write something to reply to")
-        return self._reply(text, sampling_from(max_new_tokens, temperature, top_k, top_p), use_history)
+            raise UserError("the message is empty: enter some text")
+        return self._respond(text, sampling_from(max_new_tokens, temperature, top_k, top_p), use_history)
 
     def batch(
         self,
@@ -257,176 +278,87 @@ class ChatInterface:
         top_p: float = 1.0,
         batch_size: int = 32,
     ) -> list[Reply]:
-        """One reply to each of ``prompts``, in their order, ``batch_size`` of them at a time; nothing is remembered.
+        """One response to each of ``prompts``, in their order; the history is neither used nor changed.
 
-        Each is what :meth:`generate_response` without history would say: the same words at temperature 0, else noise of
-        its own, whatever the batch size. A prompt is a text, or a conversation that ends on a user's message.
-        ``dropped_messages`` and ``cut_tokens`` are those of all prompts together. A progress bar shows on a terminal
-        after two seconds. Raises :class:`UserError` for an empty prompt or what is none, and for a number out of range.
+        A prompt is a string, or a conversation that ends with a user message. ``batch_size`` prompts are generated
+        together. Each response is the one the prompt would get in any other batch, up to floating-point rounding: at
+        temperature 0 two nearly equal logits, and otherwise a random number at the border of two tokens, may round the
+        other way. ``dropped_messages`` and ``cut_tokens`` are totals. Raises :class:`UserError` for an invalid prompt
+        or option.
         """
         if isinstance(prompts, str | Conversation):
-            raise UserError("the prompts are a single one; give a list of them")
+            raise UserError("invalid prompts: expected a list of prompts, got a single one")
         if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise UserError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+            raise UserError(f"invalid value {batch_size!r} for batch_size: expected an integer of at least 1")
         sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
-        self._sampling = sampling
-        self.dropped_messages = self.cut_tokens = 0
-        rows = [self._row(prompt, number, sampling) for number, prompt in enumerate(prompts, 1)]
-        seed = int(torch.randint(2**62, (1,), generator=self._generator))
-        replies: dict[int, Reply] = {}
-        for chunk in with_progress(_chunks(rows, sampling, self.max_length, batch_size), "replying", show=True):
-            ids, mask = pad([rows[i] for i in chunk], self.tokenizer.pad_id, "left")
-            generated = generate(
-                self.model,
-                ids.to(self.device),
-                mask.to(self.device),
-                self._fitted(sampling, len(rows[chunk[0]])),
-                addressed_uniforms(seed, 0, torch.tensor(chunk)),
-                end_id=self.tokenizer.end_id,
-                pad_id=self.tokenizer.pad_id,
-            )
-            lengths = generated.mask.sum(1).tolist()
-            said = zip(generated.ids.tolist(), lengths, generated.ended.tolist(), strict=True)
-            for i, (tokens, length, ended) in zip(chunk, said, strict=True):
-                replies[i] = Reply("".join(_decoded(self.tokenizer, tokens[:length])), length, ended)
-        return [replies[i] for i in range(len(rows))]
+        with self._exclusive():
+            self._sampling = sampling
+            self._reset_dropped()
+            fitted = [self._fit(self._prompt(prompt, i), sampling) for i, prompt in enumerate(prompts, 1)]
+            return self._generator.batch(fitted, sampling, int(batch_size))
 
     def tokenization_test(self) -> list[TokenizationCheck]:
-        """Whether texts of many kinds, and all that was said, survive the way through the tokenizer.
+        """Encode and decode sample texts and all messages; see :func:`rlchat.chat.generation.check_tokenization`."""
+        return check_tokenization(self.tokenizer, (message.text for message in self._messages))
 
-        Each is encoded, where no special token may appear, and decoded again, whole and token by token.
-        """
-        checks = []
-        for text in dict.fromkeys([*_SAMPLES, *(message.text for message in self._said)]):
-            ids = self.tokenizer.encode(text)
-            pieces = "".join(_decoded(self.tokenizer, [*ids, self.tokenizer.end_id]))
-            silent = self.tokenizer.special_ids & set(ids)
-            checks.append(
-                TokenizationCheck(text, len(ids), not silent and self.tokenizer.decode(ids) == text == pieces)
-            )
-        return checks
+    def _respond(self, text: str, sampling: Sampling, use_history: bool) -> Generator[str, None, None]:
+        with self._exclusive():
+            asked_at = now()
+            before = self.history if use_history else ()
+            self._reset_dropped()
+            prompt = self._fit(Conversation((*self._system_messages(), *before, Message("user", text))), sampling)
+            self._sampling = sampling
+            pieces: list[str] = []
+            tokens: list[int] = []
+            finished = False
+            try:
+                for piece in decode_stream(
+                    self.tokenizer, self._generator.stream(prompt, sampling, use_history, tokens)
+                ):
+                    pieces.append(piece)
+                    yield piece
+                finished = True
+            finally:
+                # A response that was stopped before its first character is not kept: an empty assistant message would
+                # make the model likely to answer with nothing again.
+                if use_history and (finished or pieces):
+                    reply = "".join(pieces)
+                    self._messages += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply, now())]
+                    self._undone = []
+                    self._last = Reply(reply, len(tokens), ended=tokens[-1:] == [self.tokenizer.end_id])
 
-    def _reply(self, text: str, sampling: Sampling, use_history: bool) -> Generator[str, None, None]:
-        asked_at = now()
-        before = self.history if use_history else ()
-        self.dropped_messages = self.cut_tokens = 0
-        ids = self._render(Conversation((*self._instruction(), *before, Message("user", text))), sampling)
-        self._sampling = sampling
-        said: list[str] = []
-        tokens: list[int] = []
-        finished = False
-        try:
-            for piece in _decoded(self.tokenizer, self._tokens(ids, sampling, use_history, tokens)):
-                said.append(piece)
-                yield piece
-            finished = True
-        finally:
-            # A reply that was stopped before its first word leaves no trace: an empty one would teach the model to
-            # be silent.
-            if use_history and (finished or said):
-                reply = "".join(said)
-                self._said += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply, now())]
-                self._undone = []
-                self._last = Reply(reply, len(tokens), ended=tokens[-1:] == [self.tokenizer.end_id])
-
-    def _row(self, prompt: str | Conversation, number: int, sampling: Sampling) -> list[int]:
-        """The ids of a prompt of :meth:`batch_replies`."""
+    def _prompt(self, prompt: str | Conversation, number: int) -> Conversation:
+        """A prompt of :meth:`batch_replies` as a conversation, with the system message if it has none."""
         if isinstance(prompt, str):
             prompt = Conversation((Message("user", prompt),))
         if not isinstance(prompt, Conversation):
-            raise UserError(f"prompt {number} is {reprlib.repr(prompt)}; it must be a text or a Conversation")
+            raise UserError(f"invalid prompt {number}: expected a string or a Conversation, got {reprlib.repr(prompt)}")
         if not prompt.is_prompt or not prompt.messages[-1].text.strip():
-            raise UserError(f"prompt {number} is empty; write something to reply to")
+            raise UserError(f"prompt {number} is empty: it must end with a user message that has text")
         if prompt.messages[0].role != "system":
-            prompt = Conversation((*self._instruction(), *prompt.messages))
-        return self._render(prompt, sampling)
+            prompt = Conversation((*self._system_messages(), *prompt.messages))
+        return prompt
 
-    def _render(self, prompt: Conversation, sampling: Sampling) -> list[int]:
-        """The ids to reply to; adds up what did not fit."""
-        room = max(self.max_length - sampling.max_new_tokens, self.max_length // 2)
-        rendered = self.tokenizer.render_prompt(prompt, room)
-        self.dropped_messages += rendered.dropped
-        self.cut_tokens += rendered.cut
-        return rendered.ids
+    def _fit(self, prompt: Conversation, sampling: Sampling) -> FittedPrompt:
+        """Fit ``prompt`` into the context, and add what did not fit to the totals."""
+        fitted = fit_prompt(self.tokenizer, prompt, self.max_length, sampling.max_new_tokens)
+        self.dropped_messages += fitted.dropped_messages
+        self.dropped_system |= fitted.dropped_system
+        self.cut_tokens += fitted.cut_tokens
+        return fitted
 
-    def _fitted(self, sampling: Sampling, prompt_length: int) -> Sampling:
-        """``sampling`` of no more tokens than the prompt leaves free."""
-        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.max_length - prompt_length))
+    def _reset_dropped(self) -> None:
+        self.dropped_messages, self.dropped_system, self.cut_tokens = 0, False, 0
 
-    def _tokens(self, prompt: list[int], sampling: Sampling, remember: bool, drawn: list[int]) -> Iterator[int]:
-        """The tokens of one reply as they are drawn, and added to ``drawn``.
-
-        What the conversation's last prompt and reply left in the cache is not fed again where this one begins alike.
-        With ``remember``, it and its reply are left there in turn.
-        """
-        known, cache = self._recall(prompt) if remember else (0, self.model.backbone.new_cache())
-        steps = sample(
-            self.model,
-            torch.tensor([prompt[known:]], device=self.device),
-            torch.ones(1, len(prompt), dtype=torch.bool, device=self.device),
-            self._fitted(sampling, len(prompt)),
-            generator_uniforms(self._generator, 1),
-            end_id=self.tokenizer.end_id,
-            pad_id=self.tokenizer.pad_id,
-            cache=cache,
-        )
-        for step in steps:
-            if remember:  # Ctrl-C may come at any moment; what was fed until now is sure to be in every layer
-                self._seen = cache, prompt + drawn
-            drawn.append(int(step.tokens))
-            yield drawn[-1]
-
-    def _recall(self, prompt: list[int]) -> tuple[int, Cache]:
-        """How many ids of ``prompt`` need not be fed, and the cache that holds them."""
-        seen, self._seen = self._seen, None
-        if seen is not None:
-            cache, ids = seen
-            alike = 0
-            while alike < min(len(ids), len(prompt) - 1) and ids[alike] == prompt[alike]:
-                alike += 1
-            if alike and shorten(cache, alike):
-                return alike, cache
-        return 0, self.model.backbone.new_cache()
-
-
-def _decoded(tokenizer: ChatTokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of one reply as its tokens come; a character that its last token leaves incomplete is left out."""
-    decoder = tokenizer.stream()
-    for token in tokens:
-        if piece := decoder.finish() if token == tokenizer.end_id else decoder.push(token):
-            yield piece
-
-
-def _chunks(rows: list[list[int]], sampling: Sampling, max_length: int, batch_size: int) -> list[list[int]]:
-    """Numbers of ``rows``, those of about one length together, the longest first; each chunk may say as much."""
-
-    def may_say(row: int) -> int:
-        return min(sampling.max_new_tokens, max_length - len(rows[row]))
-
-    longest_first = sorted(range(len(rows)), key=lambda i: (may_say(i), -len(rows[i])))
-    alike = [list(numbers) for _, numbers in groupby(longest_first, key=may_say)]
-    return [numbers[start : start + batch_size] for numbers in alike for start in range(0, len(numbers), batch_size)]
-
-
-def sampling_from(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> Sampling:
-    """How to draw tokens, from what a user asks for. Raises :class:`UserError` for no number, or one out of range."""
-    for name, whole in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
-        if not isinstance(whole, Integral):
-            raise UserError(f"{name} is {whole!r}; it must be a whole number")
-    for name, number in (("temperature", temperature), ("top_p", top_p)):
-        if not isinstance(number, Real):
-            raise UserError(f"{name} is {number!r}; it must be a number")
-    try:
-        return Sampling(max_new_tokens, temperature, top_k, top_p)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-        return generator
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise UserError(f"the seed {seed!r} is out of range; give a whole number from 0 to 2**63 - 1")
-    return generator.manual_seed(seed)
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the model, its cache and the messages. Raises :class:`UserError` if someone else holds them."""
+        if not self._busy.acquire(blocking=False):
+            raise UserError(
+                "this ChatInterface is generating another response: finish or close that stream first, or use one "
+                "ChatInterface per conversation"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()

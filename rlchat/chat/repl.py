@@ -1,7 +1,8 @@
-"""`rlchat chat`: talk with a model in the terminal, or through a pipe.
+"""`rlchat chat`: chat with a model in the terminal or through a pipe.
 
 rlchat chat
 rlchat chat "Where does Anna live?"
+cat letter.txt | rlchat chat "Summarize this letter."
 echo "Where does Anna live?" | rlchat chat checkpoints/sft_model.pt --temperature 0
 rlchat chat --prompts questions.txt --out replies.json
 """
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import io
 import os
+import stat
 import sys
 import time
 import unicodedata
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "checkpoints/rl_chat_model_tiktoken.pt"
 
-_INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
-_FAILED = 2  # that of a command that could not do what it was told
+_INTERRUPTED = 130  # the exit code after Ctrl-C
+_FAILED = 2  # the exit code after an error
 
 
 def main(args: list[str]) -> int:
-    """Runs ``rlchat chat`` with ``args``; returns the exit code. Raises :class:`rlchat.errors.UserError`."""
+    """Run ``rlchat chat`` with ``args``; return the exit code. Raises :class:`rlchat.errors.UserError`."""
     try:
         options = _parser().parse_intermixed_args(args)
     except SystemExit as stop:
@@ -49,26 +51,48 @@ def main(args: list[str]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the replies has left. Python would write what is buffered once more at its own exit, and fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
 
 
+def _discard_output() -> None:
+    """Redirect standard output to nowhere: at exit, Python would write its buffer once more and fail again."""
+    with contextlib.suppress(OSError, ValueError):  # standard output may not be a real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_output(text: str, end: str = "") -> None:
+    """Print ``text`` at once. Raises :class:`UserError` if standard output cannot be written, as on a full disk."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from error
+
+
+class OutputError(UserError):
+    """Standard output cannot be written; the chat ends."""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlchat chat", description="Talk with a model, in the terminal or a pipe.")
+    parser = argparse.ArgumentParser(
+        prog="rlchat chat", description="Chat with a model, in the terminal or through a pipe."
+    )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="[MODEL] [QUESTION]",
-        help=f"a model bundle (default: {DEFAULT_MODEL}), and a question to answer before leaving; a word alone is the "
-        "model where it ends in .pt or is a file",
+        help=f"a model file (default: {DEFAULT_MODEL}), and a question to answer; a single argument is the model if "
+        "it ends in .pt or is a file; text from a pipe is put before the question",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.7,
         metavar="T",
-        help="0 takes the likeliest token, 1 samples as trained (default: %(default)s)",
+        help="0 takes the most likely token, 1 samples as trained (default: %(default)s)",
     )
     parser.add_argument(
         "--max_new_tokens",
@@ -76,16 +100,16 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=100,
         metavar="N",
-        help="tokens of a reply at most (default: %(default)s)",
+        help="maximum number of tokens per response (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, metavar="S", help="makes the replies repeatable (default: a fresh one)")
+    parser.add_argument("--seed", type=int, metavar="S", help="random seed, for repeatable responses (default: random)")
     parser.add_argument(
         "--top_k",
         "--top-k",
         type=int,
         default=0,
         metavar="K",
-        help="sample from the K likeliest only (default: from all)",
+        help="sample from the K most likely tokens; 0 or -1 for all (default: all)",
     )
     parser.add_argument(
         "--top_p",
@@ -93,103 +117,130 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         metavar="P",
-        help="sample from the likeliest that together have probability P (default: %(default)s)",
+        help="sample from the most likely tokens with total probability P (default: %(default)s)",
     )
-    parser.add_argument("--prompts", metavar="FILE", help="reply to the lines of a .txt file, or to rows of JSONL")
-    parser.add_argument("--out", metavar="FILE", help="where the replies to --prompts go, as JSON (default: stdout)")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="respond to each line of a .txt file, or to each row of a JSONL file"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="JSON file for the responses to --prompts (default: standard output)"
+    )
+    _add_output_options(parser)
+    return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite files without asking")
     parser.add_argument(
         "--feedback",
         metavar="FILE",
         default="feedback.jsonl",
-        help="where good, bad and edit put what you think, as data for `rlchat fit` (default: %(default)s)",
+        help="file for the feedback of good, bad and edit, which `rlchat fit` can train on (default: %(default)s)",
     )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA that has it)")
-    return parser
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA if supported, else float32)"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
     model, question = _model_and_question(options.words)
     if question is not None and not question.strip():
-        raise UserError("the message is empty; write something to reply to")
+        raise UserError("the message is empty: enter some text")
     if options.prompts is not None and question is not None:
-        raise UserError("--prompts brings the questions; leave out the one on the command line, or --prompts")
+        raise UserError("--prompts and a question cannot be combined: use one of them")
     if options.out is not None and options.prompts is None:
-        raise UserError("--out is for the replies to --prompts; name a file of prompts too")
+        raise UserError("--out requires --prompts")
     prompts = None if options.prompts is None else read_prompts(options.prompts, cure="fix the line")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a stray byte, or a character that the terminal lacks, ends no chat
+            stream.reconfigure(errors="replace")  # do not fail on a stray byte, or a character the terminal lacks
+    if question is not None and (document := _piped_document()).strip():
+        question = f"{document.rstrip()}\n\n{question}"
     if interactive and question is None:
         print(f"loading {model} …", flush=True)
-    # Not before the arguments are known to be good: this imports torch, which takes seconds.
+    # After the checks of the arguments, because this imports torch, which takes seconds.
     with no_garbage_collection():
-        from rlchat.chat.interface import ChatInterface, sampling_from
+        from rlchat.chat.generation import sampling_from
+        from rlchat.chat.interface import ChatInterface
 
         sampling = sampling_from(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
         chat = ChatInterface(model, device=options.device, dtype=options.dtype, seed=options.seed)
-    talk = Talk(chat, asdict(sampling), feedback=options.feedback, force=options.force)
+    session = Session(chat, asdict(sampling), feedback=options.feedback, force=options.force)
     if interactive and question is None:
         from rlchat.chat.terminal import Terminal
 
-        talk.terminal = Terminal()
+        session.terminal = Terminal()
     if prompts is not None:
-        talk.reply_to_all(prompts, None if options.out is None else Path(options.out).expanduser())
+        session.respond_to_all(prompts, None if options.out is None else Path(options.out).expanduser())
     elif question is not None:
-        talk.say(question)
+        session.respond(question)
     else:
-        talk.talk()
-    return _FAILED if talk.failed and not interactive else 0
+        session.run()
+    return _FAILED if session.failed and not interactive else 0
+
+
+def _piped_document() -> str:
+    """The text on standard input if that is a pipe or a file, else nothing (a terminal, /dev/null)."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return ""
+    return sys.stdin.read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else ""
 
 
 def _model_and_question(words: list[str]) -> tuple[str, str | None]:
     if len(words) > 2:
-        raise UserError("more than a model and a question; put the question into quotes")
+        raise UserError("too many arguments: expected a model and a question; put the question in quotes")
     if len(words) == 2:
         return words[0], words[1]
     if not words:
         return DEFAULT_MODEL, None
     (word,) = words
     is_model = word.endswith(".pt") and not any(map(str.isspace, word))
-    with contextlib.suppress(OSError, ValueError):  # a question may be too long for a path, or hold what none can
+    with contextlib.suppress(OSError, ValueError):  # a question may be too long for a path, or hold a NUL
         is_model = is_model or Path(word).is_file()
     return (word, None) if is_model else (DEFAULT_MODEL, word)
 
 
 @dataclass(slots=True)
-class Talk:
-    """One chat, and what commands do with it. Through a pipe, standard output holds the replies and nothing else."""
+class Session:
+    """One chat in a terminal or through a pipe. In a pipe, standard output holds only the responses."""
 
     chat: ChatInterface
-    how: dict[str, Any]  # how to sample: arguments of stream_response
+    sampling: dict[str, Any]  # arguments of stream_response
     feedback: str = "feedback.jsonl"
     force: bool = False
     terminal: Terminal | None = None  # None: a pipe
     failed: bool = False
-    _told_of_dropped: bool = field(default=False, init=False)
+    _reported_dropped: bool = field(default=False, init=False)
     _seconds: float = field(default=0.0, init=False)
 
-    def talk(self) -> None:
-        """Replies to message after message, until a command or the end of the input."""
+    def run(self) -> None:
+        """Respond to one message after another, until a command or the end of the input ends the chat."""
         messages: Iterable[str] = sys.stdin
         if self.terminal is not None:
             parameters = sum(weight.numel() for weight in self.chat.model.parameters())
-            self.note(f"{parameters:,} parameters on {self.chat.device}; help lists the commands, Ctrl-D leaves")
+            self.note(f"{parameters:,} parameters on {self.chat.device}; type help for commands, Ctrl-D to leave")
             messages = self.terminal.messages()
         for message in messages:
-            if self._obey(message.strip()):
+            if self._handle(message.strip()):
                 return
 
-    def _obey(self, text: str) -> bool:
-        """Does what ``text`` says, or replies to it; returns whether the talk is over."""
+    def _handle(self, text: str) -> bool:
+        """Run the command in ``text``, or respond to it; return True to end the chat.
+
+        In a pipe only a line with a leading slash is a command, because its lines may be anybody's text.
+        """
         try:
-            if (found := commands.find(text)) is not None:
+            if (found := commands.find(text, slash_only=self.terminal is None)) is not None:
                 command, argument = found
                 return bool(command.run(self, argument))
             if text:
-                self.say(text)
+                self.respond(text)
+        except OutputError:
+            raise
         except UserError as error:
             self.note(str(error))
             self.failed = True
@@ -199,109 +250,124 @@ class Talk:
             self.note("(stopped)")
         return False
 
-    def say(self, text: str) -> None:
-        """Says the reply to ``text`` as it is made. Raises :class:`UserError` for an empty text.
+    def respond(self, text: str) -> None:
+        """Print the response to ``text`` as it is generated. Raises :class:`UserError` for an empty text.
 
-        Ctrl-C stops the reply, and without a terminal to type the next message at, all: it is raised again.
+        Ctrl-C stops the response; in a pipe, KeyboardInterrupt is raised again.
         """
         interactive = self.terminal is not None
         stopped = ""
-        began = time.perf_counter()
-        pieces = self.chat.stream_response(text, **self.how)
+        started = time.perf_counter()
+        pieces = self.chat.stream_response(text, **self.sampling)
         try:
             if interactive:
-                print("model> ", end="", flush=True)
-            # Closed at once, so that what was said until Ctrl-C is in the history before the next message.
+                write_output("model> ")
+            # Closed at once, so that the text so far is in the history before the next message.
             with contextlib.closing(pieces):
                 for piece in pieces:
-                    print(without_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                    write_output(without_controls(piece) if sys.stdout.isatty() else piece)
         except KeyboardInterrupt:
             if not interactive:
                 print(flush=True)
                 raise
             stopped = " (stopped)"
-        self._seconds = time.perf_counter() - began
-        print(stopped, flush=True)
-        self.tell_what_was_not_seen()
+        self._seconds = time.perf_counter() - started
+        write_output(stopped, end="\n")
+        self._report_dropped()
 
-    def reply_to_all(self, prompts: Sequence[Conversation], out: Path | None) -> None:
-        """Writes the replies to ``prompts`` as JSON to ``out``, or to standard output where that is None.
+    def respond_to_all(self, prompts: Sequence[Conversation], out: Path | None) -> None:
+        """Write the responses to ``prompts`` as JSON to ``out``, or to standard output if that is None.
 
-        Raises :class:`UserError` where ``out`` exists and there is nobody to ask.
+        The responses are written before they are scored, so that no error of a reward can lose them. Raises
+        :class:`UserError` if ``out`` exists and there is no terminal to ask.
         """
-        from rlchat.chat.batch import as_json, reply_to_all
+        from rlchat.chat.batch import add_rewards, as_json, generate_rows
         from rlchat.models.sampling import Sampling
 
-        if out is not None and not self.may_write(out):
-            self.note("nothing was written")
-            return
-        text = as_json(reply_to_all(self.chat, prompts, Sampling(**self.how)))
-        if self.chat.dropped_messages or self.chat.cut_tokens:
-            self.note(
-                f"some prompts are longer than the model sees: {self.chat.dropped_messages} of their oldest messages "
-                f"and {self.chat.cut_tokens} tokens were left out"
-            )
-        if out is None:
-            print(text, end="", flush=True)
-        else:
-            write_atomically(out, lambda file: file.write(text.encode("utf-8", errors="replace")))
-            self.note(f"wrote {len(prompts)} replies to {out}")
+        def write(path: Path) -> None:
+            write_atomically(path, lambda file: file.write(as_json(rows).encode("utf-8", errors="replace")))
 
-    def tell_what_was_not_seen(self) -> None:
-        """Notes that the last reply knew only a part of the conversation; of forgetting, when it begins."""
+        if out is not None and not self.may_write(out):
+            self.note("not written")
+            return
+        rows, replies = generate_rows(self.chat, prompts, Sampling(**self.sampling))
+        if out is not None:
+            write(out)
+        try:
+            unscored = add_rewards(self.chat, prompts, replies, rows)
+        finally:  # with Ctrl-C while scoring, the responses are printed nevertheless
+            if out is None:
+                write_output(as_json(rows))
+        if out is not None:
+            write(out)
+        if self.chat.dropped_messages or self.chat.cut_tokens or self.chat.dropped_system:
+            system = " and system messages" if self.chat.dropped_system else ""
+            self.note(
+                f"some prompts are too long for the model's context: {self.chat.dropped_messages} oldest messages, "
+                f"{self.chat.cut_tokens} tokens{system} were left out"
+            )
+        if unscored:
+            self.note(unscored)
+        if out is not None:
+            self.note(f"wrote {len(prompts)} responses to {out}")
+
+    def _report_dropped(self) -> None:
+        """Say what the model did not see; for older messages only once, when the first is dropped."""
         if self.chat.cut_tokens:
-            self.note(f"(too long for this model: it did not see the first {self.chat.cut_tokens} tokens of this)")
-        if self.chat.dropped_messages and not self._told_of_dropped:
-            self.note("(the conversation has outgrown what this model sees: it forgets the oldest messages first)")
-        self._told_of_dropped = self.chat.dropped_messages > 0
+            self.note(f"(message too long: the model did not see its first {self.chat.cut_tokens} tokens)")
+        if self.chat.dropped_system:
+            self.note("(the system message does not fit into the model's context and was left out)")
+        if self.chat.dropped_messages and not self._reported_dropped:
+            self.note("(the conversation exceeds the model's context: the oldest messages are left out)")
+        self._reported_dropped = self.chat.dropped_messages > 0
 
     def note(self, text: str) -> None:
-        """Says something that is no reply."""
+        """Print a text that is not a response: to standard error in a pipe."""
         print(without_controls(text), file=sys.stderr if self.terminal is None else sys.stdout, flush=True)
 
     def ask(self, question: str, default: str = "") -> str:
-        """What a person answers; empty through a pipe."""
+        """The user's answer to ``question``; empty in a pipe."""
         return "" if self.terminal is None else self.terminal.ask(question, default)
 
     def may_write(self, path: Path) -> bool:
-        """Whether ``path`` may be written.
+        """Whether ``path`` may be written; asks before a file is overwritten.
 
-        Raises :class:`UserError` for a directory, and where there is a file and nobody to ask.
+        Raises :class:`UserError` for a directory, and for an existing file if there is no terminal to ask.
         """
         if path.is_dir():
-            raise UserError(f"{path} is a directory; give the name of a file")
+            raise UserError(f"{path} is a directory: specify a file name")
         if self.force or not path.exists():
             return True
         if self.terminal is None:
-            raise UserError(f"{path} exists; give another name, or start rlchat chat with --force")
+            raise UserError(f"{path} exists: choose another name, or use --force")
         return self.ask(f"{path} exists; overwrite it? [y/N] ").strip().lower() in ("y", "yes")
 
-    def judge(self, verdict: Verdict) -> None:
-        """Keeps what somebody thinks of the last reply."""
-        kept = "kept" if self.chat.judge(verdict, self.feedback) else "already kept"
-        what = "the corrected reply" if isinstance(verdict, Correction) else f"a {verdict} reply"
-        self.note(f"{kept} in {self.feedback} as {what}")
+    def add_feedback(self, verdict: Verdict) -> None:
+        """Save a verdict on the last response."""
+        saved = "saved" if self.chat.add_feedback(verdict, self.feedback) else "already saved"
+        what = "corrected response" if isinstance(verdict, Correction) else f"{verdict} response"
+        self.note(f"{saved} in {self.feedback}: {what}")
 
     def settings(self) -> dict[str, Any]:
-        """How replies are sampled, by the names of :data:`rlchat.chat.commands.SETTINGS`."""
-        values = {**self.how, "seed": "none" if self.chat.seed is None else self.chat.seed}
+        """The sampling options, by the names in :data:`rlchat.chat.commands.SETTINGS`."""
+        values = {**self.sampling, "seed": "none" if self.chat.seed is None else self.chat.seed}
         return {name: values[name] for name in commands.SETTINGS}
 
     def set(self, name: str, value: str) -> None:
-        """Changes one setting from the next reply on. Raises :class:`UserError` where it cannot have that value."""
+        """Change a setting for the responses that follow. Raises :class:`UserError` for an invalid name or value."""
         if name not in commands.SETTINGS:
-            raise UserError(f"there is no setting {name!r}; there are {', '.join(commands.SETTINGS)}")
+            raise UserError(f"unknown setting {name!r}: expected one of {', '.join(commands.SETTINGS)}")
         number: float | None = None
         try:
             if (name, value.lower()) != ("seed", "none"):
                 number = float(value) if name in ("temperature", "top_p") else int(value)
         except ValueError:
-            kind = "a number" if name in ("temperature", "top_p") else "a whole number"
-            raise UserError(f"{name} is {kind}, and not {value!r}; type, for instance, set {name} 1") from None
+            kind = "a number" if name in ("temperature", "top_p") else "an integer"
+            raise UserError(f"invalid value {value!r} for {name}: expected {kind}, as in: set {name} 1") from None
         self._change(name, number)
 
     def adopt(self, sampling: Mapping[str, Any]) -> None:
-        """Changes all settings that ``sampling`` has, but for those that are out of range: it notes what they are."""
+        """Change all settings in ``sampling``, except for values out of range, which are reported."""
         for name, value in sampling.items():
             try:
                 self._change(name, value)
@@ -309,21 +375,21 @@ class Talk:
                 self.note(f"{name} stays {self.settings()[name]}: {error}")
 
     def _change(self, name: str, value: Any) -> None:
-        from rlchat.chat.interface import sampling_from
+        from rlchat.chat.generation import sampling_from
 
         if name == "seed":
             self.chat.reseed(value)
         else:
-            self.how = asdict(sampling_from(**{**self.how, name: value}))
+            self.sampling = asdict(sampling_from(**{**self.sampling, name: value}))
 
     def speed(self) -> str:
-        """How fast the last reply came. Raises :class:`UserError` where there is none."""
+        """The speed of the last response. Raises :class:`UserError` if there is none."""
         if (turn := self.chat.last_turn) is None or not self._seconds:
-            raise UserError("nothing was said here yet; say something first")
+            raise UserError("there is no response yet: send a message first")
         tokens = turn[1].tokens
         return f"{tokens} tokens in {self._seconds:.2f} s: {tokens / self._seconds:.0f} tokens per second"
 
 
 def without_controls(text: str) -> str:
-    """``text`` without the control characters by which a model could drive the terminal."""
+    """``text`` without control characters, with which a model could send commands to the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

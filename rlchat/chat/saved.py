@@ -1,4 +1,4 @@
-"""Conversations in files: JSON that says what it is, which the terminal and the page save and load alike::
+"""Conversations as JSON files, which the terminal and the page save and load::
 
     {
      "format": "rlchat-conversation", "version": 1, "model": "rl_chat_model_tiktoken.pt",
@@ -9,7 +9,8 @@
      ]
     }
 
-A system message stands first, where there is one. The layout of older programs is read too:
+A system message, if there is one, is the first message. Two other layouts are read too: OpenAI's
+``{"messages": […]}``, whose contents may be lists of text parts, and that of older programs,
 ``{"conversation_history": [{"user": …, "assistant": …, "timestamp": …}]}``.
 """
 
@@ -33,7 +34,7 @@ FORMAT = "rlchat-conversation"
 VERSION = 1
 MAX_BYTES = 64_000_000
 
-# What a reply is sampled with, and of which type each is. A seed of None is a fresh one each time.
+# Sampling options and their types. A seed of None draws a fresh seed for each session.
 _SAMPLING: Mapping[str, type | tuple[type, ...]] = {
     "max_new_tokens": int,
     "temperature": (int, float),
@@ -45,7 +46,7 @@ _SAMPLING: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class SavedMessage:
-    """One message; ``time`` is when it was said, in ISO 8601, or None where nobody noted it."""
+    """One message; ``time`` is in ISO 8601, or None if it is unknown."""
 
     role: Role
     text: str
@@ -54,7 +55,7 @@ class SavedMessage:
 
 @dataclass(frozen=True, slots=True)
 class SavedConversation:
-    """What a file holds. ``sampling`` has some or all of max_new_tokens, temperature, top_k, top_p and seed."""
+    """The content of a file. ``sampling`` has some or all of max_new_tokens, temperature, top_k, top_p and seed."""
 
     messages: tuple[SavedMessage, ...]
     model: str = ""
@@ -62,45 +63,45 @@ class SavedConversation:
 
 
 def now() -> str:
-    """The time of a message that is said now."""
+    """The current UTC time in ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def save_conversation(path: str | Path, conversation: SavedConversation, *, overwrite: bool = False) -> None:
-    """Writes ``conversation``, whole or not at all.
+    """Write ``conversation`` atomically.
 
-    Raises :class:`UserError` where the place cannot be written, or holds a file and ``overwrite`` does not allow that.
+    Raises :class:`UserError` if the file cannot be written, or exists and ``overwrite`` is False.
     """
     path = _path(path)
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; give another name")
+        raise UserError(f"{path} exists: choose another name")
     text = json.dumps(conversation_to_dict(conversation), ensure_ascii=False, indent=1) + "\n"
-    # A lone surrogate, which a broken paste may hold, is no text that UTF-8 can write.
+    # A broken paste may hold a lone surrogate, which UTF-8 cannot encode.
     write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="replace")))
 
 
 def load_conversation(path: str | Path) -> SavedConversation:
-    """The conversation in ``path``. Raises :class:`UserError` for a file that is missing, damaged or another's."""
+    """The conversation in ``path``. Raises :class:`UserError` if the file is missing, damaged or in another format."""
     path = _path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never open, and a device never end
-            raise UserError(f"{path}: a directory, a pipe or a device; give a file")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe may block, and a device may never end
+            raise UserError(f"{path} is a directory, a pipe or a device: expected a file")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes; that is no conversation")
+            raise UserError(f"{path}: too large for a conversation: expected at most {MAX_BYTES:,} bytes")
         content = json.loads(text)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the name") from error
+        raise UserError(f"{path}: file not found") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; check the name") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged, or no conversation: it is not JSON; give another file") from error
+        raise UserError(f"{path} is not a conversation file: it is not valid JSON") from error
     return conversation_from_dict(content, str(path))
 
 
 def conversation_to_dict(conversation: SavedConversation) -> dict[str, Any]:
-    """The plain values of a file, for :func:`conversation_from_dict`."""
+    """JSON values of a file, the inverse of :func:`conversation_from_dict`."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -111,42 +112,54 @@ def conversation_to_dict(conversation: SavedConversation) -> dict[str, Any]:
 
 
 def conversation_from_dict(content: object, source: str) -> SavedConversation:
-    """The conversation of a file's plain values. Raises :class:`UserError` naming ``source`` and what is wrong."""
+    """The conversation in a file's JSON values. Raises :class:`UserError` that names ``source`` and what is wrong."""
     try:
         if isinstance(content, dict) and "conversation_history" in content:
             return _from_older(content)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise _WrongError("no conversation that rlchat saved")
-        if content.get("version") != VERSION:
-            raise _WrongError(f"of version {_shown(content.get('version'))}, and this rlchat reads {VERSION}")
+        if not isinstance(content, dict):
+            raise _InvalidError("it is not a JSON object")
+        is_openai = "format" not in content and "messages" in content
+        if not is_openai and content.get("format") != FORMAT:
+            raise _InvalidError("its format is neither rlchat's nor OpenAI's")
+        if not is_openai and content.get("version") != VERSION:
+            raise _InvalidError(f"its version is {_shown(content.get('version'))}; this rlchat reads {VERSION}")
         messages = tuple(_message(row, number) for number, row in enumerate(_a_list(content, "messages"), 1))
         if any(message.role == "system" for message in messages[1:]):
-            raise _WrongError("a system message stands elsewhere than first")
+            raise _InvalidError("a system message is not the first message")
         model = content.get("model", "")
         if not isinstance(model, str):
-            raise _WrongError(f"model is not a name but {_shown(model)}")
+            raise _InvalidError(f"model is {_shown(model)}: expected a string")
         return SavedConversation(messages, model, _sampling(content.get("sampling", {})))
-    except _WrongError as error:
-        raise UserError(f"{source}: {error}; give another file") from None
+    except _InvalidError as error:
+        raise UserError(f"{source} is not a conversation that can be loaded: {error}") from None
 
 
-class _WrongError(Exception):
-    """What is wrong with a file."""
+class _InvalidError(Exception):
+    """The reason why a file cannot be loaded."""
 
 
 def _message(row: object, number: int) -> SavedMessage:
     if not isinstance(row, dict):
-        raise _WrongError(f"message {number} is not an object but {_shown(row)}")
-    if row.get("role") not in ROLES:
-        raise _WrongError(f"the role of message {number} is {_shown(row.get('role'))}, none of {', '.join(ROLES)}")
-    return SavedMessage(row["role"], _text(row.get("content"), f"the content of message {number}"), _time(row, "time"))
+        raise _InvalidError(f"message {number} is {_shown(row)}: expected an object")
+    role = "system" if row.get("role") == "developer" else row.get("role")  # OpenAI's newer name
+    if role not in ROLES:
+        raise _InvalidError(f"the role of message {number} is {_shown(role)}: expected one of {', '.join(ROLES)}")
+    return SavedMessage(role, _content(row.get("content"), f"the content of message {number}"), _time(row, "time"))
+
+
+def _content(value: object, what: str) -> str:
+    """Text, or OpenAI's list of text parts, which are joined."""
+    if not isinstance(value, list):
+        return _text(value, what)
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
+    return "".join(_text(part, f"a part of {what}") for part in parts)
 
 
 def _from_older(content: dict[str, Any]) -> SavedConversation:
     messages: list[SavedMessage] = []
     for number, turn in enumerate(_a_list(content, "conversation_history"), 1):
         if not isinstance(turn, dict):
-            raise _WrongError(f"turn {number} is not an object but {_shown(turn)}")
+            raise _InvalidError(f"turn {number} is {_shown(turn)}: expected an object")
         time = _time(turn, "timestamp")
         messages += [
             SavedMessage("user", _text(turn.get("user"), f"user of turn {number}"), time),
@@ -158,41 +171,41 @@ def _from_older(content: dict[str, Any]) -> SavedConversation:
 def _a_list(content: dict[str, Any], key: str) -> list[Any]:
     value = content.get(key)
     if not isinstance(value, list):
-        raise _WrongError(f"{key} is not a list but {_shown(value)}")
+        raise _InvalidError(f"{key} is {_shown(value)}: expected a list")
     return value
 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise _WrongError(f"{what} is not text but {_shown(value)}")
+        raise _InvalidError(f"{what} is {_shown(value)}: expected text")
     return value
 
 
 def _time(row: dict[str, Any], key: str) -> str | None:
-    """The time under ``key``: text as it stands, and seconds since 1970 in ISO 8601."""
+    """The time under ``key``: text unchanged, seconds since 1970 as ISO 8601."""
     value = row.get(key)
     if value is None or isinstance(value, str):
         return value
     try:
         return datetime.fromtimestamp(value, timezone.utc).isoformat(timespec="seconds")
     except (TypeError, ValueError, OverflowError, OSError):
-        raise _WrongError(f"{key} is not a time but {_shown(value)}") from None
+        raise _InvalidError(f"{key} is {_shown(value)}: expected a time") from None
 
 
 def _sampling(values: object) -> dict[str, Any]:
-    """Those of ``values`` that are known, each of its type; whether it is in range, sampling itself will say."""
+    """The known options in ``values``, with their types checked; :class:`Sampling` checks their ranges."""
     if not isinstance(values, dict):
-        raise _WrongError(f"sampling is not an object but {_shown(values)}")
+        raise _InvalidError(f"sampling is {_shown(values)}: expected an object")
     for name, kind in _SAMPLING.items():
         value = values.get(name, 0)
         if isinstance(value, bool) or not isinstance(value, kind) or (isinstance(value, float) and math.isnan(value)):
-            raise _WrongError(f"sampling.{name} is not a number but {_shown(value)}")
+            raise _InvalidError(f"sampling.{name} is {_shown(value)}: expected a number")
     return {name: values[name] for name in _SAMPLING if name in values}
 
 
 def _path(path: str | Path) -> Path:
     if "\0" in str(path):
-        raise UserError(f"{str(path)!r}: no name that a file can have; give another")
+        raise UserError(f"invalid file name {str(path)!r}: it contains a NUL character")
     return Path(path).expanduser()
 
 

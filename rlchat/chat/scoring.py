@@ -1,7 +1,8 @@
-"""What a chat model was rewarded for, said of the replies that it gives now."""
+"""Score responses with the reward that a chat model was trained with."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,77 +19,108 @@ from rlchat.rewards import Factor, Reply, Reward
 from rlchat.rewards.learned import LearnedQuality
 
 
-class Judge:
-    """The reward that the bundle in ``path`` describes, and its critic.
+class RewardScorer:
+    """The reward that the model file ``path`` describes, and the value head (critic) of its model.
 
-    ``bundle.about["reward"]`` describes the factors in plain values: ``[{"class_path": …, "init_args": {…}}, …]``. A
-    file names what is known already and brings no code: factors of rlchat's own are made by the last part of their
-    class path, and ``left_out`` names the others. A reward model is looked for at the path that it had, then beside the
-    chat model.
+    ``bundle.about["reward"]`` describes the factors: ``[{"class_path": …, "init_args": {…}}, …]``. A class of rlchat is
+    found by the last part of its path, any other class by importing its module, which must be on the import path; only
+    subclasses of :class:`Factor` are constructed. A reward model is searched at the path it had in training, then
+    beside the chat model.
 
-    Raises :class:`UserError` where the bundle describes no reward, or one that cannot be had.
+    ``left_out`` maps what cannot be scored to the reason. Raises :class:`UserError` if the file describes no reward, or
+    if no factor can be used.
     """
 
     def __init__(self, bundle: PolicyBundle, path: str | Path) -> None:
         described = bundle.about.get("reward")
         if not described:
-            raise UserError(f"{path}: the bundle carries no reward; those that PPO trained do")
+            raise UserError(f"{path}: the model file describes no reward; only models trained with PPO have one")
         self._bundle = bundle
         self._path = Path(path)
-        self._device = str(bundle.model.unsayable.device)
-        self.left_out: list[str] = []
-        rows = described if isinstance(described, list) else [described]
-        factors = [factor for row in rows if (factor := self._factor(row)) is not None]
+        self._device = str(bundle.model.backbone.head_weight.device)
+        self.left_out: dict[str, str] = {}
+        factors = []
+        for row in described if isinstance(described, list) else [described]:
+            class_path, init_args = self._checked(row)
+            try:
+                factors.append(self._factor(class_path, init_args))
+            except UserError as error:
+                self.left_out[class_path] = str(error)
         if not factors:
-            raise UserError(f"{path}: the reward is made of {', '.join(self.left_out)} alone, which is not in rlchat")
+            raise UserError(f"{path}: no factor of the reward can be used: {self.describe_left_out()}")
         self.reward = Reward(factors)
 
+    def describe_left_out(self) -> str:
+        """The factors that are left out and why, in one line; empty if there are none."""
+        return "; ".join(f"{name} ({why})" for name, why in self.left_out.items())
+
     def breakdown(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, float]]:
-        """What each factor contributes to the reward of each of ``replies``, its weight included, by name."""
-        columns = {name: scores.tolist() for name, scores in self.reward.breakdown(prompts, replies).items()}
+        """The weighted score of each factor for each of ``replies``, by the factor's name.
+
+        A factor that fails is added to ``left_out`` and not used again. Raises :class:`UserError` if all fail.
+        """
+        columns: dict[str, list[float]] = {}
+        for name, factor in list(self.reward.factors.items()):
+            try:
+                ((_, scores),) = Reward([factor]).breakdown(prompts, replies).items()
+                columns[name] = scores.tolist()
+            except Exception as error:  # a factor may be anybody's code, and one that fails must not hide the others
+                self.left_out[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                del self.reward.factors[name]
+        if not columns:
+            raise UserError(f"{self._path}: no factor of the reward can be used: {self.describe_left_out()}")
         return [{name: column[row] for name, column in columns.items()} for row in range(len(replies))]
 
     @torch.no_grad()
     def value(self, prompt: Conversation) -> float | None:
-        """The reward that the critic expects before a word is said; None where the bundle has no trained critic."""
+        """The critic's estimate of the reward at the end of ``prompt``; None if the file has no trained critic."""
         model, tokenizer = self._bundle.model, self._bundle.tokenizer
         ids = torch.tensor([tokenizer.render_prompt(prompt, self._bundle.max_length).ids], device=self._device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         if self._bundle.critic is not None:
             return float(self._bundle.critic(ids, mask)[0, -1])
         last = model.value_head[-1] if isinstance(model.value_head, nn.Sequential) else model.value_head
-        if not any(bool(parameter.any()) for parameter in last.parameters()):  # as it was made: nobody trained it
+        if not any(bool(parameter.any()) for parameter in last.parameters()):  # all zeros: the initial value
             return None
         return float(model.values(model(ids, mask)[0, -1]))
 
-    def _factor(self, row: Any) -> Factor | None:
+    def _checked(self, row: Any) -> tuple[str, dict[str, Any]]:
         init_args = row.get("init_args", {}) if isinstance(row, dict) else None
         if not isinstance(init_args, dict) or not isinstance(row.get("class_path"), str):
-            raise UserError(f"{self._path}: its description of the reward is damaged; make the bundle again")
-        class_path: str = row["class_path"]
-        package, _, name = class_path.rpartition(".")
-        factor = _factors().get(name) if package.partition(".")[0] == "rlchat" else None
-        if factor is None:
-            self.left_out.append(class_path)
-            return None
+            raise UserError(f"{self._path}: the description of the reward is damaged; train or export the model again")
+        return row["class_path"], init_args
+
+    def _factor(self, class_path: str, init_args: dict[str, Any]) -> Factor:
+        """The factor that a row describes. Raises :class:`UserError` with the reason if it cannot be constructed."""
+        factor = _find_class(class_path)
         if factor is LearnedQuality:
             bundle = self._reward_model(init_args.get("bundle"))
             init_args = {**init_args, "bundle": str(bundle), "device": self._device}
         try:
             return factor(**init_args)
-        except TypeError as error:
-            raise UserError(f"{self._path}: {class_path} cannot be made as it describes it: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"cannot be constructed: {error}") from error
 
     def _reward_model(self, path: Any) -> Path:
         there = Path(str(path))
         beside = self._path.parent / there.name
         if not there.is_file() and not beside.is_file():
-            raise UserError(f"{self._path}: it was rewarded by the reward model {there}; put that there or at {beside}")
+            raise UserError(f"reward model not found: copy it to {there} or {beside}")
         return there if there.is_file() else beside
 
 
-def _factors() -> dict[str, type[Factor]]:
-    """rlchat's own factors, by name."""
-    exported = [getattr(rewards, name) for name in rewards.__all__]
-    known = [value for value in exported if isinstance(value, type) and issubclass(value, Factor)]
-    return {factor.__name__: factor for factor in known if not inspect.isabstract(factor)}
+def _find_class(class_path: str) -> type[Factor]:
+    """The subclass of :class:`Factor` at ``class_path``. Raises :class:`UserError` if there is none."""
+    module, _, name = class_path.rpartition(".")
+    if module.partition(".")[0] == "rlchat":
+        found = getattr(rewards, name) if name in rewards.__all__ else None
+    else:
+        try:
+            found = getattr(importlib.import_module(module), name, None) if module else None
+        except (Exception, SystemExit) as error:
+            raise UserError(f"cannot import {module}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Factor)) or inspect.isabstract(found):
+        raise UserError(f"{class_path} is not a reward factor")
+    return found

@@ -1,4 +1,4 @@
-"""What is typed at `rlchat chat`'s prompt: several lines, completed commands, and a history that lasts."""
+"""The prompt of `rlchat chat` in a terminal: multi-line input, completion of commands, a persistent history."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlchat.chat.commands import COMMANDS, SETTINGS
 
 
 class Terminal:
-    """The prompt. Enter sends, Alt-Enter begins another line, and a paste of several lines stays one message."""
+    """The prompt. Enter sends, Alt-Enter starts a new line, and pasted lines are one message."""
 
     def __init__(self) -> None:
         self._session: PromptSession[str] = PromptSession(
@@ -34,19 +34,19 @@ class Terminal:
         )
 
     def messages(self) -> Iterator[str]:
-        """What is typed, one message after the other, until Ctrl-D."""
+        """The messages that the user types, until Ctrl-D."""
         while True:
             try:
                 message = self._session.prompt()
             except KeyboardInterrupt:
-                print("(Ctrl-D or quit leaves)")
+                print("(to leave, press Ctrl-D or type quit)")
                 continue
             except EOFError:
                 return
             yield message
 
     def ask(self, question: str, default: str = "") -> str:
-        """The answer to ``question``, which begins as ``default``; empty where Ctrl-C or Ctrl-D gives none."""
+        """The user's answer to ``question``, prefilled with ``default``; empty after Ctrl-C or Ctrl-D."""
         session: PromptSession[str] = PromptSession(message=_styled(question), multiline=True, key_bindings=_keys())
         try:
             return session.prompt(default=default)
@@ -55,13 +55,13 @@ class Terminal:
 
 
 class CommandCompleter(Completer):
-    """The names of commands, and what follows them; while one types only behind a /, and else on the tab key."""
+    """Completes commands and their arguments: while typing after a slash, otherwise on the tab key."""
 
     def __init__(self) -> None:
         self._files = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """What may stand at the end of what is typed."""
+        """Completions at the end of the typed text."""
         typed = document.text_before_cursor
         if "\n" in typed or not (typed.startswith("/") or complete_event.completion_requested):
             return
@@ -70,7 +70,7 @@ class CommandCompleter(Completer):
             for command in COMMANDS:
                 for name in command.names:
                     if name.startswith(word.lower()):
-                        yield Completion(name, -len(word), display_meta=command.what)
+                        yield Completion(name, -len(word), display_meta=command.help)
             return
         for command in COMMANDS:
             if word.lower() in command.names and command.completes == "settings":
@@ -79,8 +79,8 @@ class CommandCompleter(Completer):
                 yield from self._files.get_completions(Document(argument), complete_event)
 
 
-class _LastingHistory(FileHistory):
-    """A history that does without its file where that cannot be written any more."""
+class _FileHistory(FileHistory):
+    """A history that ignores errors when its file cannot be written."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -92,11 +92,11 @@ def _history() -> History:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "chat_history"
-        path.touch(0o600)  # what one says to a model is nobody else's business
+        path.touch(0o600)  # private: readable by the user only
         path.read_bytes()
     except OSError:
         return InMemoryHistory()
-    return _LastingHistory(str(path))
+    return _FileHistory(str(path))
 
 
 def _keys() -> KeyBindings:
@@ -107,7 +107,7 @@ def _keys() -> KeyBindings:
         event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    def _begin_a_line(event: KeyPressEvent) -> None:
+    def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
     return keys

@@ -237,9 +237,19 @@ class _Forest:
         self.dropped = report.dropped
         self.readers = Readers(options, report.dropped)
         self.growing: dict[str, _Growing] = {}
+        self.feedback: dict[str, dict[str, Any]] = {}  # the last row of each feedback_id; see rlchat.chat.feedback
+        self._options = options
 
     def add(self, row: dict[str, Any]) -> None:
         """Take what is usable of ``row``. Raises :class:`BadLineError`, having kept nothing of it."""
+        if isinstance(feedback_id := row.get("feedback_id"), str):
+            Readers(self._options, Counter()).read(row)  # raises for a bad line
+            self.dropped["replaced or withdrawn verdicts"] += feedback_id in self.feedback
+            self.feedback[feedback_id] = row
+        else:
+            self._take(row)
+
+    def _take(self, row: dict[str, Any]) -> None:
         read: Row = self.readers.read(row)
         if read.flaw is not None:
             self.dropped[read.flaw] += 1
@@ -248,6 +258,14 @@ class _Forest:
 
     def trees(self) -> list[Tree]:
         """All that was added, linked, selected and merged."""
+        for row in self.feedback.values():
+            if row.get("verdict") == "none":
+                self.dropped["replaced or withdrawn verdicts"] += 1
+            else:
+                self._take(row)
+        self.feedback.clear()
+        for name in [name for name, count in self.dropped.items() if not count]:
+            del self.dropped[name]
         self.report.warnings, self.report.unread = self.readers.warnings, self.readers.unread
         for planted in self.readers.linked():
             self._grow(planted.id, planted.threads, planted.prompts.values())

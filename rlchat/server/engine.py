@@ -1,9 +1,10 @@
-"""`Engine`: replies to many at once.
+"""`Engine`: continuous batching.
 
-One thread owns the model and keeps one batch going. A request joins it at the next token and leaves it when its reply
-has ended, so nobody waits for somebody else's long reply; the tokens themselves come from
-:func:`rlchat.models.sampling.sample`, as everywhere. Each reply has noise of its own, so that a seed gives the
-same words alone and in a crowd.
+One thread owns the model and runs one batch. A request joins the batch at the next token and leaves it when its
+response ends, so no request waits for another's long response. Tokens come from
+:func:`rlchat.models.sampling.sample`, as in training. Each response has its own random numbers, so a seed gives the
+same response alone and in a batch, up to floating-point rounding: the logits of a row depend on the batch in their
+last digits, which rarely changes a token.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ from rlchat.utils.padding import pad
 
 log = logging.getLogger("rlchat")
 
-_STREAM = 0  # of addressed noise: a request's address is its seed and the number of its choice
+_STREAM = 0  # of the addressed random numbers: the address of a response is its seed and the index of its choice
 
 Finish = Literal["stop", "length", "expired", "failed"]
-"""Why nothing more comes: the reply closed its turn or reached a stop string; it ran out of tokens or of time; its time
-was over before its first token; the engine broke."""
+"""Why a response ended: an end marker or stop string; the limit of tokens or time; the time limit before the first
+token; an error of the engine."""
 
 
 class EngineFullError(Exception):
-    """As many wait as may; come again later."""
+    """The queue is full."""
 
 
 class Piece(NamedTuple):
-    """Some text of a reply."""
+    """A piece of a response."""
 
     text: str
     tokens: int  # sampled so far, the end marker included
-    finish: Finish | None = None  # None while more is to come
+    finish: Finish | None = None  # None if more follows
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One reply that somebody waits for.
+    """A request for one response.
 
-    ``deliver`` is called from the engine's thread: with each piece where it ``streams``, else once, with the whole
-    text. ``deadline`` is a time of :func:`time.monotonic`. Whoever no longer wants it sets ``cancelled``.
+    ``deliver`` is called from the engine's thread: with each piece if ``streams`` is True, else once with the whole
+    text. ``deadline`` is a time of :func:`time.monotonic`. Setting ``cancelled`` stops the response.
     """
 
     prompt: Sequence[int]
@@ -59,7 +60,7 @@ class Ticket:
     deliver: Callable[[Piece], None]
     deadline: float
     seed: int = 0
-    choice: int = 0  # the number among replies to one request: each draws other noise
+    choice: int = 0  # index among the responses to one request; each has other random numbers
     stop: Sequence[str] = ()
     streams: bool = False
     cancelled: bool = False
@@ -67,16 +68,16 @@ class Ticket:
 
 @dataclass(slots=True)
 class Counts:
-    """What the engine has done since it began."""
+    """Totals since the engine started."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    steps: int = 0  # of the model, each a token for every row
+    steps: int = 0  # forward passes, each one token per row
     cancelled: int = 0
 
 
 class Engine:
-    """Generates for ``max_rows`` tickets at a time and lets ``max_waiting`` wait; :meth:`close` ends it."""
+    """Generates at most ``max_rows`` responses at a time and queues ``max_waiting``; :meth:`close` stops it."""
 
     def __init__(self, bundle: PolicyBundle, *, max_rows: int = 64, max_waiting: int = 256) -> None:
         self.model = bundle.model
@@ -95,28 +96,32 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many tickets have not begun."""
+        """Number of queued tickets."""
         return len(self._waiting)
 
     @property
     def alive(self) -> bool:
-        """Whether tickets are worked on."""
+        """Whether the engine accepts and generates tickets."""
         return self._thread.is_alive() and not self._closing
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Puts all ``tickets`` in the queue, or none: raises :class:`EngineFullError` where there is no room."""
+        """Queue all ``tickets``. Raises :class:`EngineFullError`, and queues none, if there is no room for all."""
         with self._changed:
             if self._closing or self.running + self.waiting + len(tickets) > self.max_rows + self.max_waiting:
-                raise EngineFullError(f"{self.waiting} replies wait for their turn already")
+                raise EngineFullError(f"the queue is full with {self.waiting} waiting responses")
             self._waiting.extend(tickets)
             self._changed.notify()
 
     def close(self) -> None:
-        """Breaks off what is running or waiting, and ends the thread."""
+        """Abort all responses and wait until the thread has stopped."""
+        self.abort()
+        self._thread.join()
+
+    def abort(self) -> None:
+        """Abort all responses and let the thread stop."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
 
     def _work(self) -> None:
         while not self._closing:
@@ -126,7 +131,7 @@ class Engine:
             try:
                 if rows:
                     self._generate(rows)
-            except Exception:  # whatever it is, those who wait must hear of it, and the next ones be served
+            except Exception:  # report any error to the waiting clients, and keep serving
                 log.exception("generation failed")
             for row in rows:
                 row.finish("failed")
@@ -135,14 +140,14 @@ class Engine:
             _Row(ticket, self.tokenizer, 0).finish("failed")
 
     def _generate(self, rows: list[_Row]) -> None:
-        """One batch, until it is empty; ``rows`` always holds those that are in it."""
+        """Run one batch until it is empty. ``rows`` always holds the rows in the batch."""
         ids, mask = pad([row.ticket.prompt for row in rows], self.tokenizer.pad_id, "left")
         steps = sample(
             self.model,
             ids.to(self._device),
             mask.to(self._device),
             [row.ticket.sampling for row in rows],
-            _noise(rows),
+            _uniforms(rows),
             end_id=self.tokenizer.end_id,
             pad_id=self.tokenizer.pad_id,
         )
@@ -163,13 +168,13 @@ class Engine:
             if joining or len(stay) < len(rows):
                 rows[:] = stay + joining
                 prompts = [row.ticket.prompt for row in joining]
-                change = Change(keep, prompts, [row.ticket.sampling for row in rows], _noise(rows))
+                change = Change(keep, prompts, [row.ticket.sampling for row in rows], _uniforms(rows))
             if not rows or self._closing:
                 return
             step = steps.send(change)
 
     def _take(self, position: int) -> list[_Row]:
-        """Those who join at ``position`` of the batch; turns away whose time is over, forgets who went away."""
+        """Take waiting tickets into the batch at ``position``; remove cancelled and expired ones from the queue."""
         now = time.monotonic()
         with self._changed:
             taken: list[_Row] = []
@@ -189,7 +194,7 @@ class Engine:
             return taken
 
 
-def _noise(rows: Sequence[_Row]) -> Uniforms:
+def _uniforms(rows: Sequence[_Row]) -> Uniforms:
     seeds = torch.tensor([row.ticket.seed for row in rows], dtype=torch.long)
     choices = torch.tensor([row.ticket.choice for row in rows], dtype=torch.long)
     begun = torch.tensor([row.begun for row in rows], dtype=torch.long)
@@ -197,7 +202,7 @@ def _noise(rows: Sequence[_Row]) -> Uniforms:
 
 
 class _Row:
-    """A ticket in the batch: what its reply has said since the position at which it ``begun``."""
+    """A ticket in the batch. ``begun`` is the position of its first token."""
 
     def __init__(self, ticket: Ticket, tokenizer: ChatTokenizer, begun: int) -> None:
         self.ticket = ticket
@@ -207,11 +212,11 @@ class _Row:
         self._end_id = tokenizer.end_id
         self._decoder = tokenizer.stream()
         self._stop = StopStrings(ticket.stop)
-        self._text = ""  # that was not delivered yet
+        self._text = ""  # not delivered yet
         self._tokens = 0
 
     def push(self, token: int) -> None:
-        """Takes the next token of the reply; it is ``over`` where that was the last, or nobody wants it any more."""
+        """Add the next token; set ``over`` if it was the last or the ticket is cancelled."""
         if self.ticket.cancelled:
             self.over = self.abandoned = True
             return
@@ -226,7 +231,7 @@ class _Row:
             self._deliver(None)
 
     def finish(self, why: Finish) -> None:
-        """Delivers the rest of the reply, if it is not over already."""
+        """Deliver the rest of the response, unless it is over."""
         if not self.over:
             self.over = True
             self._text += self._stop.finish()

@@ -1,4 +1,4 @@
-"""Errors of the API, in the form that clients of OpenAI's expect."""
+"""Errors of the API, in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class APIError(Exception):
-    """An answer other than what was asked for: ``status`` of HTTP, and a sentence."""
+    """An error response with the HTTP status ``status`` and a message of one sentence."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        # What it quotes of the request may hold lone surrogates, which no UTF-8 can carry.
+        # Quoted parts of the request may hold lone surrogates, which UTF-8 cannot encode.
         self.message = message.encode("utf-8", errors="replace").decode()
         self.param = param
         self.code = code
@@ -31,15 +31,15 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as plain values."""
+        """The error as JSON values."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:
-        """The error as an answer."""
+        """The error as an HTTP response."""
         return JSONResponse(self.body, status_code=self.status, headers=self.headers)
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
-        """Sends it, where there is no application to do so."""
+        """Send the error, for requests that do not reach the application."""
         await self.response(scope, receive, send)

@@ -1,9 +1,8 @@
-"""`Guard`: what stands between the network and the application.
+"""`Guard`: ASGI middleware that checks requests before the application sees them.
 
-A server on one's own machine can be reached by every web page that one's browser opens. So a request must name the
-server by an address, or by a name that was allowed (against DNS rebinding); where a browser says which page it comes
-from, that must be the server's own; and a key is asked for where there is one. Bodies are read here, whole, up to a
-size and within a time.
+Every web page in the user's browser can reach a server on the user's machine. So the Host header must be an address or
+an allowed name (against DNS rebinding); an Origin header must be the server's own or an allowed one; and the API key
+must match if there is one. Bodies are read here, up to a size and within a time.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.responses import Response
+
 from rlchat.server.errors import APIError
 
 Scope = MutableMapping[str, Any]
@@ -24,7 +25,7 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# What needs no key: the page, which asks for it, and what watches whether the server lives.
+# Paths without a key: the page, which asks the user for it, and health checks.
 _OPEN_PATHS = ("/", "/health")
 
 _HEADERS = (
@@ -37,9 +38,10 @@ _HEADERS = (
 
 
 class Guard:
-    """ASGI middleware; what it refuses gets an error of the API, and ``observe`` sees every answer.
+    """The middleware. Refused requests get an error of the API.
 
-    ``observe`` is called with the path, the status and the seconds until the answer was complete.
+    ``origins`` are the web origins, such as ``http://localhost:3000``, whose pages may use the API; ``*`` allows all.
+    ``observe`` is called with the path, the status and the seconds until the response was complete.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Guard:
         application: Application,
         *,
         hosts: Iterable[str],
+        origins: Iterable[str] = (),
         api_key: str | None,
         max_body: int,
         body_seconds: float,
@@ -54,6 +57,7 @@ class Guard:
     ) -> None:
         self.application = application
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.origins = {origin.lower().rstrip("/") for origin in origins}
         self.api_key = api_key
         self.max_body = max_body
         self.body_seconds = body_seconds
@@ -63,17 +67,21 @@ class Guard:
         if scope["type"] != "http":
             await self.application(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        started, status = time.monotonic(), 0
+        headers = self._response_headers(scope)
 
         async def answer(event: Event) -> None:
             nonlocal status
             if event["type"] == "http.response.start":
                 status = event["status"]
-                event["headers"] = [*event.get("headers", ()), *_HEADERS]
+                event["headers"] = [*event.get("headers", ()), *headers]
             await send(event)
 
         try:
             try:
+                if self._is_preflight(scope):
+                    await _preflight_response(scope, receive, answer)
+                    return
                 self.check(scope)
                 body = await asyncio.wait_for(self.read(scope, receive), self.body_seconds)
             except asyncio.TimeoutError:
@@ -83,29 +91,51 @@ class Guard:
                 await error.answer(scope, receive, answer)
             else:
                 if body is not None:
-                    await self.application(scope, _replay(body, receive), answer)
+                    # The server sends no body in response to HEAD, so the application can treat it as GET.
+                    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+                    await self.application({**scope, "method": method}, _replay(body, receive), answer)
         finally:
-            self.observe(scope["path"], status, time.monotonic() - began)
+            self.observe(scope["path"], status, time.monotonic() - started)
+
+    def _response_headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """Security headers, and those of CORS for a page of an allowed origin."""
+        origin = dict(scope["headers"]).get(b"origin")
+        if origin is None or not self.allows_origin(origin.decode("latin-1")):
+            return [*_HEADERS, *([(b"vary", b"Origin")] if self.origins else [])]
+        plain = [header for header in _HEADERS if header[0] != b"cross-origin-resource-policy"]
+        cors = [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", b"Retry-After")]
+        return [*plain, *cors, (b"cross-origin-resource-policy", b"cross-origin"), (b"vary", b"Origin")]
+
+    def _is_preflight(self, scope: Scope) -> bool:
+        """Whether a browser asks if a page of an allowed origin may send a request; that question carries no key."""
+        headers = dict(scope["headers"])
+        asks = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
+        known = self.knows(headers.get(b"host", b"").decode("latin-1"))
+        return asks and known and self.allows_origin(headers.get(b"origin", b"").decode("latin-1"))
+
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of ``origin`` may use the API although it is not the server's own."""
+        return bool(origin) and ("*" in self.origins or origin.lower() in self.origins)
 
     def check(self, scope: Scope) -> None:
-        """Raises :class:`APIError` for a request that may not come in."""
+        """Raise :class:`APIError` for a request that is not allowed."""
         headers: dict[bytes, bytes] = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if not self.knows(host):
-            raise APIError(
-                403, f"this server is not known as {host or 'nothing'!r}; start it with --allow-host to allow a name"
-            )
+            raise APIError(403, f"unknown host {host!r}: start the server with --allow-host to allow this name")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
-            raise APIError(403, "a page of another origin may not use this server")
+        text = "" if origin is None else origin.decode("latin-1")
+        is_own = origin is None or urlsplit(text).netloc.lower() == host.lower()
+        if not is_own and not self.allows_origin(text):
+            raise APIError(403, f"origin {text!r} is not allowed: start the server with --allow-origin {text}")
         if self.api_key is not None and scope["path"] not in _OPEN_PATHS:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            # In constant time, so that nobody can learn the key by how long a wrong one takes.
+            # Compared in constant time, so that the duration reveals nothing about the key.
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
                 raise APIError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def knows(self, host: str) -> bool:
-        """Whether ``host`` is an address, or a name that this server goes by; either may have a port."""
+        """Whether ``host`` is an address or an allowed name, with or without a port."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name in self.hosts:
@@ -116,8 +146,8 @@ class Guard:
         return True
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None where the client went away before it was complete. Raises :class:`APIError` if too large."""
-        too_large = APIError(413, f"the request is larger than {self.max_body:,} bytes")
+        """The body; None if the client disconnected before its end. Raises :class:`APIError` if it is too large."""
+        too_large = APIError(413, f"the request body is too large: expected at most {self.max_body:,} bytes")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
             raise too_large
@@ -133,8 +163,19 @@ class Guard:
                 return bytes(body)
 
 
+async def _preflight_response(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = {
+        "Access-Control-Allow-Methods": "GET, HEAD, POST",
+        "Access-Control-Allow-Headers": dict(scope["headers"])
+        .get(b"access-control-request-headers", b"authorization, content-type")
+        .decode("latin-1"),
+        "Access-Control-Max-Age": "600",
+    }
+    await Response(status_code=204, headers=headers)(scope, receive, send)
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """``receive`` as it would have been had nobody read the body."""
+    """A ``receive`` that returns ``body`` first, although it was already read."""
     events: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Event:

@@ -1,4 +1,4 @@
-"""`rlchat serve`: a page, and an API in OpenAI's protocol, to talk with a model.
+"""`rlchat serve`: a web page and an API in OpenAI's format to chat with a model.
 
 rlchat serve
 rlchat serve checkpoints/sft_model.pt --port 8001 --feedback mine.jsonl
@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
+import shlex
 import signal
 import socket
 import sys
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from rlchat.chat.feedback import check_writable
 from rlchat.errors import UserError
 from rlchat.utils.imports import no_garbage_collection
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from rlchat.server.responses import Limits
 
-# A connection may idle for so long: longer than clients let theirs, so that none is closed just as it is used again.
+# Idle connections are closed after this time. It is longer than the limit of common clients, so that the server does
+# not close a connection just when a client uses it again.
 _IDLE_SECONDS = 75
-_GRACE_SECONDS = 3  # that replies under way have to end when the server is told to
+_SHUTDOWN_SECONDS = 30  # after which uvicorn cancels what still runs; the engine aborts its responses before
 
 
 def main(args: list[str]) -> int:
-    """Runs ``rlchat serve`` with ``args`` until Ctrl-C or SIGTERM; returns the exit code. Raises :class:`UserError`."""
+    """Run ``rlchat serve`` with ``args`` until Ctrl-C or SIGTERM; return the exit code. Raises :class:`UserError`."""
     try:
         options = _parser().parse_args(args)
     except SystemExit as stop:
@@ -38,21 +45,49 @@ def main(args: list[str]) -> int:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"rlchat serve needs {error.name}, which comes with: pip install 'rlchat[serve]'") from error
-    # Before the model is loaded, which takes seconds, so that a mistake is told at once.
+        raise UserError(f"rlchat serve needs {error.name}: install it with {_install_command()}") from error
+    # Before the model is loaded, which takes seconds.
     check_writable(options.feedback)
     with _listen(options.host, options.port) as listener:
         _serve(options, listener)
     return 0
 
 
+def _install_command() -> str:
+    """The command that installs the packages of this module: in a clone from the clone, else by their names."""
+    clone = Path(__file__).parents[2]
+    if (clone / "pyproject.toml").is_file():
+        return f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{clone}[serve]')}"
+    required = [requirement.partition(";") for requirement in metadata.requires("rlchat") or []]
+    names = [name.strip() for name, _, marker in required if "serve" in marker]
+    return f"{shlex.quote(sys.executable)} -m pip install {shlex.join(names)}"
+
+
+def uvicorn_config(
+    api: Any, *, log_level: str = "warning", shutdown_seconds: int = _SHUTDOWN_SECONDS
+) -> uvicorn.Config:
+    """uvicorn's configuration for ``api``."""
+    import uvicorn
+
+    from rlchat.server.protocol import HeaderTimeoutProtocol
+
+    return uvicorn.Config(
+        api,
+        http=HeaderTimeoutProtocol,
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=shutdown_seconds,
+    )
+
+
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     with no_garbage_collection():
-        import uvicorn
-
         from rlchat.models.model_file import load_policy
         from rlchat.server.app import create_api
         from rlchat.server.engine import Engine
+        from rlchat.server.protocol import Server
         from rlchat.utils.devices import choose_device, choose_dtype
 
     device = choose_device(options.device)
@@ -67,25 +102,18 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
         feedback=Path(options.feedback),
         limits=_limits(options),
         hosts=[*options.allow_host, options.host],
+        origins=options.allow_origin,
         api_key=options.api_key or None,
-    )
-    config = uvicorn.Config(
-        api,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=_IDLE_SECONDS,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{file.stem} is at {place} (a page) and {place}/v1 (OpenAI's protocol); Ctrl-C ends it", flush=True)
+    print(f"{file.stem} is at {place} (page) and {place}/v1 (OpenAI-compatible API); press Ctrl-C to stop", flush=True)
     if not options.api_key and not ipaddress.ip_address(host).is_loopback:
-        print("rlchat: whoever reaches this address can use the model; --api-key asks for a key", file=sys.stderr)
-    # uvicorn ends in good order on these two, and then raises them again; for a server they are the usual way to end.
+        print("rlchat: anyone who can reach this address can use the model: set --api-key", file=sys.stderr)
+    # uvicorn shuts down on these signals and then raises them again; here they are the normal way to stop.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(uvicorn_config(api), engine.abort).run(sockets=[listener])
 
 
 def _limits(options: argparse.Namespace) -> Limits:
@@ -97,29 +125,35 @@ def _limits(options: argparse.Namespace) -> Limits:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family, backlog=1024)
+        listener = socket.create_server(address, family=family, backlog=1024)
+        # Connections inherit it. asyncio sets it only on sockets with an explicit protocol; without it, Nagle's
+        # algorithm delays each small response on a kept-alive connection by 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
-        raise UserError(f"cannot listen on {host}:{port}: {reason}; give another --port or --host") from error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rlchat serve", description="A page, and an API in OpenAI's protocol, to talk with a model."
+        prog="rlchat serve", description="A web page and an OpenAI-compatible API to chat with a model."
     )
 
     def option(name: str, what: str, usual: str = "%(default)s", **more: object) -> None:
         more.setdefault("metavar", "N")
         parser.add_argument(name, help=f"{what} (default: {usual})", **more)  # type: ignore[arg-type]
 
-    option("model", "a model bundle", nargs="?", default="checkpoints/rl_chat_model_tiktoken.pt", metavar="MODEL")
-    option("--host", "the address to listen on; 0.0.0.0 is all", default="127.0.0.1", metavar="ADDRESS")
-    option("--port", "the port to listen on; 0 is any that is free", type=_port, default=8000)
-    option("--device", "where the model runs, as cpu or cuda", "the fastest there is", metavar="DEVICE")
-    option("--dtype", "the numbers it computes with, as float32", "bfloat16 on CUDA, else float32", metavar="DTYPE")
+    option("model", "model file", nargs="?", default="checkpoints/rl_chat_model_tiktoken.pt", metavar="MODEL")
+    option("--host", "address to listen on; 0.0.0.0 for all", default="127.0.0.1", metavar="ADDRESS")
+    option("--port", "port to listen on; 0 for any free port", type=_port, default=8000)
+    option("--device", "device of the model, such as cpu or cuda", "the fastest available", metavar="DEVICE")
+    option(
+        "--dtype", "dtype of the model, such as float32", "bfloat16 on CUDA if supported, else float32", metavar="DTYPE"
+    )
     option(
         "--feedback",
-        "the file that 👍, 👎 and corrected replies are appended to, as training data",
+        "file to which ratings and corrected responses are appended, as training data",
         default="feedback.jsonl",
         metavar="FILE",
     )
@@ -127,41 +161,54 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key",
         default=os.environ.get("RLCHAT_API_KEY", ""),
         metavar="KEY",
-        help="what clients must show; better in the environment, as RLCHAT_API_KEY (default: nothing)",
+        help="key that clients must send; safer as environment variable RLCHAT_API_KEY (default: none)",
     )
     option(
         "--allow-host",
-        "a name by which clients may call this server; may be repeated",
+        "host name that clients may use for this server; may be repeated",
         "localhost and any address",
         action="append",
         default=[],
         metavar="NAME",
     )
-    option("--max-rows", "replies generated at a time", type=_positive, default=64)
-    option("--max-waiting", "replies that may wait for their turn; more get status 429", type=_positive, default=256)
-    option("--max-tokens", "tokens of a reply at most", type=_positive, default=1_024)
-    option("--max-seconds", "seconds until a reply is broken off", type=_positive, default=120)
-    option("--max-messages", "messages of a conversation at most", type=_positive, default=1_000)
-    option("--max-body", "bytes of a request at most", type=_positive, default=1_000_000)
+    option(
+        "--allow-origin",
+        "web origin whose pages may use the API, such as http://localhost:3000, or * for all; may be repeated",
+        "only this server's own page",
+        action="append",
+        type=_origin,
+        default=[],
+        metavar="ORIGIN",
+    )
+    option("--max-rows", "maximum number of responses generated at a time", type=_positive, default=64)
+    option("--max-waiting", "maximum number of queued responses; more get status 429", type=_positive, default=256)
+    option("--max-tokens", "maximum number of tokens per response", type=_positive, default=1_024)
+    option("--max-seconds", "maximum number of seconds per response", type=_positive, default=120)
+    option("--max-messages", "maximum number of messages per conversation", type=_positive, default=1_000)
+    option("--max-body", "maximum number of bytes per request", type=_positive, default=1_000_000)
     return parser
 
 
-def _whole(text: str) -> int:
+def _origin(text: str) -> str:
+    parts = urlsplit(text)
+    if text != "*" and (not parts.scheme or not parts.netloc or parts.path.strip("/")):
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected an origin such as http://localhost:3000")
+    return text
+
+
+def _integer(text: str, low: int, high: float, what: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        number = low - 1
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected {what}")
+    return number
 
 
 def _positive(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    return _integer(text, 1, math.inf, "an integer of at least 1")
 
 
 def _port(text: str) -> int:
-    number = _whole(text)
-    if not 0 <= number < 2**16:
-        raise argparse.ArgumentTypeError(f"{number} is no port; they go from 0 to 65535")
-    return number
+    return _integer(text, 0, 65_535, "an integer from 0 to 65535")

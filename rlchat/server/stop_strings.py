@@ -1,4 +1,4 @@
-"""Text that ends where one of some strings begins."""
+"""Cut a streamed text at the first stop string."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets the text of one reply through, piece by piece, up to the first of ``strings`` that is complete in it.
+    """Passes on the text of one response, piece by piece, up to the first complete stop string.
 
-    What may be the beginning of one is held back until the next piece shows what it is.
+    Text that may be the start of a stop string is held back until the next piece decides. For example, with the stop
+    string ``END``, the pieces ``aE`` and ``Nb`` come out as ``a`` and ``ENb``.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -17,7 +18,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that became certain with ``piece``; nothing more once a string was ``found``."""
+        """The text that can be passed on after ``piece``; empty once a stop string was ``found``."""
         text = self._held + piece
         if (places := [place for string in self._strings if (place := text.find(string)) >= 0]) or self.found:
             self.found, self._held = True, ""
@@ -28,6 +29,6 @@ class StopStrings:
         return text[:certain]
 
     def finish(self) -> str:
-        """What was held back and turned out to be text."""
+        """The text that was held back, at the end of the response."""
         held, self._held = self._held, ""
         return held

@@ -51,7 +51,7 @@ def test_lines_of_text(capsys: pytest.CaptureFixture[str]) -> None:
             "model": "polite.pt",
             "sampling": {"max_new_tokens": 100, "temperature": 0.5, "top_k": 4, "top_p": 1.0, "seed": 3},
         }
-    assert capsys.readouterr() == ("", "wrote 3 replies to out.json\n")
+    assert capsys.readouterr() == ("", "wrote 3 responses to out.json\n")
 
 
 def test_rows_of_jsonl_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,23 +76,61 @@ def test_what_was_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     rows("polite.pt", "--prompts", "asked.txt")
     # 32 of 64 tokens are for a prompt, three of them markers.
     err = capsys.readouterr().err
-    assert "longer than the model sees: 0 of their oldest messages and 32 tokens were left out" in err
+    assert "too long for the model's context: 0 oldest messages, 32 tokens were left out" in err
 
 
 def test_scoring_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setattr("rlchat.utils.progress.PROGRESS_AFTER_SECONDS", 0.0)
-    monkeypatch.setattr("rlchat.chat.batch._SCORED_AT_ONCE", 2)
+    monkeypatch.setattr("rlchat.chat.batch._SCORING_BATCH", 2)
     Path("asked.txt").write_text("Hello\n" * 5)
     assert [row["reward"] for row in rows("polite.pt", "--prompts", "asked.txt")] == [-0.5] * 5
     assert "scoring" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_responses_are_written_whatever_the_reward(
+    to_file: bool, byte_tokenizer: ChatTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*reward: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+        polite = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode())))
+        polite.about["reward"] = list(reward)
+        save_bundle("polite.pt", polite)
+        words = ["chat", "polite.pt", "--prompts", "asked.txt"]
+        assert main([*words, "--out", "out.json", "--force"] if to_file else words) == 0
+        out, err = capsys.readouterr()
+        return json.loads(Path("out.json").read_text() if to_file else out), err
+
+    Path("asked.txt").write_text("Hello\n")
+    end = {"class_path": "rlchat.rewards.MissingEnd"}
+    learned = {"class_path": "rlchat.LearnedQuality", "init_args": {"bundle": "gone.pt"}}
+    mine = {"class_path": "nowhere_at_all.Mine"}
+    ((row,), err) = run(end, learned, mine)
+    assert (row["reply"], row["reward"], row["factors"]) == (REPLY, 0.0, {"missing_end": 0.0})
+    assert row["unscored"] == ["rlchat.LearnedQuality", "nowhere_at_all.Mine"]
+    assert "the reward leaves out rlchat.LearnedQuality (reward model not found: copy it to gone.pt" in err
+    ((row,), err) = run(learned)
+    assert row["reply"] == REPLY
+    assert "reward" not in row
+    assert "the responses have no reward: " in err
+
+
+def test_responses_are_written_before_they_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        assert json.loads(Path("out.json").read_text())[0]["reply"] == REPLY
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlchat.chat.scoring.RewardScorer.breakdown", interrupted)
+    Path("asked.txt").write_text("Hello\n")
+    (row,) = rows("polite.pt", "--prompts", "asked.txt", code=130)
+    assert row["reply"] == REPLY
 
 
 def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.txt").write_text("Hello\n")
     Path("out.json").write_text("[]")
     assert rows("polite.pt", "--prompts", "asked.txt", code=2) == []
-    assert "out.json exists; give another name, or start rlchat chat with --force" in capsys.readouterr().err
+    assert "out.json exists: choose another name, or use --force" in capsys.readouterr().err
     assert len(rows("polite.pt", "--prompts", "asked.txt", "--force")) == 1
 
 
@@ -101,7 +139,7 @@ def test_a_directory_takes_no_replies(force: list[str], capsys: pytest.CaptureFi
     Path("asked.txt").write_text("Hello\n")
     Path("folder").mkdir()
     assert main(["chat", "polite.pt", "--prompts", "asked.txt", "--out", "folder", *force]) == 2
-    assert capsys.readouterr() == ("", "rlchat: folder is a directory; give the name of a file\n")
+    assert capsys.readouterr() == ("", "rlchat: folder is a directory: specify a file name\n")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from rlchat.chat.commands import COMMANDS, SETTINGS, find
-from rlchat.chat.repl import Talk
+from rlchat.chat.repl import Session
 from rlchat.chat.terminal import CommandCompleter
 from rlchat.errors import UserError
 
@@ -81,17 +81,19 @@ def test_all_else_is_a_message(line: str) -> None:
     ("line", "nearest"), [("/claer", "clear"), ("/rewrad x", "reward"), ("/clear now", "clear"), ("/Hlep", "help")]
 )
 def test_an_unknown_command_names_the_nearest(line: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=rf"^no command {line}; did you mean {nearest}\? help lists them all$"):
+    with pytest.raises(
+        UserError, match=rf"^unknown command {line}: did you mean /{nearest}\? /help lists all commands$"
+    ):
         find(line)
 
 
 def test_help_tells_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = find("help")
     assert found is not None
-    found[0].run(Talk(None, {}), "")  # type: ignore[arg-type]  # help needs no chat
+    found[0].run(Session(None, {}), "")  # type: ignore[arg-type]  # help needs no chat
     said = capsys.readouterr().err
     for command in COMMANDS:
-        pattern = rf"^  {', '.join(command.names)}(?: {re.escape(command.argument)})? +{re.escape(command.what)}$"
+        pattern = rf"^  {', '.join(command.names)}(?: {re.escape(command.argument)})? +{re.escape(command.help)}$"
         assert re.search(pattern, said, re.MULTILINE), command.names
     assert max(map(len, said.splitlines())) <= 110
 

@@ -80,23 +80,26 @@ def test_the_line_is_an_oasst_tree(tmp_path: Path) -> None:
 
 
 def test_several_pieces_about_one_prompt(tmp_path: Path) -> None:
-    """Labels of the same prompt are gathered; corrections stay apart, for their ranks cannot be compared."""
+    """The last verdict on each response counts; labels of one prompt are gathered, corrections are pairs."""
     path = tmp_path / "feedback.jsonl"
     for reply, verdict in [
         ("One.", "good"),
         ("Two.", "bad"),
         ("One.", "bad"),
-        ("One.", "good"),
         ("Two.", Correction("Three.")),
         ("Two.", Correction("Four.")),
+        ("Five.", "good"),
+        ("Six.", "bad"),
+        ("Six.", "none"),
     ]:
         append_feedback(path, asked("Say it"), reply, verdict)  # type: ignore[arg-type]
     trees, report = read_trees([path], progress=False)
     assert len(trees) == 1  # so that no part of it is held out from the others
     assert report.bad_lines == 0
-    labels, *pairs = judged(path)
-    assert [(r.text, r.quality) for r in labels.references] == [("One.", 1.0), ("Two.", 0.0), ("One.", 0.0)]
-    assert [[r.text for r in pair.references] for pair in pairs] == [["Three.", "Two."], ["Four.", "Two."]]
+    assert report.dropped == {"replaced or withdrawn verdicts": 5}  # 5 lines of 8 have no effect
+    assert len(path.read_text().splitlines()) == 8
+    rated = {tuple((r.text, r.quality, r.rank) for r in prompt.references) for prompt in judged(path)}
+    assert rated == {(("One.", 0.0, None), ("Five.", 1.0, None)), (("Four.", None, 0), ("Two.", None, 1))}
 
 
 def test_what_opens_alike_is_one_tree(tmp_path: Path) -> None:
@@ -178,9 +181,9 @@ def test_the_reader_takes_every_line_that_was_kept(
 @pytest.mark.parametrize(
     ("reply", "verdict", "why"),
     [
-        (" \n", "good", "the reply is empty"),
-        ("a", Correction("  "), "the corrected reply is empty"),
-        ("a", Correction("a"), "the corrected reply is the reply itself"),
+        (" \n", "good", "the response is empty"),
+        ("a", Correction("  "), "the correction is empty"),
+        ("a", Correction("a"), "the correction equals the response"),
     ],
 )
 def test_feedback_without_meaning_is_refused(tmp_path: Path, reply: str, verdict: Correction, why: str) -> None:
@@ -190,14 +193,14 @@ def test_feedback_without_meaning_is_refused(tmp_path: Path, reply: str, verdict
 
 
 def test_a_reply_to_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the message that was replied to is empty"):
+    with pytest.raises(UserError, match="the user message is empty"):
         append_feedback(tmp_path / "f.jsonl", asked("a", "b", " "), "Hi.", "good")
-    with pytest.raises(ValueError, match="does not end on one"):
+    with pytest.raises(ValueError, match="ends with a user message"):
         append_feedback(tmp_path / "f.jsonl", Conversation((Message("assistant", "Hi."),)), "Hi.", "good")
 
 
 def test_a_line_too_long_for_the_reader_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"takes 9,000,\d+ bytes"):
+    with pytest.raises(UserError, match=r"has 9,000,\d+ bytes"):
         append_feedback(tmp_path / "f.jsonl", asked("x" * 9_000_000), "Oh.", "good")
     assert not (tmp_path / "f.jsonl").exists()
 
@@ -205,7 +208,7 @@ def test_a_line_too_long_for_the_reader_is_refused(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "f.jsonl"):
-        with pytest.raises(UserError, match=r"the feedback cannot be kept: .*; give a place that can"):
+        with pytest.raises(UserError, match=r"cannot write feedback to .*; choose another file"):
             append_feedback(path, asked("Hello"), "Hi.", "good")
 
 
@@ -277,5 +280,5 @@ def test_whether_a_place_can_be_written(tmp_path: Path) -> None:
     check_writable(path)
     assert path.read_bytes() == content
     for place in (path.parent, path / "below"):
-        with pytest.raises(UserError, match="the feedback cannot be kept"):
+        with pytest.raises(UserError, match="cannot write feedback to"):
             check_writable(place)

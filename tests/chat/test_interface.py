@@ -1,14 +1,16 @@
-"""ChatInterface: scripted models whose every word is known, prompts worked out by hand, and a random model."""
+"""ChatInterface: scripted models with known responses, prompts worked out by hand, and a random model."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.chat_models import chain, random_policy, scripted_policy
@@ -20,6 +22,7 @@ from rlchat.chat.feedback import Correction
 from rlchat.chat.interface import ChatInterface
 from rlchat.chat.saved import load_conversation
 from rlchat.conversation import Conversation, Message
+from rlchat.data.formats import read_trees
 from rlchat.errors import UserError
 from rlchat.models.model_file import save_bundle
 from rlchat.models.sampling import Sampling, Step
@@ -116,7 +119,7 @@ def test_an_interrupted_reply_keeps_what_was_said(
     kept: tuple[Message, ...],
 ) -> None:
     chat = scripted(byte_tokenizer, tmp_path, list(b"Hello"[:3]))
-    monkeypatch.setattr("rlchat.chat.interface.sample", Interrupted(said))
+    monkeypatch.setattr("rlchat.chat.generation.sample", Interrupted(said))
     with pytest.raises(KeyboardInterrupt):
         chat.generate_response("Hi")
     assert chat.history == kept
@@ -146,8 +149,10 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr("rlchat.chat.interface.sample", recorder)
-    monkeypatch.setattr("rlchat.chat.interface.shorten", lambda cache, length: False)  # it fills no cache to go on from
+    monkeypatch.setattr("rlchat.chat.generation.sample", recorder)
+    monkeypatch.setattr(
+        "rlchat.chat.generation.shorten", lambda cache, length: False
+    )  # it fills no cache to go on from
     return recorder
 
 
@@ -314,7 +319,7 @@ def test_replies_are_the_same_without_the_cache(
         return chat.history, sum(fed)
 
     said, fed = talk()
-    monkeypatch.setattr("rlchat.chat.interface.shorten", lambda cache, length: False)
+    monkeypatch.setattr("rlchat.chat.generation.shorten", lambda cache, length: False)
     said_without, fed_without = talk()
     assert said == said_without
     assert fed < fed_without / 2
@@ -335,7 +340,7 @@ def test_a_conversation_that_was_changed_is_read_anew(random_model: Path, tmp_pa
     check()
     chat.undo()
     check()
-    chat.judge(Correction("I am fine."), tmp_path / "feedback.jsonl")
+    chat.add_feedback(Correction("I am fine."), tmp_path / "feedback.jsonl")
     check()
     chat.system = "Be brief."
     check()
@@ -367,7 +372,7 @@ def test_ctrl_c_within_the_model_leaves_no_half_in_the_cache(
     fed = counted(chat)
     reply = chat.generate_response("So?", 6, 0)
     assert fed[0] < len(chat.tokenizer.encode("HelloSo?")) + 3 + len(chat.tokenizer.encode(said))
-    fresh._said = chat._said[:2]
+    fresh._messages = chat._messages[:2]
     assert fresh.generate_response("So?", 6, 0) == reply
 
 
@@ -427,7 +432,7 @@ def test_a_batch_shows_its_progress(
     assert capsys.readouterr().err == ""  # that was quick
     monkeypatch.setattr("rlchat.utils.progress.PROGRESS_AFTER_SECONDS", 0.0)
     chat.batch(PROMPTS, 2, 0, batch_size=2)
-    assert "replying" in capsys.readouterr().err
+    assert "generating" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("empty", ["", " \n", Conversation((Message("assistant", "Hi"),)), Conversation(())])
@@ -499,11 +504,11 @@ def test_undo_takes_back_a_turn(byte_tokenizer: ChatTokenizer, tmp_path: Path) -
 
 def test_feedback_on_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
-    with pytest.raises(UserError, match="no reply yet"):
-        chat.judge("good", path)
+    with pytest.raises(UserError, match="no response yet"):
+        chat.add_feedback("good", path)
     chat.generate_response("Hi")
-    assert chat.judge("good", path)
-    assert chat.judge(Correction("Hello!"), path)
+    assert chat.add_feedback("good", path)
+    assert chat.add_feedback(Correction("Hello!"), path)
     assert chat.history == turn("Hi", "Hello!")
     good, better = (json.loads(line)["prompt"]["replies"] for line in path.read_text().splitlines())
     assert [(r["text"], r["labels"]["quality"]["value"], r["model_name"]) for r in good] == [
@@ -512,32 +517,33 @@ def test_feedback_on_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Pat
     assert [(r["text"], r["rank"]) for r in better] == [("Hello!", 0), ("Helo", 1)]
 
 
-def test_a_verdict_is_kept_once_a_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_the_last_verdict_on_a_response_counts(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
     chat.generate_response("Hi")
-    assert chat.judge("good", path)
-    assert not chat.judge("good", path)
-    assert chat.judge("bad", path)
-    assert not chat.judge("good", path)
-    chat.generate_response("Hi")  # the same words, and another reply
-    assert chat.judge("good", path)
-    assert chat.judge("good", tmp_path / "other.jsonl")
+    assert chat.add_feedback("good", path)
+    assert not chat.add_feedback("good", path)
+    assert chat.add_feedback("bad", path)
+    assert chat.add_feedback("good", path)  # it was bad in between
     assert len(path.read_text().splitlines()) == 3
+    assert chat.add_feedback("good", tmp_path / "other.jsonl")
+    assert chat.add_feedback("bad", path)
+    (prompt,) = read_trees([path], progress=False)[0][0].prompts
+    assert [(r.text, r.quality) for r in prompt.references] == [("Helo", 0.0)]
 
 
 def test_a_correction_is_not_the_models(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
     chat.generate_response("Hi")
-    assert [chat.judge(Correction(text), path) for text in ("Hello!", "Hello!")] == [True, False]
+    assert [chat.add_feedback(Correction(text), path) for text in ("Hello!", "Hello!")] == [True, False]
     chat.generate_response("Bye")
     chat.undo()
     for verdict in ("good", "bad"):
-        with pytest.raises(UserError, match=r"^that reply is your own correction"):
-            chat.judge(verdict, path)  # type: ignore[arg-type]
-    assert chat.judge(Correction("Hello there!"), path)
+        with pytest.raises(UserError, match=r"^the last response is your correction"):
+            chat.add_feedback(verdict, path)  # type: ignore[arg-type]
+    assert chat.add_feedback(Correction("Hello there!"), path)
     first, second = (json.loads(line)["prompt"]["replies"] for line in path.read_text().splitlines())
     assert [(r["text"], r.get("model_name")) for r in first] == [("Hello!", None), ("Helo", "scripted.pt")]
-    assert [(r["text"], r.get("model_name")) for r in second] == [("Hello there!", None), ("Hello!", "")]
+    assert [(r["text"], r.get("model_name")) for r in second] == [("Hello there!", None), ("Helo", "scripted.pt")]
 
 
 def test_the_reward_of_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
@@ -546,9 +552,9 @@ def test_the_reward_of_the_last_reply(byte_tokenizer: ChatTokenizer, tmp_path: P
     save_bundle(tmp_path / "rl.pt", bundle)
     chat = ChatInterface(tmp_path / "rl.pt")
     chat.generate_response("Hi", 3)
-    assert chat.judgement() == ({"missing_end": -0.5}, None)
+    assert chat.score_last_response() == ({"missing_end": -0.5}, None)
     chat.generate_response("Hi")
-    assert chat.judgement() == ({"missing_end": 0.0}, None)
+    assert chat.score_last_response() == ({"missing_end": 0.0}, None)
 
 
 def test_texts_through_the_tokenizer(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,6 +574,53 @@ def test_the_dtype_can_be_chosen(random_model: Path) -> None:
     assert len(chat.batch(["Hello", "Why?"], 5)) == 2
 
 
+# -- one response at a time --
+
+
+def test_two_streams_of_one_interface(random_model: Path) -> None:
+    chat, expected = (ChatInterface(random_model, device="cpu") for _ in range(2))
+    whole = expected.generate_response("Hello", 8, 0)
+    stream = chat.stream_response("Hello", 8, 0)
+    first = next(stream)
+    calls: list[Callable[[], object]] = [
+        lambda: chat.generate_response("Bye"),
+        lambda: chat.batch(["Bye"]),
+        lambda: list(chat.stream_response("Bye")),
+        chat.clear,
+        chat.undo,
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="is generating another response: finish or close that stream first"):
+            call()
+    assert first + "".join(stream) == whole  # undisturbed
+    assert chat.history == turn("Hello", whole)
+    assert chat.generate_response("So?", 8, 0) == expected.generate_response("So?", 8, 0)
+
+
+def test_threads_of_one_interface(random_model: Path) -> None:
+    """Each thread gets the right response or the error."""
+    chat = ChatInterface(random_model, device="cpu")
+    expected = {prompt: chat.generate_response(prompt, 8, 0, use_history=False) for prompt in PROMPTS}
+    found: list[tuple[str, str]] = []
+    refused: list[UserError] = []
+
+    def ask(prompt: str) -> None:
+        for _ in range(5):
+            try:
+                found.append((prompt, chat.generate_response(prompt, 8, 0, use_history=False)))
+            except UserError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=ask, args=[prompt]) for prompt in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) + len(refused) == 5 * len(PROMPTS)  # no other exception ended a thread
+    assert found
+    assert all(expected[prompt] == response for prompt, response in found)
+
+
 # -- what cannot work --
 
 
@@ -578,20 +631,35 @@ def test_an_empty_message_is_refused_at_once(chat: ChatInterface, text: str) -> 
     assert chat.history == ()
 
 
+def test_seeds_of_numpy_and_system_messages(random_model: Path, tmp_path: Path) -> None:
+    chat = ChatInterface(random_model, device="cpu", seed=np.int64(3))  # type: ignore[arg-type]
+    response = chat.generate_response("Hello", 8)
+    assert response == ChatInterface(random_model, device="cpu", seed=3).generate_response("Hello", 8)
+    chat.save(tmp_path / "chat.json")
+    assert load_conversation(tmp_path / "chat.json").sampling["seed"] == 3
+    with pytest.raises(UserError, match=r"^invalid system message 3: expected a string or None$"):
+        chat.system = 3  # type: ignore[assignment]
+
+
+def test_top_k_minus_one_means_all_tokens(random_model: Path) -> None:
+    off, minus_one = (ChatInterface(random_model, device="cpu", seed=3) for _ in range(2))
+    assert off.generate_response("Hi", 9, 1.0, top_k=0) == minus_one.generate_response("Hi", 9, 1.0, top_k=-1)
+
+
 def test_a_message_that_is_no_text_is_refused(chat: ChatInterface) -> None:
-    with pytest.raises(UserError, match=r"^the message is None; it must be a text$"):
+    with pytest.raises(UserError, match=r"^invalid message None: expected a string$"):
         chat.generate_response(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("prompts", "how", "why"),
     [
-        ("abc", {}, "the prompts are a single one; give a list of them"),
-        (Conversation((Message("user", "Hi"),)), {}, "the prompts are a single one"),
-        (["Hi", None], {}, "prompt 2 is None; it must be a text or a Conversation"),
-        (["Hi"], {"batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
-        (["Hi"], {"batch_size": "2"}, "batch_size is '2'; it must be a whole number of at least 1"),
-        (["Hi"], {"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ("abc", {}, "invalid prompts: expected a list of prompts, got a single one"),
+        (Conversation((Message("user", "Hi"),)), {}, "invalid prompts: expected a list of prompts"),
+        (["Hi", None], {}, "invalid prompt 2: expected a string or a Conversation, got None"),
+        (["Hi"], {"batch_size": 0}, "invalid value 0 for batch_size: expected an integer of at least 1"),
+        (["Hi"], {"batch_size": "2"}, "invalid value '2' for batch_size: expected an integer of at least 1"),
+        (["Hi"], {"temperature": "hot"}, "invalid value 'hot' for temperature: expected a number"),
     ],
 )
 def test_a_batch_that_is_none_is_refused(chat: ChatInterface, prompts: Any, how: dict[str, Any], why: str) -> None:
@@ -607,7 +675,7 @@ def test_a_batch_that_is_none_is_refused(chat: ChatInterface, prompts: Any, how:
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"temperature": 1e-50},
-        {"top_k": -1},
+        {"top_k": -2},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"temperature": "hot"},
@@ -627,7 +695,7 @@ def test_models_devices_and_seeds_that_cannot_be_had(random_model: Path, tmp_pat
     with pytest.raises(UserError, match="device 'abacus'"):
         ChatInterface(random_model, device="abacus")
     for seed in (2**63, -1, "1"):
-        with pytest.raises(UserError, match=f"^the seed {seed!r} is out of range; give a whole number from 0 to"):
+        with pytest.raises(UserError, match=f"^invalid value {seed!r} for seed: expected an integer from 0 to"):
             ChatInterface(random_model, seed=seed)  # type: ignore[arg-type]
 
 

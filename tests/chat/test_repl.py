@@ -1,4 +1,4 @@
-"""`rlchat chat` through a pipe, with one question, and with options; `test_terminal.py` has it in a real terminal."""
+"""`rlchat chat` through a pipe, with one question, and with options; `test_terminal.py` runs it in a terminal."""
 
 from __future__ import annotations
 
@@ -55,15 +55,17 @@ def test_a_pipe_gets_replies_and_nothing_else(
     assert err == ""
 
 
-@pytest.mark.parametrize("word", ["quit", "exit", "bye", "/quit", "/bye", " EXIT "])
-def test_words_that_leave(
+@pytest.mark.parametrize("word", ["/quit", "/exit", "/bye", " /EXIT "])
+def test_commands_that_end_the_chat(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str
 ) -> None:
     assert pipe(monkeypatch, f"Hi\n{word}\nHi again\n", polite) == 0
     assert capsys.readouterr().out == f"{REPLY}\n"
 
 
-@pytest.mark.parametrize("text", ["quit smoking", "help me", "please clear", "/etc/passwd", "1/2", "/", "/2"])
+@pytest.mark.parametrize(
+    "text", ["quit", "bye", "save money", "good", "set seed 1", "help me", "/etc/passwd", "1/2", "/", "/2"]
+)
 def test_other_lines_are_messages(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
@@ -83,7 +85,7 @@ def test_an_unknown_command_names_the_nearest(
     assert pipe(monkeypatch, f"{typed}\n", polite) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"no command {typed}; did you mean {nearest}")
+    assert err.startswith(f"unknown command {typed}: did you mean /{nearest}")
     assert err.count("\n") == 1
 
 
@@ -106,7 +108,7 @@ def test_the_history_grows_until_it_is_cleared(
     asked = listen(monkeypatch)
     pipe(monkeypatch, "a\nb\n/clear\nc\n", polite)
     assert [how["history"] for _, how in asked] == [0, 2, 0]
-    assert "forgotten" in capsys.readouterr().err
+    assert "conversation cleared" in capsys.readouterr().err
 
 
 def test_options_reach_the_model(
@@ -138,7 +140,7 @@ def test_what_the_model_no_longer_sees_is_said_once(
     pipe(monkeypatch, "0123456789\n0123456789\n0123456789\n" + "x" * 50, polite)
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2
-    assert "outgrown" in err[0]
+    assert "exceeds the model's context" in err[0]
     assert "first 21 tokens" in err[1]  # of 50, with 32 - 3 to stay
 
 
@@ -150,7 +152,9 @@ def test_mistakes_end_with_one_sentence(
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "-1") == 2
     assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--seed", "-5") == 2
-    assert re.fullmatch(r"rlchat: the seed -5 is out of range; .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"rlchat: invalid value -5 for seed: expected an integer from 0 to .*\n", capsys.readouterr().err
+    )
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "warm") == 2
     assert "invalid float value: 'warm'" in capsys.readouterr().err
 
@@ -222,7 +226,7 @@ class Typed:
 
 def typed(chat: ChatInterface, *messages: str) -> None:
     """A talk at a terminal."""
-    repl.Talk(chat, {}, terminal=Typed(*messages)).talk()  # type: ignore[arg-type]
+    repl.Session(chat, {}, terminal=Typed(*messages)).run()  # type: ignore[arg-type]
 
 
 def test_ctrl_c_at_a_terminal_keeps_what_was_said(
@@ -269,7 +273,42 @@ def test_a_reader_that_leaves_ends_the_chat(
     assert capsys.readouterr().err == ""
 
 
+def test_an_output_that_cannot_be_written(polite: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        for extra in ([], ["Hello"]):
+            run = subprocess.run(
+                [sys.executable, "-m", "rlchat", "chat", polite, *extra],
+                input=b"Hi\nHi again\n",
+                stdout=full,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+            assert run.returncode == 2
+            assert run.stderr == b"rlchat: cannot write to standard output: No space left on device\n"
+
+
 # -- one question --
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file", "/dev/null"])
+def test_a_question_about_a_piped_document(
+    polite: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = listen(monkeypatch)
+    (tmp_path / "document").write_text("good\n/quit\n")
+    descriptor = os.open(tmp_path / "document" if kind == "file" else os.devnull, os.O_RDONLY)
+    if kind == "pipe":
+        reading, writing = os.pipe()
+        os.write(writing, b"good\n/quit\n")
+        os.close(writing)
+        os.dup2(reading, descriptor)
+        os.close(reading)
+    with os.fdopen(descriptor) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["chat", polite, "What is it?"]) == 0
+    expected = "What is it?" if kind == "/dev/null" else "good\n/quit\n\nWhat is it?"
+    assert [text for text, _ in asked] == [expected]
+    assert capsys.readouterr() == (f"{REPLY}\n", "")
 
 
 def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,9 +344,9 @@ def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], mode
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["How", "are", "you"], "put the question into quotes"),
-        (["--out", "x.json"], "--out is for the replies to --prompts"),
-        (["mine.pt", "Hello", "--prompts", "x.txt"], "--prompts brings the questions"),
+        (["How", "are", "you"], "put the question in quotes"),
+        (["--out", "x.json"], "--out requires --prompts"),
+        (["mine.pt", "Hello", "--prompts", "x.txt"], "--prompts and a question cannot be combined"),
     ],
 )
 def test_words_that_do_not_go_together(words: list[str], why: str) -> None:
@@ -322,25 +361,27 @@ def test_a_whole_talk_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Replies on standard output, all else on standard error; what is saved is what was said."""
-    talk = "system Be brief.\nHi\nagain\nundo\nset temperature 0.5\nset seed 3\nretry\nsave talk.json\nclear\nhistory\n"
-    assert pipe(monkeypatch, talk + "load talk.json\nhistory\nspeed\n", polite, "--max_new_tokens", "20") == 0
+    talk = "/system Be brief.\nHi\nagain\n/undo\n/set temperature 0.5\n/set seed 3\n/retry\n/save talk.json\n/clear\n"
+    assert (
+        pipe(monkeypatch, talk + "/history\n/load talk.json\n/history\n/speed\n", polite, "--max_new_tokens", "20") == 0
+    )
     out, err = capsys.readouterr()
     assert out == f"{REPLY}\n" * 3
     lines = err.splitlines()
     assert lines[:6] == [
-        "the system message is: Be brief.",
-        "taken back: again",
+        "system message: Be brief.",
+        "removed: again",
         "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed none",
         "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
         "saved 2 messages to talk.json",
-        "the conversation is forgotten",
+        "conversation cleared",
     ]
     assert lines[6:13] == [
         "system> Be brief.",
-        "nothing was said yet",
-        "going on from 2 messages in talk.json, last with polite.pt",
-        "the system message is: Be brief.",
-        "sampling from now on: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
+        "the conversation is empty",
+        "loaded 2 messages from talk.json (model: polite.pt)",
+        "system message: Be brief.",
+        "settings: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
         "system> Be brief.",
         "you> Hi",
     ]
@@ -354,7 +395,7 @@ def test_a_whole_talk_through_a_pipe(
 def test_a_setting_may_be_written_with_an_equals_sign(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pipe(monkeypatch, "set temperature=0\nset top_k = 5\n", polite) == 0
+    assert pipe(monkeypatch, "/set temperature=0\n/set top_k = 5\n", polite) == 0
     assert capsys.readouterr().err.splitlines() == [
         "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 0, seed none",
         "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 5, seed none",
@@ -368,13 +409,13 @@ def test_a_loaded_conversation_is_sampled_as_it_was(
     file = {"format": "rlchat-conversation", "version": 1, "messages": [], "sampling": sampling}
     Path("talk.json").write_text(json.dumps(file))
     asked = listen(monkeypatch)
-    assert pipe(monkeypatch, "load talk.json\nHi\n", polite, "--temperature", "0.9", "--seed", "4") == 0
+    assert pipe(monkeypatch, "/load talk.json\nHi\n", polite, "--temperature", "0.9", "--seed", "4") == 0
     assert asked == [("Hi", {"history": 0, "max_new_tokens": 3, "temperature": 0.9, "top_k": 5, "top_p": 0.5})]
     assert capsys.readouterr().err.splitlines() == [
-        "going on from 0 messages in talk.json",
+        "loaded 0 messages from talk.json",
         "temperature stays 0.9: temperature is -1; it must be 0 (greedy) or from 1e-6 to 1e6",
-        f"seed stays 4: the seed {2**64} is out of range; give a whole number from 0 to 2**63 - 1",
-        "sampling from now on: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
+        f"seed stays 4: invalid value {2**64} for seed: expected an integer from 0 to 2**63 - 1",
+        "settings: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
     ]
 
 
@@ -382,10 +423,10 @@ def test_a_file_is_not_overwritten_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("talk.json").write_text("mine")
-    assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite) == 2
-    assert capsys.readouterr().err == "talk.json exists; give another name, or start rlchat chat with --force\n"
+    assert pipe(monkeypatch, "Hi\n/save talk.json\n", polite) == 2
+    assert capsys.readouterr().err == "talk.json exists: choose another name, or use --force\n"
     assert Path("talk.json").read_text() == "mine"
-    assert pipe(monkeypatch, "Hi\nsave talk.json\n", polite, "--force") == 0
+    assert pipe(monkeypatch, "Hi\n/save talk.json\n", polite, "--force") == 0
     assert "saved 2 messages" in capsys.readouterr().err
     assert json.loads(Path("talk.json").read_text())["model"] == "polite.pt"
 
@@ -393,12 +434,14 @@ def test_a_file_is_not_overwritten_through_a_pipe(
 def test_feedback_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talk = "Hi\ngood\ngood\nAgain\nbad\n/edit Hello there!\nhistory\n"
+    talk = "Hi\n/good\n/good\nAgain\n/bad\n/edit Hello there!\n/history\n"
     assert pipe(monkeypatch, talk, polite, "--feedback", "mine.jsonl") == 0
     err = capsys.readouterr().err
-    assert err.startswith("kept in mine.jsonl as a good reply\nalready kept in mine.jsonl as a good reply\n")
-    assert [f"kept in mine.jsonl as {what}" in err for what in ("a good reply", "a bad reply", "the corrected reply")]
-    assert err.endswith(f"you> Hi\nmodel> {REPLY}\nyou> Again\nmodel> Hello there!\n")  # and so it goes on
+    assert err.startswith("saved in mine.jsonl: good response\nalready saved in mine.jsonl: good response\n")
+    assert "saved in mine.jsonl: bad response\nsaved in mine.jsonl: corrected response\n" in err
+    assert err.endswith(
+        f"you> Hi\nmodel> {REPLY}\nyou> Again\nmodel> Hello there!\n"
+    )  # the correction is part of the conversation
     trees, _ = read_trees(["mine.jsonl"], progress=False)
     judged = {
         (prompt.messages[-1].text, tuple((r.text, r.quality, r.rank) for r in prompt.references))
@@ -406,16 +449,15 @@ def test_feedback_through_a_pipe(
         for prompt in tree.prompts
     }
     assert ("Hi", ((REPLY, 1.0, None), (REPLY, None, None))) in judged
-    assert ("Again", ((REPLY, 0.0, None),)) in judged
-    assert ("Again", (("Hello there!", None, 0), (REPLY, None, 1))) in judged
+    assert [row for row in judged if row[0] == "Again"] == [("Again", (("Hello there!", None, 0), (REPLY, None, 1)))]
 
 
 def test_a_correction_is_neither_good_nor_bad(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pipe(monkeypatch, "Hi\n/edit Hello!\ngood\nbad\n", polite) == 2
-    refusal = "that reply is your own correction, and not the model's; edit it, or ask for another"
-    assert capsys.readouterr().err.splitlines() == ["kept in feedback.jsonl as the corrected reply", refusal, refusal]
+    assert pipe(monkeypatch, "Hi\n/edit Hello!\n/good\n/bad\n", polite) == 2
+    refusal = "the last response is your correction: edit it again, or generate another with retry"
+    assert capsys.readouterr().err.splitlines() == ["saved in feedback.jsonl: corrected response", refusal, refusal]
     assert len(Path("feedback.jsonl").read_text().splitlines()) == 1
 
 
@@ -423,7 +465,7 @@ def test_an_edit_that_is_broken_off_keeps_nothing(
     polite: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed(ChatInterface(polite), "Hi", "edit")
-    assert capsys.readouterr().out.endswith("nothing was kept\n")
+    assert capsys.readouterr().out.endswith("not saved\n")
     assert list(workplace.iterdir()) == []
 
 
@@ -433,36 +475,36 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
     Path("damaged.json").write_text('{"format": "rlchat-conversation", "version": 1')
     Path("folder").mkdir()
     mistakes = {
-        "good": "there is no reply yet; say something first",
-        "reward": "there is no reply yet; say something first",
-        "retry": "nothing was said yet; say something first",
-        "speed": "nothing was said here yet; say something first",
-        "/save": "this needs a file; type, for instance, save talk.json",
-        "load nope.json": "nope.json: no such file; check the name",
-        "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
-        "/load folder": "folder: a directory, a pipe or a device; give a file",
-        "save folder": "folder is a directory; give the name of a file",
+        "/good": "there is no response yet: send a message first",
+        "/reward": "there is no response yet: send a message first",
+        "/retry": "there is no message yet: send one first",
+        "/speed": "there is no response yet: send a message first",
+        "/save": "this command needs a file name, for example: /save chat.json",
+        "/load nope.json": "nope.json: file not found",
+        "/load damaged.json": "damaged.json is not a conversation file: it is not valid JSON",
+        "/load folder": "folder is a directory, a pipe or a device: expected a file",
+        "/save folder": "folder is a directory: specify a file name",
         "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
-        "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
-        "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
-        "set seed -3": "the seed -3 is out of range; give a whole number from 0 to 2**63 - 1",
-        "set seed -1e9": "seed is a whole number, and not '-1e9'; type, for instance, set seed 1",
-        "set temperature hot": "temperature is a number, and not 'hot'; type, for instance, set temperature 1",
-        "set top_p=": "top_p is a number, and not ''; type, for instance, set top_p 1",
-        "load b": "b: no such file; check the name",
-        "set warmth 1": "there is no setting 'warmth'; there are temperature, max_new_tokens, top_p, top_k, seed",
-        "/set temperature": "temperature is a number, and not ''; type, for instance, set temperature 1",
+        "/set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
+        "/set max_new_tokens 0.5": "invalid value '0.5' for max_new_tokens: expected an integer, as in: set max_new",
+        "/set seed -3": "invalid value -3 for seed: expected an integer from 0 to 2**63 - 1",
+        "/set seed -1e9": "invalid value '-1e9' for seed: expected an integer, as in: set seed 1",
+        "/set temperature hot": "invalid value 'hot' for temperature: expected a number, as in: set temperature 1",
+        "/set top_p=": "invalid value '' for top_p: expected a number, as in: set top_p 1",
+        "/load b": "b: file not found",
+        "/set warmth 1": "unknown setting 'warmth': expected one of temperature, max_new_tokens, top_p, top_k, seed",
+        "/set temperature": "invalid value '' for temperature: expected a number, as in: set temperature 1",
     }
-    assert pipe(monkeypatch, "".join(f"{line}\n" for line in mistakes) + "Hi\nreward\n/edit\nundo\n", polite) == 2
+    assert pipe(monkeypatch, "".join(f"{line}\n" for line in mistakes) + "Hi\n/reward\n/edit\n/undo\n", polite) == 2
     out, err = capsys.readouterr()
     assert out == f"{REPLY}\n"
     *said, no_reward, no_text, undone = err.splitlines()
     assert len(said) == len(mistakes)
     for sentence, expected in zip(said, mistakes.values(), strict=True):
         assert sentence.startswith(expected)
-    assert no_reward.endswith("polite.pt: the bundle carries no reward; those that PPO trained do")
-    assert no_text.startswith("this needs the reply that it should be")
-    assert undone == "taken back: Hi"
+    assert no_reward.endswith("polite.pt: the model file describes no reward; only models trained with PPO have one")
+    assert no_text.startswith("this command needs a text")
+    assert undone == "removed: Hi"
 
 
 def test_a_full_disk_leaves_the_conversation(
@@ -471,15 +513,15 @@ def test_a_full_disk_leaves_the_conversation(
     def lines() -> Iterator[str]:
         yield "Hi\n"
         with largest_file(10):
-            yield "save talk.json\n"
-            yield "good\n"
-        yield "history\n"
+            yield "/save talk.json\n"
+            yield "/good\n"
+        yield "/history\n"
 
     monkeypatch.setattr("sys.stdin", Lines(lines()))
     assert main(["chat", polite]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "talk.json: cannot be written: File too large; what was there is unharmed",
-        "feedback.jsonl: the feedback cannot be kept: File too large; give a place that can",
+        "cannot write feedback to feedback.jsonl: File too large; choose another file with --feedback",
         "you> Hi",
         f"model> {REPLY}",
     ]
@@ -506,9 +548,10 @@ def test_the_reward_and_its_factors(
     short, end = ({"class_path": f"rlchat.rewards.{name}"} for name in ("TooShort", "MissingEnd"))
     bundle.about["reward"] = [{**short, "init_args": {"min_words": 4}}, end, {"class_path": "mine.Polite"}]
     save_bundle("rl.pt", bundle)
-    pipe(monkeypatch, "Hi\nreward\nset max_new_tokens 4\nretry\nreward\n", "rl.pt")
+    pipe(monkeypatch, "Hi\n/reward\n/set max_new_tokens 4\n/retry\n/reward\n", "rl.pt")
     lines = capsys.readouterr().err.splitlines()
-    left_out, critic = "  and without mine.Polite, which is not part of rlchat", "  the bundle has no trained critic"
+    left_out = "  not included: mine.Polite (cannot import mine: No module named 'mine')"
+    critic = "  no trained critic"
     # Two words of four, and an end; then one of four, and none.
     assert lines[:5] == ["  reward       -0.500", "  too_short    -0.500", "  missing_end  +0.000", left_out, critic]
     assert lines[6:] == ["  reward       -1.750", "  too_short    -0.750", "  missing_end  -1.000", left_out, critic]
@@ -517,9 +560,9 @@ def test_the_reward_and_its_factors(
 def test_texts_that_survive_the_tokenizer(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe(monkeypatch, "Hi <|end|>\ntest\n", polite)
+    pipe(monkeypatch, "Hi <|end|>\n/test\n", polite)
     *checks, total = capsys.readouterr().err.splitlines()
     assert len(checks) == 8  # 6 samples, and what was said
     assert all(line.startswith("  ok ") for line in checks)
     assert checks[6:] == ["  ok        10 tokens  'Hi <|end|>'", f"  ok         8 tokens  '{REPLY}'"]
-    assert total == "8 of 8 texts came back whole through the encoding bytes"
+    assert total == "8 of 8 texts intact with the encoding bytes"

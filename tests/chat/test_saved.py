@@ -58,7 +58,7 @@ def test_the_layout_is_as_documented(tmp_path: Path) -> None:
 def test_an_existing_file_is_kept_unless_allowed(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text("mine")
-    with pytest.raises(UserError, match=r"talk\.json exists; give another name"):
+    with pytest.raises(UserError, match=r"talk\.json exists: choose another name"):
         save_conversation(path, TALK)
     assert path.read_text() == "mine"
     save_conversation(path, TALK, overwrite=True)
@@ -100,6 +100,16 @@ def test_the_older_layout() -> None:
     )
 
 
+def test_the_layout_of_openai() -> None:
+    parts = [{"type": "text", "text": "Who are "}, {"type": "text", "text": "you?"}]
+    content = {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]}
+    expected = SavedConversation((SavedMessage("system", "Be brief."), SavedMessage("user", "Who are you?")))
+    assert conversation_from_dict(content, "it") == expected
+    picture = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}
+    with pytest.raises(UserError, match="a part of the content of message 1 is None: expected text"):
+        conversation_from_dict(picture, "it")
+
+
 def test_what_a_file_may_leave_out_or_add() -> None:
     loaded = conversation_from_dict(file(title="Anna", sampling={"temperature": 1, "min_p": 0.1}), "it")
     assert loaded == SavedConversation((SavedMessage("user", "a"),), "", {"temperature": 1})
@@ -108,33 +118,34 @@ def test_what_a_file_may_leave_out_or_add() -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ([], "no conversation that rlchat saved"),
-        (None, "no conversation that rlchat saved"),
-        ({"messages": [ROW]}, "no conversation that rlchat saved"),
-        (file(version=2), "of version 2, and this rlchat reads 1"),
-        (file(messages={}), "messages is not a list but {}"),
-        (file(messages=["a"]), "message 1 is not an object but 'a'"),
-        (file(messages=[ROW, {**ROW, "role": "god"}]), "the role of message 2 is 'god', none of system, user"),
-        (file(messages=[{**ROW, "role": []}]), r"the role of message 1 is \[\], none of"),
-        (file(messages=[{**ROW, "content": None}]), "the content of message 1 is not text but None"),
-        (file(messages=[{**ROW, "time": []}]), r"time is not a time but \[\]"),
-        (file(messages=[{**ROW, "time": 1e30}]), "time is not a time but 1e"),
-        (file(messages=[ROW, {**ROW, "role": "system"}]), "a system message stands elsewhere than first"),
-        (file(model=3), "model is not a name but 3"),
-        (file(sampling=[]), r"sampling is not an object but \[\]"),
-        (file(sampling={"temperature": "warm"}), "sampling.temperature is not a number but 'warm'"),
-        (file(sampling={"top_p": float("nan")}), "sampling.top_p is not a number but nan"),
-        (file(sampling={"seed": True}), "sampling.seed is not a number but True"),
-        (file(sampling={"max_new_tokens": 1.5}), "sampling.max_new_tokens is not a number but 1.5"),
-        ({"conversation_history": {}}, "conversation_history is not a list but {}"),
-        ({"conversation_history": ["a"]}, "turn 1 is not an object but 'a'"),
-        ({"conversation_history": [{"user": "a"}]}, "assistant of turn 1 is not text but None"),
+        ([], "it is not a JSON object"),
+        (None, "it is not a JSON object"),
+        ({"format": "other", "messages": [ROW]}, "its format is neither rlchat's nor OpenAI's"),
+        ({"format": None}, "its format is neither"),
+        (file(version=2), "its version is 2; this rlchat reads 1"),
+        (file(messages={}), "messages is {}: expected a list"),
+        (file(messages=["a"]), "message 1 is 'a': expected an object"),
+        (file(messages=[ROW, {**ROW, "role": "god"}]), "the role of message 2 is 'god': expected one of system, user"),
+        (file(messages=[{**ROW, "role": []}]), r"the role of message 1 is \[\]: expected one of"),
+        (file(messages=[{**ROW, "content": None}]), "the content of message 1 is None: expected text"),
+        (file(messages=[{**ROW, "time": []}]), r"time is \[\]: expected a time"),
+        (file(messages=[{**ROW, "time": 1e30}]), "time is 1e\\+30: expected a time"),
+        (file(messages=[ROW, {**ROW, "role": "system"}]), "a system message is not the first message"),
+        (file(model=3), "model is 3: expected a string"),
+        (file(sampling=[]), r"sampling is \[\]: expected an object"),
+        (file(sampling={"temperature": "warm"}), "sampling.temperature is 'warm': expected a number"),
+        (file(sampling={"top_p": float("nan")}), "sampling.top_p is nan: expected a number"),
+        (file(sampling={"seed": True}), "sampling.seed is True: expected a number"),
+        (file(sampling={"max_new_tokens": 1.5}), "sampling.max_new_tokens is 1.5: expected a number"),
+        ({"conversation_history": {}}, "conversation_history is {}: expected a list"),
+        ({"conversation_history": ["a"]}, "turn 1 is 'a': expected an object"),
+        ({"conversation_history": [{"user": "a"}]}, "assistant of turn 1 is None: expected text"),
     ],
 )
 def test_a_damaged_file_is_one_sentence(content: object, why: str, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"talk\.json: {why}.*; give another file$") as caught:
+    with pytest.raises(UserError, match=rf"talk\.json is not a conversation that can be loaded: {why}.*$") as caught:
         load_conversation(path)
     assert "\n" not in str(caught.value)
 
@@ -173,22 +184,22 @@ def test_whatever_a_file_holds_is_a_conversation_or_one_sentence(content: Any) -
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", b"[" * 100_000, b'{"a": "\xff"}'])
 def test_what_is_not_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"talk\.json: damaged, or no conversation: it is not JSON; give another file"):
+    with pytest.raises(UserError, match=r"talk\.json is not a conversation file: it is not valid JSON"):
         load_conversation(tmp_path / "talk.json")
 
 
 def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"nope\.json: no such file"):
+    with pytest.raises(UserError, match=r"nope\.json: file not found"):
         load_conversation(tmp_path / "nope.json")
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(UserError, match=f"^{place}: a directory, a pipe or a device; give a file$"):
+        with pytest.raises(UserError, match=f"^{place} is a directory, a pipe or a device: expected a file$"):
             load_conversation(place)
-    with pytest.raises(UserError, match="no name that a file can have"):
+    with pytest.raises(UserError, match="invalid file name"):
         load_conversation("a\0b")
-    with pytest.raises(UserError, match="no name that a file can have"):
+    with pytest.raises(UserError, match="invalid file name"):
         save_conversation("a\0b", TALK)
     (tmp_path / "large.json").write_bytes(b" " * 11)
     monkeypatch.setattr(conversation_files, "MAX_BYTES", 10)
-    with pytest.raises(UserError, match="larger than 10 bytes"):
+    with pytest.raises(UserError, match="expected at most 10 bytes"):
         load_conversation(tmp_path / "large.json")

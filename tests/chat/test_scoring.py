@@ -1,8 +1,7 @@
-"""What a bundle was rewarded for: worked out by hand, found beside the model, and never code that a file names."""
+"""The reward of a model file: scores worked out by hand, factors and reward models found or reported."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from helpers.chat_models import random_policy
 
-from rlchat.chat.scoring import Judge
+from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
@@ -42,10 +41,10 @@ def save_reward_model(tokenizer: ChatTokenizer, path: Path) -> None:
 
 
 def test_factors_by_hand(byte_tokenizer: ChatTokenizer) -> None:
-    judge = Judge(bundle(byte_tokenizer, TOO_SHORT, NO_END), "rl.pt")
-    found = judge.breakdown([PROMPT, PROMPT], [Reply("One", 3, False), Reply("One two three four", 9, True)])
+    scorer = RewardScorer(bundle(byte_tokenizer, TOO_SHORT, NO_END), "rl.pt")
+    found = scorer.breakdown([PROMPT, PROMPT], [Reply("One", 3, False), Reply("One two three four", 9, True)])
     assert found == [{"too_short": -0.375, "missing_end": -1.0}, {"too_short": 0.0, "missing_end": 0.0}]  # ½·(¼ - 1)
-    assert judge.left_out == []
+    assert scorer.left_out == {}
 
 
 @pytest.mark.parametrize("place", ["there", "beside"])
@@ -55,63 +54,82 @@ def test_the_reward_model_is_found(
     monkeypatch.chdir(tmp_path)
     path = Path("checkpoints/judge.pt") if place == "there" else Path("moved/judge.pt")
     save_reward_model(byte_tokenizer, path)
-    found = Judge(bundle(byte_tokenizer, LEARNED), "moved/rl.pt").breakdown([PROMPT], [Reply("Hi", 3, True)])
+    found = RewardScorer(bundle(byte_tokenizer, LEARNED), "moved/rl.pt").breakdown([PROMPT], [Reply("Hi", 3, True)])
     (score,) = LearnedQuality(str(path))([PROMPT], [Reply("Hi", 3, True)]).tolist()
     assert found == [{"learned_quality": pytest.approx(2 * score)}]
     assert score != 0
 
 
 def test_a_reward_model_that_is_nowhere(byte_tokenizer: ChatTokenizer) -> None:
-    with pytest.raises(UserError, match=r"rewarded by the reward model checkpoints/judge\.pt; put that there or at m"):
-        Judge(bundle(byte_tokenizer, LEARNED), "m/rl.pt")
+    with pytest.raises(UserError, match=r"reward model not found: copy it to checkpoints/judge\.pt or m"):
+        RewardScorer(bundle(byte_tokenizer, LEARNED), "m/rl.pt")
 
 
-def test_code_that_a_file_names_is_not_run(
+def test_a_factor_on_the_import_path_is_found(
     byte_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "mine_scoring.py").write_text(
+        """
+from rlchat.rewards import ReplyFactor
+
+class Polite(ReplyFactor):
+    def score(self, prompt, reply):
+        return float("please" in reply.text)
+
+class Fails(ReplyFactor):
+    def score(self, prompt, reply):
+        raise KeyError("no score")
+
+class NotAFactor:
+    def __init__(self):
+        raise SystemExit("constructed")
+"""
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    foreign = [
-        "evil.Factor",
-        "evil.TooShort",
-        "rlchatty.TooShort",
-        "TooShort",
-        "rlchat.demo.main.Demo",
-        "rlchat.rewards.Factor",
-    ]
-    judge = Judge(bundle(byte_tokenizer, NO_END, *({"class_path": path} for path in foreign)), "rl.pt")
-    assert judge.left_out == foreign
-    assert list(judge.reward.factors) == ["missing_end"]
-    assert "evil" not in sys.modules
-    with pytest.raises(UserError, match=r"made of evil\.Factor alone, which is not in rlchat"):
-        Judge(bundle(byte_tokenizer, {"class_path": "evil.Factor"}), "rl.pt")
+    polite = {"class_path": "mine_scoring.Polite", "init_args": {"weight": 2.0}}
+    fails = {"class_path": "mine_scoring.Fails"}
+    scorer = RewardScorer(bundle(byte_tokenizer, NO_END, polite, fails), "rl.pt")
+    for _ in range(2):  # the factor that failed is not used again
+        found = scorer.breakdown([PROMPT], [Reply("please", 3, True)])
+        assert found == [{"missing_end": 0.0, "polite": 2.0}]
+        assert scorer.left_out == {"fails": "KeyError: 'no score'"}
+    others = ["nowhere.Factor", "mine_scoring.NotAFactor", "mine_scoring.Absent", "TooShort", "rlchat.rewards.Factor"]
+    scorer = RewardScorer(bundle(byte_tokenizer, NO_END, *({"class_path": path} for path in others)), "rl.pt")
+    assert list(scorer.left_out) == others
+    assert list(scorer.reward.factors) == ["missing_end"]
+    assert scorer.left_out["nowhere.Factor"] == "cannot import nowhere: No module named 'nowhere'"
+    assert scorer.left_out["mine_scoring.NotAFactor"] == "mine_scoring.NotAFactor is not a reward factor"
+    with pytest.raises(UserError, match=r"no factor of the reward can be used: nowhere\.Factor \(cannot import"):
+        RewardScorer(bundle(byte_tokenizer, {"class_path": "nowhere.Factor"}), "rl.pt")
+    with pytest.raises(UserError, match=r"no factor of the reward can be used: fails \(KeyError"):
+        RewardScorer(bundle(byte_tokenizer, fails), "rl.pt").breakdown([PROMPT], [Reply("a", 1, True)])
 
 
 @pytest.mark.parametrize(
     ("described", "why"),
     [
-        ([], "the bundle carries no reward; those that PPO trained do"),
-        ([3], "its description of the reward is damaged"),
-        ([{"init_args": {}}], "its description of the reward is damaged"),
-        ([{"class_path": "rlchat.rewards.TooShort", "init_args": 3}], "its description of the reward is damaged"),
-        ([{**TOO_SHORT, "init_args": {"length": 1}}], r"TooShort cannot be made as it describes it: .*'length'"),
+        ([], "the model file describes no reward; only models trained with PPO have one"),
+        ([3], "the description of the reward is damaged"),
+        ([{"init_args": {}}], "the description of the reward is damaged"),
+        ([{"class_path": "rlchat.rewards.TooShort", "init_args": 3}], "the description of the reward is damaged"),
+        ([{**TOO_SHORT, "init_args": {"length": 1}}], r"TooShort \(cannot be constructed: .*'length'"),
         ([{**TOO_SHORT, "init_args": {"min_words": 0}}], "min_words is 0"),
     ],
 )
 def test_a_description_that_cannot_be_used(byte_tokenizer: ChatTokenizer, described: list[Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
-        Judge(bundle(byte_tokenizer, *described), "rl.pt")
+        RewardScorer(bundle(byte_tokenizer, *described), "rl.pt")
 
 
 @pytest.mark.parametrize("hidden_dim", [0, 3])
 def test_the_critic_is_asked_before_the_reply(byte_tokenizer: ChatTokenizer, hidden_dim: int) -> None:
     policy = random_policy(byte_tokenizer, hidden_dim=hidden_dim)
     policy.about["reward"] = [NO_END]
-    judge = Judge(policy, "rl.pt")
-    assert judge.value(PROMPT) is None  # a head of zeros is one that nobody trained
+    scorer = RewardScorer(policy, "rl.pt")
+    assert scorer.value(PROMPT) is None  # a head of zeros is one that nobody trained
     with torch.no_grad():
         for parameter in policy.model.value_head.parameters():
             parameter.normal_()
     ids = torch.tensor([byte_tokenizer.render_prompt(PROMPT).ids])
     hidden = policy.model(ids, torch.ones_like(ids))
-    assert judge.value(PROMPT) == pytest.approx(policy.model.value_head(hidden[0, -1]).item())
+    assert scorer.value(PROMPT) == pytest.approx(policy.model.value_head(hidden[0, -1]).item())

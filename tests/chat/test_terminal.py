@@ -69,7 +69,7 @@ def program(byte_tokenizer: ChatTokenizer, folder: Path) -> Iterator[Screen]:
     save_bundle(folder / "talkative.pt", bundle)
     screen = Screen("talkative.pt", folder, "--max_new_tokens", "8")
     screen.see("loading talkative.pt")
-    screen.terminal.expect(r"[\d,]+ parameters on \w+; help lists the commands")
+    screen.terminal.expect(r"[\d,]+ parameters on \w+; type help for commands")
     yield screen
     screen.terminal.close(force=True)
 
@@ -78,7 +78,7 @@ def program(byte_tokenizer: ChatTokenizer, folder: Path) -> Iterator[Screen]:
 def screen(program: Screen) -> Screen:
     """The program, with an empty conversation."""
     program.say("clear")
-    program.see("the conversation is forgotten")
+    program.see("conversation cleared")
     return program
 
 
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_chat(screen: Screen, folder: Path)
     assert reply.startswith("abc abc abc")
     screen.see(PROMPT)
     screen.terminal.sendintr()
-    screen.see("Ctrl-D or quit leaves")
+    screen.see("press Ctrl-D or type quit")
 
 
 def test_a_pasted_text_of_several_lines_is_one_message(screen: Screen, folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_undo_retry_and_history(screen: Screen) -> None:
         screen.say(word)
         screen.see("model> abc abc ")
     screen.say("undo")
-    screen.see("taken back: second")
+    screen.see("removed: second")
     screen.say("retry")
     screen.see("model> abc abc ")
     screen.say("history")
@@ -156,7 +156,7 @@ def test_undo_retry_and_history(screen: Screen) -> None:
     screen.say("speed")
     screen.terminal.expect(r"8 tokens in \d+\.\d\d s: \d+ tokens per second")
     screen.say("test")
-    screen.see("8 of 8 texts came back whole")
+    screen.see("8 of 8 texts intact")
     screen.say("reward")
     screen.see("missing_end  -1.000")
     screen.see("no trained critic")
@@ -164,17 +164,17 @@ def test_undo_retry_and_history(screen: Screen) -> None:
 
 def test_system_and_settings(screen: Screen, folder: Path) -> None:
     screen.say("system Be brief.")
-    screen.see("the system message is: Be brief.")
+    screen.see("system message: Be brief.")
     screen.say("Hello")
     assert saved(screen, folder)[0] == ("system", "Be brief.")
     screen.say("system none")
-    screen.see("there is no system message")
+    screen.see("no system message")
     screen.say("set top_p 0.9")
     screen.see("max_new_tokens 8, top_p 0.9, top_k 0")
     screen.say("/claer")
-    screen.see("did you mean clear?")
+    screen.see("did you mean /clear?")
     screen.say("help")
-    screen.see("forget the conversation")
+    screen.see("delete the conversation")
     screen.see("Alt-Enter")
 
 
@@ -184,7 +184,7 @@ def test_save_asks_before_it_overwrites(screen: Screen, folder: Path) -> None:
     screen.say("save mine.json")
     screen.see("mine.json exists; overwrite it? [y/N] ")
     screen.terminal.send(ENTER)
-    screen.see("nothing was saved")
+    screen.see("not saved")
     assert (folder / "mine.json").read_text() == "mine"
     screen.say("save mine.json")
     screen.see("[y/N] ")
@@ -193,23 +193,23 @@ def test_save_asks_before_it_overwrites(screen: Screen, folder: Path) -> None:
     assert json.loads((folder / "mine.json").read_text())["messages"][0]["content"] == "Hello"
     screen.say("clear")
     screen.say("load mine.json")
-    screen.see("going on from 2 messages in mine.json, last with talkative.pt")
+    screen.see("loaded 2 messages from mine.json (model: talkative.pt)")
 
 
 def test_feedback(screen: Screen, folder: Path) -> None:
     screen.say("Hello")
     for verdict in ("good", "bad"):
         screen.say(verdict)
-        screen.see(f"kept in feedback.jsonl as a {verdict} reply")
+        screen.see(f"saved in feedback.jsonl: {verdict} response")
     screen.say("edit")
-    screen.see("the reply should be> ")
+    screen.see("corrected response> ")
     screen.see("abc abc")  # the reply stands there, to be changed
     screen.terminal.send(CTRL_U + "Good day." + ENTER)
-    screen.see("kept in feedback.jsonl as the corrected reply")
+    screen.see("saved in feedback.jsonl: corrected response")
     screen.say("edit")
-    screen.see("the reply should be> ")
+    screen.see("corrected response> ")
     screen.terminal.sendintr()
-    screen.see("nothing was kept")
+    screen.see("not saved")
     assert saved(screen, folder) == [("user", "Hello"), ("assistant", "Good day.")]
     rows = [json.loads(line) for line in (folder / "feedback.jsonl").read_text().splitlines()]
     assert [len(row["prompt"]["replies"]) for row in rows] == [1, 1, 2]
@@ -219,7 +219,7 @@ def test_tab_completes_commands(screen: Screen) -> None:
     screen.type("hist" + TAB)
     screen.see("ory")
     screen.terminal.send(ENTER)
-    screen.see("nothing was said yet")
+    screen.see("the conversation is empty")
 
 
 def test_leaving_and_coming_back(byte_tokenizer: ChatTokenizer, program: Screen, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small policies to chat with, for tests: a random one, and one whose every word is known beforehand."""
+"""Small policies for tests: one with random weights, and one with a scripted response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
 def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0, hidden_dim: int = 0) -> PolicyBundle:
-    """An untrained model that says anything, with weights large enough for its words to depend on all before them."""
+    """An untrained model, with weights large enough for its tokens to depend on the whole context."""
     torch.manual_seed(seed)
     shape = {
         "model_type": "llama",
@@ -31,7 +31,7 @@ def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0,
 
 
 def scripted_policy(tokenizer: ChatTokenizer, follows: Mapping[int, int], max_length: int = 64) -> PolicyBundle:
-    """A model that says ``follows[token]`` after ``token``, and nothing more after one that has no entry.
+    """A model that generates ``follows[token]`` after ``token``, and the end marker after any other token.
 
     Its layers add nothing, each token of ``follows`` is embedded in a dimension of its own, and the head reads it.
     """
@@ -61,8 +61,8 @@ def scripted_policy(tokenizer: ChatTokenizer, follows: Mapping[int, int], max_le
 
 
 def chain(tokenizer: ChatTokenizer, reply: Sequence[int], endless: bool = False) -> dict[int, int]:
-    """For :func:`scripted_policy`: the tokens of ``reply`` in turn, once or for ever."""
-    assert len(set(reply)) == len(reply), "each token says what follows it, so none can come twice"
+    """For :func:`scripted_policy`: the tokens of ``reply`` in order, once or endlessly."""
+    assert len(set(reply)) == len(reply), "each token determines the next one, so none may occur twice"
     (opening,) = tokenizer.render_prompt(Conversation(())).ids
     follows = dict(zip([opening, *reply], reply, strict=False))
     return {**follows, reply[-1]: reply[0]} if endless else follows

@@ -1,4 +1,4 @@
-"""For tests: a disk on which nothing more fits."""
+"""Simulate a full disk in tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond ``size`` bytes."""
+    """Limit files to ``size`` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""For tests: servers to talk to, in this process or in one of their own."""
+"""Servers for tests, in this process or in another one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,18 @@ from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate
 from rlchat.server.app import create_api
 from rlchat.server.engine import Engine
+from rlchat.server.main import uvicorn_config
 
 ROOT = Path(__file__).parents[2]
 SILENT = [sys.executable, "-W", "ignore", "-m", "rlchat"]
 
 
-# One for all: each client of its own would read the machine's certificates anew, which takes longer than most tests.
+# Shared: each client reads the machine's certificates, which takes longer than most tests.
 HTTP = httpx.Client(timeout=60)
 
 
 class Server:
-    """A server in this process: its address, and the engine behind it."""
+    """A server in this process: its address, its engine and its feedback file."""
 
     def __init__(self, url: str, engine: Engine, feedback: Path) -> None:
         self.url = url
@@ -45,10 +46,10 @@ class Server:
 def serving(
     bundle: PolicyBundle, feedback: Path, *, rows: int = 64, waiting: int = 256, **options: Any
 ) -> Iterator[Server]:
-    """Serves ``bundle``, of a file ``tiny.pt``, on a port of its own; ``options`` are those of ``create_api``."""
+    """Serve ``bundle`` as ``tiny.pt`` on a free port. ``options`` are those of ``create_api``."""
     engine = Engine(bundle, max_rows=rows, max_waiting=waiting)
     api = create_api(engine, "tiny.pt", bundle.max_length, feedback=feedback, **options)
-    server = uvicorn.Server(uvicorn.Config(api, log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn_config(api, log_level="critical", shutdown_seconds=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -60,8 +61,24 @@ def serving(
             thread.join()
 
 
+@contextlib.contextmanager
+def held(bundle: PolicyBundle) -> Iterator[Callable[[], None]]:
+    """Make the model wait before each step, until the function that this yields is called or the block ends."""
+    forward, go = bundle.model.forward, threading.Event()
+
+    def wait(*args: Any) -> Tensor:
+        assert go.wait(60)
+        return forward(*args)
+
+    bundle.model.forward = wait  # type: ignore[method-assign]
+    try:
+        yield go.set
+    finally:
+        go.set()
+
+
 def slow_down(bundle: PolicyBundle, seconds: float) -> PolicyBundle:
-    """Makes each step of the model take ``seconds`` more."""
+    """Make each step of the model take ``seconds`` longer."""
     forward = bundle.model.forward
 
     def slow(*args: Any) -> Tensor:
@@ -74,7 +91,7 @@ def slow_down(bundle: PolicyBundle, seconds: float) -> PolicyBundle:
 
 @contextlib.contextmanager
 def server_process(*words: str, cwd: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """``rlchat serve`` on a free port, and its address; it is ended if it still runs."""
+    """``rlchat serve`` on a free port, and its address. The process is killed at the end of the block."""
     process = subprocess.Popen(
         [*SILENT, "serve", *words, "--port", "0"],
         cwd=cwd,
@@ -93,19 +110,19 @@ def server_process(*words: str, cwd: Path, **environment: str) -> Iterator[tuple
         process.communicate()
 
 
-def wait_until(true: Any, seconds: float = 20.0) -> None:
-    """Returns when ``true()``; fails when that takes too long."""
+def wait_until(true: Any, seconds: float = 60.0) -> None:
+    """Return when ``true()`` returns True; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 def alone(bundle: PolicyBundle, question: str, sampling: Sampling, seed: int = 0, choice: int = 0) -> str:
-    """What ``question`` gets when nobody else asks."""
+    """The response to ``question`` without other requests."""
     prompt = bundle.tokenizer.render_prompt(Conversation((Message("user", question),))).ids
     ids = torch.tensor([prompt])
-    said = generate(
+    generated = generate(
         bundle.model,
         ids,
         torch.ones_like(ids, dtype=torch.bool),
@@ -115,5 +132,5 @@ def alone(bundle: PolicyBundle, question: str, sampling: Sampling, seed: int = 0
         pad_id=bundle.tokenizer.pad_id,
     )
     decoder = bundle.tokenizer.stream()
-    text = "".join(decoder.push(token) for token in said.ids[0].tolist())
-    return text + decoder.finish() if said.ended[0] else text
+    text = "".join(decoder.push(token) for token in generated.ids[0].tolist())
+    return text + decoder.finish() if generated.ended[0] else text

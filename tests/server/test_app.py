@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from helpers.chat_models import chain, random_policy, scripted_policy
-from helpers.servers import HTTP, Server, alone, serving, slow_down, wait_until
+from helpers.servers import HTTP, Server, alone, held, serving, slow_down, wait_until
 
 from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Sampling
@@ -126,7 +126,7 @@ def test_models_and_errors_as_the_client_knows_them(client: openai.OpenAI) -> No
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
         client.chat.completions.create(**ask(temperature=3))
     assert caught.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="tools is not to be had"):
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
         client.chat.completions.create(**ask(), tools=[{"type": "function", "function": {"name": "f"}}])
 
 
@@ -200,16 +200,16 @@ def test_what_does_not_fit_is_dropped_and_told(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        (b"{", "the body is not JSON"),
+        (b"{", "the body is not valid JSON"),
         (b"[" * 100_000, "body"),
         (b"\xff\xfe", "body"),
-        (b"", "the body is empty; send a JSON object"),
-        (b"[]", "the body is JSON, but no object"),
+        (b"", "the body is empty: expected a JSON object"),
+        (b"[]", "the body is JSON, but not an object"),
         ({}, "messages: Field required"),
         ({"messages": []}, "messages: "),
-        (ask(""), "messages must end on a user's message that is not empty"),
-        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "must end on a user's message"),
-        (ask([{"type": "text", "text": "What is it?"}, PICTURE]), "messages.0.content: only text parts are understood"),
+        (ask(""), "messages: must end with a user message that is not empty"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "must end with a user message"),
+        (ask([{"type": "text", "text": "What is it?"}, PICTURE]), "messages.0.content: only text parts are supported"),
         ({"messages": [{"role": "wizard", "content": "Hi"}]}, "messages.0.role"),
         (ask(n=99), "n: "),
         (ask(max_tokens=0), "max_tokens: "),
@@ -217,7 +217,7 @@ def test_what_does_not_fit_is_dropped_and_told(server: Server) -> None:
         (ask(stop=""), "stop"),
         (ask(stream="no"), "stream: Input should be a valid boolean"),
         (ask(temperature=1e-9), "temperature is 1e-09"),
-        (ask(logprobs=True), "logprobs is not to be had"),
+        (ask(logprobs=True), "logprobs is not supported"),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}', "temperature: "),
         (b'{"messages": [{"role": "user", "content": "Hi"}], "stop": "\\ud800"}', "stop: "),
     ],
@@ -238,7 +238,10 @@ def test_a_body_that_is_not_said_to_be_json(server: Server) -> None:
     for headers in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # as curl -d sends
         answer = HTTP.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
         assert answer.status_code == 400
-        assert answer.json()["error"]["message"] == "send the header Content-Type: application/json"
+        assert (
+            answer.json()["error"]["message"]
+            == "unsupported content type: send the header Content-Type: application/json"
+        )
 
 
 def test_a_lone_surrogate_harms_nobody(server: Server) -> None:
@@ -258,6 +261,62 @@ def test_other_paths_and_methods(server: Server) -> None:
     assert HTTP.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
+def test_head_and_a_slash_at_the_end(server: Server) -> None:
+    for path in ("/", "/health", "/v1/models", "/v1/models/tiny", "/metrics"):
+        answer = HTTP.head(f"{server.url}{path}")
+        assert (answer.status_code, answer.content) == (200, b""), path
+    assert HTTP.head(f"{server.url}/v1/chat/completions").status_code == 405
+    assert HTTP.get(f"{server.url}/v1/models/").json() == HTTP.get(f"{server.url}/v1/models").json()
+    assert HTTP.get(f"{server.url}/v1/models/tiny/").json()["id"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (ask(tools=[{}]), "tools is not supported by this server: remove it", "tools"),
+        (
+            ask(repetition_penalty=1.1),
+            "repetition_penalty is not supported by this server: remove it",
+            "repetition_penalty",
+        ),
+        (ask(min_p=0.05), "min_p is not supported by this server: remove it", "min_p"),
+        (ask(top_logprobs=3), "top_logprobs is not supported by this server: remove it", "top_logprobs"),
+        (ask(None), "messages.0.content: expected a string or a list of text parts, got null", "messages.0.content"),
+        (ask(3), "messages.0.content: expected a string or a list of text parts, got int", "messages.0.content"),
+        (ask(stop=["a"] * 17), "stop: expected at most 16 stop strings, got 17", "stop"),
+        (ask(stop=""), "stop: expected a string of 1 to 256 characters, or a list of such strings", "stop"),
+        (ask(stop=["a", 3]), "stop: expected a string of 1 to 256 characters, or a list of such strings", "stop"),
+        (ask(" "), "messages: must end with a user message that is not empty", "messages"),
+        (ask(top_k=-2), "top_k: Input should be greater than or equal to -1", "top_k"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_reason_and_the_option(server: Server, body: Any, message: str, param: str) -> None:
+    answer = post(server, body)
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {"message": message, "type": "invalid_request_error", "param": param, "code": None}
+
+
+def test_options_that_change_nothing(server: Server) -> None:
+    plain = post(server, ask(temperature=1, seed=3, max_tokens=8)).json()["choices"]
+    neutral = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0, "top_logprobs": None, "user": "anna", "stop": None}
+    assert post(server, ask(temperature=1, seed=3, max_tokens=8, **neutral)).json()["choices"] == plain
+
+
+def test_without_max_tokens_the_prompt_keeps_what_fits(server: Server, bundle: PolicyBundle) -> None:
+    """The context has 128 tokens; 8 of them, a sixteenth, are always left to the response."""
+    length = len(bundle.tokenizer.encode("word " * 17)) + 2
+    turns = [{"role": role, "content": "word " * 17} for role in ("user", "assistant", "user")]
+    assert 64 < 3 * length + 1 <= 120
+    answer = post(server, {"messages": turns, "temperature": 0}).json()
+    assert answer["usage"]["prompt_tokens"] == 3 * length + 1
+    assert answer["usage"]["total_tokens"] <= 128
+    assert answer["rlchat"] == {"dropped_messages": 0, "cut_tokens": 0, "dropped_system": False}
+    system = {"role": "system", "content": "word " * 200}
+    answer = post(server, {"messages": [system, *turns], "temperature": 0}).json()
+    assert answer["rlchat"] == {"dropped_messages": 0, "cut_tokens": 0, "dropped_system": True}
+
+
 # -- limits --
 
 
@@ -269,7 +328,7 @@ def test_limits(bundle: PolicyBundle, tmp_path: Path) -> None:
         chunked = b"Transfer-Encoding: chunked\r\n\r\n" + b"3e8\r\n%b\r\n" % (b" " * 1_000) * 3  # no length to go by
         assert b" 413 " in raw(server, chunked)
         many = {"messages": [{"role": "user", "content": "Hi"}] * 4}
-        assert "more than 3 messages" in post(server, many).json()["error"]["message"]
+        assert "messages: expected at most 3, got 4" in post(server, many).json()["error"]["message"]
         answer = post(server, ask(max_tokens=50, temperature=0)).json()
         assert answer["usage"]["completion_tokens"] == 7
         assert post(server, ask(temperature=0)).json()["choices"] == answer["choices"]  # nor more where none is asked
@@ -281,8 +340,9 @@ def test_a_request_that_never_arrives(bundle: PolicyBundle, tmp_path: Path) -> N
 
 
 def test_a_full_queue_answers_429(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    bundle = slow_down(random_policy(tokenizer), 0.01)
-    with serving(bundle, tmp_path / "f", rows=2, waiting=2) as server:
+    bundle = random_policy(tokenizer)
+    # The model does not go on before the refusals are checked.
+    with serving(bundle, tmp_path / "f", rows=2, waiting=2) as server, held(bundle) as release:
         statuses: list[int] = []
         body = ask(max_tokens=50, temperature=0, n=1)
 
@@ -292,12 +352,12 @@ def test_a_full_queue_answers_429(tokenizer: ChatTokenizer, tmp_path: Path) -> N
         threads = [threading.Thread(target=one) for _ in range(4)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: server.engine.running + server.engine.waiting == 4)
+        wait_until(lambda: (server.engine.running, server.engine.waiting) == (2, 2))
         refused = post(server, body)
         assert refused.status_code == 429
         assert refused.headers["Retry-After"] == "1"
         assert refused.json()["error"] == {
-            "message": "2 replies wait for their turn already; try again",
+            "message": "the queue is full with 2 waiting responses: try again later",
             "type": "rate_limit_error",
             "param": None,
             "code": "engine_full",
@@ -306,6 +366,7 @@ def test_a_full_queue_answers_429(tokenizer: ChatTokenizer, tmp_path: Path) -> N
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(**body)
+        release()
         for thread in threads:
             thread.join()
         assert statuses == [200] * 4
@@ -336,7 +397,7 @@ def test_what_breaks_is_told(tokenizer: ChatTokenizer, tmp_path: Path, monkeypat
         monkeypatch.setattr(bundle.model, "forward", broken)
         assert post(server, ask()).status_code == 500
         lines = post(server, ask(stream=True)).text.split("\n\n")
-        assert "the model failed" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+        assert "generation failed" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
 
 
 def test_time_runs_out(tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +414,7 @@ def test_time_runs_out(tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(server.engine, "submit", too_late)
         answer = post(server, ask())
         assert answer.status_code == 503
-        assert "did not come to this request in time" in answer.json()["error"]["message"]
+        assert "timed out in the queue" in answer.json()["error"]["message"]
 
 
 # -- feedback, metrics, the page --

@@ -128,7 +128,7 @@ def test_full_is_full_and_all_or_none_get_in(tokenizer: ChatTokenizer) -> None:
     first = [Reply(bundle, "Hi", Sampling(40)) for _ in range(4)]
     engine.submit([reply.ticket for reply in first])
     wait_until(lambda: engine.running == 2)
-    with pytest.raises(EngineFullError, match="2 replies wait"):
+    with pytest.raises(EngineFullError, match="the queue is full with 2 waiting"):
         engine.submit([Reply(bundle, "Hi").ticket for _ in range(2)])
     engine.submit([Reply(bundle, "Hi").ticket])
     with pytest.raises(EngineFullError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from helpers.chat_models import random_policy
@@ -108,3 +109,32 @@ def test_the_key_is_compared_in_constant_time(server: Server, monkeypatch: pytes
     monkeypatch.setattr("hmac.compare_digest", never)
     assert status(server, "/v1/models", Authorization=f"Bearer {KEY}") == 401  # nothing else lets it in
     assert compared == [(KEY.encode(), KEY.encode())]
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        (["http://localhost:3000"], "http://localhost:3000", True),
+        (["http://LOCALHOST:3000/"], "http://localhost:3000", True),
+        (["http://localhost:3000"], "http://localhost:3001", False),
+        (["http://localhost:3000"], "https://localhost:3000", False),
+        (["*"], "https://app.example", True),
+        ([], "http://localhost:3000", False),
+    ],
+)
+def test_pages_of_allowed_origins(
+    tokenizer: ChatTokenizer, tmp_path: Path, origins: list[str], origin: str, allowed: bool
+) -> None:
+    """A browser asks first, without the key, and then shows the page only responses that name its origin."""
+    with serving(random_policy(tokenizer), tmp_path / "f", origins=origins, api_key=KEY) as server:
+        url, asks = f"{server.url}/v1/models", {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        preflight = HTTP.options(url, headers={**asks, "Access-Control-Request-Headers": "authorization"})
+        answer = HTTP.get(url, headers={"Origin": origin, "Authorization": f"Bearer {KEY}"})
+        without_key = HTTP.get(url, headers={"Origin": origin})
+    shown = [r.headers.get("Access-Control-Allow-Origin") == origin for r in (preflight, answer, without_key)]
+    assert shown == [allowed] * 3
+    statuses = [preflight.status_code, answer.status_code, without_key.status_code]
+    assert statuses == ([204, 200, 401] if allowed else [403, 403, 403])
+    if allowed:
+        assert preflight.headers["Access-Control-Allow-Headers"] == "authorization"
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"

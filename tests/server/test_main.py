@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ from helpers.servers import HTTP, ROOT, alone, server_process
 from rlchat.__main__ import main
 from rlchat.models.model_file import PolicyBundle, save_bundle
 from rlchat.models.sampling import Sampling
+from rlchat.server.main import _install_command, _listen
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
@@ -64,7 +66,7 @@ def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyB
         assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot.pt"  # as from the terminal
 
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr
         assert process.stderr.read() == ""
 
@@ -75,18 +77,28 @@ def test_a_key_from_the_environment_and_sigterm_in_mid_reply(folder: Path) -> No
         headers = {"Authorization": "Bearer s3cret"}
         body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "n": 16, "temperature": 2}
         with HTTP.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer:
-            assert next(answer.iter_lines()).startswith("data: ")
+            lines = filter(None, answer.iter_lines())
+            assert next(lines).startswith("data: ")
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            *_, last = lines  # the whole stream, or an error where the server stopped it
+            assert last == "data: [DONE]" or "generation failed" in last
+            assert process.wait(60) == 0
         assert process.stderr
         assert process.stderr.read() == ""
+
+
+def test_connections_do_not_wait_for_more_data() -> None:
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["serve", str(folder / "parrot.pt"), "--port", str(port)]) == 2
-    sentence = f"rlchat: cannot listen on 127.0.0.1:{port}: Address already in use; give another --port or --host\n"
+    sentence = f"rlchat: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port or --host\n"
     assert capsys.readouterr().err == sentence
 
 
@@ -97,8 +109,8 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["foreign.pt"], r"foreign\.pt: not a bundle of rlchat"),
         (["damaged.pt"], r"damaged\.pt: damaged, or no bundle of rlchat"),
         (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not to be had"),
-        (["parrot.pt", "--feedback", "."], r"\.: the feedback cannot be kept: Is a directory; give a place that can"),
-        (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "parrot.pt/kept/f: the feedback cannot be kept: Not a dir"),
+        (["parrot.pt", "--feedback", "."], r"cannot write feedback to \.: Is a directory; choose another file"),
+        (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "cannot write feedback to parrot.pt/kept/f: Not a dir"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],
 )
@@ -122,16 +134,32 @@ def test_without_the_extra(folder: Path) -> None:
     program = "import sys; sys.modules['fastapi'] = None; from rlchat.__main__ import main; sys.exit(main(['serve']))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr == "rlchat: rlchat serve needs fastapi, which comes with: pip install 'rlchat[serve]'\n"
+    command = f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{ROOT}[serve]')}"  # this is a clone
+    assert result.stderr == f"rlchat: rlchat serve needs fastapi: install it with {command}\n"
+
+
+def test_what_an_installed_rlchat_advises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("rlchat.server.main.__file__", str(tmp_path / "lib" / "rlchat" / "server" / "main.py"))
+    command = shlex.split(_install_command())
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert {re.split("[<>=~!\\[]", name)[0].strip() for name in command[4:]} >= {
+        "fastapi",
+        "uvicorn",
+        "prometheus-client",
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--max-rows", "0"], "argument --max-rows: 0 is less than 1"),
-        (["--max-rows", "1.5"], "argument --max-rows: '1.5' is no whole number"),
-        (["--port", "x"], "argument --port: 'x' is no whole number"),
-        (["--port", "99999"], "argument --port: 99999 is no port; they go from 0 to 65535"),
+        (["--max-rows", "0"], "argument --max-rows: invalid value '0': expected an integer of at least 1"),
+        (["--max-rows", "1.5"], "argument --max-rows: invalid value '1.5': expected an integer of at least 1"),
+        (["--port", "x"], "argument --port: invalid value 'x': expected an integer from 0 to 65535"),
+        (
+            ["--allow-origin", "localhost"],
+            "argument --allow-origin: invalid value 'localhost': expected an origin such as http://localhost:3000",
+        ),
+        (["--port", "99999"], "argument --port: invalid value '99999': expected an integer from 0 to 65535"),
     ],
 )
 def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:

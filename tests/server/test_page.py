@@ -141,7 +141,7 @@ def test_regenerate_and_edit(page: Any, server: Server) -> None:
     send(page, "Two")
     finished(page, 2)
     tokens = server.engine.counts.generated_tokens
-    page.get_by_role("button", name="Another reply").last.click()
+    page.get_by_role("button", name="Another response").last.click()
     expect(finished(page, 2)).to_have_text(SAID)
     assert server.engine.counts.generated_tokens > tokens
     page.locator(".message.user").first.hover()
@@ -169,20 +169,20 @@ def test_feedback_lands_in_the_file(page: Any, server: Server) -> None:
     page.get_by_label("System message").fill("Be kind.")
     send(page, "Hello")
     finished(page)
-    page.get_by_role("button", name="Good reply").evaluate("button => { button.click(); button.click(); }")
-    expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name="Good reply").click()  # said already
-    page.get_by_role("button", name="Bad reply").click()
-    expect(page.get_by_role("button", name="Bad reply")).to_have_attribute("aria-pressed", "true")
-    expect(page.get_by_role("button", name="Good reply")).to_have_attribute("aria-pressed", "false")
+    page.get_by_role("button", name="Good response").evaluate("button => { button.click(); button.click(); }")
+    expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Good response").click()  # said already
+    page.get_by_role("button", name="Bad response").click()
+    expect(page.get_by_role("button", name="Bad response")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "false")
     for correction in ("Hello to you!", "Hello, hello!"):
-        page.get_by_role("button", name="Correct this reply").click()
+        page.get_by_role("button", name="Correct this response").click()
         page.get_by_label("Save the correction").first.fill(correction)
         page.get_by_role("button", name="Save the correction").click()
         expect(page.locator(".message.assistant .text")).to_have_text(correction)
         # A verdict on what a person wrote says nothing of the model.
-        expect(page.get_by_role("button", name="Good reply")).to_have_count(0)
-        expect(page.get_by_role("button", name="Bad reply")).to_have_count(0)
+        expect(page.get_by_role("button", name="Good response")).to_have_count(0)
+        expect(page.get_by_role("button", name="Bad response")).to_have_count(0)
     good, bad, corrected, again = lines(server)[before:]
     for row in (good, bad, corrected, again):
         assert (row["prompt"]["role"], row["prompt"]["text"]) == ("system", "Be kind.")
@@ -199,7 +199,7 @@ def test_feedback_lands_in_the_file(page: Any, server: Server) -> None:
 def test_save_and_load(page: Any, tmp_path: Path) -> None:
     page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("System message").fill("Be kind.")
-    page.get_by_label("Longest reply, in tokens").fill("7")
+    page.get_by_label("Maximum response length in tokens").fill("7")
     page.get_by_label("Seed").fill("42")
     page.get_by_label("Top k").fill("9")
     send(page, "Füße 😀")
@@ -244,9 +244,9 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
     assert again.messages[-1].time == "2023-11-14T22:13:20+00:00"
 
     for content, sentence in [
-        ("{", "bad.json is damaged, or no conversation: it is not JSON."),
-        ("[]", "bad.json: no conversation that rlchat saved."),
-        ('{"format": "rlchat-conversation", "version": 9}', "of version 9, and this page reads 1"),
+        ("{", "bad.json is not a conversation file: it is not valid JSON."),
+        ("[]", "bad.json: its format is neither rlchat's nor OpenAI's."),
+        ('{"format": "rlchat-conversation", "version": 9}', "its version is 9; this page reads 1"),
         ('{"conversation_history": [{"user": 1}]}', "message 1 is damaged"),
         ('{"conversation_history": [{"user": "a", "assistant": "b", "timestamp": 1e300}]}', "message 1 is damaged"),
     ]:
@@ -258,7 +258,11 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
 
 def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> None:
     page.get_by_role("button", name="Settings", exact=True).click()
-    seed, toast, longest = page.get_by_label("Seed"), page.locator("#toast"), page.get_by_label("Longest reply")
+    seed, toast, longest = (
+        page.get_by_label("Seed"),
+        page.locator("#toast"),
+        page.get_by_label("Maximum response length"),
+    )
 
     def load(**sampling: Any) -> None:
         saved = SavedConversation((SavedMessage("user", "Hi"), SavedMessage("assistant", "Ho")), "m", sampling)
@@ -266,7 +270,7 @@ def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> 
         page.set_input_files("#file", tmp_path / "file.json")
 
     load(temperature=5, top_p=-1, top_k=2.6, max_new_tokens=0, seed=9223372036854775807)
-    expect(toast).to_contain_text("a whole number from 0 to 9007199254740991")
+    expect(toast).to_contain_text("expected an integer from 0 to 9007199254740991")
     for name, value in [("temperature", "2"), ("top_p", "0.05"), ("top_k", "3"), ("max_new_tokens", "1"), ("seed", "")]:
         expect(page.locator(f"#{name}")).to_have_value(value)
     send(page, "And?")
@@ -279,7 +283,7 @@ def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> 
     load(seed=None)
     expect(seed).to_have_value("")  # a fresh one each time, as the file says
     seed.fill("9007199254740993")  # which JavaScript would round
-    expect(toast).to_contain_text("The seed is left empty")
+    expect(toast).to_contain_text("Invalid seed")
     expect(seed).to_have_value("")
     seed.fill("12")
     page.reload()
@@ -410,3 +414,79 @@ def test_trouble_is_told_and_nothing_is_lost(browser: Any, bundle: PolicyBundle,
     expect(page.locator("#toast")).to_have_text("The server cannot be reached.")
     expect(page.locator(".message .text")).to_have_text(["Hi", SAID, "Still there?"])
     context.close()
+
+
+def answered(page: Any, text: str, finish: str | None = "stop") -> None:
+    """From now on, every response is ``text``; without ``finish`` the stream breaks off after it."""
+    chunks: list[Any] = [{"choices": [{"index": 0, "delta": {"content": text}}]}]
+    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}] if finish else []
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
+def test_markdown_is_built_from_nodes(page: Any) -> None:
+    answered(page, "Use `a<b>` and **not** this:\n```python\nprint('<img src=x onerror=alert(1)>')\n```\nEnd.")
+    send(page, "How?")
+    text = finished(page)
+    expect(text.locator("strong")).to_have_text("not")
+    expect(text.locator("code").first).to_have_text("a<b>")
+    expect(text.locator("pre code")).to_have_text("print('<img src=x onerror=alert(1)>')\n")
+    expect(text.locator("figcaption")).to_have_text("python")
+    expect(text.locator("img")).to_have_count(0)
+    expect(text).to_contain_text("End.")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text.get_by_role("button", name="Copy code").click()
+    expect(page.locator("#toast")).to_have_text("Copied.")
+    assert page.evaluate("navigator.clipboard.readText()") == "print('<img src=x onerror=alert(1)>')\n"
+
+
+def test_a_stream_that_the_network_cuts(page: Any) -> None:
+    answered(page, "Half a resp", finish=None)
+    send(page, "Go on")
+    expect(finished(page)).to_have_text("Half a resp")
+    expect(page.locator("#toast")).to_have_text("The connection was lost before the response was complete.")
+    expect(page.locator(".meta")).to_have_text("incomplete")
+
+
+def test_two_tabs_do_not_overwrite_each_other(page: Any, server: Server) -> None:
+    answered(page, "One.")
+    send(page, "First")
+    expect(finished(page)).to_have_text("One.")
+    page.evaluate("addEventListener('storage', (event) => event.stopImmediatePropagation(), true)")
+    other = page.context.new_page()
+    other.goto(server.url)
+    answered(other, "Two.")
+    other.locator("#list .open").first.click()
+    send(other, "In the other tab")
+    expect(finished(other, 2)).to_have_text("Two.")
+    page.evaluate("conversation.updated = 1")  # as if this tab had not heard of the change
+    page.evaluate("conversation.messages = conversation.messages.slice(0, 2); render()")
+    send(page, "In this tab")
+    expect(finished(page, 2)).to_have_text("One.")
+    stored = page.evaluate("kept().map((one) => one.messages.filter((m) => m.role === 'user').map((m) => m.content))")
+    assert sorted(stored) == [["First", "In the other tab"], ["First", "In this tab"]]
+
+
+def test_invalid_settings_are_marked(page: Any) -> None:
+    page.get_by_role("button", name="Settings", exact=True).click()
+    top_k = page.get_by_label("Top k")
+    top_k.fill("-5")
+    expect(top_k).to_have_attribute("aria-invalid", "true")
+    top_k.fill("5")
+    expect(top_k).to_have_attribute("aria-invalid", "false")
+
+
+def test_a_phone(browser: Any, server: Server) -> None:
+    """Targets of 44 pixels, and no keyboard that opens by itself."""
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    for page in opened(browser, server, **phone):
+        assert page.evaluate("document.activeElement === document.body")
+        answered(page, "Hi.")
+        send(page, "Hello")
+        finished(page)
+        sizes = page.evaluate(
+            "[...document.querySelectorAll('main button')].filter((b) => b.offsetParent)"
+            ".map((b) => [b.getAttribute('aria-label'), b.offsetWidth, b.offsetHeight])"
+        )
+        assert len(sizes) >= 6
+        assert [size for size in sizes if min(size[1:]) < 44] == []

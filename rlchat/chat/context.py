@@ -1,0 +1,59 @@
+"""Fit a conversation and its response into the model's context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlchat.conversation import Conversation
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+# Share of the context that is kept free for a response whose length the caller left open.
+_OPEN_RESPONSE_SHARE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPrompt:
+    """A prompt that leaves room for a response.
+
+    ``dropped_messages`` counts the oldest user and assistant messages that were left out, ``cut_tokens`` the tokens cut
+    from the start of a last message that is too long by itself. ``dropped_system`` is True if the system message and
+    the last message do not fit together.
+    """
+
+    ids: list[int]
+    max_new_tokens: int
+    dropped_messages: int = 0
+    cut_tokens: int = 0
+    dropped_system: bool = False
+
+
+def fit_prompt(
+    tokenizer: ChatTokenizer, prompt: Conversation, max_length: int, max_new_tokens: int | None
+) -> FittedPrompt:
+    """Render ``prompt`` so that prompt and response together have at most ``max_length`` tokens.
+
+    With ``max_new_tokens``, the oldest messages make room for that many tokens, until half of the context is left to
+    the prompt. With None, the prompt keeps all that fits and the response may use what is left. The system message is
+    kept before older turns. For example, with ``max_length`` 96 and None the prompt may have 96 - 96 // 16 = 90 tokens.
+    """
+    largest = max_length - max(1, max_length // _OPEN_RESPONSE_SHARE)
+    room = largest if max_new_tokens is None else max(max_length - max_new_tokens, max_length // 2)
+    rendered = tokenizer.render_prompt(prompt)
+    messages, dropped_system, fits = prompt.messages, False, len(rendered.ids) <= room
+    if not fits:
+        if len(messages) > 1 and messages[0].role == "system":
+            smallest = len(tokenizer.render_prompt(Conversation((messages[0], messages[-1]))).ids)
+            dropped_system = smallest > largest
+            if dropped_system:
+                messages = messages[1:]
+            else:
+                room = max(room, smallest)
+        rendered = tokenizer.render_prompt(Conversation(messages), room)
+    left = max_length - len(rendered.ids)
+    return FittedPrompt(
+        rendered.ids,
+        left if max_new_tokens is None else min(max_new_tokens, left),
+        rendered.dropped,
+        rendered.cut,
+        dropped_system,
+    )
