@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.distributed.collectives import gather_objects, take_turns
 from rlchat.errors import at_least_one
 from rlchat.ppo.module import PPOModule
@@ -42,7 +42,7 @@ class RolloutLog(Callback):
         advantages = seen.judged.advantages[seen.rollout.mask].tolist()
         parts = gather_objects((seen.rollout.rows(seen.factors), advantages))
         log_dir = trainer.log_dir  # asks the other processes, so all of them have to ask
-        if not trainer.is_global_zero or is_rehearsal(trainer):
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         rows = take_turns([part for part, _ in parts], pl_module.options.group_size)
         if log_dir is not None:

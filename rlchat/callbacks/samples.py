@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError, at_least_one
 from rlchat.rewards import Reply
@@ -93,7 +93,7 @@ class SampleResponses(Callback):
             return
         samples = _samples(prompts, replies, factors)
         self._write_text(trainer, samples)
-        if log_dir is not None and not is_rehearsal(trainer):
+        if log_dir is not None and not is_fast_dev_run(trainer):
             append_lines(Path(log_dir, "samples.jsonl"), self._rows(samples))
         if self.max_rows:
             _print_beside_progress_bar(trainer, self._table(samples))

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlchat.callbacks.best_model import BestModel
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.callbacks.stats_figure import draw_stats
-from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
 from rlchat.errors import UserError, at_least_one
 from rlchat.utils.files import write_atomically
 
@@ -141,7 +141,7 @@ class StatsPlot(Callback):
             # After a device-side error no value comes back; that must not hide the error, nor what is known already.
             if not device_may_be_broken:
                 raise
-        if not (trainer.is_global_zero and self._history and self._picture) or is_rehearsal(trainer):
+        if not (trainer.is_global_zero and self._history and self._picture) or is_fast_dev_run(trainer):
             return
         began = time.monotonic()
         try:
