@@ -169,7 +169,7 @@ class BestModel(ModelCheckpoint):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the model at the end of a run that was never validated.
 
-        Raises :class:`UserError` where no model file was written because the weights or the monitor are not finite.
+        Raises :class:`UserError` where the weights are not finite, so that no model file is written.
         """
         if self.bundle_path is not None or not trainer.global_step or is_fast_dev_run(trainer):
             return
@@ -225,7 +225,7 @@ def _is_part_of_training(trainer: L.Trainer) -> bool:
 def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether the run validates after the training batch ``batch_idx`` of its epoch, which is not the epoch's last.
 
-    Lightning offers no question for this; its rule is repeated here from the trainer's public attributes. With
+    Lightning has no public method for this, so its rule is repeated with the trainer's public attributes. With
     ``val_check_interval`` as a time the answer is False; then ``last.ckpt`` is written twice in a row.
     """
     epochs = trainer.check_val_every_n_epoch

@@ -36,7 +36,7 @@ from rlchat.callbacks.rollout_log import RolloutLog
 from rlchat.cli.library_errors import user_error_in
 from rlchat.cli.option_errors import explain
 from rlchat.cli.recipes import checked_recipe
-from rlchat.cli.runs import LOGS, check_checkpoint, configuration_of, newest_run
+from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configuration_of, newest_run
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.distributed.collectives import is_first
 from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy
@@ -133,9 +133,9 @@ class RLChatCLI(LightningCLI):
         """Adds both loggers in one folder, our progress bar and atomic checkpoints, unless others are configured."""
         options = self.config[self.config["subcommand"]]
         given = self._get(self.config_init, "trainer")
+        stage = _stage_of(import_object(str(options["model"]["class_path"])))
         if given["logger"] in (None, True):
             folder = str(_logs_folder(options))
-            stage = _stage_of(import_object(str(options["model"]["class_path"])))
             board = TensorBoardLogger(folder, name=stage, default_hp_metric=False)
             kwargs["logger"] = [
                 board,
@@ -144,7 +144,7 @@ class RLChatCLI(LightningCLI):
         plugins = _as_list(given["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = _as_list(given["callbacks"])
+        callbacks = [*_as_list(given["callbacks"]), CheckpointRecord(stage)]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(OneLineProgressBar())
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks, "plugins": plugins})

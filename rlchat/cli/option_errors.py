@@ -235,7 +235,7 @@ def _imported(place: str, class_path: Any, base: type) -> Any:
     if not isinstance(class_path, str):
         return None if class_path is None else _wrong_type(place, [str], class_path)
     if "." not in class_path:
-        found = next((cls for cls in _derived(base) if cls.__name__ == class_path), None)
+        found: Any = next((cls for cls in _derived(base) if cls.__name__ == class_path), None)
         return found or UserError(
             f"{place}: {class_path} is not a known class; specify its import path, such as rlchat.rewards.TooShort"
         )
@@ -260,7 +260,8 @@ def _imported(place: str, class_path: Any, base: type) -> Any:
 
 def _derived(base: type) -> Iterator[type]:
     yield base
-    for cls in base.__subclasses__():
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
         yield from _derived(cls)
 
 

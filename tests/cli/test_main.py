@@ -93,8 +93,8 @@ def metrics(run: Path, name: str) -> list[float]:
         (["--model", "rlchat.PPOModul"], r"--model: rlchat has no PPOModul;"),
         (["--trainer.devices"], r"--trainer.devices: expected a value, as --trainer.devices VALUE$"),
         (["words"], r"'words' is not an option; options are written --group.name VALUE$"),
-        (["--config"], r"no file and no recipe ''; the recipes are demo/ppo"),
-        (["--config", "nope"], r"no file and no recipe 'nope'; the recipes are demo/ppo"),
+        (["--config"], r"no file and no recipe named ''; the recipes are demo/ppo"),
+        (["--config", "nope"], r"no file and no recipe named 'nope'; the recipes are demo/ppo"),
     ],
 )
 def test_an_option_that_cannot_be(
@@ -216,10 +216,10 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
             r"no usable conversation in tree.jsonl: .*1 trees in an",
         ),
         (["--model.init_from", "m.pt"], r"init_from m.pt brings its own backbone; set --model.base_model null"),
-        (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; give a file, or `best` or `last`"),
+        (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; specify a file, or `best` or `last`"),
         (["--ckpt_path", "best"], r"no best.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
         (["--ckpt_path", "last"], r"no last.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
-        (["--ckpt_path", "talk.jsonl"], r"talk.jsonl: (damaged, or no checkpoint|holds something other)"),
+        (["--ckpt_path", "talk.jsonl"], r"talk.jsonl: (damaged, or not a checkpoint|contains something other)"),
     ],
 )
 def test_what_cannot_be_trained(
@@ -293,10 +293,10 @@ def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--model.max_length", "4096"], r"max_length 4096 is more than the 64 of init_from checkpoints/sft_model.pt"),
         (
             ["--ckpt_path", "checkpoints/sft_model.pt"],
-            r"checkpoints/sft_model.pt: not the checkpoint of a run.*init_",
+            r"checkpoints/sft_model.pt: not a checkpoint of a run.*init_",
         ),
-        (["--ckpt_path", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
-        (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, and the configuration is for RewardModel"),
+        (["--ckpt_path", "evil.pt"], r"evil.pt: contains something other than tensors.*; it was not loaded$"),
+        (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, but the configuration is for RewardModel"),
         (["--ckpt_path", "reward.ckpt", "--model.init_from", "wide.pt"], r"ckpt_path: .* model of another shape"),
     ],
 )
@@ -348,7 +348,9 @@ def test_a_bare_command_lists_the_recipes(command: str, capsys: pytest.CaptureFi
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "fti").startswith("rlchat: no command 'fti'; choose one of demo, fit, validate, test,")
+    assert complaint(capsys, "fti").startswith(
+        "rlchat: unknown command 'fti'; choose one of demo, fit, validate, test,"
+    )
 
 
 def test_help_of_a_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,6 +466,8 @@ def test_a_run_leaves_all_its_traces_in_one_folder(after: Path) -> None:
     assert left == set(names.split())
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert [path.name for path in Path("lightning_logs/ppo").iterdir()] == ["version_0"]
+    recorded = json.loads(Path("lightning_logs/checkpoint_folders.json").read_text())
+    assert {stage: len(folders) for stage, folders in recorded.items()} == {"ppo": 1}
     assert {path.name for path in Path("checkpoints").iterdir()} == {
         "rl_chat_model_tiktoken.pt",
         "rl_chat_model_tiktoken_stats.png",
@@ -496,10 +500,27 @@ def test_validate_and_test_take_the_runs_own_configuration(after: Path, capsys: 
     assert metrics(Path("lightning_logs/ppo/version_2"), "test/perplexity") != []
 
 
+def test_best_and_last_are_of_the_newest_run_wherever_it_keeps_its_logs(
+    after: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest run used another logger, or another folder; each command says which checkpoint it loads."""
+    brief = [*SMOKE, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    rlchat(*brief, "--trainer.default_root_dir", "elsewhere")
+    capsys.readouterr()
+    rlchat("validate", "--ckpt_path", "best")
+    assert re.search(r"^checkpoint: \S*elsewhere/lightning_logs/ppo/version_0/checkpoints/best.ckpt$",
+                     capsys.readouterr().out, re.MULTILINE)  # fmt: skip
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: mine, name: other}}"
+    rlchat(*brief, "--trainer.logger", logger)
+    capsys.readouterr()
+    rlchat("test", "--ckpt_path", "last")
+    assert "checkpoint: mine/other/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
+
+
 def test_validate_without_its_configuration(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(RUN / "checkpoints" / "best.ckpt", "best.ckpt")
     said = complaint(capsys, "validate", "--ckpt_path", "best.ckpt")
-    assert "best.ckpt: the configuration of its run is not beside it; name one with --config" in said
+    assert "best.ckpt: the configuration of its run was not found; set --config" in said
 
 
 def test_a_finished_run_says_that_nothing_is_left(after: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -513,7 +534,7 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
     (after / "prompts.txt").write_text("Hi\nWhy?\n\nHi\nHi\nWhat is it?\nWhy?\n")
     words = ["predict", "--ckpt_path", "best", "--data.val_batch_size", "4"]
     rlchat(*words, "--data.predict_path", "prompts.txt")
-    assert "wrote 6 replies to replies.jsonl" in capsys.readouterr().out
+    assert "wrote 6 responses to replies.jsonl" in capsys.readouterr().out
     replies = rows(after / "replies.jsonl")
     assert [reply["messages"][-1] for reply in replies] == [{"role": "user", "content": text} for text in questions]
     for reply in replies:
@@ -522,7 +543,7 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
         assert {"quality_similarity", "missing_end"} < set(reply["factors"])
 
     said = complaint(capsys, *words, "--data.predict_path", "prompts.txt")
-    assert "replies.jsonl exists; name another with --predictions.path, or --predictions.overwrite true" in said
+    assert "replies.jsonl already exists; set another --predictions.path, or --predictions.overwrite true" in said
     assert rows(after / "replies.jsonl") == replies
 
     said = [{"content": "Hi"}, {"content": "Hello!"}, {"content": "Why?"}]
@@ -566,7 +587,7 @@ def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -
     signal.signal(signal.SIGINT, handler)
     err = capsys.readouterr().err
     assert "stopping after this batch; Ctrl-C again stops at once" in err
-    assert "rlchat: stopped, and nothing is lost; go on with `rlchat fit --ckpt_path last`" in err
+    assert "rlchat: stopped; the run is saved. Resume it with `rlchat fit --ckpt_path last`" in err
     assert "Traceback" not in err
 
     stopped = Path("lightning_logs/ppo/version_1")

@@ -80,7 +80,7 @@ def test_a_file_goes_before_a_recipe_of_that_name(workplace: Path) -> None:
 
 
 def test_neither_file_nor_recipe() -> None:
-    with pytest.raises(UserError, match="no file and no recipe 'demo/pop'; the recipes are demo/ppo, demo/reward"):
+    with pytest.raises(UserError, match="no file and no recipe named 'demo/pop'; the recipes are demo/ppo, demo/re"):
         find_recipe("demo/pop")
 
 
@@ -95,8 +95,8 @@ def test_the_list_says_of_each_what_it_is() -> None:
     [
         ("model: [1, 2\n", r"mine.yaml:2: not YAML: expected"),
         ("a: 1\nb: c: 2\n", r"mine.yaml:2: not YAML: mapping values are not allowed here"),
-        ("just text\n", "mine.yaml: holds no options"),
-        ("", "mine.yaml: holds no options"),
+        ("just text\n", "mine.yaml: has no options"),
+        ("", "mine.yaml: has no options"),
         ("a: \0\n", "mine.yaml: cannot be read as YAML"),
     ],
 )
