@@ -442,7 +442,7 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
         "load damaged.json": "damaged.json: damaged, or no conversation: it is not JSON; give another file",
         "/load folder": "folder: a directory, a pipe or a device; give a file",
         "save folder": "folder is a directory; give the name of a file",
-        "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
+        "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; specify a path that can be written",
         "set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
         "set max_new_tokens 0.5": "max_new_tokens is a whole number, and not '0.5'; type, for instance, set max_new",
         "set seed -3": "the seed -3 is out of range; give a whole number from 0 to 2**63 - 1",
@@ -478,7 +478,7 @@ def test_a_full_disk_leaves_the_conversation(
     monkeypatch.setattr("sys.stdin", Lines(lines()))
     assert main(["chat", polite]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "talk.json: cannot be written: File too large; what was there is unharmed",
+        "talk.json: cannot be written: File too large; the existing file is unchanged",
         "feedback.jsonl: the feedback cannot be kept: File too large; give a place that can",
         "you> Hi",
         f"model> {REPLY}",
