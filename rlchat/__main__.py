@@ -1,4 +1,4 @@
-"""The command line: `rlchat COMMAND`. Only the command that was asked for is imported, so that help is instant."""
+"""The command line: `rlchat COMMAND`. It imports only the requested command, so that help is instant."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from rlchat.errors import UserError
 
 COMMANDS = {
-    "demo": "the whole journey in a few minutes: conversations, SFT, reward model, PPO",
+    "demo": "run all stages in a few minutes: conversations, SFT, reward model, PPO",
     "fit": "train one stage: rlchat fit --config demo/ppo",
-    "validate": "measure a model on the held-out validation conversations",
-    "test": "measure a model on conversations that chose nothing",
-    "predict": "write replies for a file of prompts as JSONL",
-    "chat": "talk with a model",
-    "serve": "a page and an API to talk with a model: rlchat serve, then http://127.0.0.1:8000",
-    "tokenizer": "make a tiktoken rank file from your own data",
+    "validate": "measure a model on the validation split",
+    "test": "measure a model on the held-out test split",
+    "predict": "write responses to a file of prompts as JSONL",
+    "chat": "chat with a model in the terminal",
+    "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
+    "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
 }
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -24,7 +24,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0, 2 with one sentence on stderr that names the cure, or 130 where Ctrl-C stopped it.
+    0, 2 after an error (one sentence on stderr that names the fix), or 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -37,12 +37,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
-        print(f"rlchat: no command {command!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"rlchat: unknown command {command!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     if command in TRAINER_COMMANDS and not rest:
         from rlchat.cli.recipes import describe_recipes
 
-        print(f"rlchat {command}: name a recipe, or a file of your own:\n\n{describe_recipes()}", file=sys.stderr)
+        print(
+            f"rlchat {command}: set --config to a recipe or to a file of your own:\n\n{describe_recipes()}",
+            file=sys.stderr,
+        )
         return 2
     try:
         return _run(command)(rest)
@@ -87,7 +90,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "rlchat COMMAND --help tells the options of one command.",
+            "rlchat COMMAND --help shows the options of a command.",
         ]
     )
 

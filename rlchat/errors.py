@@ -1,10 +1,10 @@
-"""What a user did that cannot work, said in one sentence."""
+"""Errors that are shown to the user as one sentence."""
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what is wrong, where, and what to do.
+    """An error that the user can fix. The message states the cause, the place and the fix.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 

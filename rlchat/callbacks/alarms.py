@@ -1,4 +1,4 @@
-"""Says so when a run goes wrong in a way that its reward does not show."""
+"""Warns when a PPO run goes wrong in a way that its training reward does not show."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rlchat.ppo.module import PPOModule
 
 _log = logging.getLogger("rlchat")
 
-# Validations in a row in which the training reward rose and the held-out reward fell. Chance puts four values into a
-# given order once in 24 times, and both once in 576.
+# Validations in a row in which the training reward rose and the held-out reward fell. Four random values are in a
+# given order with probability 1/24, and both series with probability 1/576.
 _FALLS = 3
 
 
 class Alarms(Callback):
-    """Watches PPO and warns, once for each thing that goes wrong, with what to do about it.
+    """Watches PPO and warns once about each problem, with advice.
 
-    It warns where the reward rises while the held-out reward falls, the replies become one, the KL to the reference
-    passes a bound, the critic explains less than nothing for long, most replies are cut off, or a reward factor gives
-    every reply the same.
+    It warns when the training reward rises while the held-out reward falls, the responses become identical, the KL to
+    the reference model exceeds a bound, the explained variance stays negative, most responses are truncated, or a
+    reward factor is constant.
 
     Args:
-        kl_bound: nats a reply beyond which the policy has left its reference.
-        min_distinct: share of an iteration's replies that differ, at least.
-        max_truncated: share of the replies that run out of tokens, at most.
-        patience: iterations in a row that something has to last, where one says little.
+        kl_bound: KL to the reference model, in nats per response, above which to warn.
+        min_distinct: smallest fraction of distinct responses in an iteration.
+        max_truncated: largest fraction of responses truncated at ``max_new_tokens``.
+        patience: consecutive iterations that a noisy problem must last.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Alarms(Callback):
             raise UserError(f"Alarms: kl_bound is {kl_bound}, it must be above 0")
         for name, share in (("min_distinct", min_distinct), ("max_truncated", max_truncated)):
             if not 0 <= share <= 1:
-                raise UserError(f"Alarms: {name} is {share}, it must be a share from 0 to 1")
+                raise UserError(f"Alarms: {name} is {share}, it must be a fraction from 0 to 1")
         self.kl_bound = kl_bound
         self.min_distinct = min_distinct
         self.max_truncated = max_truncated
         self.patience = at_least_one("Alarms", "patience", patience)
         self.raised: list[str] = []
-        """What was warned of, in that order."""
+        """The problems that it has warned about, in order."""
         self._lasting: dict[str, int] = {}
         self._rewards: list[float] = []  # of the iterations since the last validation
-        self._trained: list[float] = []  # their mean, for each validation
+        self._trained: list[float] = []  # their mean at each validation
         self._held_out: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,8 +78,8 @@ class Alarms(Callback):
             self._warn(
                 trainer,
                 "kl",
-                f"the KL to the reference is {seen['train/kl']:.0f} nats a reply, beyond {self.kl_bound:g}: raise "
-                f"--model.kl_coef, or set --model.kl_target",
+                f"the KL to the reference model is {seen['train/kl']:.0f} nats per response, above "
+                f"{self.kl_bound:g}: raise --model.kl_coef, or set --model.kl_target",
             )
         replies = len(pl_module.last_iteration.rollout.replies) * trainer.world_size
         distinct = seen["train/distinct_replies"]
@@ -87,30 +87,30 @@ class Alarms(Callback):
             self._warn(
                 trainer,
                 "collapse",
-                f"only {distinct:.1%} of an iteration's replies differ: the policy says one thing to everybody; raise "
-                f"--model.kl_coef or --model.entropy_coef, and look at what the reward likes",
+                f"only {distinct:.1%} of the responses of an iteration are distinct: the policy has collapsed; raise "
+                f"--model.kl_coef or --model.entropy_coef, and check what the reward favors",
             )
         if self._lasts("truncated", seen["train/truncated_fraction"] > self.max_truncated):
             self._warn(
                 trainer,
                 "truncated",
-                f"{seen['train/truncated_fraction']:.0%} of the replies run out of tokens: raise "
-                f"--model.max_new_tokens, or give rlchat.rewards.MissingEnd more weight",
+                f"{seen['train/truncated_fraction']:.0%} of the responses are truncated: raise --model.max_new_tokens, "
+                f"or raise the weight of rlchat.rewards.MissingEnd",
             )
         learning = pl_module.iterations > pl_module.options.critic_warmup
         if self._lasts("critic", learning and seen.get("train/explained_variance", 0.0) < 0):
             self._warn(
                 trainer,
                 "critic",
-                f"the critic has explained less than nothing for {self.patience} iterations: raise --model.value_coef, "
-                f"give it --model.critic_warmup, or a network of its own with --model.critic separate",
+                f"explained variance has been negative for {self.patience} iterations: raise --model.value_coef, set "
+                f"--model.critic_warmup, or train a separate network with --model.critic separate",
             )
         for name in self._constant(pl_module.last_iteration.factors):
             self._warn(
                 trainer,
                 f"reward/{name}",
-                f"the reward factor {name} has given every reply the same for {self.patience} iterations: it teaches "
-                f"nothing; change its bounds, or leave it out",
+                f"the reward factor {name} has been the same for every response for {self.patience} iterations, so it "
+                f"has no effect; change its bounds, or remove it",
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,18 +126,18 @@ class Alarms(Callback):
             self._warn(
                 trainer,
                 "hacking",
-                f"the reward rises in training and has fallen on held-out prompts {_FALLS} times in a row "
-                f"({held_out[0]:.3g} → {held_out[-1]:.3g}): the policy learns these prompts by heart, or a flaw of the "
-                f"reward; use the best model so far, more prompts, or a higher --model.kl_coef",
+                f"the training reward rises while the reward on validation prompts has fallen {_FALLS} times in a row "
+                f"({held_out[0]:.3g} → {held_out[-1]:.3g}): the policy overfits the training prompts; use the best "
+                f"model so far, more prompts, or a higher --model.kl_coef",
             )
 
     def _lasts(self, what: str, now: bool) -> bool:
-        """Whether ``what`` has been so for as long as it takes."""
+        """Whether the problem ``what`` has lasted for ``patience`` iterations."""
         self._lasting[what] = self._lasting.get(what, 0) + 1 if now else 0
         return self._lasting[what] >= self.patience
 
     def _constant(self, factors: dict[str, torch.Tensor]) -> list[str]:
-        """The factors that have given all replies of all processes the same for as long as it takes."""
+        """The factors that have been constant over all responses of all processes for ``patience`` iterations."""
         mine = {name: (float(x.min()), float(x.max())) for name, x in factors.items() if len(x)}
         everyone = gather_objects(mine)
         found = []

@@ -1,4 +1,4 @@
-"""Keeps the best model of a run, and the last state that a run can go on from."""
+"""Saves the best model of a run and the checkpoints from which the run can be resumed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.callbacks.stop_signals import StopSignals
-from rlchat.callbacks.trainer_facts import is_rehearsal
+from rlchat.distributed.collectives import greatest
 from rlchat.errors import UserError
 from rlchat.utils.files import set_aside
 
@@ -22,18 +24,22 @@ BEST = "best.ckpt"
 
 
 class BestModel(ModelCheckpoint):
-    """Saves the best model on held-out conversations, as a bundle to use and as a checkpoint to go on from.
+    """Saves the model that is best on the validation split, as a model file and as a checkpoint.
 
-    Each time the module's ``monitor`` (PPO: ``val/reward``) is better than before, ``folder/<bundle_name>`` becomes the
-    model of that moment, beside Lightning's ``best.ckpt`` in the run's own folder; a bundle that an earlier run left
-    there is first set aside under its date. ``last.ckpt`` is written every ``save_last_every`` batches and before and
-    after each validation, so that an interrupted run goes on with ``--ckpt_path last``. Ctrl-C and SIGTERM let the
-    batch come to its end and write ``last.ckpt`` then, so that nothing is lost; a second Ctrl-C stops at once. Without
-    validation, the bundle is the model at the end.
+    Whenever the module's ``monitor`` (PPO: ``val/reward``) improves, ``folder/<bundle_name>`` becomes the current model
+    and Lightning's ``best.ckpt`` is written to the run's own folder. A model file that an earlier run left there is
+    first renamed after its date. Without validation, the model file is the model at the end of the run.
+
+    ``last.ckpt`` is written every ``save_last_every`` batches, before and after each validation, and at the end, so
+    that an interrupted run resumes with ``--ckpt_path last``. Ctrl-C and SIGTERM let the current batch finish and then
+    write ``last.ckpt``; a second Ctrl-C stops at once.
+
+    A monitor that is not finite is never the best, and a model with weights that are not finite is never saved.
 
     Args:
-        folder: where the bundles go.
-        save_last_every: training batches between two writes of ``last.ckpt``; 0: around validations only.
+        folder: where the model files are written.
+        save_last_every: training batches between two writes of ``last.ckpt``; 0: around validations and at the end
+            only.
     """
 
     def __init__(self, folder: str = "checkpoints", save_last_every: int = 25) -> None:
@@ -41,19 +47,20 @@ class BestModel(ModelCheckpoint):
         self.folder = folder
         self.save_last_every = save_last_every
         self.bundle_path: str | None = None
-        """Where this run has written its bundle; None before the first."""
+        """The model file that this run has written; None before the first."""
         self._signals = StopSignals()
-        self._stop = 0  # the signal for which the run ends where the next batch would begin; 0: it goes on
+        self._stop = 0  # the signal that ends the run before the next batch begins; 0: none
         self._due = self._before_validation = False
+        self._batches_saved = -1  # training batches that last.ckpt was written after
 
     @property
     def state_key(self) -> str:
-        """One key whatever the options, so that a resumed run with others finds its state."""
+        """The same key for all options, so that a run resumed with other options finds its state."""
         return "rlchat.BestModel"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes over what the module wants to be judged by. Raises :class:`UserError` for a folder that takes none."""
-        if stage == "fit" and not is_rehearsal(trainer):
+        """Reads the module's ``monitor``. Raises :class:`UserError` where ``folder`` cannot be written."""
+        if stage == "fit" and not is_fast_dev_run(trainer):
             _require_writable(Path(self.folder))
         self.monitor, self.mode = pl_module.monitor  # type: ignore[misc]
         if self.best_model_score is None:
@@ -61,46 +68,43 @@ class BestModel(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes charge of Ctrl-C and SIGTERM."""
+        """Installs the handlers of Ctrl-C and SIGTERM."""
         super().on_train_start(trainer, pl_module)
-        self._stop = 0
+        self._stop, self._batches_saved = 0, -1
         self._signals.take_charge()
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        if validation.restarted_mid_evaluation:  # what on_save_checkpoint noted is read by now, and was no batch
-            batches: Any = validation.batch_progress.total
-            batches.ready, batches.started = batches.ready - 1, batches.started - 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes ``last.ckpt`` every so often, and before the run is stopped."""
-        # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several a batch.
-        done = trainer.fit_loop.total_batch_idx + 1
+        """Writes ``last.ckpt`` every ``save_last_every`` batches, and before a signal stops the run."""
+        # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several per batch.
+        done = batches_seen(trainer)
         self._stop = self._signals.agreed(pl_module)
         self._due = bool(self._stop or (self.save_last_every and done % self.save_last_every == 0))
-        # From here, Lightning would go on without the validation or the end of the epoch that follow: they save.
-        if self._due and not trainer.is_last_batch and not _validation_follows(trainer):
-            self._save_last(trainer)
+        # A run resumed from a checkpoint of this moment would skip the validation or the end of the epoch that follows
+        # this batch. In these cases the hooks below save.
+        if self._due and not trainer.is_last_batch and not _validation_follows(trainer, batch_idx):
+            self._save_last(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what is due since the last batch."""
+        """Writes ``last.ckpt`` where that is due since the last batch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._due:
-            self._save_last(trainer)
+            self._save_last(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops where the batch before is saved; by now its metrics are logged as well."""
+        """Stops the run here, where the batch before is saved and its metrics are logged."""
         if self._stop:
             self._signals.stop(self._stop)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what training has come to, so that a run that is broken off in validation begins with it anew."""
+        """Saves before the validation, so that a run interrupted during validation resumes with that validation."""
         super().on_validation_start(trainer, pl_module)
         if _is_part_of_training(trainer):
             self._before_validation = True
-            self._save_last(trainer)
+            self._save_last(trainer, pl_module)
             self._before_validation = False
             if self._stop:
                 self._signals.stop(self._stop)
@@ -114,91 +118,131 @@ class BestModel(ModelCheckpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stops: what came before the validation is saved."""
+        """Stops the run where a signal came; the state before the validation is saved."""
         if _is_part_of_training(trainer) and (number := self._signals.agreed(pl_module)):
             self._signals.stop(number)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes that a validation has begun, by which Lightning knows that it has to be run before anything else."""
-        if self._before_validation:
-            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
-            batches["ready"] += 1
-            batches["started"] += 1
+        """Marks a checkpoint written before a validation, so that a resumed run begins with this validation."""
+        # No hook of Lightning lies where its own checkpoint says "in validation": it counts a batch as started after
+        # on_validation_start and as processed before on_validation_batch_end. So the counts are set here, in the
+        # checkpoint. They are set in every checkpoint, because the counts of a run that was resumed from such a mark
+        # stay one too high in memory until the epoch ends.
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+        batches["processed"] = batches["completed"]
+        batches["ready"] = batches["started"] = batches["completed"] + int(self._before_validation)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the best, where this is it, and the last."""
-        if not _is_part_of_training(trainer) or is_rehearsal(trainer):
+        """Saves the model if it is the best so far, and ``last.ckpt``."""
+        if not _is_part_of_training(trainer) or is_fast_dev_run(trainer):
             return
         before = self.best_model_score
-        if self.monitor in trainer.callback_metrics:
+        score = trainer.callback_metrics.get(str(self.monitor))
+        if score is not None and not bool(torch.isfinite(score)):
+            # ModelCheckpoint would take NaN for the worst finite value, which makes a first NaN the best.
+            rank_zero_warn(f"{self.monitor} is {float(score)}; this model is not saved as the best")
+        elif score is not None and _is_finite(pl_module):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         better = self.best_model_score is not None and (before is None or bool(self.best_model_score != before))
         if better:
             self._save_bundle(trainer, pl_module)
-        self._save_last(trainer)
+        self._save_last(trainer, pl_module)
         self._due = False
         if number := self._signals.agreed(pl_module):
             self._signals.stop(number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the signals back."""
+        """Writes ``last.ckpt`` where the run has trained since the last write, and restores the signal handlers."""
         super().on_train_end(trainer, pl_module)
+        if self._batches_saved != batches_seen(trainer):
+            self._save_last(trainer, pl_module)
         self._signals.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers."""
         super().on_exception(trainer, pl_module, exception)
         self._signals.release()
         if self._signals.stopped:
-            # The first draws and writes more than the others; where one ends much earlier, Lightning kills the rest.
+            # The first process has more to draw and write, and Lightning kills processes that end much later.
             trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that was never validated leaves the model that it ended with."""
-        if self.bundle_path is None and trainer.global_step and not is_rehearsal(trainer):
-            self._save_bundle(trainer, pl_module)
+        """Saves the model at the end of a run that was never validated.
+
+        Raises :class:`UserError` where the weights are not finite, so that no model file is written.
+        """
+        if self.bundle_path is not None or not trainer.global_step or is_fast_dev_run(trainer):
+            return
+        if not _is_finite(pl_module):
+            raise UserError(
+                "the weights of the model are not finite (NaN or infinity), so no model file was written; lower "
+                "--model.learning_rate and train again"
+            )
+        self._save_bundle(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's, and where the bundle is."""
+        """ModelCheckpoint's state and the path of the model file."""
         return {**super().state_dict(), "bundle_path": self.bundle_path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A resumed run has a folder of its own, but the best so far is still the one to beat."""
+        """Restores the best score so far; the resumed run keeps its own folder."""
         self.bundle_path = state_dict["bundle_path"]
         self.current_score = state_dict["current_score"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
-    def _save_last(self, trainer: L.Trainer) -> None:
-        if not is_rehearsal(trainer):
+    def _save_last(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not is_fast_dev_run(trainer) and _is_finite(pl_module):
             assert self.dirpath is not None
             self.last_model_path = str(Path(self.dirpath) / LAST)
             trainer.save_checkpoint(self.last_model_path)
+            self._batches_saved = batches_seen(trainer)
 
     def _save_bundle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = Path(self.folder) / pl_module.bundle_name  # type: ignore[operator]
-        if trainer.is_global_zero and path.exists() and self.bundle_path != str(path):  # not this run's own
+        if trainer.is_global_zero and path.exists() and self.bundle_path != str(path):  # left by an earlier run
             set_aside(path)
         pl_module.save_bundle(path)  # type: ignore[operator]
         self.bundle_path = str(path)
 
 
 def _require_writable(folder: Path) -> None:
-    """Now, and not when hours of training are to be written."""
+    """Raises :class:`UserError` before training, instead of after hours of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"best_model.folder {folder}: cannot be written ({error.strerror}); give another") from error
+        raise UserError(
+            f"best_model.folder {folder}: cannot be written ({error.strerror}); set another folder"
+        ) from error
 
 
 def _is_part_of_training(trainer: L.Trainer) -> bool:
-    """Whether a validation belongs to a fit that has begun."""
+    """Whether a validation is part of a fit, and not the sanity check before it."""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
-def _validation_follows(trainer: L.Trainer) -> bool:
-    """Whether the training batch that ends now is one of those after which the run validates."""
-    epoch = trainer.fit_loop.epoch_loop
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and not epoch.val_loop.skip and epoch._should_check_val_fx(fetcher)
+def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the run validates after the training batch ``batch_idx`` of its epoch, which is not the epoch's last.
+
+    Lightning has no public method for this, so its rule is repeated with the trainer's public attributes. With
+    ``val_check_interval`` as a time the answer is False; then ``last.ckpt`` is written twice in a row.
+    """
+    epochs = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not sum(trainer.num_val_batches):
+        return False
+    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+        return False
+    if trainer.should_stop:  # EarlyStopping and Timer end the epoch here; what is due is saved at its end
+        return True
+    interval = trainer.val_check_batch
+    if interval is None or interval == float("inf"):
+        return False
+    done = batches_seen(trainer) if epochs is None else batch_idx + 1
+    return done % interval == 0
+
+
+def _is_finite(module: L.LightningModule) -> bool:
+    """Whether all weights of all processes are finite numbers; a collective."""
+    local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in module.parameters())
+    return not greatest(module, int(not all(bool(torch.isfinite(weight).all()) for weight in local)))

@@ -1,4 +1,4 @@
-"""Writes what `rlchat predict` says."""
+"""Writes the responses of `rlchat predict`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlchat.utils.files import write_atomically
 
 
 class Predictions(BasePredictionWriter):
-    """Replies of ``rlchat predict`` as JSONL, one line a prompt in the order of the prompts.
+    """Writes the responses of ``rlchat predict`` as JSONL, one line per prompt, in the order of the prompts.
 
     Args:
-        path: the file to write; an existing one is refused.
+        path: the file to write; an existing file is an error unless ``overwrite`` is set.
         overwrite: replace an existing file.
     """
 
@@ -29,10 +29,10 @@ class Predictions(BasePredictionWriter):
         self.overwrite = overwrite
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses before anything is computed. Raises :class:`UserError`."""
+        """Raises :class:`UserError` for an existing file, before anything is computed."""
         if self.path.exists() and not self.overwrite:
             raise UserError(
-                f"{self.path} exists; name another with --predictions.path, or --predictions.overwrite true"
+                f"{self.path} already exists; set another --predictions.path, or --predictions.overwrite true"
             )
 
     def write_on_epoch_end(
@@ -50,4 +50,4 @@ class Predictions(BasePredictionWriter):
         rows = take_turns(parts)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
-        print(f"wrote {len(rows)} replies to {self.path}")
+        print(f"wrote {len(rows)} responses to {self.path}")

@@ -12,9 +12,9 @@ from rich.text import Text
 
 
 class OneLineProgressBar(RichProgressBar):
-    """Lightning's rich bar without wrapping: the bar gives way to the numbers, and not the other way round.
+    """Lightning's rich progress bar on one line: a short bar that leaves room for the metrics.
 
-    Beside the bar stands what the module logs with ``prog_bar=True``.
+    The metrics are those that the module logs with ``prog_bar=True``.
     """
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class OneLineProgressBar(RichProgressBar):
         self._numbers = _Numbers()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Nothing for Lightning's own column, which wraps: the numbers go to ours."""
+        """Keeps the metrics for our own column and returns none for Lightning's, which wraps."""
         metrics = super().get_metrics(trainer, pl_module)
         self._numbers.shown = {name: value for name, value in metrics.items() if isinstance(value, float)}
         return {}
 
     def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
-        """What runs, how far it is, how long it will take, and the numbers."""
+        """The description, the bar, the batch count, the remaining time and the metrics."""
         return [
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=24),
@@ -44,14 +44,14 @@ class OneLineProgressBar(RichProgressBar):
 
 
 class _Numbers(ProgressColumn):
-    """Metrics by their short names: ``train/loss`` is ``loss``. Empty for the bars of validation."""
+    """Metrics under short names: ``loss`` for ``train/loss``. Empty in the bars of validation."""
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
         self.shown: dict[str, float] = {}
 
     def render(self, task: Task) -> Text:
-        """The line of numbers; it has no say in where it stands."""
+        """The metrics as one line of text."""
         if not task.description.startswith("Epoch"):
             return Text()
         parts = (f"{name.removeprefix('train/').replace('/', ' ')} {value:.3g}" for name, value in self.shown.items())

@@ -1,4 +1,4 @@
-"""Rollouts that one can look at."""
+"""Logs rollouts as text and as histograms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.distributed.collectives import gather_objects, take_turns
 from rlchat.errors import at_least_one
 from rlchat.ppo.module import PPOModule
@@ -16,15 +16,15 @@ from rlchat.utils.files import append_lines
 
 
 class RolloutLog(Callback):
-    """Keeps what PPO learns from: replies as text, and how their numbers are spread.
+    """Logs the responses that PPO trains on, and the distribution of their rewards, KL, values and advantages.
 
-    ``rollouts.jsonl`` in the run's log folder has a line a reply: the prompt, the reply, why it ended, its reward by
-    factor, its KL to the reference in nats, and the value that the critic expected. TensorBoard has histograms of the
-    same numbers, and of the advantages, under ``rollout/``.
+    ``rollouts.jsonl`` in the run's log folder has one line per response: the prompt, the response, why it ended, its
+    reward by factor, its KL to the reference model in nats, and the critic's value. TensorBoard shows histograms of
+    the same numbers, and of the advantages, under ``rollout/``.
 
     Args:
-        every_n_iterations: how often, the first iteration included.
-        max_replies: replies that are written each time, at most.
+        every_n_iterations: PPO iterations between two logged rollouts; the first iteration is logged.
+        max_replies: maximum number of responses written per logged rollout.
     """
 
     def __init__(self, every_n_iterations: int = 10, max_replies: int = 64) -> None:
@@ -41,8 +41,8 @@ class RolloutLog(Callback):
         assert seen is not None
         advantages = seen.advantages[seen.rollout.response_mask].tolist()
         parts = gather_objects((seen.rollout.rows(seen.factors), advantages))
-        log_dir = trainer.log_dir  # asks the other processes, so all of them have to ask
-        if not trainer.is_global_zero or is_rehearsal(trainer):
+        log_dir = trainer.log_dir  # a collective, so every process has to call it
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         rows = take_turns([part for part, _ in parts], pl_module.options.group_size)
         if log_dir is not None:

@@ -1,4 +1,4 @@
-"""Sampled responses after each validation: in TensorBoard, in a file, in the terminal."""
+"""Shows sampled responses after each validation: in TensorBoard, in a file, and in the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError, at_least_one
 from rlchat.rewards import Reply
@@ -26,21 +26,21 @@ from rlchat.utils.files import append_lines
 
 
 class SampleResponses(Callback):
-    """Lets the module answer the same prompts after each validation, and shows what it says.
+    """Samples responses to the same prompts after each validation and shows them.
 
-    The replies go to TensorBoard (the tab *Text*, under ``samples``), to ``samples.jsonl`` in the run's log folder, one
-    line a reply, and as a table to the terminal. A module with a reward shows what each factor gave. One that cannot
-    answer, as a reward model, is left alone.
+    The responses go to TensorBoard (tab *Text*, under ``samples``), to ``samples.jsonl`` in the run's log folder (one
+    line per response), and as a table to the terminal. Where the module has a reward, each factor is shown. Modules
+    without ``respond``, such as a reward model, are skipped.
 
     Args:
-        prompts: user messages to answer. By default the first held-out prompts of the data module are taken.
-        every_n_validations: how often, in validations.
-        count: how many held-out prompts to take where ``prompts`` is not given.
-        max_rows: rows of the table in the terminal at most; 0 prints none.
-        max_characters: where the table cuts a prompt or a reply. The other two places have all of it.
+        prompts: user messages to respond to. By default the first validation prompts of the data module are used.
+        every_n_validations: validations between two samples.
+        count: number of validation prompts where ``prompts`` is not set.
+        max_rows: maximum number of rows of the table in the terminal; 0 prints no table.
+        max_characters: length at which the table truncates a prompt or response. The file has the whole text.
 
     Raises:
-        UserError: where an option cannot be meant.
+        UserError: for an invalid option.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SampleResponses(Callback):
         max_characters: int = 240,
     ) -> None:
         if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
-            raise UserError("SampleResponses: prompts has an empty message or none at all: give some text, or leave it")
+            raise UserError("SampleResponses: prompts is empty or has an empty message; set one or more messages")
         self.prompts = prompts
         self.every_n_validations = at_least_one("SampleResponses", "every_n_validations", every_n_validations)
         self.count = at_least_one("SampleResponses", "count", count)
@@ -73,7 +73,7 @@ class SampleResponses(Callback):
         respond: Any = getattr(pl_module, "respond", None)
         if trainer.sanity_checking or respond is None:
             return
-        # A validation on its own trains nothing: the checkpoint that it loads says after which iteration it was saved.
+        # `rlchat validate` trains nothing; there the iteration is the one stored in the checkpoint.
         if trainer.state.fn == TrainerFn.FITTING:
             self._validations += 1
             self._iteration = batches_seen(trainer)
@@ -81,9 +81,9 @@ class SampleResponses(Callback):
                 return
         prompts = self._chosen_prompts(trainer)
         if not prompts:
-            rank_zero_warn("SampleResponses has nothing to ask: set prompts, or use a data module with sample_prompts.")
+            rank_zero_warn("SampleResponses has no prompts; set sample_responses.prompts, or use our data module")
             return
-        # All ranks answer, and ask for the folder, though one writes: each of these may be a collective.
+        # Only one process writes, but every process calls these, because each may be a collective.
         with trainer.precision_plugin.val_step_context():
             replies = respond(prompts)
             reward: Any = getattr(pl_module, "reward", None)
@@ -93,7 +93,7 @@ class SampleResponses(Callback):
             return
         samples = _samples(prompts, replies, factors)
         self._write_text(trainer, samples)
-        if log_dir is not None and not is_rehearsal(trainer):
+        if log_dir is not None and not is_fast_dev_run(trainer):
             append_lines(Path(log_dir, "samples.jsonl"), self._rows(samples))
         if self.max_rows:
             _print_beside_progress_bar(trainer, self._table(samples))
@@ -127,23 +127,23 @@ class SampleResponses(Callback):
         return rows
 
     def _table(self, samples: Sequence[_Sample]) -> Table:
-        """Model and data speak in it, so all of their text goes in as ``Text``, which rich does not read as markup."""
-        judged = bool(samples[0].factors)
+        """Text of the model and the data goes in as ``Text``, which rich does not interpret as markup."""
+        has_reward = bool(samples[0].factors)
         title = f"Samples after {self._iteration:,} training batches"
         table = Table(title=title, title_justify="left", title_style="bold", expand=True)
         table.add_column("prompt", ratio=3)
-        table.add_column("reply", ratio=4)
+        table.add_column("response", ratio=4)
         table.add_column("tokens", justify="right")
-        if judged:
+        if has_reward:
             table.add_column("reward", justify="right")
-            table.add_column("of which", ratio=3, style="dim")
+            table.add_column("by factor", ratio=3, style="dim")
         for sample in samples[: self.max_rows]:
-            asked = _one_line(sample.prompt.messages[-1].text, self.max_characters)
-            said = _one_line(sample.reply.text, self.max_characters)
+            prompt = _one_line(sample.prompt.messages[-1].text, self.max_characters)
+            response = _one_line(sample.reply.text, self.max_characters)
             if not sample.reply.ended:
-                said.append(" (cut off)", style="dim")
-            row = [asked, said, Text(str(sample.reply.tokens))]
-            if judged:
+                response.append(" (truncated)", style="dim")
+            row = [prompt, response, Text(str(sample.reply.tokens))]
+            if has_reward:
                 parts = (f"{name} {value:+.2f}" for name, value in sample.factors.items() if abs(value) >= 0.005)
                 row += [Text(f"{sample.reward:+.2f}"), _one_line(", ".join(parts), self.max_characters)]
             table.add_row(*row)
@@ -185,13 +185,13 @@ def _markdown(samples: Sequence[_Sample]) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    # Numeric entities: neither Markdown nor HTML gives the character behind one its special meaning.
+    # Neither Markdown nor HTML interprets a character that is written as a numeric entity.
     special = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]<>()#+-.!|&~:\"'"}
     return "<br>".join(_visible(line).translate(special) for line in text.splitlines())
 
 
 def _one_line(text: str, longest: int) -> Text:
-    """``text`` as one line in the terminal's encoding, with … for what is beyond ``longest`` characters."""
+    """``text`` as one line in the terminal's encoding, truncated with … at ``longest`` characters."""
     shortened = text if len(text) <= longest else text[: longest - 1] + "…"
     joined = " ⏎ ".join(map(_visible, shortened.splitlines()))
     encoding = get_console().encoding
@@ -199,7 +199,7 @@ def _one_line(text: str, longest: int) -> Text:
 
 
 def _visible(line: str) -> str:
-    """``line`` without what a terminal would take for a command or an encoder could not write."""
+    """``line`` without control characters and surrogates, which a terminal would execute or could not encode."""
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in ("Cc", "Cs") else character
         for character in line.expandtabs(4)
@@ -213,5 +213,5 @@ def _print_beside_progress_bar(trainer: Trainer, table: Table) -> None:
             console.print(table)
         Tqdm.write(captured.get(), end="")
     else:
-        # Lightning's rich bar draws on this very console, which keeps the two apart.
+        # Lightning's rich bar draws on the same console, which prints the table above the bar.
         console.print(table)

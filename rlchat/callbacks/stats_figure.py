@@ -1,7 +1,7 @@
-"""The picture of a run: what was logged, drawn so that one look in a README tells how it went.
+"""Draws the metrics of a run as one figure.
 
-:func:`draw_stats` is a pure function from numbers to a figure. It uses matplotlib's objects and never ``pyplot``, so
-that it neither needs a display nor touches the state of a program that draws for itself.
+:func:`draw_stats` is a pure function from numbers to a figure. It uses matplotlib's objects instead of ``pyplot``, so
+that it needs no display and does not change the state of a program that makes its own plots.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-Array = np.ndarray
+from rlchat.callbacks.stats_curves import (
+    Array,
+    Curve,
+    escape_dollars,
+    format_number,
+    format_signed,
+    last_finite,
+    limits,
+    shorten,
+    spread_labels,
+)
 
-# Paul Tol's colour schemes, told apart with any colour vision: "bright" for the two main lines, "muted" for factors.
+# Paul Tol's color schemes, distinguishable with any color vision: "bright" for the two main lines, "muted" for factors.
 _TRAIN = "#4477AA"
-_HELD_OUT = "#D0562A"
+_VALIDATION = "#D0562A"
 _FACTORS = ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#117733", "#DDCC77", "#AA4499")
 _INK, _QUIET, _GRID = "#222222", "#777777", "#E6E6E6"
 
@@ -35,7 +45,7 @@ _LONGEST_NAME, _LONGEST_TITLE = 30, 80
 
 @dataclass(frozen=True)
 class _Panel:
-    """``train/<metric>`` and ``val/<metric>`` in one pair of axes; ``log`` allows, not orders, a logarithmic axis."""
+    """``train/<metric>`` and ``val/<metric>`` in one plot; ``log`` allows a logarithmic axis for a wide range."""
 
     metric: str
     title: str
@@ -44,20 +54,20 @@ class _Panel:
     log: bool = False
 
 
-_REWARD = _Panel("reward", "Reward", "points a reply")
+_REWARD = _Panel("reward", "Reward", "per response")
 _PANELS = (
     _Panel("loss", "Loss", "nats"),
-    _Panel("pair_loss", "Pair loss", "nats a pair"),
-    _Panel("pair_accuracy", "Pair accuracy", "share of pairs ranked right", "share"),
-    _Panel("right_over_wrong", "Right over wrong", "share of right replies ranked above wrong ones", "share"),
-    _Panel("answer_accuracy", "Right answers", "share of prompts", "share"),
+    _Panel("pair_loss", "Pair loss", "nats per pair"),
+    _Panel("pair_accuracy", "Pair accuracy", "fraction of pairs ranked correctly", "share"),
+    _Panel("right_over_wrong", "Correct above incorrect", "fraction of pairs ranked correctly", "share"),
+    _Panel("answer_accuracy", "Answer accuracy", "fraction of prompts", "share"),
     _Panel("policy_loss", "Policy loss", "clipped surrogate"),
-    _Panel("value_loss", "Value loss", "points squared"),
-    _Panel("entropy", "Entropy", "nats a token"),
-    _Panel("kl", "KL to the reference", "nats a reply"),
-    _Panel("accuracy", "Token accuracy", "share of tokens", "share"),
-    _Panel("perplexity", "Perplexity", "tokens to choose from", log=True),
-    _Panel("response_length", "Reply length", "tokens"),
+    _Panel("value_loss", "Value loss", "squared reward"),
+    _Panel("entropy", "Entropy", "nats per token"),
+    _Panel("kl", "KL to the reference model", "nats per response"),
+    _Panel("accuracy", "Token accuracy", "fraction of tokens", "share"),
+    _Panel("perplexity", "Perplexity", "per token", log=True),
+    _Panel("response_length", "Response length", "tokens"),
 )
 
 
@@ -67,15 +77,15 @@ def draw_stats(
     """The figure of a run.
 
     Args:
-        history: metric → (training batches seen, values), as logged: ``train/…``, ``val/…`` and ``reward/<factor>``.
-            Values that are not finite are marked on the horizontal axis. Metrics that no panel shows are left out.
+        history: metric → (training batches, values), as logged: ``train/…``, ``val/…`` and ``reward/<factor>``.
+            Values that are not finite are marked on the horizontal axis. Metrics without a panel are ignored.
         title: the name of the run.
-        batches: training batches seen so far; by default the last that ``history`` knows.
+        batches: training batches so far; by default the last in ``history``.
 
     Returns:
-        A figure of fixed width with a panel for each metric that has data, and one line of text where none has.
+        A figure of fixed width with a panel for each metric that has data, or one line of text if none has.
     """
-    curves = {name: _Curve.of(steps, values) for name, (steps, values) in history.items() if len(steps)}
+    curves = {name: Curve.of(steps, values) for name, (steps, values) in history.items() if len(steps)}
     factors = {name.removeprefix("reward/"): c for name, c in curves.items() if name.startswith("reward/")}
     panels = [panel for panel in _PANELS if _has_data(panel, curves)]
     end = max((int(curve.steps[-1]) for curve in curves.values()), default=0) if batches is None else batches
@@ -96,62 +106,14 @@ def draw_stats(
     return figure
 
 
-@dataclass(frozen=True)
-class _Curve:
-    steps: Array  # [points] training batches seen, ascending
-    values: Array  # [points] float64, NaN where the value was not finite
-
-    @classmethod
-    def of(cls, steps: Sequence[int], values: Sequence[float]) -> _Curve:
-        numbers = np.asarray(values, dtype=np.float64)
-        return cls(np.asarray(steps, dtype=np.float64), np.where(np.isfinite(numbers), numbers, np.nan))
-
-    @property
-    def finite(self) -> Array:
-        return self.values[np.isfinite(self.values)]
-
-    @property
-    def broken_steps(self) -> Array:
-        return self.steps[np.isnan(self.values)]
-
-    def smoothed(self, is_log: bool = False) -> Array:
-        """[points] Straight lines fitted locally, under a Gaussian as wide as 3% of the curve; outliers are drawn in.
-
-        Unlike a running mean it neither lags nor bends at the ends (Fan 1992). NaN stays NaN and does not spread.
-        """
-        sigma = 0.03 * len(self.values)
-        if sigma < 0.4 or not len(self.finite):
-            return self.values
-        values = np.log(self.values) if is_log else self.values
-        known = np.isfinite(values)
-        values = np.clip(values, *_fence(values[known]))
-
-        reach = int(3 * sigma) + 1
-        offsets = np.arange(-reach, reach + 1)
-        kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
-
-        def local_sum(what: Array, power: int) -> Array:
-            # A convolution turns the kernel round, so that offsets count from a point's neighbour to the point.
-            return np.convolve(what, kernel * (-offsets) ** power)[reach : reach + len(values)]
-
-        weights, ordinates = known.astype(np.float64), np.where(known, values, 0.0)
-        s0, s1, s2 = (local_sum(weights, power) for power in (0, 1, 2))
-        t0, t1 = (local_sum(ordinates, power) for power in (0, 1))
-        spread = s0 * s2 - s1**2
-        with np.errstate(invalid="ignore", divide="ignore"):
-            fitted = np.where(spread > 1e-6 * s0**2, (s2 * t0 - s1 * t1) / spread, t0 / s0)
-        fitted = np.where(known, fitted, np.nan)
-        return np.exp(fitted) if is_log else fitted
-
-
 class _Page:
-    """Places axes by inches, so that panels keep their size whatever their number."""
+    """Positions axes in inches, so that panels have the same size whatever their number."""
 
     def __init__(self, figure: Figure, height: float, row_count: int) -> None:
         self.figure, self.height, self.row_count = figure, height, row_count
 
     def row_of_axes(self, row: int, shares: Sequence[float], right: float = _RIGHT) -> list[Axes]:
-        """Axes from left to right that divide the width, less ``right`` inches at its end, in ``shares``."""
+        """Axes from left to right, with widths in the ratio of ``shares``; ``right`` inches remain free."""
         room = _WIDTH - _LEFT - right - _COLUMN_GAP * (len(shares) - 1)
         bottom = self.height - _TOP - _PANEL_HEIGHT - row * (_PANEL_HEIGHT + _ROW_GAP)
         axes, left = [], _LEFT
@@ -165,12 +127,12 @@ class _Page:
         return axes
 
 
-def _has_data(panel: _Panel, curves: Mapping[str, _Curve]) -> bool:
+def _has_data(panel: _Panel, curves: Mapping[str, Curve]) -> bool:
     return f"train/{panel.metric}" in curves or f"val/{panel.metric}" in curves
 
 
 def _balanced_rows(panels: list[_Panel], per_row: int) -> list[list[_Panel]]:
-    """As few rows as can be, and no row more than one panel shorter than another."""
+    """As few rows as possible, whose numbers of panels differ by at most one."""
     count = -(-len(panels) // per_row)
     rows, start = [], 0
     for row in range(count):
@@ -180,12 +142,12 @@ def _balanced_rows(panels: list[_Panel], per_row: int) -> list[list[_Panel]]:
     return rows
 
 
-def _draw_header(page: _Page, title: str, batches: int, curves: Mapping[str, _Curve]) -> None:
+def _draw_header(page: _Page, title: str, batches: int, curves: Mapping[str, Curve]) -> None:
     def inches(x: float, from_top: float) -> tuple[float, float]:
         return x / _WIDTH, 1 - from_top / page.height
 
     page.figure.text(
-        *inches(_LEFT, 0.42), _plain(_shortened(title, _LONGEST_TITLE)), fontsize=14, fontweight="bold", color=_INK
+        *inches(_LEFT, 0.42), escape_dollars(shorten(title, _LONGEST_TITLE)), fontsize=14, fontweight="bold", color=_INK
     )
     seen = "nothing logged yet" if not curves else f"{batches:,} training batch{'' if batches == 1 else 'es'}"
     page.figure.text(*inches(_LEFT, 0.66), seen, fontsize=9, color=_QUIET)
@@ -196,7 +158,7 @@ def _draw_header(page: _Page, title: str, batches: int, curves: Mapping[str, _Cu
         keys.append(Line2D([], [], color=_TRAIN, alpha=0.4, linewidth=0.8, label="training"))
         keys.append(Line2D([], [], color=_TRAIN, linewidth=1.8, label="training, smoothed"))
     if any(name.startswith("val/") for name in curves):
-        keys.append(Line2D([], [], color=_HELD_OUT, linewidth=1, marker="o", markersize=4.5, label="held-out"))
+        keys.append(Line2D([], [], color=_VALIDATION, linewidth=1, marker="o", markersize=4.5, label="validation"))
     if any(len(curve.broken_steps) for curve in curves.values()):
         keys.append(Line2D([], [], color=_INK, linestyle="", marker="x", markersize=5, label="not a finite number"))
     if keys:
@@ -214,7 +176,7 @@ def _draw_header(page: _Page, title: str, batches: int, curves: Mapping[str, _Cu
         )
 
 
-def _draw_reward_row(page: _Page, curves: Mapping[str, _Curve], factors: Mapping[str, _Curve], end: int) -> None:
+def _draw_reward_row(page: _Page, curves: Mapping[str, Curve], factors: Mapping[str, Curve], end: int) -> None:
     shares = [1.0] * _has_data(_REWARD, curves) + [1.3] * bool(factors)
     longest = min(_LONGEST_NAME, max(map(len, factors), default=0))
     axes = page.row_of_axes(0, shares, right=1.0 + 0.066 * longest if factors else _RIGHT)
@@ -224,14 +186,14 @@ def _draw_reward_row(page: _Page, curves: Mapping[str, _Curve], factors: Mapping
         _draw_factors(axes[-1], factors, end)
 
 
-def _draw_panel(axes: Axes, panel: _Panel, curves: Mapping[str, _Curve], end: int) -> None:
-    train, held_out = (curves.get(f"{split}/{panel.metric}") for split in ("train", "val"))
-    shown = [curve for curve in (train, held_out) if curve is not None]
-    low, high, is_log = _limits(np.concatenate([curve.finite for curve in shown]), panel.log)
+def _draw_panel(axes: Axes, panel: _Panel, curves: Mapping[str, Curve], end: int) -> None:
+    train, validation = (curves.get(f"{split}/{panel.metric}") for split in ("train", "val"))
+    shown = [curve for curve in (train, validation) if curve is not None]
+    low, high, is_log = limits(np.concatenate([curve.finite for curve in shown]), panel.log)
     _style(axes, panel.title, panel.unit, end)
     _style_values(axes, low, high, is_log, panel.scale)
     if not any(len(curve.finite) for curve in shown):
-        _say_empty(axes)
+        _mark_empty(axes)
 
     if train is not None:
         smoothed = train.smoothed(is_log)
@@ -239,35 +201,37 @@ def _draw_panel(axes: Axes, panel: _Panel, curves: Mapping[str, _Curve], end: in
         axes.plot(train.steps, train.values, color=_TRAIN, alpha=0.4, linewidth=0.8)
         axes.plot(train.steps, smoothed, color=_TRAIN, linewidth=1.8, marker=alone, markersize=4.5, zorder=3)
         _write_last(axes, smoothed, panel.scale, _TRAIN, y=1.06)
-    if held_out is not None:
-        size = 4.5 if len(held_out.values) <= 30 else 2.5
-        axes.plot(held_out.steps, held_out.values, color=_HELD_OUT, linewidth=1, marker="o", markersize=size, zorder=4)
-        _write_last(axes, held_out.values, panel.scale, _HELD_OUT, y=1.19)
-    for curve, colour in ((train, _TRAIN), (held_out, _HELD_OUT)):
+    if validation is not None:
+        size = 4.5 if len(validation.values) <= 30 else 2.5
+        axes.plot(
+            validation.steps, validation.values, color=_VALIDATION, linewidth=1, marker="o", markersize=size, zorder=4
+        )
+        _write_last(axes, validation.values, panel.scale, _VALIDATION, y=1.19)
+    for curve, colour in ((train, _TRAIN), (validation, _VALIDATION)):
         if curve is not None:
-            _mark_unseen(axes, curve, low, high, colour)
+            _mark_not_drawn(axes, curve, low, high, colour)
 
 
-def _draw_factors(axes: Axes, factors: Mapping[str, _Curve], end: int) -> None:
-    """Smoothed lines, each named at its right end, in the order in which they end."""
+def _draw_factors(axes: Axes, factors: Mapping[str, Curve], end: int) -> None:
+    """Smoothed lines with their names at the right end, in the order of their last values."""
     weight = {name: float(np.max(np.abs(curve.finite), initial=0)) for name, curve in factors.items()}
     chosen = sorted(sorted(factors), key=lambda name: -weight[name])[:_MOST_FACTORS]
-    unit = "points a reply, weight included"
+    unit = "per response, weight included"
     if len(chosen) < len(factors):
         unit += f"; the {len(chosen)} largest of {len(factors)}"
     smoothed = {name: factors[name].smoothed() for name in chosen}
     everything = np.concatenate([values[np.isfinite(values)] for values in smoothed.values()])
-    low, high, _ = _limits(everything, may_be_log=False)
+    low, high, _ = limits(everything, may_be_log=False)
     _style(axes, "Reward by factor", unit, end)
     _style_values(axes, low, high, is_log=False, scale="number")
     if not len(everything):
-        _say_empty(axes)
+        _mark_empty(axes)
 
-    lasts = {name: _last(values) for name, values in smoothed.items()}
-    # Where a label wants to be, and where it can be without covering its neighbours: in shares of the height.
+    lasts = {name: last_finite(values) for name, values in smoothed.items()}
+    # The ideal height of each label, and one that does not overlap its neighbors, as fractions of the axes' height.
     wishes = {name: 0.5 if np.isnan(last) else (last - low) / (high - low) for name, last in lasts.items()}
     in_order = sorted(chosen, key=lambda name: wishes[name])
-    heights = _spread([wishes[name] for name in in_order], gap=10.5 / (72 * _PANEL_HEIGHT), low=-0.1, high=1.1)
+    heights = spread_labels([wishes[name] for name in in_order], gap=10.5 / (72 * _PANEL_HEIGHT), low=-0.1, high=1.1)
     for name, height in zip(in_order, heights, strict=True):
         place = sorted(factors).index(name)
         colour = _FACTORS[place % len(_FACTORS)]
@@ -284,9 +248,9 @@ def _draw_factors(axes: Axes, factors: Mapping[str, _Curve], end: int) -> None:
             linestyle=dashes if place < len(_FACTORS) else (0, (2, 1)),
             clip_on=False,
         )
-        label = f"{_signed(lasts[name])}  {_plain(_shortened(name.replace('_', ' '), _LONGEST_NAME))}"
+        label = f"{format_signed(lasts[name])}  {escape_dollars(shorten(name.replace('_', ' '), _LONGEST_NAME))}"
         axes.text(1.07, height, label, transform=axes.transAxes, fontsize=8, color=_INK, va="center_baseline")
-        _mark_unseen(axes, curve, low, high, colour, only_broken=True)
+        _mark_not_drawn(axes, curve, low, high, colour, only_broken=True)
 
 
 def _style(axes: Axes, title: str, unit: str, end: int) -> None:
@@ -304,7 +268,7 @@ def _style(axes: Axes, title: str, unit: str, end: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
-def _say_empty(axes: Axes) -> None:
+def _mark_empty(axes: Axes) -> None:
     axes.set_yticks([])
     axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, fontsize=8, color=_QUIET, ha="center", va="center")
 
@@ -320,43 +284,12 @@ def _style_values(axes: Axes, low: float, high: float, is_log: bool, scale: str)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
         if low < 0 < high:
             axes.axhline(0, color=_QUIET, linewidth=0.8, zorder=1)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _number(y, scale)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_number(y, scale)))
     axes.set_ylim(low, high)
 
 
-def _fence(finite: Array) -> tuple[float, float]:
-    """The least and the greatest of ``finite``, save for outliers so far off that they would flatten the rest.
-
-    An outlier lies beyond the middle 90% by more than four times the width of that.
-    """
-    if len(finite) >= 20:
-        fifth, ninety_fifth = np.quantile(finite, (0.05, 0.95))
-        reach = 4 * (ninety_fifth - fifth)
-        if reach > 0:
-            finite = finite[(finite >= fifth - reach) & (finite <= ninety_fifth + reach)]
-    return float(finite.min()), float(finite.max())
-
-
-def _limits(finite: Array, may_be_log: bool) -> tuple[float, float, bool]:
-    """(low, high, logarithmic) of the axis: logarithmic where allowed and where the values span a factor of 20."""
-    if not len(finite):
-        return 0.0, 1.0, False
-    if may_be_log and finite.min() > 0:
-        low, high = _fence(np.log10(finite))
-        if high - low > np.log10(20):
-            room = 0.06 * (high - low)
-            return 10 ** (low - room), 10 ** (high + room), True
-    low, high = _fence(finite)
-    room = 0.06 * (high - low)
-    # A constant gets room on both sides; adjacent floats are a constant as far as a picture is concerned.
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = 0.1 * abs(high) or 0.5
-    # What cannot be negative stands on zero.
-    return (max(0.0, low - room) if low >= 0 else low - room), high + room, False
-
-
-def _mark_unseen(axes: Axes, curve: _Curve, low: float, high: float, colour: str, only_broken: bool = False) -> None:
-    """A cross on the axis where a value was not finite, a triangle at the edge where one lies beyond it."""
+def _mark_not_drawn(axes: Axes, curve: Curve, low: float, high: float, colour: str, only_broken: bool = False) -> None:
+    """Marks values that are not finite by a cross on the axis, and values out of range by a triangle at the edge."""
     marks: list[tuple[str, Array, float]] = [("x", curve.broken_steps, 0.0)]
     if not only_broken:
         marks += [("^", curve.steps[curve.values > high], 0.97), ("v", curve.steps[curve.values < low], 0.03)]
@@ -377,53 +310,5 @@ def _mark_unseen(axes: Axes, curve: _Curve, low: float, high: float, colour: str
 
 
 def _write_last(axes: Axes, values: Array, scale: str, colour: str, y: float) -> None:
-    text = _number(_last(values), scale, digits=3)
+    text = format_number(last_finite(values), scale, digits=3)
     axes.text(1, y, text, transform=axes.transAxes, fontsize=9, fontweight="bold", color=colour, ha="right")
-
-
-def _last(values: Array) -> float:
-    """The last finite value, NaN where there is none."""
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else float("nan")
-
-
-def _spread(wishes: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending places at least ``gap`` apart and as near to the ascending ``wishes`` as can be, in ``low..high``."""
-    # Labels that collide form a block that stands around the mean of its wishes (pool adjacent violators).
-    blocks: list[tuple[float, int]] = []  # where the block's first label wants to be, labels in it
-    for index, wish in enumerate(wishes):
-        start, size = wish - index * gap, 1
-        while blocks and blocks[-1][0] > start:
-            before, count = blocks.pop()
-            start, size = (before * count + start * size) / (count + size), count + size
-        blocks.append((start, size))
-    starts = [start for start, size in blocks for _ in range(size)]
-    last_start = max(low, high - (len(wishes) - 1) * gap)
-    return [min(max(start, low), last_start) + index * gap for index, start in enumerate(starts)]
-
-
-def _number(value: float, scale: str, digits: int = 6) -> str:
-    if np.isnan(value):
-        return "–"
-    if scale == "share":
-        return f"{100 * value:.{digits}g}%".replace("-", "−")
-    if abs(value) >= 1e6:
-        return f"{value:.{min(digits, 3)}g}".replace("e+0", "e").replace("e+", "e").replace("-", "−")
-    if abs(value) >= 1000:
-        return f"{value:,.0f}".replace("-", "−")
-    return f"{0.0 if abs(value) < 1e-12 else value:.{digits}g}".replace("-", "−")
-
-
-def _signed(value: float) -> str:
-    if np.isnan(value):
-        return "–"
-    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
-
-
-def _shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _plain(text: str) -> str:
-    """``text`` without the meaning that matplotlib gives to dollar signs."""
-    return text.replace("$", r"\$")

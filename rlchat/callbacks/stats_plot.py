@@ -1,4 +1,4 @@
-"""A picture of a run's metrics, redrawn while it trains."""
+"""Plots the metrics of a run while it trains."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlchat.callbacks.best_model import BestModel
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
 from rlchat.callbacks.stats_figure import draw_stats
-from rlchat.callbacks.trainer_facts import batches_seen, is_rehearsal
 from rlchat.errors import UserError, at_least_one
 from rlchat.utils.files import write_atomically
 
 
 class StatsPlot(Callback):
-    """Draws every run's numbers into one picture, ``checkpoints/<name of the bundle>_stats.png``.
+    """Plots the metrics of a run into one image, ``checkpoints/<name of the model file>_stats.png``.
 
-    It keeps what the module logs, after each training batch and each validation, and redraws the picture as the run
-    goes, at its end, and when it breaks off. The history travels in the checkpoint, so a resumed run's picture
-    continues. Long runs are kept at a lower resolution: at most 1,024 points a metric, each the mean of a few batches.
+    It records what the module logs after each training batch and each validation. It draws the plot during the run, at
+    its end, and when an exception ends it. The history is saved in the checkpoint, so that the plot of a resumed run
+    is complete. Long runs are stored at a lower resolution: at most 1,024 points per metric, each a mean of batches.
 
     Args:
-        path: the picture to write, as ``.png``, ``.svg`` or ``.pdf``. By default it stands beside the best bundle, in
-            the folder of :class:`~rlchat.callbacks.best_model.BestModel`, named after the module's ``bundle_name``.
-        every_n_batches: how often, in training batches, the numbers are fetched from the device and the picture may be
-            redrawn.
-        min_seconds: how much time passes at least between two drawings.
-        dpi: dots an inch; the picture is 11 inches wide.
+        path: the image file, ``.png``, ``.svg`` or ``.pdf``. By default it is next to the model file, in the folder of
+            :class:`~rlchat.callbacks.best_model.BestModel`, and named after the module's ``bundle_name``.
+        every_n_batches: training batches after which the numbers are fetched from the device and the plot may be
+            drawn again.
+        min_seconds: minimum time between two drawings.
+        dpi: dots per inch; the image is 11 inches wide.
 
     Raises:
-        UserError: where an option cannot be meant.
+        UserError: for an invalid option.
     """
 
-    # Drawing takes up to a second: however short min_seconds, no more than one part in so many of the run goes into it.
+    # Drawing takes up to a second. Whatever min_seconds is, drawing takes at most 1/30 of the run's time.
     _SHARE_OF_TIME = 30
 
     def __init__(
@@ -66,7 +66,7 @@ class StatsPlot(Callback):
         self._history = {name: _Series(**plain) for name, plain in state_dict["history"].items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A callback that is used for a second run would go on with the first one's numbers: keep this run's past only.
+        # The same callback may be used for a second run: drop points that are not of this run.
         self._history = {name: series.until(batches_seen(trainer)) for name, series in self._history.items()}
         self._history = {name: series for name, series in self._history.items() if series.steps}
         self._fresh, self._seen, self._batch_metrics, self._next_drawing = [], {}, set(), 0.0
@@ -85,7 +85,7 @@ class StatsPlot(Callback):
             self._draw_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Metrics of single batches have an epoch's mean now, which is no further point of theirs.
+        # Metrics that are logged per batch now hold the mean of the epoch, which is not a new point.
         fresh = {n: value for n, value in self._take_fresh(trainer).items() if n not in self._batch_metrics}
         self._fresh.append((batches_seen(trainer), fresh))
 
@@ -102,11 +102,11 @@ class StatsPlot(Callback):
             self._draw(trainer, device_may_be_broken=True)
 
     def _take_fresh(self, trainer: Trainer) -> dict[str, Tensor]:
-        """What was logged since the last call.
+        """The metrics logged since the last call.
 
-        ``callback_metrics`` also holds the last value of all that was logged before. A value that was logged anew is a
-        tensor of its own, and the old one, being kept in ``_seen``, cannot have left its memory to it. Every rank
-        has to ask, for Lightning may reduce a metric over the ranks when it is asked.
+        ``callback_metrics`` also holds the last value of everything logged before. A newly logged value is a new
+        tensor at a new address: ``_seen`` keeps the old tensor alive, so that its memory is not reused. Every process
+        has to call this, because Lightning may reduce a metric over the processes when it is read.
         """
         metrics = trainer.callback_metrics
         fresh = {
@@ -120,7 +120,7 @@ class StatsPlot(Callback):
         return fresh
 
     def _fetch(self) -> None:
-        """Moves what was logged since the last call into the history: one transfer from the device for all of it."""
+        """Moves the metrics logged since the last call to the history, in one transfer from the device."""
         points = [(step, name, value) for step, metrics in self._fresh for name, value in metrics.items()]
         self._fresh = []
         if points:
@@ -138,31 +138,31 @@ class StatsPlot(Callback):
         try:
             self._fetch()
         except RuntimeError:
-            # After a device-side error no value comes back; that must not hide the error, nor what is known already.
+            # After a device-side error no value can be read. Do not hide that error, and draw what was fetched before.
             if not device_may_be_broken:
                 raise
-        if not (trainer.is_global_zero and self._history and self._picture) or is_rehearsal(trainer):
+        if not (trainer.is_global_zero and self._history and self._picture) or is_fast_dev_run(trainer):
             return
         began = time.monotonic()
         try:
             self._write(self._picture, batches_seen(trainer))
         except UserError as error:
-            rank_zero_warn(f"StatsPlot: {error}. Training goes on.")
+            rank_zero_warn(f"StatsPlot: {error}. Training continues.")
         ended = time.monotonic()
         self._next_drawing = ended + max(self.min_seconds, self._SHARE_OF_TIME * (ended - began))
 
     def _write(self, picture: Path, batches: int) -> None:
         history = {name: (series.steps, series.values) for name, series in self._history.items()}
         figure = draw_stats(history, picture.stem.removesuffix("_stats"), batches)
-        # Whoever looks at the picture while it is replaced sees the old one or the new one, and never half of one.
+        # Atomic, so that a viewer never sees half an image.
         write_atomically(picture, lambda file: figure.savefig(file, format=picture.suffix[1:], dpi=self.dpi))
 
 
 @dataclass
 class _Series:
-    """One metric over a run at bounded length: when it is full, neighbours merge and each point covers twice as much.
+    """One metric over a run, of bounded length: when it is full, neighboring points are merged in pairs.
 
-    A point holds the last step that went into it, the mean of the values, and their number.
+    A point holds its last step, the mean of its values, and their number.
     """
 
     _FULL = 1024
@@ -173,7 +173,7 @@ class _Series:
     stride: int = 1  # training batches that a point covers
 
     def add(self, step: int, value: float, count: int = 1) -> None:
-        """``value``, the mean of ``count`` values, was logged at ``step``: from 1 on, and ascending."""
+        """Adds ``value``, the mean of ``count`` values logged at ``step``. Steps start at 1 and ascend."""
         if self.steps and (step - 1) // self.stride == (self.steps[-1] - 1) // self.stride:
             known = self.counts[-1]
             self.steps[-1], self.counts[-1] = step, known + count
@@ -194,5 +194,5 @@ class _Series:
         return _Series(self.steps[:kept], self.values[:kept], self.counts[:kept], self.stride)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that make the same series again; the lists are copies."""
+        """Plain values from which the series can be rebuilt; the lists are copies."""
         return {"steps": [*self.steps], "values": [*self.values], "counts": [*self.counts], "stride": self.stride}

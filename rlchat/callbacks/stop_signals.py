@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that let what is being done come to its end, on one process and on many."""
+"""Handles Ctrl-C and SIGTERM: the run stops where it can be resumed, on all processes at the same batch."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlchat.distributed.collectives import greatest, is_first
 
-_STOPPED = "stopped, and nothing is lost; go on with `rlchat fit --ckpt_path last`"
+_STOPPED = "stopped; the run is saved. Resume it with `rlchat fit --ckpt_path last`"
 
 
 class StopSignals:
-    """Takes charge of Ctrl-C and SIGTERM: they ask for a stop, which the run makes where it can be resumed.
+    """Turns Ctrl-C and SIGTERM into a request to stop, which the run follows where it can be resumed.
 
-    A second Ctrl-C stops at once. Processes get a signal in different batches, or one of them alone does, so they tell
-    each other: Lightning's own handler would do so from inside the signal, where another may be in the middle of
-    something that they do together.
+    A second Ctrl-C stops at once. Signals reach processes during different batches, or only one of them, so the
+    processes agree on a batch by a collective. Lightning's own handler would communicate inside the signal handler,
+    while another process may be in the middle of another collective.
     """
 
-    # torchrun passes on to its workers the Ctrl-C that the terminal has given them already.
+    # torchrun forwards to its workers the Ctrl-C that the terminal has already sent them.
     _SECOND_AFTER_SECONDS = 1.0
 
     def __init__(self) -> None:
         self.requested = 0
-        """The signal that came to this process, 0 before one has."""
+        """The signal that this process received; 0: none."""
         self.stopped = False
-        """Whether :meth:`stop` has ended the run, on all processes alike."""
+        """Whether :meth:`stop` has ended the run; the same on all processes."""
         self._came_at = 0.0
         self._before: dict[int, Any] = {}
 
     def take_charge(self) -> None:
-        """From here on; only the main thread can."""
+        """Installs the handlers; has no effect outside the main thread, where Python does not allow it."""
         self.requested, self.stopped = 0, False
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def release(self) -> None:
-        """Gives the signals back to whom they were taken from."""
+        """Restores the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def agreed(self, module: L.LightningModule) -> int:
-        """The signal that came to any process, 0 where none did; a collective."""
+        """The signal that any process received, 0 if none did; a collective."""
         return greatest(module, self.requested)
 
     def stop(self, number: int) -> None:
-        """Ends the run as the signal ``number`` is meant to: raises KeyboardInterrupt or SIGTERMException."""
+        """Ends the run for the signal ``number``: raises KeyboardInterrupt or SIGTERMException."""
         self.stopped = True
         raise KeyboardInterrupt(_STOPPED) if number == signal.SIGINT else SIGTERMException(_STOPPED)
 

@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import sys
-import traceback
 import warnings
 from argparse import ArgumentError
 from collections import deque
@@ -19,7 +18,6 @@ import lightning as L
 from jsonargparse import Namespace
 from jsonargparse.util import import_object
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -35,10 +33,12 @@ from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.progress_bar import OneLineProgressBar
 from rlchat.callbacks.rollout_log import RolloutLog
+from rlchat.cli.library_errors import user_error_in
 from rlchat.cli.option_errors import explain
 from rlchat.cli.recipes import checked_recipe
-from rlchat.cli.runs import LOGS, check_checkpoint, configuration_of, newest_run
+from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configuration_of, newest_run
 from rlchat.data.datamodule import OASST2DataModule
+from rlchat.distributed.collectives import is_first
 from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy
 from rlchat.errors import UserError
 from rlchat.ppo.module import PPOModule
@@ -49,10 +49,18 @@ _log = logging.getLogger("rlchat")
 
 COMMANDS = ("fit", "validate", "test", "predict")
 STAGES = (SFTModule, RewardModelModule, PPOModule)
+CALLBACKS = {
+    "best_model": BestModel,
+    "sample_responses": SampleResponses,
+    "stats_plot": StatsPlot,
+    "predictions": Predictions,
+    "alarms": Alarms,
+    "rollout_log": RolloutLog,
+}
 _USAGE = "rlchat {} --config RECIPE_OR_FILE [--data.path FILE [FILE ...]] [--GROUP.OPTION VALUE ...]"
 _HELP = """\
-Options come from the configuration, and a flag overrules it. Add --print_config to see all of them with their values.
-What those of a stage mean: --model.help rlchat.SFTModule, rlchat.RewardModelModule or rlchat.PPOModule.
+The configuration sets the options; flags override it. Add --print_config to see all options with their values.
+Help on the options of a stage: --model.help rlchat.SFTModule, rlchat.RewardModelModule or rlchat.PPOModule.
 """
 
 
@@ -61,19 +69,18 @@ class RLChatCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The Trainer's methods, with what is no option: checkpoints are always loaded with ``weights_only=True``."""
+        """The Trainer's methods and their arguments that are not options.
+
+        ``weights_only`` is not an option because checkpoints are always loaded with ``weights_only=True``.
+        """
         return {
-            name: {*given, "weights_only"} for name, given in LightningCLI.subcommands().items() if name in COMMANDS
+            name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items() if name in COMMANDS
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks under keys of their own, so that a user's ``trainer.callbacks`` replaces none of them."""
-        parser.add_lightning_class_args(BestModel, "best_model")
-        parser.add_lightning_class_args(SampleResponses, "sample_responses")
-        parser.add_lightning_class_args(StatsPlot, "stats_plot")
-        parser.add_lightning_class_args(Predictions, "predictions")
-        parser.add_lightning_class_args(Alarms, "alarms")
-        parser.add_lightning_class_args(RolloutLog, "rollout_log")
+        """Adds each callback under its own key, so that a user's ``trainer.callbacks`` does not replace it."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Raises :class:`UserError` where jsonargparse would show the usage and exit."""
@@ -81,18 +88,19 @@ class RLChatCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             words = args if isinstance(args, list) else []
-            raise explain(str(error), words, self._options(words[0] if words else "fit")) from error
+            groups = {"trainer": L.Trainer, "data": OASST2DataModule, **CALLBACKS}
+            raise explain(words, groups, self._options(words[0] if words else "fit"), str(error)) from error
 
     def _options(self, command: str) -> list[str]:
-        """All flags of ``command``, with those of the modules' own options that jsonargparse knows by class only."""
+        """All flags of ``command``, with the options of the stages, which jsonargparse resolves by class only."""
         flags = [flag for action in self._parser(command)._actions for flag in action.option_strings]
         of_modules = {name for module in STAGES for name in inspect.signature(module).parameters}
         return [flag for flag in flags if not flag.endswith("+")] + [f"--model.{name}" for name in of_modules]
 
     def _parse_ckpt_path(self) -> None:
-        """``best`` and ``last`` become files; the options stay what the command line says.
+        """Replaces ``best`` and ``last`` by the path of a file; the options stay as the command line sets them.
 
-        LightningCLI's own would let the checkpoint's hyper-parameters override the flags, in silence.
+        LightningCLI's own method would let the hyper-parameters in the checkpoint override the flags silently.
         """
         options = self.config[self.config["subcommand"]]
         wanted = options.get("ckpt_path")
@@ -104,26 +112,30 @@ class RLChatCLI(LightningCLI):
             path = newest_run(wanted, _stage_of(module), _logs_folder(options))
         check_checkpoint(path, module)
         if self.config["subcommand"] == "fit":
-            _log.info("going on from %s", path)
+            _log.info("resuming from %s", path)
+        elif is_first():
+            print(f"checkpoint: {path}")
         options["ckpt_path"] = str(path)
 
     def before_instantiate_classes(self) -> None:
-        """Refuses what cannot train, before anything is loaded. Raises :class:`UserError`."""
+        """Raises :class:`UserError` for options that do not work together, before anything is loaded."""
         options = self.config[self.config["subcommand"]]
         module = import_object(str(options["model"]["class_path"]))
         check_strategy(options["trainer"])
         if isinstance(module, type) and issubclass(module, PPOModule):
             check_trainer_for_ppo(options["trainer"])
         if self.config["subcommand"] == "predict" and not is_overridden("predict_step", module, L.LightningModule):
-            raise UserError(f"{module.__name__} has no replies to give; name the configuration of a chat model")
+            raise UserError(
+                f"{module.__name__} does not generate responses; set --config to the configuration of a chat model"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Both loggers in one folder, our progress bar, atomic checkpoints, unless the configuration names others."""
+        """Adds both loggers in one folder, our progress bar and atomic checkpoints, unless others are configured."""
         options = self.config[self.config["subcommand"]]
         given = self._get(self.config_init, "trainer")
+        stage = _stage_of(import_object(str(options["model"]["class_path"])))
         if given["logger"] in (None, True):
             folder = str(_logs_folder(options))
-            stage = _stage_of(import_object(str(options["model"]["class_path"])))
             board = TensorBoardLogger(folder, name=stage, default_hp_metric=False)
             kwargs["logger"] = [
                 board,
@@ -132,37 +144,37 @@ class RLChatCLI(LightningCLI):
         plugins = _as_list(given["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        callbacks = _as_list(given["callbacks"])
+        callbacks = [*_as_list(given["callbacks"]), CheckpointRecord(stage)]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(OneLineProgressBar())
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks, "plugins": plugins})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if "verbose" in kwargs:  # Lightning's own table has a column for each loader, with the same numbers
-            self.shows_figures = kwargs["verbose"]
+        if "verbose" in kwargs:  # Lightning's own table repeats the same numbers in a column per loader
+            self.prints_metrics = kwargs["verbose"]
             kwargs["verbose"] = False
-        # Nothing is unpickled from a checkpoint but tensors and plain values.
+        # Only tensors and plain values are unpickled from a checkpoint.
         return {**kwargs, "weights_only": True}
 
     def after_fit(self) -> None:
-        """Says so where the run had already come to its end."""
+        """Reports a resumed run that had no training left to do."""
         if self._get(self.config, "ckpt_path") and not self.trainer.callback_metrics:
             epochs = self.trainer.max_epochs
-            _log.info("nothing was left to train in %s epochs; give more with --trainer.max_epochs", epochs)
+            _log.info("the run is already complete after %s epochs; raise --trainer.max_epochs to continue it", epochs)
 
     def after_validate(self) -> None:
-        """Shows the figures."""
-        self._show_figures("val/", "validation")
+        """Prints the validation metrics."""
+        self._print_metrics("val/", "validation split")
 
     def after_test(self) -> None:
-        """Shows the figures."""
-        self._show_figures("test/", "test")
+        """Prints the test metrics."""
+        self._print_metrics("test/", "held-out test split")
 
-    def _show_figures(self, prefix: str, split: str) -> None:
-        if not (self.shows_figures and self.trainer.is_global_zero):
+    def _print_metrics(self, prefix: str, split: str) -> None:
+        if not (self.prints_metrics and self.trainer.is_global_zero):
             return
-        table = Table("", f"{split} conversations", title_justify="left")
+        table = Table("metric", split, title_justify="left")
         table.columns[1].justify = "right"
         for name, value in sorted(self.trainer.callback_metrics.items()):
             if name.startswith(prefix):
@@ -171,10 +183,10 @@ class RLChatCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the configuration of a run in its folder; a run without loggers has none."""
+    """Saves the configuration of a run in its log folder. A run without loggers has no log folder."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes ``config.yaml``, from which ``rlchat fit --config`` repeats the run."""
+        """Writes ``config.yaml``; ``rlchat fit --config`` with this file repeats the run."""
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
@@ -186,7 +198,7 @@ def main(args: ArgsType = None) -> int:
         run(argv)
     except SIGTERMException:
         return 128 + signal.SIGTERM
-    except SystemExit as stop:  # --help and --print_config; and Lightning, once it has tidied up after Ctrl-C
+    except SystemExit as stop:  # from --help, --print_config, and Lightning after it has handled Ctrl-C
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise stop.__context__ from None
         return int(stop.code or 0)
@@ -194,12 +206,12 @@ def main(args: ArgsType = None) -> int:
 
 
 def run(argv: list[str]) -> RLChatCLI:
-    """Runs ``[command, *options]`` and returns what it made: the trainer, the module, the data module."""
+    """Runs ``[command, *options]``; the result holds the trainer, the module and the data module."""
     _quieten(argv)
     _integers_first()
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # a user's own reward is a module beside where they work
+        sys.path.insert(0, here)  # so that a user's reward in the working directory can be imported
     try:
         return RLChatCLI(
             model_class=L.LightningModule,
@@ -222,10 +234,10 @@ def run(argv: list[str]) -> RLChatCLI:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-    """``argv`` as jsonargparse takes it.
+    """``argv`` in the form that jsonargparse reads.
 
-    Recipes become files, several values after ``--data.path`` a list, and where a checkpoint is all that is named, the
-    configuration of its run is added.
+    Recipes become the paths of their files, and several values after ``--data.path`` become one list. Where the command
+    line sets a checkpoint and no configuration, the configuration of the checkpoint's run is added.
     """
     result: list[str] = []
     words = deque(argv)
@@ -250,18 +262,16 @@ def with_recipes(argv: list[str]) -> list[str]:
 
 
 def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
-    """Raises :class:`UserError` for options of the trainer that cannot be had where a module optimizes by hand."""
+    """Raises :class:`UserError` for trainer options that Lightning does not support with manual optimization."""
     if options.get("gradient_clip_val"):
-        raise UserError("trainer.gradient_clip_val: PPO clips by itself; set --model.max_grad_norm instead")
+        raise UserError("trainer.gradient_clip_val is not supported by PPO; set --model.max_grad_norm instead")
     if (options.get("max_steps") or -1) > 0:
         raise UserError(
-            "trainer.max_steps: PPO takes many optimizer steps in an iteration, and its learning rate goes by "
-            "iterations; set --trainer.max_epochs and --trainer.limit_train_batches instead"
+            "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
+            "--trainer.max_epochs and --trainer.limit_train_batches instead"
         )
     if (options.get("accumulate_grad_batches") or 1) > 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches: PPO takes its steps by itself; set --model.micro_batch_size instead"
-        )
+        raise UserError("trainer.accumulate_grad_batches is not supported by PPO; set --model.micro_batch_size instead")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -284,55 +294,18 @@ def _option(argv: list[str], name: str) -> str | None:
     return None
 
 
-def user_error_in(error: BaseException) -> UserError | None:
-    """The sentence for the user: inside what a library wrapped around it, or made of what Lightning itself refused."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, UserError):
-            return inner
-        inner = inner.__cause__ or inner.__context__
-    text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict"):
-        return UserError(
-            "ckpt_path: the checkpoint is of a model of another shape than the options describe; leave out --config, "
-            "so that its own is used, or train anew"
-        )
-    if "val_check_interval" in text and "number of the training batches" in text:
-        return UserError(
-            "trainer.val_check_interval: the data gives fewer batches an epoch than that; give a share of the epoch, "
-            "as --trainer.val_check_interval 1.0, or lower --data.batch_size"
-        )
-    if isinstance(error, RuntimeError) and "Connection closed by peer" in text:
-        return UserError("another process of this run has stopped, and so does this one; see what it said")
-    if "No supported gpu backend" in text:
-        return UserError("trainer.accelerator gpu: torch finds no GPU on this machine; set --trainer.accelerator auto")
-    if isinstance(error, OSError) and error.filename is not None:
-        return UserError(f"{error.filename}: {error.strerror}; give a place that can be read and written")
-    if isinstance(error, MisconfigurationException | ValueError) and _raised_by_lightning(error):
-        return UserError(f"trainer: {text}")
-    return None
-
-
-def _raised_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself refused something, as it does options that cannot be; not a call of a module's."""
-    where = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        where = str(frame.f_globals.get("__name__", ""))
-    return where.startswith("lightning.") and "logger_connector" not in where and "pytorch.core" not in where
-
-
 class _BesideProgressBar(logging.Handler):
-    """Writes to what standard error is at that moment: while a bar is drawn, rich's, which keeps the two apart."""
+    """Looks up standard error for each record: rich replaces it while a progress bar is drawn, to keep both intact."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
 
 
 def _integers_first() -> None:
-    """Makes ``--trainer.limit_train_batches 1`` one batch, and not 1.0, which is all of them.
+    """Makes ``--trainer.limit_train_batches 1`` mean one batch instead of 1.0, which is all of them.
 
-    The type of such options is ``Union[int, float, None]``, of which jsonargparse takes the first that fits. ``typing``
-    keeps one object for all unions of the same members, in the order of whoever asked first: some library or other.
+    The type of such options is ``Union[int, float, None]``, and jsonargparse takes the first member that fits. But
+    ``typing`` caches one object for all unions of the same members, in the order of the library that asked first.
     """
     annotations = L.Trainer.__init__.__annotations__
     for name, annotation in annotations.items():
@@ -341,26 +314,26 @@ def _integers_first() -> None:
 
 
 def _quieten(argv: list[str]) -> None:
-    """Leaves on the terminal what the user can act on."""
+    """Hides messages of libraries that the user can do nothing about."""
     logging.basicConfig(format="%(message)s", handlers=[_BesideProgressBar()])
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # not where in the source it was raised
-    # What the data holds is news in training; who measures or predicts has seen it.
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of source
+    # A summary of the data is useful before training; whoever measures or predicts has seen it.
     _log.setLevel(logging.INFO if argv[:1] == ["fit"] else logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("huggingface_hub", "transformers"):  # retries, and which weights a headless model leaves out
+    for name in ("huggingface_hub", "transformers"):  # retries, unused weights of a head
         logging.getLogger(name).setLevel(logging.ERROR)
-    disable_progress_bar()  # of reading weights; downloads keep theirs
+    disable_progress_bar()  # of loading weights; downloads keep theirs
     for message in (
         ".*args parameter is intended to run from within Python.*",
-        ".*Experiment logs directory .* exists and is not empty.*",  # TensorBoard has just made it
-        ".*does not have many workers.*",  # batches are made faster than they are used
+        ".*Experiment logs directory .* exists and is not empty.*",  # TensorBoard has just created it
+        ".*does not have many workers.*",  # making batches is faster than training
         ".*The number of training batches.*smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*GPU available but not used.*",
         ".*treespec.*",
-        ".*Couldn't infer the batch indices.*",  # we know the order of our own batches
-        ".*Total length of .* across ranks is zero.*",  # data with prompts alone
+        ".*Couldn't infer the batch indices.*",  # the order of our batches is known
+        ".*Total length of .* across ranks is zero.*",  # data with prompts only
         ".*lr_scheduler.step.*before.*optimizer.step.*",
     ):
         warnings.filterwarnings("ignore", message)

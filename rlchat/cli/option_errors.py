@@ -1,7 +1,8 @@
-"""What the parser says of an option, as one sentence that names the cure.
+"""Explains in one sentence why the command line or a configuration file was refused.
 
-jsonargparse tells everything that it tried, over twenty lines and more. Here that is read again for what went wrong:
-which option, of which class, and what would have been right.
+jsonargparse raises every refusal as an ``ArgumentError`` that holds prose of up to twenty lines and no fields. So this
+module does not read that text. It walks through the settings once more, compares each with the signatures of the
+classes that take them, and reports the first that does not fit: which option, of which class, and what would be valid.
 """
 
 from __future__ import annotations
@@ -9,138 +10,337 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import re
-from collections.abc import Iterable, Sequence
+import types
+from collections import abc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.util import import_object
+from lightning.pytorch import LightningModule
+
+from rlchat.cli.option_aliases import ALIASES
 from rlchat.errors import UserError
 
-_TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "list": "a list",
-    "dict": "a mapping",
-    "collections.abc.Sequence": "a list",
-    "NoneType": "null",
+_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    abc.Sequence: "a list",
+    abc.Iterable: "a list",
+    tuple: "a list",
+    dict: "a mapping",
+    abc.Mapping: "a mapping",
 }
 _FEW = 12
 _SHOWN = 80
 
 
-def explain(message: str, words: Sequence[str], options: Iterable[str]) -> UserError:
-    """``message`` of jsonargparse about the command line ``words`` in a sentence; ``options`` are those that exist."""
-    # The innermost of what was tried is what the user meant: the key that it names, and the class that took it.
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    place = _as_written(".".join(keys), words)
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
-    inner = message.rpartition('Parser key "')[2]
+@dataclass(frozen=True)
+class Setting:
+    """One value that the user set."""
 
-    if found := re.search(r"unrecognized arguments: (\S+)", message):
-        return _no_such(found[1].partition("=")[0], options)
-    if found := re.search(r"does not accept option '([^']+)'", message):
-        return _no_such(f"--{found[1]}", options)
-    if found := re.search(r"Option '([^']+)' is not accepted", message):
-        flag = _as_written(".".join([*keys, found[1]]), words)
-        return _not_of_class(flag, found[1], classes[-1] if classes else place)
-    if found := re.search(r"argument (--[^/:\s]+)[^:]*: expected one argument", message):
-        return UserError(f"{found[1]} needs a value; give it as {found[1]} VALUE")
-    if "arguments are required" in message and "model" in message:
-        return UserError("nothing says which model; name a recipe or a file with --config, such as --config demo/ppo")
-    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", inner):
-        return UserError(f"{place}: {found[1]} is no {found[2]}; name a class that is derived from {found[2]}")
-    if classes and (found := re.search(rf"class_path '{re.escape(classes[-1])}':\s+(.+)", inner)):
-        return _no_class(place, classes[-1], found[1])
-    if found := re.search(r"Expected a dot import path string: (\S+)", inner):
-        return UserError(f"{place}: {found[1]} is no class; give its import path, such as rlchat.rewards.TooShort")
-    if found := re.search(r"Expected an? (.+)\. Got value: (.*)", inner):
-        return _wrong_type(place, [found[1]], found[2])
-    if expected := re.findall(r"- Expected an? (.+)", inner.partition("Given value")[0]):
-        value = re.search(r"Given value: (.*)", inner)
-        return _wrong_type(place, expected, value[1] if value else "")
-    return UserError(_one_line(message, 300))
+    place: str
+    """As the user wrote it: ``--model.clip_eps`` on the command line, ``model.clip_eps`` in a file."""
+    keys: tuple[str, ...]
+    """The path to the value, without ``init_args``."""
+    value: Any
+    """As YAML reads it; ``None`` where a flag has no value."""
 
 
-def _as_written(key: str, words: Sequence[str]) -> str:
-    """``key`` as a flag where the command line has it, and else as the configuration does."""
-    flags = {word.partition("=")[0].rstrip("+").replace(".init_args", "") for word in words}
-    return f"--{key}" if f"--{key}" in flags else key
+def explain(argv: Sequence[str], groups: Mapping[str, type], options: Iterable[str], detail: str) -> UserError:
+    """The first setting in ``argv`` (the command and its options) that does not fit, as an error for the user.
+
+    Args:
+        argv: the command line, with every ``--config`` as the path of an existing file.
+        groups: the class that takes the options of a group, such as ``trainer`` or ``data``.
+        options: all flags of the command, with those of the classes in ``groups``.
+        detail: what the parser says. It is shown where no setting explains the refusal.
+    """
+    known = set(options)
+    words = list(argv[1:])
+    settings = [setting for path in _configs(words) for setting in _of_file(path)]
+    model: Any = None
+    for setting in settings + list(_of_flags(words)):
+        if isinstance(setting, UserError):
+            return setting
+        if setting.keys[0] == "model" and (chosen := _class_path(setting)) is not None:
+            model = chosen
+        error = _problem(setting, groups, known, model)
+        if error is not None:
+            return error
+    if model is None:
+        return UserError("no model is specified; set --config to a recipe or a file, such as --config demo/sft")
+    return UserError(_one_line(detail, 300))
 
 
-def _no_such(flag: str, options: Iterable[str]) -> UserError:
-    if not flag.startswith("-"):
-        return UserError(f"{flag!r} belongs to no option; options are written --group.name VALUE")
-    known = sorted(set(options))
-    name = flag.rpartition(".")[2].lstrip("-")
-    elsewhere = [option for option in known if option.rpartition(".")[2].lstrip("-") == name]
-    near = elsewhere or difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
-    return UserError(f"{flag}: no such option; {_cure(near)}")
+# ---- what the user set -----------------------------------------------------------------------------------------------
 
 
-def _not_of_class(flag: str, name: str, class_path: str) -> UserError:
-    parameters = _parameters(class_path)
-    near = difflib.get_close_matches(name, parameters, n=1)
-    owner = class_path.rpartition(".")[2]
-    if not near and 0 < len(parameters) <= _FEW:
-        return UserError(f"{flag}: no such option of {owner}; it has {', '.join(parameters)}")
-    return UserError(f"{flag}: no such option of {owner}; {_cure(near)}")
+def _configs(words: Sequence[str]) -> list[str]:
+    return [value for flag, value in _flags(words) if flag == "--config" and value is not None]
 
 
-def _no_class(place: str, class_path: str, reason: str) -> UserError:
-    module, _, name = class_path.rpartition(".")
-    if reason.startswith("No module named"):
-        missing = reason.removeprefix("No module named ").strip("'\"")
-        return UserError(
-            f"{place}: {class_path} cannot be imported, there is no module {missing}; put its file into the folder in "
-            f"which you run rlchat, or install it"
-        )
-    if "has no attribute" in reason:
-        near = difflib.get_close_matches(name, dir(importlib.import_module(module)), n=1)
-        cure = f"did you mean {module}.{near[0]}?" if near else "give the import path of a class"
-        return UserError(f"{place}: {module} has no {name}; {cure}")
-    return UserError(f"{place}: {class_path}: {_one_line(reason, 200)}")
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(flag, its value) for each flag of the command line; a positional word comes with no value."""
+    rest = list(words)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if equals or not flag.startswith("--"):
+            yield flag, value if equals else None
+        elif rest and not rest[0].startswith("--"):
+            yield flag, rest.pop(0)
+        else:
+            yield flag, None
 
 
-def _wrong_type(place: str, expected: Sequence[str], value: str) -> UserError:
-    choices = [choice for name in expected if name.startswith("typing.Literal") for choice in _choices(name)]
-    wanted = list(dict.fromkeys(filter(None, map(_in_words, expected))))
-    if choices:
-        wanted.append("one of " + ", ".join(dict.fromkeys(choices)))
-    if len(wanted) > 1 and "null" in wanted:  # what it may be when nobody sets it is no cure
-        wanted.remove("null")
-    return UserError(f"{place}: {_one_line(value, _SHOWN)} will not do; give {' or '.join(wanted)}")
+def _of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
+    for flag, text in _flags(words):
+        if flag == "--config" or flag.endswith((".help", "--help", "--print_config")):
+            continue
+        if not flag.startswith("-"):
+            yield UserError(f"{flag!r} is not an option; options are written --group.name VALUE")
+            continue
+        keys = tuple(key for key in flag.lstrip("-").rstrip("+").split(".") if key != "init_args")
+        value = text if text is None else _from_yaml(text)
+        yield Setting("--" + ".".join(keys), keys, [value] if flag.endswith("+") and value is not None else value)
 
 
-def _in_words(type_name: str) -> str:
-    """What a type's name in Python means to somebody who writes a configuration; nothing where there are no words."""
-    if type_name.startswith("typing.Literal"):
-        return ""
-    plain = re.sub(r"<class '([^']+)'>", r"\1", type_name)
-    return _TYPES.get(plain, "" if "path" in plain else plain)
-
-
-def _choices(literal: str) -> list[str]:
-    return [choice.strip("'") for choice in literal.removeprefix("typing.Literal[").rstrip("]").split(", ")]
-
-
-def _cure(near: Sequence[str]) -> str:
-    return f"did you mean {' or '.join(near)}?" if near else "--print_config after the rest shows all that there are"
-
-
-def _parameters(class_path: str) -> list[str]:
-    """The options of a class, and of those that it hands its options on to; none where it cannot be imported."""
-    module, _, name = class_path.rpartition(".")
-    names: dict[str, None] = {}
+def _from_yaml(text: str) -> Any:
     try:
-        for cls in getattr(importlib.import_module(module), name).__mro__:
-            if "__init__" in vars(cls):
-                parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-                names |= {p.name: None for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-                if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-                    break
-    except (ImportError, AttributeError, ValueError):
-        return []
-    return list(names)
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _of_file(path: str) -> Iterator[Setting]:
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for group, value in content.items():
+        if isinstance(value, dict) and group != "model":
+            yield from (Setting(f"{group}.{name}", (group, name), inner) for name, inner in value.items())
+        else:
+            yield Setting(group, (group,), value)
+
+
+def _class_path(setting: Setting) -> Any:
+    """The class that ``model`` names, or None where ``setting`` names none."""
+    value = setting.value
+    if setting.keys == ("model", "class_path"):
+        return value
+    if setting.keys == ("model",):
+        return value.get("class_path") if isinstance(value, dict) else value
+    return None
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], model: Any) -> UserError | None:
+    """What is wrong with ``setting``, None where nothing is."""
+    group, flag = setting.keys[0], "--" + ".".join(setting.keys)
+    if group == "model" and setting.keys[1:] != ("class_path",):
+        if len(setting.keys) == 1:
+            return _class_problem(setting.place, setting.value, LightningModule)
+        if setting.value is None and setting.place.startswith("--"):
+            return UserError(f"{setting.place}: expected a value, as {setting.place} VALUE")
+        found = _imported("model", model, LightningModule)
+        if found is None or isinstance(found, UserError):
+            return found
+        return _option_problem(setting.place, setting.keys[1], _nested(setting), found)
+    if flag not in known and (
+        group not in groups or len(setting.keys) == 1 or setting.keys[1] not in _hints(groups[group])
+    ):
+        return _no_such_option(flag, known)
+    if setting.value is None and setting.place.startswith("--"):
+        return UserError(f"{setting.place}: expected a value, as {setting.place} VALUE")
+    if group in groups and len(setting.keys) > 1:
+        return _option_problem(setting.place, setting.keys[1], _nested(setting), groups[group])
+    return None
+
+
+def _nested(setting: Setting) -> Any:
+    """The value of the option itself where a flag sets something inside of it, as ``--model.reward.factors`` does."""
+    value = setting.value
+    for key in reversed(setting.keys[2:]):
+        value = {key: value}
+    return value
+
+
+def _option_problem(place: str, name: str, value: Any, owner: type) -> UserError | None:
+    """What is wrong with ``value`` as the option ``name`` of the class ``owner``."""
+    hints = _hints(owner)
+    if name not in hints:
+        return _no_such_option_of_class(place, name, owner)
+    return None if value is None else _value_problem(place, value, hints[name])
+
+
+def _value_problem(place: str, value: Any, hint: Any) -> UserError | None:
+    members = _members(hint)
+    if hint is Any or inspect.Parameter.empty in members or Any in members:
+        return None
+    for member in members:
+        base = _class_of(member)
+        if base is not None and isinstance(value, dict | str):
+            return _class_problem(place, value, base)
+        item = next(iter(get_args(member)), None)
+        if get_origin(member) in (list, abc.Sequence, abc.Iterable) and isinstance(value, list):
+            bad = (error for one in value if (error := _value_problem(place, one, item)) is not None)
+            if (error := next(bad, None)) is not None:
+                return error
+    if any(_class_of(member) or any(map(_class_of, get_args(member))) for member in members) and isinstance(
+        value, list
+    ):
+        return None
+    return None if _accepts(hint, value) else _wrong_type(place, members, value)
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Whether jsonargparse takes ``value`` for an option of the type ``hint``."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_argument("--value", type=hint)
+        parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    except Exception:  # a type that jsonargparse knows inside a signature only
+        return True
+    return True
+
+
+def _class_problem(place: str, value: Any, base: type) -> UserError | None:
+    """What is wrong with ``value``, which specifies an object of the class ``base`` or of one derived from it."""
+    if isinstance(value, dict) and "class_path" not in value:
+        found: Any = base
+        init_args = value
+    else:
+        class_path = value["class_path"] if isinstance(value, dict) else value
+        init_args = (value.get("init_args") if isinstance(value, dict) else None) or {}
+        found = _imported(place, class_path, base)
+    if not isinstance(found, type):
+        return found
+    for name, inner in init_args.items():
+        inside = place if place.endswith(f".{name}") else f"{place}.{name}"
+        if (error := _option_problem(inside, name, inner, found)) is not None:
+            return error
+    return None
+
+
+def _imported(place: str, class_path: Any, base: type) -> Any:
+    """The class at ``class_path``, or the error that says why it is not a class derived from ``base``."""
+    if not isinstance(class_path, str):
+        return None if class_path is None else _wrong_type(place, [str], class_path)
+    if "." not in class_path:
+        found: Any = next((cls for cls in _derived(base) if cls.__name__ == class_path), None)
+        return found or UserError(
+            f"{place}: {class_path} is not a known class; specify its import path, such as rlchat.rewards.TooShort"
+        )
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = import_object(class_path)
+    except ModuleNotFoundError as error:
+        return UserError(
+            f"{place}: {class_path} cannot be imported: there is no module {error.name}; put its file in the folder "
+            f"where you run rlchat, or install it"
+        )
+    except AttributeError:
+        near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1)
+        cure = f"did you mean {module}.{near[0]}?" if near else "specify the import path of a class"
+        return UserError(f"{place}: {module} has no {name}; {cure}")
+    except Exception as error:
+        return UserError(f"{place}: {class_path} cannot be imported: {_one_line(str(error), 200)}")
+    if isinstance(found, type) and not issubclass(found, base):
+        return UserError(f"{place}: {class_path} is not a {base.__name__}; specify a subclass of {base.__name__}")
+    return found
+
+
+def _derived(base: type) -> Iterator[type]:
+    yield base
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
+        yield from _derived(cls)
+
+
+# ---- sentences -------------------------------------------------------------------------------------------------------
+
+
+def _no_such_option(flag: str, known: set[str]) -> UserError:
+    name = flag.rpartition(".")[2].lstrip("-")
+    same_name = sorted(option for option in known if option.rpartition(".")[2].lstrip("-") == name)
+    alias = [f"--{option}" for option in ALIASES.get(name, ()) if f"--{option}" in known]
+    near = same_name or alias or difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.7)
+    return UserError(f"{flag}: no such option; {_suggestion(near)}")
+
+
+def _no_such_option_of_class(place: str, name: str, owner: type) -> UserError:
+    parameters = list(_hints(owner))
+    prefix = place.removesuffix(name)
+    alias = [
+        option.replace("model.", prefix) if option.startswith("model.") else f"--{option}"
+        for option in ALIASES.get(name, ())
+        if not option.startswith("model.") or option.removeprefix("model.") in parameters
+    ]
+    near = alias[:1] or difflib.get_close_matches(name, parameters, n=1)
+    if not near and 0 < len(parameters) <= _FEW:
+        return UserError(f"{place}: no such option of {owner.__name__}; it has {', '.join(parameters)}")
+    return UserError(f"{place}: no such option of {owner.__name__}; {_suggestion(near)}")
+
+
+def _suggestion(near: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(near)}?" if near else "add --print_config to see all options"
+
+
+def _wrong_type(place: str, members: Sequence[Any], value: Any) -> UserError:
+    expected = list(dict.fromkeys(_NAMES[kind] for m in members if (kind := get_origin(m) or m) in _NAMES))
+    choices = [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    if choices:
+        expected.append("one of " + ", ".join(dict.fromkeys(choices)))
+    if not expected:
+        expected = [getattr(member, "__name__", str(member)) for member in members if member is not type(None)]
+    shown = _one_line(str(value), _SHOWN)
+    return UserError(f"invalid value {shown!r} for {place}: expected {' or '.join(expected)}")
+
+
+# ---- signatures ------------------------------------------------------------------------------------------------------
+
+
+def _hints(owner: type) -> dict[str, Any]:
+    """The options of a class with their types, and those of the classes to which it passes its ``**kwargs``."""
+    found: dict[str, Any] = {}
+    for cls in owner.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        init = vars(cls)["__init__"]
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        try:
+            hints = get_type_hints(init)
+        except NameError:  # a type that only type checkers import
+            hints = {}
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def _members(hint: Any) -> list[Any]:
+    """The types that ``hint`` allows, with those of nested unions."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [member for part in get_args(hint) for member in _members(part)]
+    return [hint]
+
+
+def _class_of(hint: Any) -> type | None:
+    """``hint`` where it is a class of which a configuration specifies an instance; None for plain values."""
+    plain = (*_NAMES, type(None), object)
+    if not isinstance(hint, type) or hint in plain or get_origin(hint) is not None:
+        return None
+    return None if issubclass(hint, str | int | float | Path) or hint.__module__ == "datetime" else hint
 
 
 def _one_line(text: str, width: int) -> str:

@@ -19,37 +19,35 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that ``--config name`` means: a file of that path, else the recipe of that name.
+    """The file for ``--config name``: the file at that path, else the recipe of that name.
 
-    Raises :class:`UserError` where there is neither.
+    Raises :class:`UserError` if there is neither.
     """
     path = Path(name)
     if path.is_file():
         return path
     if name in recipes():
         return recipes()[name]
-    raise UserError(f"no file and no recipe {name!r}; the recipes are {', '.join(recipes())}")
+    raise UserError(f"no file and no recipe named {name!r}; the recipes are {', '.join(recipes())}")
 
 
 def checked_recipe(name: str) -> Path:
-    """The file that ``--config name`` means, which holds options. Raises :class:`UserError` where there is none."""
+    """As :func:`find_recipe`. Raises :class:`UserError` also for a file that is not a YAML mapping of options."""
     path = find_recipe(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {error.problem}; mend the line") from error
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}; fix the line") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: holds no options; `rlchat fit --config smoke --print_config` shows what they look like"
-        )
+        raise UserError(f"{path}: has no options; `rlchat fit --config smoke --print_config` shows the format")
     return path
 
 
 def describe_recipes() -> str:
-    """A line a recipe: its name, and the first line of its comment."""
+    """One line per recipe: its name and the first line of its comment."""
     lines = []
     for name, path in recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

@@ -1,73 +1,111 @@
-"""Runs that are over or broken off: where they lie, and what their checkpoints are of."""
+"""Finds and checks the checkpoints of earlier runs."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
-from rlchat.callbacks.best_model import BEST, LAST
+from rlchat.callbacks.best_model import BEST, LAST, BestModel
+from rlchat.callbacks.run_state import is_fast_dev_run
 from rlchat.errors import UserError
+from rlchat.utils.files import write_atomically
 
 LOGS = "lightning_logs"
+_RECORD = Path(LOGS, "checkpoint_folders.json")
+
+
+class CheckpointRecord(L.Callback):
+    """Records the checkpoint folder of each run in ``lightning_logs/checkpoint_folders.json`` of the working directory.
+
+    ``--ckpt_path best`` and ``last`` read this file, so that they find a run whatever its logger or
+    ``default_root_dir``. The checkpoints themselves stay where the logger puts them.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adds the folder of this run and drops folders that no longer exist."""
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestModel)), None)
+        if best is None or best.dirpath is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
+            return
+        folders = {stage: [path for path in paths if Path(path).is_dir()] for stage, paths in _recorded().items()}
+        mine = folders.setdefault(self.stage, [])
+        if str(best.dirpath) not in mine:
+            mine.append(str(best.dirpath))
+        text = json.dumps(folders, indent=1)
+        write_atomically(_RECORD, lambda file: file.write(text.encode()))
+
+
+def _recorded() -> dict[str, list[str]]:
+    """Stage → checkpoint folders of its runs; empty where no run has been recorded."""
+    try:
+        return dict(json.loads(_RECORD.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # not there, or damaged: the folders of lightning_logs are searched all the same
+        return {}
 
 
 def newest_run(which: str, stage: str | None = None, folder: Path = Path(LOGS)) -> Path:
-    """The ``best`` or ``last`` checkpoint that was written most recently, of ``stage`` or of any.
+    """The ``best`` or ``last`` checkpoint that was written most recently, of ``stage`` or of any stage.
 
-    Raises :class:`UserError` where no run has left one.
+    Raises :class:`UserError` if there is none.
     """
     name = {"best": BEST, "last": LAST}[which]
-    found = folder.glob(f"{stage or '*'}/version_*/checkpoints/{name}")
+    folders = [*folder.glob(f"{stage or '*'}/version_*/checkpoints")]
+    folders += [Path(path) for known, paths in _recorded().items() if stage in (None, known) for path in paths]
+    found = (path for checkpoints in folders if (path := checkpoints / name).is_file())
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
-        raise UserError(f"no {name} under {folder / (stage or '')}; train first with `rlchat fit`, or give a file")
+        raise UserError(f"no {name} under {folder / (stage or '')}; train first with `rlchat fit`, or specify a file")
     return newest
 
 
 def configuration_of(checkpoint: Path) -> Path:
-    """The configuration of the run that left ``checkpoint``. Raises :class:`UserError` where it is not beside it."""
+    """The configuration file of the run of ``checkpoint``. Raises :class:`UserError` if it is not found."""
     _require(checkpoint)
     config = checkpoint.parent.parent / "config.yaml"
     if not config.is_file():
-        raise UserError(f"{checkpoint}: the configuration of its run is not beside it; name one with --config")
+        raise UserError(f"{checkpoint}: the configuration of its run was not found; set --config")
     return config
 
 
 def check_checkpoint(path: Path, module: Any) -> None:
-    """Raises :class:`UserError` where ``path`` is no checkpoint of ``module``, the class that is to go on from it."""
+    """Raises :class:`UserError` unless ``path`` is a checkpoint of the class ``module``."""
     _require(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds something other than tensors and plain values, or is damaged; it was not opened"
+            f"{path}: contains something other than tensors and plain values, or is damaged; it was not loaded"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or no checkpoint; give another, or `best` or `last`") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint; specify another, or `best` or `last`") from error
     if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
         raise UserError(
-            f"{path}: not the checkpoint of a run, which lie in {LOGS}/<stage>/version_N/checkpoints; a model of "
-            f"checkpoints/*.pt is for --model.init_from"
+            f"{path}: not a checkpoint of a run, which are in {LOGS}/<stage>/version_N/checkpoints; use model files "
+            f"(checkpoints/*.pt) with --model.init_from"
         )
     class_path = content.get("hyper_parameters", {}).get("_class_path")
     if class_path is not None and _imported(class_path) is not module:
         raise UserError(
-            f"{path}: a checkpoint of {class_path.rpartition('.')[2]}, and the configuration is for "
-            f"{module.__name__}; give the configuration that it was trained with"
+            f"{path}: a checkpoint of {class_path.rpartition('.')[2]}, but the configuration is for "
+            f"{module.__name__}; use the configuration that it was trained with"
         )
 
 
 def _require(path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give a file, or `best` or `last`")
+        raise UserError(f"{path}: no such checkpoint; specify a file, or `best` or `last`")
 
 
 def _imported(class_path: str) -> Any:
-    """The class, or nothing where it cannot be imported any more."""
+    """The class at ``class_path``, or None if it can no longer be imported."""
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)

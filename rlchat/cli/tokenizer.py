@@ -18,15 +18,15 @@ from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
 from rlchat.utils.files import write_atomically
 
-_SMALLEST, _LARGEST = 256, 1_000_000  # the single bytes alone; several times the largest encoding in use
+_SMALLEST, _LARGEST = 256, 1_000_000  # the single bytes; several times the largest encoding in use
 _MEASURED_BYTES = 5_000_000
 
 
 def main(args: list[str]) -> int:
     """Runs ``rlchat tokenizer`` with ``args``; returns the exit code.
 
-    Raises :class:`UserError` for a vocabulary size out of range, data that cannot be read, and an output that is there
-    already (without ``--force``), cannot be written, or is not named as a rank file.
+    Raises :class:`UserError` for a vocabulary size out of range, data that cannot be read, and an output file that
+    already exists (without ``--force``), cannot be written, or has another suffix than ``.tiktoken``.
     """
     try:
         options = _parser().parse_args(args)
@@ -37,12 +37,12 @@ def main(args: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlchat tokenizer", description="Make a tokenizer.")
+    parser = argparse.ArgumentParser(prog="rlchat tokenizer", description="Train a tokenizer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
-        help="learn a tiktoken rank file from conversations or plain text",
-        description="Learn a tiktoken rank file from conversations (.jsonl, .jsonl.gz) or plain text (.txt).",
+        help="train a tiktoken rank file on conversations or plain text",
+        description="Train a tiktoken rank file on conversations (.jsonl, .jsonl.gz) or plain text (.txt).",
     )
     train.add_argument("data", nargs="+", type=Path, metavar="DATA", help=".jsonl, .jsonl.gz or .txt files")
     train.add_argument(
@@ -51,21 +51,19 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         required=True,
         metavar="N",
-        help=f"tokens to learn, from {_SMALLEST}, the single bytes among them; the chat markers come on top",
+        help=f"size of the vocabulary without control tokens, at least {_SMALLEST} (the single bytes)",
     )
     train.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE.tiktoken", help="the rank file to write"
     )
-    train.add_argument("--force", action="store_true", help="replace FILE.tiktoken if it is there")
-    train.add_argument(
-        "--lang", default="en", help="language of the OASST trees to learn from, or any (default: %(default)s)"
-    )
+    train.add_argument("--force", action="store_true", help="overwrite FILE.tiktoken if it exists")
+    train.add_argument("--lang", default="en", help="language of the OASST trees to use, or any (default: %(default)s)")
     train.add_argument(
         "--on_bad_line",
         "--on-bad-line",
         choices=("error", "skip"),
         default="error",
-        help="what to do about a line that cannot be used (default: %(default)s)",
+        help="what to do with an invalid line (default: %(default)s)",
     )
     return parser
 
@@ -73,57 +71,55 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     output: Path = options.output
     if not _SMALLEST <= options.vocab_size <= _LARGEST:
-        raise UserError(
-            f"--vocab-size {options.vocab_size}: give from {_SMALLEST} (the single bytes alone) to {_LARGEST:,} tokens"
-        )
+        raise UserError(f"invalid value {options.vocab_size} for --vocab-size: expected {_SMALLEST} to {_LARGEST:,}")
     if output.suffix != ".tiktoken":
-        raise UserError(f"{output}: a rank file's name ends in .tiktoken; give it one that does")
+        raise UserError(f"{output}: the name of a rank file must end in .tiktoken; use another name")
     if output.exists() and not options.force:
-        raise UserError(f"{output} is there already; give another name, or --force to replace it")
+        raise UserError(f"{output} already exists; use another name, or --force to overwrite it")
     texts = _texts(options.data, None if options.lang == "any" else options.lang, options.on_bad_line)
 
     ranks = train_ranks(iter(texts), options.vocab_size, progress=sys.stderr.isatty())
     write_atomically(output, lambda file: file.write(format_ranks(ranks)))
 
     size = sum(len(text.encode()) for text in texts)
-    few = " (no more pairs are in them)" if len(ranks) < options.vocab_size else ""
+    few = " (the data has no more pairs)" if len(ranks) < options.vocab_size else ""
     before, after = ChatTokenizer(), ChatTokenizer(str(output))
-    print(f"{output}: {len(ranks):,} tokens{few} learned from {len(texts):,} texts of {size:,} bytes")
+    print(f"{output}: {len(ranks):,} tokens{few}, trained on {len(texts):,} texts of {size:,} bytes")
     print(
-        f"bytes per token on them: {_bytes_per_token(before, texts, size):.2f} before, with {before.name}; "
+        f"bytes per token on this data: {_bytes_per_token(before, texts, size):.2f} with {before.name}, "
         f"{_bytes_per_token(after, texts, size):.2f} with {output.name}"
     )
-    print(f"train a model with it: rlchat fit --config demo/sft --model.tiktoken_encoding {output}")
+    print(f"to train a model with it: rlchat fit --config demo/sft --model.tiktoken_encoding {output}")
 
 
 def _texts(paths: list[Path], lang: str | None, on_bad_line: Any) -> list[str]:
-    """What is said in the files: every message once, every paragraph of plain text."""
+    """The texts in the files: every message once, and every paragraph of plain text."""
     plain = [path for path in paths if data_file(path).is_plain_text]
     texts = [paragraph for path in plain for paragraph in _paragraphs(path)]
     if rows := [path for path in paths if not data_file(path).is_plain_text]:
         trees, report = read_trees(
-            rows, lang=lang, on_bad_line=on_bad_line, cure="fix the line or skip it with --on_bad_line skip"
+            rows, lang=lang, on_bad_line=on_bad_line, cure="fix the line, or skip it with --on_bad_line skip"
         )
         print(report.summary(), file=sys.stderr)
         texts += (text for tree in trees for text in _message_texts(tree))
     if not texts:
-        raise UserError(f"no text in {', '.join(map(str, paths))}; check that it is the right file")
+        raise UserError(f"no text in {', '.join(map(str, paths))}; check the path")
     return texts
 
 
 def _paragraphs(path: Path) -> list[str]:
-    """The file's text, cut before lines that begin with something: no run of white space is torn apart."""
+    """The text of the file, split before each line that does not begin with white space."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start + 1}); convert it") from None
+        raise UserError(f"{path} is not UTF-8 (at byte {error.start + 1}); convert it to UTF-8") from None
     return [paragraph for paragraph in re.split(r"(?<=\n)(?=\S)", text) if paragraph.strip()]
 
 
 def _message_texts(tree: Tree) -> Iterator[str]:
-    """Each message of ``tree`` once, however many of its threads and prompts it stands in."""
+    """Each message of ``tree`` once, even if several threads and prompts contain it."""
     root: dict[tuple[str, str], Any] = {}
     for conversation in (*tree.threads, *tree.prompts):
         place = root
@@ -139,5 +135,5 @@ def _message_texts(tree: Tree) -> Iterator[str]:
 
 
 def _bytes_per_token(tokenizer: ChatTokenizer, texts: list[str], size: int) -> float:
-    sample = texts[:: max(1, size // _MEASURED_BYTES)]  # evenly over the data: more of it would not change two digits
+    sample = texts[:: max(1, size // _MEASURED_BYTES)]  # spread evenly over the data; more would not change two digits
     return sum(len(text.encode()) for text in sample) / sum(len(tokenizer.encode(text)) for text in sample)

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of chat models."""
+"""Small helpers that are independent of chat models."""

@@ -1,4 +1,4 @@
-"""Where a model computes, and with what numbers, when nobody says."""
+"""The default device and number format of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlchat.errors import UserError
 def choose_device(name: str | None) -> torch.device:
     """The device called ``name``; with None CUDA, then MPS, then the CPU.
 
-    Raises :class:`UserError` for a device that this machine has not.
+    Raises :class:`UserError` for a device that this machine does not have.
     """
     if name is None:
         has_mps = torch.backends.mps.is_available()
@@ -18,18 +18,18 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise UserError(f"the device {name!r} is not to be had on this machine; give another, as cpu") from error
+        raise UserError(f"the device {name!r} is not available on this machine; use another, such as cpu") from error
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The numbers called ``name``; with None bfloat16 on CUDA that computes with it, else float32.
+    """The number format called ``name``; with None bfloat16 on a GPU that supports it, else float32.
 
-    Raises :class:`UserError` for a name that is none to chat with.
+    Raises :class:`UserError` for a name that is not supported.
     """
     if name is None:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise UserError(f"the dtype {name!r} is none to chat with; give one of {', '.join(known)}")
+        raise UserError(f"invalid dtype {name!r}: expected one of {', '.join(known)}")
     return known[name]

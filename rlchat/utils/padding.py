@@ -1,4 +1,4 @@
-"""Rows of token ids of different lengths as one tensor."""
+"""Pads rows of token ids to one tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """``rows`` as Long [batch, longest], padded on ``side``, and a Bool mask that is True on their own tokens."""
+    """``rows`` as Long [batch, longest], padded on ``side``, and a Bool mask that is False on padding."""
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

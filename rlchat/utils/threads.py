@@ -1,4 +1,4 @@
-"""How many threads a small model should train with, here and now."""
+"""Measures how many threads are fastest for a small model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def fastest_threads(rounds: int = 8) -> int:
-    """1, or as many threads as PyTorch would take by itself where those are clearly faster; sets nothing.
+    """1, or PyTorch's default number of threads where that is clearly faster. Does not set it.
 
-    Threads that share a small matrix meet thousands of times a second. On a core of their own that pays; where another
-    program holds a core they wait for it each time, and training becomes ten times slower than with one thread. So it
-    is measured, on layers as small as the demo's.
+    Threads that share a small matrix synchronize thousands of times per second. That pays off on idle cores. But if
+    another program occupies a core, all threads wait for it each time, and training becomes ten times slower than with
+    one thread. So this is measured, on layers as small as the demo's.
     """
     usual = torch.get_num_threads()
     if usual == 1:
@@ -29,7 +29,7 @@ def fastest_threads(rounds: int = 8) -> int:
 def _seconds(rounds: int) -> float:
     layer = nn.Sequential(nn.Linear(128, 344), nn.SiLU(), nn.Linear(344, 128))
     x = torch.zeros(1280, 128)
-    for _ in range(2):  # threads are started and memory is taken once
+    for _ in range(2):  # the first passes start threads and allocate memory
         layer(x).sum().backward()
     began = time.perf_counter()
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Alarms: each goes off for what it is for, once, and for nothing else."""
+"""Alarms: each is raised once, for its own problem only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FINE = {
 
 
 class Run:
-    """A run that logs what it is told to."""
+    """A run that logs given numbers."""
 
     def __init__(self, encoding: str, **options: Any) -> None:
         self.alarms = Alarms(**{"patience": 3, **options})
@@ -56,7 +56,7 @@ def run(encoding: str) -> Run:
     return Run(encoding)
 
 
-def test_a_run_that_goes_well_is_left_alone(run: Run) -> None:
+def test_no_alarm_in_a_healthy_run(run: Run) -> None:
     for step in range(6):
         run.iterate(3, reward=0.1 * step)
         assert run.validate(0.1 * step) == []
@@ -67,16 +67,16 @@ def test_kl_beyond_its_bound(run: Run, caplog: pytest.LogCaptureFixture) -> None
     assert run.iterate(4, kl=51.0) == ["kl"]
     (record,) = caplog.records  # once
     assert record.message.startswith(
-        "alarm: the KL to the reference is 51 nats a reply, beyond 50: raise --model.kl_coef"
+        "alarm: the KL to the reference model is 51 nats per response, above 50: raise --model.kl_coef"
     )
 
 
-def test_replies_that_become_one(run: Run) -> None:
+def test_identical_responses(run: Run) -> None:
     assert run.iterate(distinct_replies=2 / 8) == []
     assert run.iterate(distinct_replies=1 / 8) == ["collapse"]  # all eight are the same, though 1/8 is above 0.1
 
 
-def test_what_has_to_last(run: Run) -> None:
+def test_noisy_problems_must_last(run: Run) -> None:
     for name, bad in (("truncated_fraction", 0.6), ("explained_variance", -0.1)):
         run.iterate(2, **{name: bad})
         run.iterate()
@@ -86,7 +86,7 @@ def test_what_has_to_last(run: Run) -> None:
     assert run.iterate(3, explained_variance=-0.1) == ["truncated", "critic"]
 
 
-def test_a_critic_that_warms_up_may_explain_nothing(encoding: str) -> None:
+def test_explained_variance_may_be_negative_during_warmup(encoding: str) -> None:
     run = Run(encoding)
     run.module.options.critic_warmup = 5
     assert run.iterate(7, explained_variance=-1.0) == []
@@ -115,7 +115,7 @@ def test_held_out_reward_that_falls_with_the_training_reward_is_no_hacking(run: 
         assert run.validate(-0.1 * step) == []
 
 
-def test_a_resumed_run_knows_what_it_has_said(run: Run, encoding: str) -> None:
+def test_a_resumed_run_does_not_warn_twice(run: Run, encoding: str) -> None:
     run.iterate(3, kl=60.0)
     run.iterate(2, truncated_fraction=0.9)
     resumed = Run(encoding)
@@ -124,8 +124,8 @@ def test_a_resumed_run_knows_what_it_has_said(run: Run, encoding: str) -> None:
     assert run.alarms.raised == ["kl"]  # the state is a copy
 
 
-def test_a_real_run_that_is_told_to_say_one_thing(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Letters without a price: it leaves its reference; and no reply of eight bytes is ever too long."""
+def test_a_real_run_without_kl_penalty(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a KL penalty the policy leaves its reference model; no response of eight bytes is ever too long."""
     module = ppo(encoding, reward=Reward([Letters(), TooLong()]), kl_coef=0.0)
     alarms = Alarms(patience=5, kl_bound=0.2)
     fit(module, 12, callbacks=[alarms])
@@ -135,6 +135,6 @@ def test_a_real_run_that_is_told_to_say_one_thing(encoding: str, caplog: pytest.
 
 
 @pytest.mark.parametrize("option", [{"kl_bound": 0.0}, {"min_distinct": 2.0}, {"max_truncated": -0.1}, {"patience": 0}])
-def test_senseless_options_are_refused(option: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"Alarms: {next(iter(option))} is"):
         Alarms(**option)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,17 @@ class Looks(L.Callback):
         self.seen.append(counts(self.last)[1] if self.last.exists() else 0)
 
 
+class Keeps(L.Callback):
+    """Copies ``last.ckpt`` before the batch that follows ``after`` batches."""
+
+    def __init__(self, folder: Path, after: int) -> None:
+        self.last, self.kept, self.after = folder / "last.ckpt", folder / "kept.ckpt", after
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if module.batches == self.after:
+            shutil.copy(self.last, self.kept)
+
+
 def loader(batches: int) -> DataLoader[Any]:
     return DataLoader(torch.zeros(batches, 1), batch_size=1)  # type: ignore[arg-type]
 
@@ -123,6 +135,8 @@ def counts(path: Path) -> list[int]:
         ("min", [1.0, 2.0, 3.0], 2),
         ("max", [None, 1.0, None], 4),  # validations that said nothing of it
         ("max", [1.0, float("nan"), 0.5], 2),
+        ("max", [float("nan"), 1.0, float("nan")], 4),  # a NaN is not the best, not even the first time
+        ("min", [float("nan"), float("inf"), 1.0], 6),
     ],
     ids=str,
 )
@@ -167,13 +181,45 @@ def test_last_counts_over_epochs(tmp_path: Path) -> None:
     looks = Looks(checkpoints(tmp_path))
     run(tmp_path, Scripted([]), BestModel(str(tmp_path), 5), 3, callbacks=[looks], validate=False)
     assert looks.seen == [0, 0, 0, 0, 0, 5]
-    assert counts(checkpoints(tmp_path) / "last.ckpt") == [0, 5]
+    assert counts(checkpoints(tmp_path) / "last.ckpt") == [0, 6]  # and at the end
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5, "val_check_interval": 2}, {"limit_val_batches": 0}])
+def test_last_is_written_at_the_end_though_no_validation_follows(tmp_path: Path, options: dict[str, Any]) -> None:
+    run(tmp_path, Scripted([1.0, 2.0, 3.0]), BestModel(str(tmp_path), 0), epochs=1, batches=5, **options)
+    assert counts(checkpoints(tmp_path) / "last.ckpt")[1] == 5
+
+
+class Breaks(L.Callback):
+    """Makes the weights NaN after the third batch, as a destructive optimizer step does."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.batches == 3:
+            module.weight.data.fill_(float("nan"))
+
+
+def test_a_model_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    bundles, scores = tmp_path / "bundles", [1.0, 2.0, 3.0]
+    run(tmp_path, Scripted(scores), BestModel(str(bundles), 1), epochs=3, callbacks=[Breaks()])
+    assert (bundles / "model.pt").read_text() == "after 2 batches"
+    assert [p.name for p in bundles.iterdir()] == ["model.pt"]
+    for name in ("best.ckpt", "last.ckpt"):
+        state = torch.load(checkpoints(tmp_path) / name, weights_only=True)["state_dict"]
+        assert bool(state["weight"].isfinite()), name
+
+
+def test_a_run_that_ends_without_a_finite_model_is_an_error(tmp_path: Path) -> None:
+    module = Scripted([])
+    with pytest.raises(UserError, match=r"weights of the model are not finite.*lower --model\.learning_rate"):
+        run(tmp_path, module, BestModel(str(tmp_path / "b")), epochs=2, callbacks=[Breaks()], validate=False)
+    assert not list((tmp_path / "b").iterdir())
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     first, second = (Scripted([]) for _ in range(2))
-    run(tmp_path / "first", first, BestModel(str(tmp_path), 3), 1, batches=5, validate=False)
-    last = checkpoints(tmp_path / "first") / "last.ckpt"
+    keeps = Keeps(checkpoints(tmp_path / "first"), after=3)
+    run(tmp_path / "first", first, BestModel(str(tmp_path), 3), 1, batches=5, validate=False, callbacks=[keeps])
+    last = keeps.kept
     assert counts(last) == [0, 3]
     run(tmp_path / "second", second, BestModel(str(tmp_path), 3), 1, batches=5, validate=False, resume=last)
     assert second.batches == 5

@@ -32,7 +32,7 @@ def test_a_signal_asks_for_a_stop(signals: StopSignals, number: signal.Signals, 
     signal.raise_signal(number)  # and nothing happens here
     assert signals.agreed(ALONE) == number
     assert not signals.stopped
-    with pytest.raises(raised, match=r"nothing is lost; go on with `rlchat fit --ckpt_path last`"):
+    with pytest.raises(raised, match=r"the run is saved\. Resume it with `rlchat fit --ckpt_path last`"):
         signals.stop(signals.agreed(ALONE))
     assert signals.stopped
 

@@ -484,7 +484,7 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
         "/load damaged.json": "damaged.json is not a conversation file: it is not valid JSON",
         "/load folder": "folder is a directory, a pipe or a device: expected a file",
         "/save folder": "folder is a directory: specify a file name",
-        "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; give a place that can",
+        "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; specify a path that can be written",
         "/set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
         "/set max_new_tokens 0.5": "invalid value '0.5' for max_new_tokens: expected an integer, as in: set max_new",
         "/set seed -3": "invalid value -3 for seed: expected an integer from 0 to 2**63 - 1",
@@ -520,7 +520,7 @@ def test_a_full_disk_leaves_the_conversation(
     monkeypatch.setattr("sys.stdin", Lines(lines()))
     assert main(["chat", polite]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "talk.json: cannot be written: File too large; what was there is unharmed",
+        "talk.json: cannot be written: File too large; the existing file is unchanged",
         "cannot write feedback to feedback.jsonl: File too large; choose another file with --feedback",
         "you> Hi",
         f"model> {REPLY}",

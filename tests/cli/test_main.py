@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,23 +72,29 @@ def metrics(run: Path, name: str) -> list[float]:
         (["--trainer.max_epoch", "1"], r"--trainer.max_epoch: no such option; did you mean --trainer.max_epochs\?"),
         (["--data.pat", "x"], r"--data.pat: no such option; did you mean --data.path\?"),
         (["--best_model.foldr=x"], r"--best_model.foldr: no such option; did you mean --best_model.folder\?"),
-        (["--weights_only", "false"], r"--weights_only: no such option; --print_config after the rest shows"),
-        (["--model.clip_eps", "abc"], r"--model.clip_eps: abc will not do; give a number$"),
-        (["--model.temperature", "nan"], r"--model.temperature: nan will not do; give a number$"),
-        (["--model.kl_target", "high"], r"--model.kl_target: high will not do; give a number$"),
-        (["--model.max_new_tokens", "1.5"], r"--model.max_new_tokens: 1.5 will not do; give a whole number$"),
-        (["--model.schedule", "cubic"], r"--model.schedule: cubic will not do; give one of constant, linear, cosine$"),
-        (["--data.on_bad_line", "ignore"], r"--data.on_bad_line: ignore will not do; give one of error, skip$"),
-        (["--trainer.max_epochs", "many"], r"--trainer.max_epochs: many will not do; give a whole number$"),
-        (["--trainer.precision", "17"], r"--trainer.precision: 17 will not do; give one of .*32-true"),
-        (["--model.reward.factors", "5"], r"--model.reward.factors: 5 will not do; give a list$"),
-        (["--model.reward", "Foo"], r"--model.reward: Foo is no class; give its import path"),
-        (["--trainer.callbacks+=Foo"], r"--trainer.callbacks: Foo is no class; give its import path"),
+        (["--weights_only", "false"], r"--weights_only: no such option; add --print_config to see all options"),
+        (["--model.clip_eps", "abc"], r"invalid value 'abc' for --model.clip_eps: expected a number$"),
+        (["--model.temperature", "nan"], r"invalid value 'nan' for --model.temperature: expected a number$"),
+        (["--model.kl_target", "high"], r"invalid value 'high' for --model.kl_target: expected a number$"),
+        (["--model.max_new_tokens", "1.5"], r"invalid value '1.5' for --model.max_new_tokens: expected an integer$"),
+        (
+            ["--model.schedule", "cubic"],
+            r"invalid value 'cubic' for --model.schedule: expected one of constant, linear, cosine$",
+        ),
+        (
+            ["--data.on_bad_line", "ignore"],
+            r"invalid value 'ignore' for --data.on_bad_line: expected one of error, skip$",
+        ),
+        (["--trainer.max_epochs", "many"], r"invalid value 'many' for --trainer.max_epochs: expected an integer$"),
+        (["--trainer.precision", "17"], r"invalid value '17' for --trainer.precision: expected one of .*32-true"),
+        (["--model.reward.factors", "5"], r"invalid value '5' for --model.reward.factors: expected a list$"),
+        (["--model.reward", "Foo"], r"--model.reward: Foo is not a known class; specify its import path"),
+        (["--trainer.callbacks+=Foo"], r"--trainer.callbacks: Foo is not a known class; specify its import path"),
         (["--model", "rlchat.PPOModul"], r"--model: rlchat has no PPOModul;"),
-        (["--trainer.devices"], r"--trainer.devices needs a value"),
-        (["words"], r"'words' belongs to no option"),
-        (["--config"], r"no file and no recipe ''; the recipes are demo/ppo"),
-        (["--config", "nope"], r"no file and no recipe 'nope'; the recipes are demo/ppo"),
+        (["--trainer.devices"], r"--trainer.devices: expected a value, as --trainer.devices VALUE$"),
+        (["words"], r"'words' is not an option; options are written --group.name VALUE$"),
+        (["--config"], r"no file and no recipe named ''; the recipes are demo/ppo"),
+        (["--config", "nope"], r"no file and no recipe named 'nope'; the recipes are demo/ppo"),
     ],
 )
 def test_an_option_that_cannot_be(
@@ -110,9 +115,12 @@ def factor(text: str) -> str:
         ("model: {class_path: rlchat.PPOModule, init_args: {clip_epz: 1}}\n", r"model.clip_epz: no such option of PPO"),
         ("modle: 1\n", r"--modle: no such option; did you mean --model\?"),
         ("trainer: {max_epochz: 5}\n", r"--trainer.max_epochz: no such option; did you mean --trainer.max_epochs\?"),
-        ("data: {path: 5}\n", r"data.path: 5 will not do; give text or a list$"),
-        ("model: {class_path: rlchat.ChatTokenizer}\n", r"model: rlchat.ChatTokenizer is no LightningModule; name a"),
-        ("data: {path: talk.jsonl}\n", r"nothing says which model; name a recipe or a file with --config"),
+        ("data: {path: 5}\n", r"invalid value '5' for data.path: expected a string or a list$"),
+        (
+            "model: {class_path: rlchat.ChatTokenizer}\n",
+            r"model: rlchat.ChatTokenizer is not a LightningModule; specify a",
+        ),
+        ("data: {path: talk.jsonl}\n", r"no model is specified; set --config to a recipe or a file"),
         (
             factor("{class_path: rlchat.rewards.TooShort, init_args: {min_wordz: 3}}"),
             r"model.reward.factors.min_wordz: no such option of TooShort; did you mean min_words\?",
@@ -123,7 +131,7 @@ def factor(text: str) -> str:
         ),
         (
             factor("{class_path: rlchat.rewards.TooShort, init_args: {min_words: many}}"),
-            r"model.reward.factors.min_words: many will not do; give a whole number$",
+            r"invalid value 'many' for model.reward.factors.min_words: expected an integer$",
         ),
         (
             factor("{class_path: rlchat.rewards.TooShort, init_args: {min_words: 0}}"),
@@ -135,11 +143,11 @@ def factor(text: str) -> str:
         ),
         (
             factor("{class_path: my_rewards.Polite}"),
-            r"model.reward.factors: my_rewards.Polite cannot be imported, there is no module my_rewards; put its file",
+            r"model.reward.factors: my_rewards.Polite cannot be imported: there is no module my_rewards; put its file",
         ),
         (
             factor("{class_path: rlchat.PPOModule}"),
-            r"model.reward.factors: rlchat.PPOModule is no Factor; name a class",
+            r"model.reward.factors: rlchat.PPOModule is not a Factor; specify a subclass of Factor",
         ),
         (
             factor("{class_path: rlchat.LearnedQuality, init_args: {bundle: no.pt}}"),
@@ -167,12 +175,24 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
             r"trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy: use fsdp2, which is that",
         ),
         (["--trainer.strategy", "foo"], r"trainer: You selected an invalid strategy name"),
-        (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val: .* set --model.max_grad_norm instead"),
-        (["--trainer.accumulate_grad_batches", "2"], r"trainer.accumulate_grad_batches: .* --model.micro_batch_size"),
-        (["--trainer.max_steps", "40"], r"trainer.max_steps: .* set --trainer.max_epochs and --trainer.limit_train_"),
+        (
+            ["--trainer.gradient_clip_val", "1"],
+            r"trainer.gradient_clip_val is not .* by PPO; set --model.max_grad_norm instead$",
+        ),
+        (
+            ["--trainer.accumulate_grad_batches", "2"],
+            r"trainer.accumulate_grad_batches is not .*; set --model.micro_b",
+        ),
+        (
+            ["--trainer.max_steps", "40"],
+            r"trainer.max_steps is not .*; set --trainer.max_epochs and --trainer.limit_t",
+        ),
         (["--trainer.max_epochs", "-5"], r"trainer: `max_epochs` must be a non-negative integer or -1"),
-        (["--trainer.val_check_interval", "99"], r"trainer.val_check_interval: .*--trainer.val_check_interval 1.0"),
-        (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; give a place"),
+        (
+            ["--trainer.val_check_interval", "99"],
+            r"trainer.val_check_interval is more .*--trainer.val_check_interval 1.0",
+        ),
+        (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; specify a path"),
         (["--best_model.folder", "talk.jsonl/x"], r"best_model.folder talk.jsonl/x: cannot be written \(Not a dir"),
         (["--model.base_model", "no-such-folder/model"], r"base_model no-such-folder/model is neither a folder nor"),
         (["--model.base_model", "."], r"base_model .: the folder holds no model"),
@@ -196,10 +216,10 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
             r"no usable conversation in tree.jsonl: .*1 trees in an",
         ),
         (["--model.init_from", "m.pt"], r"init_from m.pt brings its own backbone; set --model.base_model null"),
-        (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; give a file, or `best` or `last`"),
+        (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; specify a file, or `best` or `last`"),
         (["--ckpt_path", "best"], r"no best.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
         (["--ckpt_path", "last"], r"no last.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
-        (["--ckpt_path", "talk.jsonl"], r"talk.jsonl: (damaged, or no checkpoint|holds something other)"),
+        (["--ckpt_path", "talk.jsonl"], r"talk.jsonl: (damaged, or not a checkpoint|contains something other)"),
     ],
 )
 def test_what_cannot_be_trained(
@@ -273,10 +293,10 @@ def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--model.max_length", "4096"], r"max_length 4096 is more than the 64 of init_from checkpoints/sft_model.pt"),
         (
             ["--ckpt_path", "checkpoints/sft_model.pt"],
-            r"checkpoints/sft_model.pt: not the checkpoint of a run.*init_",
+            r"checkpoints/sft_model.pt: not a checkpoint of a run.*init_",
         ),
-        (["--ckpt_path", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
-        (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, and the configuration is for RewardModel"),
+        (["--ckpt_path", "evil.pt"], r"evil.pt: contains something other than tensors.*; it was not loaded$"),
+        (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, but the configuration is for RewardModel"),
         (["--ckpt_path", "reward.ckpt", "--model.init_from", "wide.pt"], r"ckpt_path: .* model of another shape"),
     ],
 )
@@ -328,7 +348,9 @@ def test_a_bare_command_lists_the_recipes(command: str, capsys: pytest.CaptureFi
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "fti").startswith("rlchat: no command 'fti'; choose one of demo, fit, validate, test,")
+    assert complaint(capsys, "fti").startswith(
+        "rlchat: unknown command 'fti'; choose one of demo, fit, validate, test,"
+    )
 
 
 def test_help_of_a_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,6 +466,8 @@ def test_a_run_leaves_all_its_traces_in_one_folder(after: Path) -> None:
     assert left == set(names.split())
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert [path.name for path in Path("lightning_logs/ppo").iterdir()] == ["version_0"]
+    recorded = json.loads(Path("lightning_logs/checkpoint_folders.json").read_text())
+    assert {stage: len(folders) for stage, folders in recorded.items()} == {"ppo": 1}
     assert {path.name for path in Path("checkpoints").iterdir()} == {
         "rl_chat_model_tiktoken.pt",
         "rl_chat_model_tiktoken_stats.png",
@@ -476,16 +500,33 @@ def test_validate_and_test_take_the_runs_own_configuration(after: Path, capsys: 
     assert metrics(Path("lightning_logs/ppo/version_2"), "test/perplexity") != []
 
 
+def test_best_and_last_are_of_the_newest_run_wherever_it_keeps_its_logs(
+    after: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest run used another logger, or another folder; each command says which checkpoint it loads."""
+    brief = [*SMOKE, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+    rlchat(*brief, "--trainer.default_root_dir", "elsewhere")
+    capsys.readouterr()
+    rlchat("validate", "--ckpt_path", "best")
+    assert re.search(r"^checkpoint: \S*elsewhere/lightning_logs/ppo/version_0/checkpoints/best.ckpt$",
+                     capsys.readouterr().out, re.MULTILINE)  # fmt: skip
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: mine, name: other}}"
+    rlchat(*brief, "--trainer.logger", logger)
+    capsys.readouterr()
+    rlchat("test", "--ckpt_path", "last")
+    assert "checkpoint: mine/other/version_0/checkpoints/last.ckpt" in capsys.readouterr().out
+
+
 def test_validate_without_its_configuration(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(RUN / "checkpoints" / "best.ckpt", "best.ckpt")
     said = complaint(capsys, "validate", "--ckpt_path", "best.ckpt")
-    assert "best.ckpt: the configuration of its run is not beside it; name one with --config" in said
+    assert "best.ckpt: the configuration of its run was not found; set --config" in said
 
 
 def test_a_finished_run_says_that_nothing_is_left(after: Path, caplog: pytest.LogCaptureFixture) -> None:
     rlchat("fit", "--ckpt_path", "last")
-    assert "going on from lightning_logs/ppo/version_0/checkpoints/last.ckpt" in caplog.text
-    assert "nothing was left to train in 1 epochs; give more with --trainer.max_epochs" in caplog.text
+    assert "resuming from lightning_logs/ppo/version_0/checkpoints/last.ckpt" in caplog.text
+    assert "the run is already complete after 1 epochs; raise --trainer.max_epochs to continue it" in caplog.text
 
 
 def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,7 +534,7 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
     (after / "prompts.txt").write_text("Hi\nWhy?\n\nHi\nHi\nWhat is it?\nWhy?\n")
     words = ["predict", "--ckpt_path", "best", "--data.val_batch_size", "4"]
     rlchat(*words, "--data.predict_path", "prompts.txt")
-    assert "wrote 6 replies to replies.jsonl" in capsys.readouterr().out
+    assert "wrote 6 responses to replies.jsonl" in capsys.readouterr().out
     replies = rows(after / "replies.jsonl")
     assert [reply["messages"][-1] for reply in replies] == [{"role": "user", "content": text} for text in questions]
     for reply in replies:
@@ -502,7 +543,7 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
         assert {"quality_similarity", "missing_end"} < set(reply["factors"])
 
     said = complaint(capsys, *words, "--data.predict_path", "prompts.txt")
-    assert "replies.jsonl exists; name another with --predictions.path, or --predictions.overwrite true" in said
+    assert "replies.jsonl already exists; set another --predictions.path, or --predictions.overwrite true" in said
     assert rows(after / "replies.jsonl") == replies
 
     said = [{"content": "Hi"}, {"content": "Hello!"}, {"content": "Why?"}]
@@ -518,7 +559,7 @@ def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.Capt
     assert "no prompts are given; name a file of prompts with --data.predict_path FILE" in said
     assert "no.txt" in complaint(capsys, "predict", "--ckpt_path", "best", "--data.predict_path", "no.txt")
     said = complaint(capsys, "predict", "--config", str(newest(trained, "reward") / "config.yaml"))
-    assert "RewardModelModule has no replies to give; name the configuration of a chat model" in said
+    assert "RewardModelModule does not generate responses; set --config to the configuration of a chat model" in said
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------------
@@ -546,7 +587,7 @@ def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -
     signal.signal(signal.SIGINT, handler)
     err = capsys.readouterr().err
     assert "stopping after this batch; Ctrl-C again stops at once" in err
-    assert "rlchat: stopped, and nothing is lost; go on with `rlchat fit --ckpt_path last`" in err
+    assert "rlchat: stopped; the run is saved. Resume it with `rlchat fit --ckpt_path last`" in err
     assert "Traceback" not in err
 
     stopped = Path("lightning_logs/ppo/version_1")
@@ -617,31 +658,6 @@ def test_a_sentence_inside_what_a_library_wrapped_around_it() -> None:
     assert cli.user_error_in(RuntimeError("a bug")) is None
     assert cli.user_error_in(ValueError("a bug")) is None
     assert "another process" in str(cli.user_error_in(RuntimeError("gloo: Connection closed by peer [127.0.0.1]")))
-
-
-def test_what_the_wheel_holds(tmp_path: Path) -> None:
-    """The configurations are a link to the folder above; a wheel has to hold what it points to."""
-    setuptools = pytest.importorskip("setuptools")
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        pytest.skip("setuptools is older than pyproject.toml asks for, and a test fetches nothing")
-    root = Path(cli.__file__).parents[2]
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(root / name, source)
-    shutil.copytree(root / "configs", source / "configs")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(root / "rlchat", source / "rlchat", symlinks=True, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "-w", str(tmp_path)], check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    unpacked = tmp_path / "unpacked"
-    shutil.unpack_archive(wheel, unpacked, format="zip")
-    for folder, pattern in (("configs", "**/*.yaml"), ("encodings", "*.tiktoken"), (".", "py.typed")):
-        ours = {path.relative_to(root / "rlchat") for path in (root / "rlchat" / folder).glob(pattern)}
-        assert ours
-        assert ours == {path.relative_to(unpacked / "rlchat") for path in (unpacked / "rlchat" / folder).glob(pattern)}
-    assert not (unpacked / "tests").exists()
 
 
 def test_one_batch_is_not_all_of_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from rlchat.callbacks.alarms import Alarms
 from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.rollout_log import RolloutLog
-from rlchat.cli.recipes import checked_recipe, describe_recipes, find_recipe, recipes
+from rlchat.cli.recipes import FOLDER, checked_recipe, describe_recipes, find_recipe, recipes
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import UserError
 from rlchat.ppo.module import PPOModule
@@ -80,7 +80,7 @@ def test_a_file_goes_before_a_recipe_of_that_name(workplace: Path) -> None:
 
 
 def test_neither_file_nor_recipe() -> None:
-    with pytest.raises(UserError, match="no file and no recipe 'demo/pop'; the recipes are demo/ppo, demo/reward"):
+    with pytest.raises(UserError, match="no file and no recipe named 'demo/pop'; the recipes are demo/ppo, demo/re"):
         find_recipe("demo/pop")
 
 
@@ -95,8 +95,8 @@ def test_the_list_says_of_each_what_it_is() -> None:
     [
         ("model: [1, 2\n", r"mine.yaml:2: not YAML: expected"),
         ("a: 1\nb: c: 2\n", r"mine.yaml:2: not YAML: mapping values are not allowed here"),
-        ("just text\n", "mine.yaml: holds no options"),
-        ("", "mine.yaml: holds no options"),
+        ("just text\n", "mine.yaml: has no options"),
+        ("", "mine.yaml: has no options"),
         ("a: \0\n", "mine.yaml: cannot be read as YAML"),
     ],
 )
@@ -225,7 +225,7 @@ def attributes_read(tree: ast.AST) -> set[str]:
 @cache
 def package_attributes() -> set[str]:
     found: set[str] = set()
-    for path in SOURCE.glob("*.py"):
+    for path in SOURCE.rglob("*.py"):
         found |= attributes_read(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
@@ -245,7 +245,7 @@ def test_scale_goes_over_a_recipe(name: str, stage: str, workplace: Path, capsys
 
 def test_the_batch_script_is_one(tmp_path: Path) -> None:
     """SLURM's own part cannot be run here; that the shell can read it, and that it names recipes, can be seen."""
-    script = SOURCE / "configs" / "scale" / "slurm.sbatch"
+    script = FOLDER / "scale" / "slurm.sbatch"
     subprocess.run(["bash", "-n", script], check=True, timeout=30)
     asked = re.findall(r"^#SBATCH --(nodes|ntasks-per-node)=(\d+)", script.read_text(encoding="utf-8"), re.MULTILINE)
     trainer = content("scale/nodes")["trainer"]

@@ -86,10 +86,10 @@ def test_the_numbers_that_it_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     output = tmp_path / "mine.tiktoken"
     assert train(tmp_path / "data.txt", output, 257) == 0
     learned, gained, usage = capsys.readouterr().out.splitlines()
-    assert learned == f"{output}: 257 tokens learned from 3 texts of 11 bytes"
+    assert learned == f"{output}: 257 tokens, trained on 3 texts of 11 bytes"
     # 11 bytes; ab ab \n ab ab \n 0 are 7 tokens.
     before = 11 / sum(len(ChatTokenizer().encode(text)) for text in ("abab\n", "abab\n", "0"))
-    assert gained == f"bytes per token on them: {before:.2f} before, with rlchat_1k; 1.57 with mine.tiktoken"
+    assert gained == f"bytes per token on this data: {before:.2f} with rlchat_1k, 1.57 with mine.tiktoken"
     assert usage.endswith(f"--model.tiktoken_encoding {output}")
 
     tokenizer = ChatTokenizer(str(output))
@@ -100,7 +100,7 @@ def test_the_numbers_that_it_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_fewer_tokens_than_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text("abc")  # ab, abc
     assert train(tmp_path / "data.txt", tmp_path / "mine.tiktoken", 5000) == 0
-    assert "258 tokens (no more pairs are in them) learned" in capsys.readouterr().out
+    assert "258 tokens (the data has no more pairs), trained" in capsys.readouterr().out
 
 
 def test_the_demo_corpus_gzipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +120,7 @@ def test_an_output_that_is_there_stays_without_force(tmp_path: Path, capsys: pyt
     output = tmp_path / "mine.tiktoken"
     output.write_text("precious")
     assert train(tmp_path / "data.txt", output) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert output.read_text() == "precious"
     assert train(tmp_path / "data.txt", output, 257, "--force") == 0
     assert ChatTokenizer(str(output)).base_size == 257
@@ -131,7 +131,7 @@ def test_an_output_that_is_there_stays_without_force(tmp_path: Path, capsys: pyt
 def test_a_vocabulary_size_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture[str], vocab_size: int) -> None:
     assert train(tmp_path / "unread.jsonl", tmp_path / "mine.tiktoken", vocab_size) == 2
     err = capsys.readouterr().err
-    assert err == (f"rlchat: --vocab-size {vocab_size}: give from 256 (the single bytes alone) to 1,000,000 tokens\n")
+    assert err == (f"rlchat: invalid value {vocab_size} for --vocab-size: expected 256 to 1,000,000\n")
 
 
 def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     for name, complaint in {
         "absent.txt": "cannot read",
         "absent.jsonl": "no such data file",
-        "latin.txt": "not UTF-8 (byte 4)",
+        "latin.txt": "not UTF-8 (at byte 4)",
         "empty.txt": "no text in",
         "bad.jsonl": "bad.jsonl:2: not JSON",
     }.items():
@@ -151,7 +151,7 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert err.count("\n") == 1
     assert not (tmp_path / "mine.tiktoken").exists()
     assert train(tmp_path / "bad.jsonl", tmp_path / "mine.tiktoken", 256) == 2
-    assert "fix the line or skip it with --on_bad_line skip" in capsys.readouterr().err
+    assert "fix the line, or skip it with --on_bad_line skip" in capsys.readouterr().err
     assert train(tmp_path / "bad.jsonl", tmp_path / "mine.tiktoken", 256, "--on_bad_line", "skip") == 0
     assert "skipped 1 bad line" in capsys.readouterr().err
 
@@ -159,7 +159,7 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text("abab")
     assert train(tmp_path / "data.txt", tmp_path / "mine.json") == 2
-    assert "ends in .tiktoken" in capsys.readouterr().err
+    assert "must end in .tiktoken" in capsys.readouterr().err
     assert train(tmp_path / "data.txt", tmp_path / "data.txt" / "mine.tiktoken") == 2
     assert "cannot be written" in capsys.readouterr().err
 

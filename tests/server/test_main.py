@@ -108,7 +108,7 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["nothing.pt"], r"nothing\.pt: no such model; train one with `rlchat demo`"),
         (["foreign.pt"], r"foreign\.pt: not a bundle of rlchat"),
         (["damaged.pt"], r"damaged\.pt: damaged, or no bundle of rlchat"),
-        (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not to be had"),
+        (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not available"),
         (["parrot.pt", "--feedback", "."], r"cannot write feedback to \.: Is a directory; choose another file"),
         (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "cannot write feedback to parrot.pt/kept/f: Not a dir"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),

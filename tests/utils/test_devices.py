@@ -22,5 +22,5 @@ def test_bfloat16_where_cuda_computes_with_it(
 
 
 def test_a_dtype_that_is_none() -> None:
-    with pytest.raises(UserError, match="dtype 'int8' is none to chat with; give one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="invalid dtype 'int8': expected one of float32, bfloat16, float16"):
         choose_dtype("int8", torch.device("cpu"))

@@ -80,6 +80,8 @@ class OasstReader(Reader):
             "detoxify",
             "emojis",
             "origin",
+            "feedback_id",
+            "verdict",
         }
     )
     priority = 2

@@ -1,0 +1,70 @@
+"""Turns what Lightning and PyTorch raise about the user's options into one sentence."""
+
+from __future__ import annotations
+
+import traceback
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from rlchat.errors import UserError
+
+# Lightning raises these when it checks options and what callbacks and loggers need.
+_REFUSALS = (MisconfigurationException, ValueError)
+# Its callbacks, loggers and finders raise these too: a missing metric or a missing package.
+_REFUSALS_OF_PARTS = (RuntimeError, ImportError, NotImplementedError)
+_PARTS = (
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.fabric.loggers",
+    "lightning.pytorch.tuner",
+)
+
+
+def user_error_in(error: BaseException) -> UserError | None:
+    """The error for the user in ``error``, or None where it is not about something that the user can fix.
+
+    It is a :class:`UserError` that a library has wrapped, or one made from what a library itself refused.
+    """
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    text = " ".join(str(error).split())
+    # PyTorch and Lightning raise these as RuntimeError or MisconfigurationException without a type of their own, so
+    # that only the text tells them apart.
+    if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict"):
+        return UserError(
+            "ckpt_path: the checkpoint is of a model of another shape than the options describe; leave out --config "
+            "to use the configuration of the checkpoint, or train a new model"
+        )
+    if "val_check_interval" in text and "number of the training batches" in text:
+        return UserError(
+            "trainer.val_check_interval is more than the number of training batches per epoch; set a fraction of the "
+            "epoch, as --trainer.val_check_interval 1.0, or lower --data.batch_size"
+        )
+    if isinstance(error, RuntimeError) and "Connection closed by peer" in text:
+        return UserError("another process of this run has stopped, so this one stops too; see the error of the other")
+    if "No supported gpu backend" in text:
+        return UserError("trainer.accelerator gpu: torch finds no GPU on this machine; set --trainer.accelerator auto")
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}; specify a path that can be read and written")
+    module = _raised_in(error)
+    if isinstance(error, _REFUSALS) and _is_lightning(module):
+        return UserError(f"trainer: {text}")
+    if isinstance(error, _REFUSALS_OF_PARTS) and any(module.startswith(part) for part in _PARTS):
+        return UserError(f"trainer: {text}")
+    return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module whose code raised ``error``."""
+    where = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        where = str(frame.f_globals.get("__name__", ""))
+    return where
+
+
+def _is_lightning(module: str) -> bool:
+    """Whether Lightning itself refused an option, as opposed to a call from a module, such as ``self.log``."""
+    return module.startswith("lightning.") and "logger_connector" not in module and "pytorch.core" not in module

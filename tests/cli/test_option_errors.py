@@ -1,0 +1,89 @@
+"""Options under the names of other libraries, and settings in every notation that a configuration allows."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from rlchat.cli.main import CALLBACKS, STAGES
+from rlchat.cli.option_aliases import ALIASES
+from rlchat.cli.option_errors import explain
+from rlchat.data.datamodule import OASST2DataModule
+
+GROUPS = {"trainer": L.Trainer, "data": OASST2DataModule, **CALLBACKS}
+STAGE_OPTIONS = {name for stage in STAGES for name in inspect.signature(stage).parameters}
+OPTIONS = {
+    *(f"--{group}.{name}" for group, cls in GROUPS.items() for name in inspect.signature(cls).parameters),
+    *(f"--model.{name}" for name in STAGE_OPTIONS),
+    "--ckpt_path",
+    "--seed_everything",
+}
+
+
+def error(*words: str, model: str = "rlchat.PPOModule") -> str:
+    return str(explain(["fit", "--model", model, *words], GROUPS, OPTIONS, "what the parser says"))
+
+
+@pytest.mark.parametrize(
+    ("alias", "option"),
+    [
+        ("cliprange", "--model.clip_eps"),
+        ("clip_coef", "--model.clip_eps"),
+        ("clip_range", "--model.clip_eps"),
+        ("cliprange_value", "--model.value_clip"),
+        ("vf_coef", "--model.value_coef"),
+        ("gae_lambda", "--model.lam"),
+        ("num_minibatches", "--model.minibatches"),
+        ("num_mini_batches", "--model.minibatches"),
+        ("ppo_epoch", "--model.ppo_epochs"),
+        ("num_ppo_epochs", "--model.ppo_epochs"),
+        ("lr", "--model.learning_rate"),
+        ("kl_ctl", "--model.kl_coef"),
+        ("init_kl_coef", "--model.kl_coef"),
+        ("response_length", "--model.max_new_tokens"),
+        ("max_tokens", "--model.max_new_tokens"),
+        ("model_name", "--model.base_model"),
+        ("per_device_train_batch_size", "--data.batch_size"),
+        ("num_train_epochs", "--trainer.max_epochs"),
+        ("gradient_accumulation_steps", "--trainer.accumulate_grad_batches"),
+    ],
+)
+def test_names_of_other_libraries(alias: str, option: str) -> None:
+    assert error(f"--model.{alias}", "1") == f"--model.{alias}: no such option of PPOModule; did you mean {option}?"
+    assert error(f"--{alias}=1") == f"--{alias}: no such option; did you mean {option}?"
+
+
+def test_a_suggestion_is_an_option_of_the_class() -> None:
+    """PPO clips gradients by an option of its own, the other stages by one of the trainer."""
+    assert error("--model.grad_clip", "1").endswith("did you mean --model.max_grad_norm?")
+    assert error("--model.grad_clip", "1", model="rlchat.SFTModule").endswith(
+        "did you mean --trainer.gradient_clip_val?"
+    )
+    assert error("--model.max_grad_norm=1", model="rlchat.SFTModule").endswith("mean --trainer.gradient_clip_val?")
+
+
+def test_every_alias_leads_to_an_option_and_is_none_itself() -> None:
+    assert {f"--{option}" for options in ALIASES.values() for option in options} <= OPTIONS
+    # PPO's own name for an option that the other stages have in the trainer.
+    assert set(ALIASES) & {option.rpartition(".")[2].lstrip("-") for option in OPTIONS} == {"max_grad_norm"}
+
+
+def test_an_alias_in_a_file_is_written_as_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {class_path: rlchat.PPOModule, init_args: {cliprange: 0.1}}\n")
+    said = str(explain(["fit", "--config", str(path)], GROUPS, OPTIONS, ""))
+    assert said == "model.cliprange: no such option of PPOModule; did you mean model.clip_eps?"
+
+
+def test_a_flag_goes_before_the_class_that_a_file_names(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {class_path: rlchat.PPOModule}\n")
+    words = ["fit", "--config", str(path), "--model", "rlchat.SFTModule", "--model.clip_eps=1"]
+    assert str(explain(words, GROUPS, OPTIONS, "")).startswith("--model.clip_eps: no such option of SFTModule")
+
+
+def test_what_no_setting_explains_is_said_in_the_words_of_the_parser() -> None:
+    assert error("--model.clip_eps", "0.1", "--trainer.max_epochs=2") == "what the parser says"
