@@ -11,8 +11,8 @@ if __name__ == "__main__":
     if sys.version_info[:2] == PINNED:
         print("-c constraints.txt")
     else:
+        pinned, here = (".".join(map(str, version[:2])) for version in (PINNED, sys.version_info))
         print(
-            "constraints.txt pins the dependencies for Python {}.{}; this is Python {}.{}, so pip uses the version ranges in "
-            "pyproject.toml".format(*PINNED, *sys.version_info[:2]),
+            f"constraints.txt is for Python {pinned}; on Python {here} pip uses the version ranges in pyproject.toml",
             file=sys.stderr,
         )
