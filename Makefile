@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := -m pip install --disable-pip-version-check --progress-bar off
 
-.PHONY: demo test prove against_trl lint chat clean
+.PHONY: demo chat test latest lowest constraints docs lint prove against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -15,7 +16,40 @@ test: export OMP_NUM_THREADS ?= 1  # two test processes on two cores
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2
 
-# The long proofs, whose figures the README quotes: an hour and more of two cores. Two nodes need root, for network
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The suite with the newest versions that pyproject.toml allows.
+latest: export OMP_NUM_THREADS ?= 1
+latest: pyproject.toml
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python $(PIP) -q --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-latest/bin/python -m pytest -n 2
+
+# The suite with the lowest versions that pyproject.toml allows. PyTorch keeps its pin, since old CPU builds are not
+# available everywhere; test tools are the newest that fit.
+lowest: export OMP_NUM_THREADS ?= 1
+lowest: .venv-tools/bin/uv pyproject.toml constraints.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	grep '^torch==' constraints.txt > .venv-lowest/torch.txt
+	.venv-tools/bin/uv pip compile pyproject.toml --extra serve --resolution lowest-direct --quiet --no-header \
+	  --no-annotate --python .venv-lowest/bin/python --override .venv-lowest/torch.txt -o .venv-lowest/lowest.txt
+	.venv-lowest/bin/python $(PIP) -q -c .venv-lowest/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pytest -n 2
+
+# Resolves the versions that `make demo` and `make test` install, for Linux, macOS and Windows; installs none of them.
+constraints: .venv-tools/bin/uv
+	.venv-tools/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+	  --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
+
+# The documentation as a site: docs/_build/index.html. A broken link is an error.
+docs: .venv-tools/docs
+	.venv-tools/bin/sphinx-build -q -W --keep-going -d docs/_build/.doctrees docs docs/_build
+
+# The long proofs, whose figures docs/multi-gpu.md quotes: an hour and more of two cores. Two nodes need root, for network
 # namespaces, and iproute2.
 prove: export OMP_NUM_THREADS ?= 1
 prove: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
@@ -40,26 +74,31 @@ against_trl: .venv-trl/installed
 	    --critic $$critic $$args --out $(CURVES)/$$critic-$$run.json; done; done
 	.venv-trl/bin/python benchmarks/against_trl/compare.py $(CURVES)
 
-lint: $(VENV)/installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-
-# A file as a stamp: pip runs again when pyproject.toml has changed, and a broken install leaves no stamp.
-$(VENV)/installed: pyproject.toml
+# Files as stamps: pip runs again when the dependencies have changed, and a broken install leaves no stamp.
+$(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e .
+	$(BIN)/python $(PIP) $$($(BIN)/python .ci/pins.py) -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -e '.[dev]'
+	$(BIN)/python $(PIP) -q $$($(BIN)/python .ci/pins.py) -e '.[dev]'
+	touch $@
+
+.venv-tools/bin/uv:
+	test -x .venv-tools/bin/python || $(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python $(PIP) -q uv
+	touch $@
+
+.venv-tools/docs: pyproject.toml constraints.txt
+	test -x .venv-tools/bin/python || $(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python $(PIP) -q $$(.venv-tools/bin/python .ci/pins.py) sphinx myst-parser furo
 	touch $@
 
 .venv-trl/installed: pyproject.toml
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --disable-pip-version-check -q -e . trl==1.12.0 accelerate==1.15.0
+	.venv-trl/bin/python $(PIP) -q -e . trl==1.12.0 accelerate==1.15.0
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-trl .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-trl .venv-latest .venv-lowest .venv-tools docs/_build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

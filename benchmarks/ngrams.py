@@ -1,10 +1,10 @@
-"""Perplexity of a unigram and a trigram model on the assistant's words that `rlchat test` measures.
+"""Perplexity of a unigram and a trigram model on the assistant tokens that `rlchat test` measures.
 
     python benchmarks/ngrams.py --encoding rlchat_1k --max_length 256 DATA.jsonl.gz
 
-The same split, tokens and truncation as `rlchat fit --config sft` with these options, so that the figures can stand
-beside the neural model's. The trigram is interpolated by Witten and Bell's rule (1991), which has nothing to tune; it
-sees every token of a conversation as context and is judged on what the assistant said.
+Split, tokens and truncation are those of `rlchat fit --config sft` with these options, so the figures are comparable
+with the neural model's. The trigram uses Witten–Bell interpolation (1991), which has no parameters to tune. Every token
+of a conversation serves as context; only assistant tokens are scored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
 class Trigram:
-    """Interpolated counts: P(w | uv) = (c(uvw) + t(uv) · P(w | v)) / (c(uv) + t(uv)), t the number of kinds seen."""
+    """Interpolated counts: P(w | uv) = (c(uvw) + t(uv) · P(w | v)) / (c(uv) + t(uv)), t the number of distinct w."""
 
     def __init__(self, rows: list[list[int]], vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -38,7 +38,7 @@ class Trigram:
             self.kinds.append(kinds)
 
     def probability(self, token: int, context: tuple[int, ...]) -> float:
-        """Of ``token`` after the last tokens of ``context``; () gives the unigram."""
+        """P(``token`` | ``context``), the last tokens before it; () gives the unigram."""
         lower = self.probability(token, context[1:]) if context else 1 / self.vocabulary
         order = len(context)
         seen, kinds = self.seen[order].get(context, 0), self.kinds[order].get(context, 0)
@@ -46,8 +46,8 @@ class Trigram:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("path", nargs="+")
+    parser = argparse.ArgumentParser(description="Perplexity of n-gram models on the held-out test split.")
+    parser.add_argument("path", nargs="+", help="conversation files")
     parser.add_argument("--encoding", default="rlchat_1k")
     parser.add_argument("--max_length", type=int, default=256)
     options = parser.parse_args()
@@ -65,8 +65,8 @@ def main() -> None:
     nll: Counter[str] = Counter()
     tokens = 0
     for batch in data.test_dataloader()[0]:
-        for row, said in zip(batch.ids.tolist(), batch.loss_mask.tolist(), strict=True):
-            for place in (i for i, is_said in enumerate(said) if is_said):
+        for row, loss_mask in zip(batch.ids.tolist(), batch.loss_mask.tolist(), strict=True):
+            for place in (i for i, counts in enumerate(loss_mask) if counts):
                 tokens += 1
                 for name, width in (("unigram", 0), ("trigram", 2)):
                     context = tuple(row[max(0, place - width) : place]) if width else ()

@@ -1,9 +1,9 @@
-"""All three stages on real files, one after the other: that they run, and what they measure.
+"""Runs all three stages on real files, one after the other, and prints held-out figures.
 
     TIKTOKEN_CACHE_DIR=… python benchmarks/real_data.py --encoding cl100k_base --batches 40 FILE [FILE ...]
 
-A small model with random weights (the demo's shape), so that it is a matter of minutes on two cores; prints a row a
-stage with held-out figures. It works in a folder of its own, `benchmarks/.real_data/`.
+The model is small and starts from random weights, so this takes minutes on two cores. It prints one row per stage and
+writes to `benchmarks/.real_data/`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SHOWN = ("perplexity", "accuracy", "pair_accuracy", "reward", "kl", "answer_accu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("path", nargs="+", type=Path)
+    parser = argparse.ArgumentParser(description="Run all three stages on real files.")
+    parser.add_argument("path", nargs="+", type=Path, help="conversation files")
     parser.add_argument("--encoding", default="rlchat_1k")
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--batches", type=int, default=40, help="training batches of each stage")

@@ -1,89 +1,262 @@
-"""What the README tells people to type works: commands run or parse, code runs, and files that it names exist."""
+"""Every command and code block in README, CONTRIBUTING and docs works: it runs, or its command line is parsed."""
 
 from __future__ import annotations
 
+import argparse
+import gzip
+import importlib.util
+import json
 import re
+import runpy
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import jsonargparse
 import pytest
 import yaml
 from helpers.chat_models import random_policy
+from helpers.command_line import write_talk
 
-from rlchat.__main__ import COMMANDS, main
+from rlchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
 from rlchat.conversation import Conversation, Message
 from rlchat.models.model_file import save_bundle
 from rlchat.rewards import Reply, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-SHELL = "".join(body for language, body in BLOCKS if not language).replace("\\\n", " ")
-COMMAND_LINES = [line.split("#")[0].strip() for line in SHELL.splitlines() if line.startswith("rlchat ")]
-TRAINING = [line for line in COMMAND_LINES if line.split()[1] in ("fit", "validate", "test")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES if path.is_file()}
+BLOCKS = [
+    (page, language, body)
+    for page, text in TEXTS.items()
+    for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+]
+# Commands that train, or listen for requests: their command lines are parsed. The other commands of rlchat run.
+PARSED_ONLY = {"rlchat demo", "rlchat demo --seed 1", "rlchat demo --seed 2"}
 
 
-def block(language: str, word: str) -> str:
-    """The one block in ``language`` that holds ``word``."""
-    (found,) = [body for name, body in BLOCKS if name == language and word in body]
-    return found
+def shell_lines() -> list[str]:
+    """Each distinct command of a ``bash`` block: continued lines joined, comments and ``.venv/bin/`` removed."""
+    found: dict[str, None] = {}
+    for _, language, body in BLOCKS:
+        variables = dict(re.findall(r'^(\w)="(.*)"$', body, re.MULTILINE)) if language == "bash" else {}
+        for line in body.replace("\\\n", " ").splitlines() if language == "bash" else []:
+            words = [
+                word
+                for plain in shlex.split(line, comments=True)
+                for word in (shlex.split(variables[plain[1:]]) if plain[:1] == "$" else [plain])
+            ]
+            if words and "=" not in words[0]:
+                found[shlex.join([words[0].removeprefix(".venv/bin/"), *words[1:]])] = None
+    return list(found)
+
+
+LINES = shell_lines()
+
+
+def lines_of(*programs: str) -> list[str]:
+    return [line for line in LINES if line.split()[0] in programs]
+
+
+RLCHAT = lines_of("rlchat") + [line.partition("--no-python ")[2] for line in lines_of("torchrun")]
+TRAINING = [line for line in RLCHAT if line.split()[1] in TRAINER_COMMANDS]
+OTHER = [line for line in RLCHAT if line not in TRAINING]
+BENCHMARKS = [line for line in lines_of("python") if line.startswith("python benchmarks/")]
+
+
+class CommandLineParsed(Exception):
+    """Raised in place of the work that follows the parsing of a command line."""
+
+
+@pytest.fixture
+def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """argparse checks a command line as usual, then the program stops."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *args: object, **options: object) -> None:
+        parse_args(self, *args, **options)  # type: ignore[call-overload]
+        raise CommandLineParsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+@pytest.fixture
+def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
+    """A working directory with the files that the commands of the documentation read."""
+    for name in ("trees.jsonl", "talk.jsonl", "feedback.jsonl", "data/demo.jsonl", "sgd/train.jsonl", "sgd/dev.jsonl"):
+        path = workplace / name
+        path.parent.mkdir(exist_ok=True)
+        write_talk(path)
+        (path.parent / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (workplace / "questions.txt").write_text("What comes after 3?\nHello\n")
+    save_bundle("checkpoints/rl_chat_model_tiktoken.pt", random_policy(tokenizer))
+    shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/sft_model.pt")
+    return workplace
+
+
+def test_every_command_is_covered() -> None:
+    checked = {"rlchat", "torchrun", "make", "pip", "pre-commit", "python", "python3", "curl", "tensorboard"}
+    assert {line.split()[0] for line in LINES} <= checked
+    assert len(TRAINING) > 15
+    assert {line.split()[1] for line in RLCHAT} == set(COMMANDS)
+    assert set(OTHER) >= PARSED_ONLY
+    assert [line for line in lines_of("python") if line not in BENCHMARKS and "pytest" not in line] == []
 
 
 @pytest.mark.parametrize("line", TRAINING)
-def test_training_commands_parse(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = shlex.split(line.replace("$D", "train.jsonl.gz dev.jsonl.gz"))[1:]
-    if "--ckpt_path" in words:  # what it names is looked for before anything is printed
+def test_training_command_parses(line: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(line)[1:]
+    if "--ckpt_path" in words:  # the checkpoint is looked up before --print_config
         place = words.index("--ckpt_path")
         del words[place : place + 2]
     assert main([*words, "--print_config"]) == 0
     assert "class_path" in yaml.safe_load(capsys.readouterr().out)["model"]
 
 
-def test_every_command_is_one() -> None:
-    assert TRAINING
-    assert {line.split()[1] for line in COMMAND_LINES} <= set(COMMANDS)
+@pytest.mark.parametrize("line", [line for line in OTHER if line in PARSED_ONLY or line.startswith("rlchat serve")])
+def test_long_command_parses(line: str, folder: Path, stop_after_parsing: None) -> None:
+    with pytest.raises(CommandLineParsed):
+        main(shlex.split(line)[1:])
 
 
-def test_nothing_waits_to_be_filled_in() -> None:
-    assert "@@" not in TEXT
-    assert "TODO" not in TEXT
+@pytest.mark.parametrize("line", [line for line in OTHER if line not in PARSED_ONLY and "serve" not in line])
+def test_short_command_runs(
+    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "data" / "demo.jsonl").unlink()
+    (folder / "typed.txt").write_text("Hello\n/quit\n")
+    before = set(folder.rglob("*"))
+    words = [{"4096": "300"}.get(word, word) for word in shlex.split(line)[1:]]  # the data here is small
+    with (folder / "typed.txt").open() as typed:
+        monkeypatch.setattr(sys, "stdin", typed)
+        assert main(words) == 0
+    assert set(folder.rglob("*")) - before or capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", BENCHMARKS)
+def test_benchmark_parses(line: str, folder: Path, stop_after_parsing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)[1:]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(CommandLineParsed):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 def test_make_has_the_targets() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"^make (\w+)", SHELL, re.MULTILINE))
-    assert {"demo", "chat"} <= named <= targets
+    targets = set(re.findall(r"^([\w$()./-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets |= {target.replace("$(VENV)", ".venv") for target in targets}
+    named = {word for line in lines_of("make") for word in line.split()[1:] if "=" not in word}
+    assert {"demo", "chat", "test", "docs"} <= named
+    assert named <= targets
 
 
-def test_files_that_it_links_exist() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    local = [link for link in links if "://" not in link]
-    assert any(link.endswith(".png") for link in local)
-    assert [link for link in local if not (ROOT / link).exists()] == []
+def test_make_and_pip_use_files_and_extras_that_exist() -> None:
+    for line in lines_of("pip"):
+        words = shlex.split(line)
+        assert words[1] == "install"
+        for word in words[2:]:
+            if word.startswith(".["):
+                extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+                assert word[2:-1] in extras
+            else:
+                assert word in ("-e", "-c", ".", "constraints.txt")
 
 
-def test_modules_that_it_names_exist() -> None:
-    named = re.findall(r"`(\w+\.py)`", TEXT.split("## How it is built")[1].split("## ")[0])
-    assert len(named) > 15
-    assert [name for name in named if not (ROOT / "rlchat" / name).is_file()] == []
+def test_programs_of_the_dependencies_are_installed() -> None:
+    assert importlib.util.find_spec("tensorboard")
+    assert all(shlex.split(line)[1] == "--logdir" for line in lines_of("tensorboard"))
 
 
-def test_the_chat_in_two_lines(
-    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_bundle("checkpoints/rl_chat_model_tiktoken.pt", random_policy(tokenizer))
-    exec(block("python", "ChatInterface"), {})
+@pytest.mark.parametrize("line", lines_of("curl"))
+def test_request_to_the_api(line: str, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from helpers.servers import HTTP, serving
+
+    words = shlex.split(line)
+    path = re.sub(r"http://127\.0\.0\.1:\d+", "", words[1])
+    body = json.loads(words[words.index("-d") + 1])
+    with serving(random_policy(tokenizer), tmp_path / "feedback.jsonl") as server:
+        response = HTTP.post(server.url + path, json=body)
+    assert response.status_code == 200
+    assert response.json()["choices"]
+
+
+def test_linked_files_exist() -> None:
+    links = [(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 10
+    assert [(page, link) for page, link in local if not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_files_and_folders_in_backticks_exist() -> None:
+    pattern = r"(?<!Create )`((?:rlchat|tests|configs|docs|benchmarks)/[\w./]*)`"
+    names = [(page, name) for page, text in TEXTS.items() for name in re.findall(pattern, text)]
+    assert len(names) > 10
+    assert [(page, name) for page, name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_file_tree_names_every_package() -> None:
+    (tree,) = [body for page, language, body in BLOCKS if page == "README.md" and language == "text"]
+    named = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
+    packages = {path.parent.name for path in (ROOT / "rlchat").glob("*/__init__.py")}
+    assert named == packages
+    assert {f"{name}/" for name in re.findall(r"^(\w+)/ ", tree, re.MULTILINE)} <= {
+        f"{path.name}/" for path in ROOT.iterdir() if path.is_dir()
+    }
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    contents = TEXTS["docs/index.md"].split("```{toctree}")[1].split("```")[0].split()
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == set(contents) - {":maxdepth:", "1"}
+
+
+def test_ppo_options_exist() -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "ppo.yaml").read_text())["model"]["init_args"]
+    table = TEXTS["docs/ppo.md"].split("## Options")[1].split("## Alarms")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert len(named) > 25
+    assert named <= set(recipe)
+
+
+def test_reward_factors_exist() -> None:
+    import rlchat.rewards
+
+    named = re.findall(r"^\| `(\w+)` \|", TEXTS["docs/rewards.md"], re.MULTILINE)
+    assert len(named) >= 8
+    assert [name for name in named if not hasattr(rlchat.rewards, name)] == []
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    for text in TEXTS.values():
+        assert "@@" not in text
+        assert "TODO" not in text
+
+
+def test_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 160
+    prose = re.sub(r"^```.*?^```|^[|#!].*?$", "", TEXTS["README.md"], flags=re.MULTILINE | re.DOTALL)
+    sentences = re.split(r"(?<=[.:;?!])\s+|\n\n|\n- ", prose)
+    assert [sentence for sentence in sentences if len(sentence.split()) > 22] == []
+
+
+def block(page: str, language: str, word: str) -> str:
+    """The one block in ``language`` on ``page`` that contains ``word``."""
+    (found,) = [body for where, name, body in BLOCKS if (where, name) == (page, language) and word in body]
+    return found
+
+
+def test_chat_from_python(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(block("README.md", "python", "ChatInterface"), {})
     assert capsys.readouterr().out.strip()
+    assert (folder / "talk.json").is_file()
 
 
-def test_a_reward_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards.py").write_text(block("python", "ReplyFactor"))
+def test_a_reward_factor_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(block("docs/rewards.md", "python", "ReplyFactor"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    named = yaml.safe_load(block("yaml", "my_rewards"))["reward"]
-    named["init_args"]["factors"] = named["init_args"]["factors"][:1]  # the other one needs a trained bundle
+    named = yaml.safe_load(block("docs/rewards.md", "yaml", "my_rewards"))["reward"]
+    named["init_args"]["factors"] = named["init_args"]["factors"][:1]  # the second one needs a trained reward model
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--reward", type=Reward)
     reward = parser.instantiate_classes(parser.parse_object({"reward": named})).reward

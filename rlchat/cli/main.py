@@ -12,11 +12,11 @@ from argparse import ArgumentError
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name as import_object
 from typing import Any, get_args
 
 import lightning as L
 from jsonargparse import Namespace
-from jsonargparse.util import import_object
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback

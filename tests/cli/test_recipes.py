@@ -9,12 +9,12 @@ import subprocess
 import textwrap
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name as import_object
 from typing import Any
 
 import pytest
 import yaml
 from helpers.command_line import rlchat
-from jsonargparse.util import import_object
 
 import rlchat as package
 from rlchat.callbacks import SampleResponses, StatsPlot
