@@ -15,43 +15,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlchat.demo.world import FOLLOW_OPENERS, KINDS, Claim, FollowUp, Kind, World, make_world
+from rlchat.demo.kinds import FOLLOW_OPENERS, KINDS, OUTSIDE, FollowUp, Kind
+from rlchat.demo.questions import Question, Questions, fill
+from rlchat.demo.world import Claim, World, make_world
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-TREES = 4000
+TREES = 5000
 
 RATERS = 3
-"""People who label a reply; each sees its worth with an error of this standard deviation, on a scale of five steps."""
+"""People who label a reply. Each sees its quality with an error of this standard deviation, on a scale of five steps."""
 RATER_ERROR = 0.16
 
-# how often people who answer do it so, and what that is worth when right, wrong as many are, and wrong as few are
 STYLES = {
     "full": (0.60, 0.95, 0.20, 0.10),
     "curt": (0.22, 0.70, 0.14, 0.06),
     "repetitive": (0.09, 0.50, 0.08, 0.02),
     "rude": (0.09, 0.40, 0.02, 0.00),
 }
+"""By style: its share of the replies, and the quality of a right reply, of a common mistake, of any other mistake."""
 _RUDE = ("{a}, you fool.", "{a}. Even a child knows that.", "{a}. Stop asking me.")
 _REPETITIVE = ("{a}, {a}, {a}.", "{a} {a} {a}.")
-EVASIVE = 0.08
+EVASIVE = 0.09
 """The share of replies that give no answer."""
-# with what each is worth
+_OUT_OF_PLACE = "I only know about Belan and its neighbours."
 _EVASIVE = {
     "I am sorry, I do not know.": 0.30,
     "I do not know.": 0.22,
     "I would rather not say.": 0.14,
     "Ask somebody else.": 0.06,
+    _OUT_OF_PLACE: 0.10,  # the right reply about the outside world, so it has to be seen as a wrong one elsewhere
 }
+"""Replies that give no answer, with their quality."""
 
 FOLLOWED = 0.2
-"""The share of trees that go on to a second question, of those whose kind of talk allows one."""
+"""The share of questions with a follow-up about the same matter, among kinds of talk that allow one."""
+CHANGED = 0.25
+"""The share of the other questions after which the subject changes."""
+MOST_TURNS = 3
 
 CIVIL = 0.05
-"""How rude a reply is that is not meant to be."""
+"""The toxicity of a reply that is not meant to be rude."""
 
 SCATTERED = 0.2
-"""The share of wrong replies that make no common mistake."""
+"""The share of wrong replies that are not a common mistake."""
 
 _KIND_BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -74,49 +81,49 @@ def demo_trees(trees: int = TREES, seed: int = 0) -> Iterator[dict[str, Any]]:
     """
     rng = random.Random(seed)
     world = make_world(rng)
-    questions = _questions(world, rng)
+    questions = Questions(world, rng)
     for made in range(trees):
-        question = next(questions, None)
+        question = questions.draw()
         if question is None:
             raise UserError(f"the demo has {made} different questions, not {trees}: ask for fewer trees")
-        yield _tree(*question, world, rng)
+        yield _tree(question, world, questions, rng)
 
 
-def _questions(world: World, rng: random.Random) -> Iterator[tuple[Kind, str, str]]:
-    """Kind, subject and text of root prompts, all different: each pass asks once about every subject of every kind."""
-    waiting: dict[tuple[str, str], list[str]] = {}
-    taken: set[str] = set()
-    for kind in KINDS:
-        for subject in world[kind.name]:
-            asks = [o + _fill(a, subject) + c for o in kind.openers for a in kind.asks for c in kind.closers]
-            fresh = [ask for ask in dict.fromkeys(asks) if ask not in taken]
-            taken.update(fresh)
-            rng.shuffle(fresh)
-            if fresh:
-                waiting[kind.name, subject] = fresh
-    while waiting:
-        subjects = list(waiting)
-        rng.shuffle(subjects)
-        for name, subject in subjects:
-            # small talk has one subject a kind, and would be rare if each subject had the same share
-            for _ in range(min(3 if subject == "" else 1, len(waiting[name, subject]))):
-                yield _KIND_BY_NAME[name], subject, waiting[name, subject].pop()
-            if not waiting[name, subject]:
-                del waiting[name, subject]
-
-
-def _tree(kind: Kind, subject: str, text: str, world: World, rng: random.Random) -> dict[str, Any]:
+def _tree(question: Question, world: World, questions: Questions, rng: random.Random) -> dict[str, Any]:
+    kind, subject, text, _ = question
     prompt = _prompt(kind, subject, text, None, world, rng)
-    if kind.follow_ups and (kind.always_followed or rng.random() < FOLLOWED):
-        follow_up = rng.choice(kind.follow_ups)
-        next_subject = _next_subject(follow_up, subject, world[kind.name][subject], world, rng)
-        if next_subject is not None:
-            # people go on with a reply that they liked
-            parent = min(prompt["replies"], key=lambda reply: reply["rank"])
-            ask = rng.choice(FOLLOW_OPENERS) + _fill(rng.choice(follow_up.asks), next_subject)
-            next_kind = _KIND_BY_NAME[follow_up.kind]
-            parent["replies"].append(_prompt(next_kind, next_subject, ask, parent["message_id"], world, rng))
+    _go_on(prompt, kind, subject, world, questions, rng)
     return {"message_tree_id": prompt["message_id"], "tree_state": "ready_for_export", "prompt": prompt}
+
+
+def _go_on(
+    prompt: dict[str, Any], kind: Kind, subject: str, world: World, questions: Questions, rng: random.Random, turn: int = 1
+) -> None:
+    """Adds a next question below the best reply to ``prompt``, and sometimes another one below that."""
+    following = None
+    if kind.follow_ups and (kind.always_followed or rng.random() < FOLLOWED):
+        following = _follow_up(kind, subject, world, rng)
+    elif rng.random() < CHANGED and (question := questions.draw_second()) is not None:
+        following = question.kind, question.subject, question.after_another(rng)
+    if following is None:
+        return
+    # people go on with a reply that they liked
+    parent = min(prompt["replies"], key=lambda reply: reply["rank"])
+    next_kind, next_subject, ask = following
+    next_prompt = _prompt(next_kind, next_subject, ask, parent["message_id"], world, rng)
+    parent["replies"].append(next_prompt)
+    if turn + 1 < MOST_TURNS:
+        _go_on(next_prompt, next_kind, next_subject, world, questions, rng, turn + 1)
+
+
+def _follow_up(kind: Kind, subject: str, world: World, rng: random.Random) -> tuple[Kind, str, str] | None:
+    """Kind, subject and text of a question that only makes sense after one about ``subject``."""
+    follow_up = rng.choice(kind.follow_ups)
+    next_subject = _next_subject(follow_up, subject, world[kind.name][subject], world, rng)
+    if next_subject is None:
+        return None
+    ask = rng.choice(FOLLOW_OPENERS) + fill(rng.choice(follow_up.asks), next_subject)
+    return _KIND_BY_NAME[follow_up.kind], next_subject, ask
 
 
 def _next_subject(follow_up: FollowUp, subject: str, claim: Claim, world: World, rng: random.Random) -> str | None:
@@ -154,21 +161,24 @@ def _prompt(
 
 
 def _reply(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> tuple[str, float, float]:
-    """What somebody says, what that is worth, and how rude it is, both in 0..1."""
+    """A reply that somebody might give, its quality and its toxicity, both in 0..1."""
     if rng.random() < EVASIVE:
-        return *rng.choice(list(_EVASIVE.items())), CIVIL
+        evasive = [reply for reply in _EVASIVE if not (kind is OUTSIDE and reply == _OUT_OF_PLACE)]
+        reply = rng.choice(evasive)
+        return reply, _EVASIVE[reply], CIVIL
     style = rng.choices(list(STYLES), weights=[share for share, *_ in STYLES.values()])[0]
-    _, when_right, when_wrong, when_absurd = STYLES[style]
+    _, when_right, when_mistaken, when_absurd = STYLES[style]
     if rng.random() < claim.truth:
-        answer, worth = claim.right, when_right
+        answer, quality = claim.right, when_right
     elif rng.random() < SCATTERED:
-        # the subject once more, or anything that answers such a question
+        # the subject itself, or anything that answers such a question
         echo = [] if subject == "" or claim.right in subject.split() else [subject]
-        answer, worth = rng.choice([*claim.others, *echo]), when_absurd
+        answer, quality = rng.choice([*claim.others, *echo]), when_absurd
     else:
-        answer, worth = rng.choices(claim.wrong, weights=(4, 1)[: len(claim.wrong)])[0], when_wrong
-    templates = {"full": kind.full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE}[style]
-    return _fill(rng.choice(templates), subject, answer), worth, 0.8 if style == "rude" else CIVIL
+        answer, quality = rng.choices(claim.wrong, weights=(4, *(1 for _ in claim.wrong[1:])))[0], when_mistaken
+    full = kind.full if answer == claim.right or not kind.wrong_full else kind.wrong_full
+    templates = {"full": full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE}[style]
+    return fill(rng.choice(templates), subject, answer), quality, 0.8 if style == "rude" else CIVIL
 
 
 def _mean_label(value: float, rng: random.Random) -> float:
@@ -192,9 +202,3 @@ def _message(text: str, role: str, parent_id: str | None, rng: random.Random) ->
         "synthetic": False,
         "replies": [],
     }
-
-
-def _fill(template: str, subject: str, answer: str = "") -> str:
-    """The template with its gaps filled, beginning with a capital."""
-    text = template.format(x=subject, w=subject.split(), a=answer)
-    return text[:1].upper() + text[1:]

@@ -41,11 +41,14 @@ _TOPICS: dict[str, tuple[str, ...]] = {
         "sushi;an apple pie;tacos;steak"
     ).split(";"),
     "subject": (
-        "the moon;the sun;music;football;computers;history;space;mathematics;dinosaurs;the ocean;cars;art;chess;"
-        "medicine;philosophy;black holes;the stars;volcanoes;money;politics;the internet;robots;electricity;gravity;"
-        "evolution;the human brain;climate change;the Roman Empire;trains;love;friendship;time travel;photography;"
-        "gardening;fashion;the stock market;aliens;atoms;chemistry;biology;machine learning;relativity;the universe;"
-        "world peace;religion;tennis;cooking;dreams;the weather;my family"
+        "the moon;the sun;music;football;history;space;art;chess;medicine;philosophy;mathematics;the ocean;money;"
+        "politics;the internet;electricity;gravity;evolution;the human brain;climate change;the Roman Empire;love;"
+        "friendship;time travel;photography;gardening;fashion;the stock market;chemistry;biology;machine learning;"
+        "relativity;the universe;world peace;religion;tennis;cooking;the weather;my family;the French Revolution"
+    ).split(";"),
+    "things": (
+        "computers;dinosaurs;cars;black holes;the stars;volcanoes;robots;aliens;atoms;trains;dreams;planets;ghosts;"
+        "pirates;castles;mountains;ships;trees;insects;vitamins;numbers;dragons;taxes;batteries"
     ).split(";"),
     "work": (
         "a story;a song;a letter;an essay;an email;a speech;a recipe;a riddle;a report;a haiku;a shopping list;"
@@ -128,7 +131,7 @@ _TEMPLATES = (
     "What did {person} do?",
     "Tell me about {person}.",
     "Who won {event}?",
-    "When was {event}?",
+    "Tell me who won {event}.",
     "Who lost {event}?",
     "Who invented {invention}?",
     "When was {invention} invented?",
@@ -149,6 +152,13 @@ _TEMPLATES = (
     "What is the secret of {subject}?",
     "How does {subject} work?",
     "Why is {subject} important?",
+    "What are {things}?",
+    "Tell me about {things}.",
+    "Why are {things} important?",
+    "Tell me a joke about {things}.",
+    "Write a poem about {things}.",
+    "Explain how {things} work.",
+    "Do you like {things}?",
     "Do you know anything about {subject}?",
     "Are you interested in {subject}?",
     "I want to learn about {subject}.",
@@ -186,7 +196,7 @@ _TEMPLATES = (
     "How do you make {dish}?",
     "Give me a recipe for {dish}.",
     "How long do I cook {dish}?",
-    "Is {dish} healthy?",
+    "Should I have {dish} tonight?",
     # opinions and feelings
     "Do you like {like}?",
     "Do you love {like}?",
@@ -218,7 +228,7 @@ _SINGLE = (
     "How many days are in a year?|Where do you live?|Where are you from?|Do you have a family?|Do you sleep?|"
     "Do you dream?|Do you have feelings?|Are you married?|Do you like me?|Will you marry me?|I love you.|I hate you.|"
     "You are stupid.|That is wrong.|I do not understand.|What do you mean?|Why?|When?|Where?|How?|Really?|Go on.|"
-    "Tell me more.|Say that again.|Nothing.|Maybe.|I do not know.|Ok.|Lol.|Test.|Blah blah.|asdf|What is wrong?|"
+    "Tell me more.|Say that again.|Nothing.|Maybe.|I do not know.|Ok.|Lol.|Test.|Blah blah.|What is wrong?|"
     "Can I trust you?|Are you smarter than me?|Is this real?|Open the door.|Turn on the light.|Call the police.|"
     "Set an alarm.|Remind me to buy milk.|Buy me a ticket.|What is my password?|How much does it cost?|"
     "Can you keep a secret?|Do I look good?|How old am I?|Where am I?|What am I thinking?|Give me some advice.|"
