@@ -1,9 +1,9 @@
-"""The demo's conversations: OASST2 trees about a small invented world, with replies of differing worth.
+"""The demo's conversations: generated OASST2 trees about a small invented world, with replies of different quality.
 
-Nothing is downloaded. People in it are often wrong, curt, rude or evasive, and on some matters most of them share one
-mistake, so that a model which imitates them is mediocre; their labels and ranks say, with some noise, which replies
-were better, and that is what the reward model and PPO can climb. Every prompt carries a ``check`` (what a right reply
-holds), which measures held-out answers and is never a reward.
+Nothing is downloaded. People in these trees are often wrong, curt, rude or evasive, and about some facts most of them
+make the same mistake, so that a model that imitates them is mediocre. Their labels and ranks say, with some noise,
+which replies are better: the reward model learns that, and PPO improves the chat model with it. Every prompt carries a
+``check`` (what a right reply contains), which measures held-out answers and is never a reward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlchat.demo.kinds import FOLLOW_OPENERS, KINDS, OUTSIDE, FollowUp, Kind
+from rlchat.demo.kind import FOLLOW_OPENERS, FollowUp, Kind
+from rlchat.demo.kinds import KINDS, OUTSIDE
 from rlchat.demo.questions import Question, Questions, fill
 from rlchat.demo.world import Claim, World, make_world
 from rlchat.errors import UserError
@@ -24,8 +25,9 @@ from rlchat.utils.files import write_atomically
 TREES = 5000
 
 RATERS = 3
-"""People who label a reply. Each sees its quality with an error of this standard deviation, on a scale of five steps."""
+"""People who label a reply."""
 RATER_ERROR = 0.16
+"""The standard deviation of the error with which each of them sees its quality, before rounding to five steps."""
 
 STYLES = {
     "full": (0.60, 0.95, 0.20, 0.10),
@@ -64,10 +66,9 @@ _KIND_BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 def write_demo_corpus(path: Path, *, trees: int = TREES, seed: int = 0) -> None:
-    """Writes ``trees`` conversation trees to ``path``, one JSON object a line; the same bytes for the same arguments.
+    """Writes ``trees`` conversation trees to ``path`` as JSON Lines; the same arguments give the same bytes.
 
-    The file appears under its name only when it is complete. Raises UserError where ``trees`` is more than there are
-    different questions.
+    The write is atomic. Raises UserError if there are fewer different questions than ``trees``.
     """
     lines = (json.dumps(tree, ensure_ascii=False).encode() + b"\n" for tree in demo_trees(trees, seed))
     write_atomically(path, lambda file: file.writelines(lines))
@@ -76,8 +77,8 @@ def write_demo_corpus(path: Path, *, trees: int = TREES, seed: int = 0) -> None:
 def demo_trees(trees: int = TREES, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Conversation trees in the OASST2 export format; no two begin with the same text.
 
-    The seed draws the world (who lives where), its mistakes and how common they are, the questions, the replies, and
-    the labels. Raises UserError where ``trees`` is more than there are different questions.
+    ``seed`` draws the world (its facts), people's mistakes and how common they are, the questions, the replies, and
+    the labels. Raises UserError if there are fewer different questions than ``trees``.
     """
     rng = random.Random(seed)
     world = make_world(rng)
@@ -85,7 +86,9 @@ def demo_trees(trees: int = TREES, seed: int = 0) -> Iterator[dict[str, Any]]:
     for made in range(trees):
         question = questions.draw()
         if question is None:
-            raise UserError(f"the demo has {made} different questions, not {trees}: ask for fewer trees")
+            raise UserError(
+                f"invalid value {trees} for --trees: the demo has enough different questions for {made} trees"
+            )
         yield _tree(question, world, questions, rng)
 
 
@@ -97,7 +100,13 @@ def _tree(question: Question, world: World, questions: Questions, rng: random.Ra
 
 
 def _go_on(
-    prompt: dict[str, Any], kind: Kind, subject: str, world: World, questions: Questions, rng: random.Random, turn: int = 1
+    prompt: dict[str, Any],
+    kind: Kind,
+    subject: str,
+    world: World,
+    questions: Questions,
+    rng: random.Random,
+    turn: int = 1,
 ) -> None:
     """Adds a next question below the best reply to ``prompt``, and sometimes another one below that."""
     following = None
@@ -107,7 +116,7 @@ def _go_on(
         following = question.kind, question.subject, question.after_another(rng)
     if following is None:
         return
-    # people go on with a reply that they liked
+    # people continue below the reply that they liked best
     parent = min(prompt["replies"], key=lambda reply: reply["rank"])
     next_kind, next_subject, ask = following
     next_prompt = _prompt(next_kind, next_subject, ask, parent["message_id"], world, rng)
@@ -136,17 +145,17 @@ def _next_subject(follow_up: FollowUp, subject: str, claim: Claim, world: World,
 def _prompt(
     kind: Kind, subject: str, text: str, parent_id: str | None, world: World, rng: random.Random
 ) -> dict[str, Any]:
-    """A prompter's message with two to four different replies, ranked by what the raters thought of them."""
+    """A prompter's message with two to four different replies, ranked by the raters' mean quality labels."""
     claim = world[kind.name][subject]
     message = _message(text, "prompter", parent_id, rng)
     message["check"] = {"any_of": [claim.right], "none_of": list(claim.others)}
     opinions: dict[str, tuple[float, float]] = {}
     wanted = rng.choices((2, 3, 4), weights=(25, 45, 30))[0]
     while len(opinions) < wanted:
-        reply, worth, rudeness = _reply(kind, subject, claim, rng)
+        reply, value, rudeness = _reply(kind, subject, claim, rng)
         if reply not in opinions:
-            opinions[reply] = (_mean_label(worth, rng), _mean_label(rudeness, rng))
-    # raters who give two replies the same label still prefer one
+            opinions[reply] = (_mean_label(value, rng), _mean_label(rudeness, rng))
+    # ties are broken at random, as raters rank replies with equal labels too
     ranked = sorted(opinions, key=lambda reply: (-opinions[reply][0], rng.random()))
     for reply in rng.sample(ranked, len(ranked)):
         quality, toxicity = opinions[reply]
@@ -182,7 +191,7 @@ def _reply(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> tuple[
 
 
 def _mean_label(value: float, rng: random.Random) -> float:
-    """The mean over the raters of ``value`` as each sees it, on the five steps of the OASST label forms."""
+    """The mean label of all raters, each ``value`` with an error, rounded to the five steps of OASST's label forms."""
     steps = (round(4 * min(1.0, max(0.0, rng.gauss(value, RATER_ERROR)))) for _ in range(RATERS))
     return round(sum(steps) / (4 * RATERS), 4)
 
@@ -198,7 +207,7 @@ def _message(text: str, role: str, parent_id: str | None, rng: random.Random) ->
         "review_result": True,
         "deleted": False,
         "rank": None,
-        # the loader drops what is marked as synthetic, as the official one does
+        # the reader drops messages that are marked as synthetic, as OASST's own loader does
         "synthetic": False,
         "replies": [],
     }

@@ -7,6 +7,8 @@ message.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rlchat.chat import ChatInterface
 from rlchat.conversation import Conversation
@@ -14,6 +16,31 @@ from rlchat.demo.first_messages import FIRST_MESSAGES
 
 MAX_NEW_TOKENS = 24
 _BATCH_SIZE = 128
+
+
+class Chatted(NamedTuple):
+    """What was measured by chatting with one model."""
+
+    figures: dict[str, float]
+    first_messages: list[dict[str, Any]]  # "message", "reply" and "sensible"
+    replies: list[str]
+
+
+def chat_with(model_file: Path, prompts: Sequence[Conversation], *, seed: int, shown: int) -> Chatted:
+    """Measures the model in ``model_file`` on ``prompts`` of the test split; replies to the first ``shown`` of them.
+
+    These replies are sampled at temperature 1.
+    """
+    chat = ChatInterface(model_file, seed=seed)
+    pairs = change_of_subject(prompts)
+    rows = first_message_replies(chat)
+    figures = {
+        "second_question_accuracy": second_question_accuracy(chat, pairs, temperature=1.0),
+        "second_question_accuracy_greedy": second_question_accuracy(chat, pairs, temperature=0.0),
+        "sensible_first_messages": sum(row["sensible"] for row in rows) / len(rows),
+    }
+    rounded = {name: round(value, 4) for name, value in figures.items()}
+    return Chatted(rounded, rows, _replies(chat, prompts[:shown], temperature=1.0))
 
 
 def change_of_subject(prompts: Sequence[Conversation]) -> list[tuple[Conversation, Conversation]]:
@@ -50,11 +77,12 @@ def second_question_accuracy(
     return sum(correct) / len(correct)
 
 
-def first_message_replies(chat: ChatInterface) -> list[tuple[str, str, bool]]:
-    """Every first message with the greedy reply to it, and whether that is sensible."""
+def first_message_replies(chat: ChatInterface) -> list[dict[str, Any]]:
+    """Every first message, the greedy reply to it, and whether that is sensible."""
     replies = _replies(chat, [message.text for message in FIRST_MESSAGES], temperature=0.0)
     return [
-        (message.text, reply, message.accepts(reply)) for message, reply in zip(FIRST_MESSAGES, replies, strict=True)
+        {"message": message.text, "reply": reply, "sensible": message.accepts(reply)}
+        for message, reply in zip(FIRST_MESSAGES, replies, strict=True)
     ]
 
 

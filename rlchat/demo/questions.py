@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import deque
 from typing import NamedTuple
 
 from rlchat.demo.first_messages import FIRST_MESSAGES, plain_words
-from rlchat.demo.kinds import CHANGE_OPENERS, KINDS, OUTSIDE, Kind
+from rlchat.demo.kind import CHANGE_OPENERS, Kind
+from rlchat.demo.kinds import KINDS, OUTSIDE
 from rlchat.demo.outside import outside_prompts
 from rlchat.demo.world import World
 
@@ -79,7 +81,7 @@ class Questions:
         return drawn
 
     def _phrasings(self, kind: Kind, subject: str, seen: set[str]) -> list[Question]:
-        """Every way to ask ``kind`` about ``subject`` that is not in ``seen``, to which it is added; in random order."""
+        """Ways to ask ``kind`` about ``subject`` that are not in ``seen``, in random order; adds them to ``seen``."""
         asks = outside_prompts(self._rng) if kind is OUTSIDE else [fill(ask, subject) for ask in kind.asks]
         questions = [
             Question(kind, subject, text, opener)
@@ -109,6 +111,7 @@ def joined(opener: str, text: str) -> str:
 
 
 def fill(template: str, subject: str, answer: str = "") -> str:
-    """The template with its gaps filled, beginning with a capital letter."""
+    """The template with its gaps filled, beginning with a capital letter; "a" becomes "an" before a vowel."""
     text = template.format(x=subject, w=subject.split(), a=answer)
+    text = re.sub(r"\b([Aa]) (?=[AEIOUaeiou])", r"\1n ", text)
     return text[:1].upper() + text[1:]

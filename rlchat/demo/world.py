@@ -70,7 +70,10 @@ SMALL_TALK: dict[str, tuple[str, tuple[str, ...]]] = {
     "mood": ("I am well", ("I am a fish", "I am two years old")),
     "identity": ("Pip", ("Bob", "Max")),
     "abilities": ("talk about Belan", ("fly a plane", "cook soup")),
-    "outside world": ("I only know about Belan", ("bread", "Tova", "white", "moo", "Monday", "seven", "a baker", "a nest", "Elsa", "cold")),
+    "outside world": (
+        "I only know about Belan",
+        ("bread", "Tova", "white", "moo", "Monday", "seven", "a baker", "a nest", "Elsa", "cold"),
+    ),
 }
 """The right reply and the wrong ones, by kind of talk, where a kind has one right reply to everything."""
 
