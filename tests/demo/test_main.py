@@ -126,7 +126,7 @@ def test_commands_of_a_virtual_environment_that_is_not_active_are_shown_with_its
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(program), "demo"])
     monkeypatch.setenv("PATH", "")
-    assert commands_folder() == os.path.join(".venv", "bin", "")
+    assert commands_folder() == f".venv{os.sep}bin{os.sep}"
     monkeypatch.setenv("PATH", str(program.parent))
     assert commands_folder() == ""
 
