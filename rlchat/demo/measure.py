@@ -32,13 +32,11 @@ def chat_with(model_file: Path, prompts: Sequence[Conversation], *, seed: int, s
     These replies are sampled at temperature 1.
     """
     chat = ChatInterface(model_file, seed=seed)
-    pairs = change_of_subject(prompts)
     rows = first_message_replies(chat)
-    figures = {
-        "second_question_accuracy": second_question_accuracy(chat, pairs, temperature=1.0),
-        "second_question_accuracy_greedy": second_question_accuracy(chat, pairs, temperature=0.0),
-        "sensible_first_messages": sum(row["sensible"] for row in rows) / len(rows),
-    }
+    figures = {"sensible_first_messages": sum(row["sensible"] for row in rows) / len(rows)}
+    if pairs := change_of_subject(prompts):
+        figures["second_question_accuracy"] = second_question_accuracy(chat, pairs, temperature=1.0)
+        figures["second_question_accuracy_greedy"] = second_question_accuracy(chat, pairs, temperature=0.0)
     rounded = {name: round(value, 4) for name, value in figures.items()}
     return Chatted(rounded, rows, _replies(chat, prompts[:shown], temperature=1.0))
 
@@ -61,9 +59,10 @@ def change_of_subject(prompts: Sequence[Conversation]) -> list[tuple[Conversatio
 def second_question_accuracy(
     chat: ChatInterface, pairs: Sequence[tuple[Conversation, Conversation]], temperature: float
 ) -> float:
-    """The share of second questions with a correct answer, where the model's own reply to the first stands before."""
-    if not pairs:
-        return float("nan")
+    """The share of second questions that the model answers correctly, after its own reply to the first.
+
+    ``pairs`` holds at least one pair of first and second question.
+    """
     replies = _replies(chat, [first for first, _ in pairs], temperature)
     conversations = [
         first.say("assistant", reply).say("user", second.messages[-1].text)

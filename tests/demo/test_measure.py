@@ -69,10 +69,6 @@ def test_the_second_question_comes_after_the_models_own_reply() -> None:
     assert seen == [["capital?"], ["colour?"], ["capital?", "my reply", "colour?"], ["colour?", "my reply", "capital?"]]
 
 
-def test_without_pairs_the_accuracy_is_undefined() -> None:
-    assert second_question_accuracy(chat_by(lambda texts: ""), [], 1.0) != 0.0
-
-
 def test_first_messages_are_asked_alone_and_greedily() -> None:
     chat = RuleChat(lambda texts: "Hello! I am well." if texts == ["Hello, how are you?"] else "I am a fish.")
     rows = first_message_replies(cast(ChatInterface, chat))
