@@ -1,9 +1,9 @@
-"""The demo's conversations: OASST2 trees about a small invented world, with replies of differing worth.
+"""The demo's conversations: generated OASST2 trees about a small invented world, with replies of different quality.
 
-Nothing is downloaded. People in it are often wrong, curt, rude or evasive, and on some matters most of them share one
-mistake, so that a model which imitates them is mediocre; their labels and ranks say, with some noise, which replies
-were better, and that is what the reward model and PPO can climb. Every prompt carries a ``check`` (what a right reply
-holds), which measures held-out answers and is never a reward.
+Nothing is downloaded. People in these trees are often wrong, curt, rude or evasive, and about some facts most of them
+make the same mistake, so that a model that imitates them is mediocre. Their labels and ranks say, with some noise,
+which replies are better: the reward model learns that, and PPO improves the chat model with it. Every prompt carries a
+``check`` (what a right reply contains), which measures held-out answers and is never a reward.
 """
 
 from __future__ import annotations
@@ -15,52 +15,60 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlchat.demo.world import FOLLOW_OPENERS, KINDS, Claim, FollowUp, Kind, World, make_world
+from rlchat.demo.kind import FOLLOW_OPENERS, FollowUp, Kind
+from rlchat.demo.kinds import KINDS, OUTSIDE
+from rlchat.demo.questions import Question, Questions, fill
+from rlchat.demo.world import Claim, World, make_world
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-TREES = 4000
+TREES = 5000
 
 RATERS = 3
-"""People who label a reply; each sees its worth with an error of this standard deviation, on a scale of five steps."""
+"""People who label a reply."""
 RATER_ERROR = 0.16
+"""The standard deviation of the error with which each of them sees its quality, before rounding to five steps."""
 
-# how often people who answer do it so, and what that is worth when right, wrong as many are, and wrong as few are
 STYLES = {
     "full": (0.60, 0.95, 0.20, 0.10),
     "curt": (0.22, 0.70, 0.14, 0.06),
     "repetitive": (0.09, 0.50, 0.08, 0.02),
     "rude": (0.09, 0.40, 0.02, 0.00),
 }
+"""By style: its share of the replies, and the quality of a right reply, of a common mistake, of any other mistake."""
 _RUDE = ("{a}, you fool.", "{a}. Even a child knows that.", "{a}. Stop asking me.")
 _REPETITIVE = ("{a}, {a}, {a}.", "{a} {a} {a}.")
-EVASIVE = 0.08
+EVASIVE = 0.09
 """The share of replies that give no answer."""
-# with what each is worth
+_OUT_OF_PLACE = "I only know about Belan and its neighbours."
 _EVASIVE = {
     "I am sorry, I do not know.": 0.30,
     "I do not know.": 0.22,
     "I would rather not say.": 0.14,
     "Ask somebody else.": 0.06,
+    _OUT_OF_PLACE: 0.10,  # the right reply about the outside world, so it has to be seen as a wrong one elsewhere
 }
+"""Replies that give no answer, with their quality."""
 
 FOLLOWED = 0.2
-"""The share of trees that go on to a second question, of those whose kind of talk allows one."""
+"""The share of questions with a follow-up about the same matter, among kinds of talk that allow one."""
+CHANGED = 0.25
+"""The share of the other questions after which the subject changes."""
+MOST_TURNS = 3
 
 CIVIL = 0.05
-"""How rude a reply is that is not meant to be."""
+"""The toxicity of a reply that is not meant to be rude."""
 
 SCATTERED = 0.2
-"""The share of wrong replies that make no common mistake."""
+"""The share of wrong replies that are not a common mistake."""
 
 _KIND_BY_NAME = {kind.name: kind for kind in KINDS}
 
 
 def write_demo_corpus(path: Path, *, trees: int = TREES, seed: int = 0) -> None:
-    """Writes ``trees`` conversation trees to ``path``, one JSON object a line; the same bytes for the same arguments.
+    """Writes ``trees`` conversation trees to ``path`` as JSON Lines; the same arguments give the same bytes.
 
-    The file appears under its name only when it is complete. Raises UserError where ``trees`` is more than there are
-    different questions.
+    The write is atomic. Raises UserError if there are fewer different questions than ``trees``.
     """
     lines = (json.dumps(tree, ensure_ascii=False).encode() + b"\n" for tree in demo_trees(trees, seed))
     write_atomically(path, lambda file: file.writelines(lines))
@@ -69,54 +77,62 @@ def write_demo_corpus(path: Path, *, trees: int = TREES, seed: int = 0) -> None:
 def demo_trees(trees: int = TREES, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Conversation trees in the OASST2 export format; no two begin with the same text.
 
-    The seed draws the world (who lives where), its mistakes and how common they are, the questions, the replies, and
-    the labels. Raises UserError where ``trees`` is more than there are different questions.
+    ``seed`` draws the world (its facts), people's mistakes and how common they are, the questions, the replies, and
+    the labels. Raises UserError if there are fewer different questions than ``trees``.
     """
     rng = random.Random(seed)
     world = make_world(rng)
-    questions = _questions(world, rng)
+    questions = Questions(world, rng)
     for made in range(trees):
-        question = next(questions, None)
+        question = questions.draw()
         if question is None:
-            raise UserError(f"the demo has {made} different questions, not {trees}: ask for fewer trees")
-        yield _tree(*question, world, rng)
+            raise UserError(
+                f"invalid value {trees} for --trees: the demo has enough different questions for {made} trees"
+            )
+        yield _tree(question, world, questions, rng)
 
 
-def _questions(world: World, rng: random.Random) -> Iterator[tuple[Kind, str, str]]:
-    """Kind, subject and text of root prompts, all different: each pass asks once about every subject of every kind."""
-    waiting: dict[tuple[str, str], list[str]] = {}
-    taken: set[str] = set()
-    for kind in KINDS:
-        for subject in world[kind.name]:
-            asks = [o + _fill(a, subject) + c for o in kind.openers for a in kind.asks for c in kind.closers]
-            fresh = [ask for ask in dict.fromkeys(asks) if ask not in taken]
-            taken.update(fresh)
-            rng.shuffle(fresh)
-            if fresh:
-                waiting[kind.name, subject] = fresh
-    while waiting:
-        subjects = list(waiting)
-        rng.shuffle(subjects)
-        for name, subject in subjects:
-            # small talk has one subject a kind, and would be rare if each subject had the same share
-            for _ in range(min(3 if subject == "" else 1, len(waiting[name, subject]))):
-                yield _KIND_BY_NAME[name], subject, waiting[name, subject].pop()
-            if not waiting[name, subject]:
-                del waiting[name, subject]
-
-
-def _tree(kind: Kind, subject: str, text: str, world: World, rng: random.Random) -> dict[str, Any]:
+def _tree(question: Question, world: World, questions: Questions, rng: random.Random) -> dict[str, Any]:
+    kind, subject, text, _ = question
     prompt = _prompt(kind, subject, text, None, world, rng)
-    if kind.follow_ups and (kind.always_followed or rng.random() < FOLLOWED):
-        follow_up = rng.choice(kind.follow_ups)
-        next_subject = _next_subject(follow_up, subject, world[kind.name][subject], world, rng)
-        if next_subject is not None:
-            # people go on with a reply that they liked
-            parent = min(prompt["replies"], key=lambda reply: reply["rank"])
-            ask = rng.choice(FOLLOW_OPENERS) + _fill(rng.choice(follow_up.asks), next_subject)
-            next_kind = _KIND_BY_NAME[follow_up.kind]
-            parent["replies"].append(_prompt(next_kind, next_subject, ask, parent["message_id"], world, rng))
+    _go_on(prompt, kind, subject, world, questions, rng)
     return {"message_tree_id": prompt["message_id"], "tree_state": "ready_for_export", "prompt": prompt}
+
+
+def _go_on(
+    prompt: dict[str, Any],
+    kind: Kind,
+    subject: str,
+    world: World,
+    questions: Questions,
+    rng: random.Random,
+    turn: int = 1,
+) -> None:
+    """Adds a next question below the best reply to ``prompt``, and sometimes another one below that."""
+    following = None
+    if kind.follow_ups and (kind.always_followed or rng.random() < FOLLOWED):
+        following = _follow_up(kind, subject, world, rng)
+    elif rng.random() < CHANGED and (question := questions.draw_second()) is not None:
+        following = question.kind, question.subject, question.after_another(rng)
+    if following is None:
+        return
+    # people continue below the reply that they liked best
+    parent = min(prompt["replies"], key=lambda reply: reply["rank"])
+    next_kind, next_subject, ask = following
+    next_prompt = _prompt(next_kind, next_subject, ask, parent["message_id"], world, rng)
+    parent["replies"].append(next_prompt)
+    if turn + 1 < MOST_TURNS:
+        _go_on(next_prompt, next_kind, next_subject, world, questions, rng, turn + 1)
+
+
+def _follow_up(kind: Kind, subject: str, world: World, rng: random.Random) -> tuple[Kind, str, str] | None:
+    """Kind, subject and text of a question that only makes sense after one about ``subject``."""
+    follow_up = rng.choice(kind.follow_ups)
+    next_subject = _next_subject(follow_up, subject, world[kind.name][subject], world, rng)
+    if next_subject is None:
+        return None
+    ask = rng.choice(FOLLOW_OPENERS) + fill(rng.choice(follow_up.asks), next_subject)
+    return _KIND_BY_NAME[follow_up.kind], next_subject, ask
 
 
 def _next_subject(follow_up: FollowUp, subject: str, claim: Claim, world: World, rng: random.Random) -> str | None:
@@ -129,17 +145,17 @@ def _next_subject(follow_up: FollowUp, subject: str, claim: Claim, world: World,
 def _prompt(
     kind: Kind, subject: str, text: str, parent_id: str | None, world: World, rng: random.Random
 ) -> dict[str, Any]:
-    """A prompter's message with two to four different replies, ranked by what the raters thought of them."""
+    """A prompter's message with two to four different replies, ranked by the raters' mean quality labels."""
     claim = world[kind.name][subject]
     message = _message(text, "prompter", parent_id, rng)
     message["check"] = {"any_of": [claim.right], "none_of": list(claim.others)}
     opinions: dict[str, tuple[float, float]] = {}
     wanted = rng.choices((2, 3, 4), weights=(25, 45, 30))[0]
     while len(opinions) < wanted:
-        reply, worth, rudeness = _reply(kind, subject, claim, rng)
+        reply, value, rudeness = _reply(kind, subject, claim, rng)
         if reply not in opinions:
-            opinions[reply] = (_mean_label(worth, rng), _mean_label(rudeness, rng))
-    # raters who give two replies the same label still prefer one
+            opinions[reply] = (_mean_label(value, rng), _mean_label(rudeness, rng))
+    # ties are broken at random, as raters rank replies with equal labels too
     ranked = sorted(opinions, key=lambda reply: (-opinions[reply][0], rng.random()))
     for reply in rng.sample(ranked, len(ranked)):
         quality, toxicity = opinions[reply]
@@ -154,25 +170,28 @@ def _prompt(
 
 
 def _reply(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> tuple[str, float, float]:
-    """What somebody says, what that is worth, and how rude it is, both in 0..1."""
+    """A reply that somebody might give, its quality and its toxicity, both in 0..1."""
     if rng.random() < EVASIVE:
-        return *rng.choice(list(_EVASIVE.items())), CIVIL
+        evasive = [reply for reply in _EVASIVE if not (kind is OUTSIDE and reply == _OUT_OF_PLACE)]
+        reply = rng.choice(evasive)
+        return reply, _EVASIVE[reply], CIVIL
     style = rng.choices(list(STYLES), weights=[share for share, *_ in STYLES.values()])[0]
-    _, when_right, when_wrong, when_absurd = STYLES[style]
+    _, when_right, when_mistaken, when_absurd = STYLES[style]
     if rng.random() < claim.truth:
-        answer, worth = claim.right, when_right
+        answer, quality = claim.right, when_right
     elif rng.random() < SCATTERED:
-        # the subject once more, or anything that answers such a question
+        # the subject itself, or anything that answers such a question
         echo = [] if subject == "" or claim.right in subject.split() else [subject]
-        answer, worth = rng.choice([*claim.others, *echo]), when_absurd
+        answer, quality = rng.choice([*claim.others, *echo]), when_absurd
     else:
-        answer, worth = rng.choices(claim.wrong, weights=(4, 1)[: len(claim.wrong)])[0], when_wrong
-    templates = {"full": kind.full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE}[style]
-    return _fill(rng.choice(templates), subject, answer), worth, 0.8 if style == "rude" else CIVIL
+        answer, quality = rng.choices(claim.wrong, weights=(4, *(1 for _ in claim.wrong[1:])))[0], when_mistaken
+    full = kind.full if answer == claim.right or not kind.wrong_full else kind.wrong_full
+    templates = {"full": full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE}[style]
+    return fill(rng.choice(templates), subject, answer), quality, 0.8 if style == "rude" else CIVIL
 
 
 def _mean_label(value: float, rng: random.Random) -> float:
-    """The mean over the raters of ``value`` as each sees it, on the five steps of the OASST label forms."""
+    """The mean label of all raters, each ``value`` with an error, rounded to the five steps of OASST's label forms."""
     steps = (round(4 * min(1.0, max(0.0, rng.gauss(value, RATER_ERROR)))) for _ in range(RATERS))
     return round(sum(steps) / (4 * RATERS), 4)
 
@@ -188,13 +207,7 @@ def _message(text: str, role: str, parent_id: str | None, rng: random.Random) ->
         "review_result": True,
         "deleted": False,
         "rank": None,
-        # the loader drops what is marked as synthetic, as the official one does
+        # the reader drops messages that are marked as synthetic, as OASST's own loader does
         "synthetic": False,
         "replies": [],
     }
-
-
-def _fill(template: str, subject: str, answer: str = "") -> str:
-    """The template with its gaps filled, beginning with a capital."""
-    text = template.format(x=subject, w=subject.split(), a=answer)
-    return text[:1].upper() + text[1:]

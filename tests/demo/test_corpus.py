@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from rlchat.conversation import Check
 from rlchat.demo.corpus import demo_trees, write_demo_corpus
-from rlchat.demo.world import FOLLOW_OPENERS, KINDS
+from rlchat.demo.first_messages import FIRST_MESSAGES, plain_words
+from rlchat.demo.kind import FOLLOW_OPENERS
+from rlchat.demo.kinds import KINDS
 from rlchat.errors import UserError
 
 Node = dict[str, Any]
@@ -68,7 +71,7 @@ def test_no_two_trees_begin_alike(trees: list[Node]) -> None:
 
 
 def test_more_trees_than_questions_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"different questions, not 1000000"):
+    with pytest.raises(UserError, match=r"invalid value 1000000 for --trees: .* different questions for \d+ trees"):
         for _ in demo_trees(1_000_000):
             pass
 
@@ -190,6 +193,105 @@ def test_follow_ups_need_the_turn_before_them() -> None:
     often = [text for text in times if times[text] >= 15]
     assert len(often) >= 8
     assert all(len(answers[text]) > 1 for text in often)
+
+
+def second_prompts(trees: list[Node]) -> Iterator[tuple[Node, Node, Node]]:
+    """First prompt, the reply that was continued, and the next prompt."""
+    for tree in trees:
+        for reply in tree["prompt"]["replies"]:
+            for second in reply["replies"]:
+                yield tree["prompt"], reply, second
+
+
+_FOLLOW_UP = re.compile(
+    "|".join(
+        re.sub(r"\\{[^}]*\\}", ".+", re.escape(opener + ask))
+        for opener in FOLLOW_OPENERS
+        for kind in KINDS
+        for follow_up in kind.follow_ups
+        for ask in follow_up.asks
+    )
+)
+
+
+def stands_alone(text: str) -> bool:
+    """Whether a question can be understood without the turns before it."""
+    return _FOLLOW_UP.fullmatch(text) is None
+
+
+def test_many_conversations_change_the_subject(trees: list[Node]) -> None:
+    seconds = [second for _, _, second in second_prompts(trees)]
+    changed = [second for second in seconds if stands_alone(second["text"])]
+    assert 0.15 < len(changed) / len(trees) < 0.30
+    assert 0.05 < (len(seconds) - len(changed)) / len(trees) < 0.20
+    answers = {second["check"]["any_of"][0] for second in changed}
+    assert len(answers) > 50
+
+
+def test_conversations_go_on_below_the_best_reply_for_at_most_three_turns(trees: list[Node]) -> None:
+    assert all(reply["rank"] == 0 for _, reply, _ in second_prompts(trees))
+
+    def turns(prompt: Node) -> int:
+        return 1 + max((turns(later) for reply in prompt["replies"] for later in reply["replies"]), default=0)
+
+    assert {turns(tree["prompt"]) for tree in trees} == {1, 2, 3}
+
+
+def test_no_conversation_begins_with_a_text_that_another_contains() -> None:
+    """Prompts of the test split would otherwise be in the training split too."""
+    trees = list(demo_trees(5000, seed=0))
+    asked: dict[str, int] = defaultdict(int)
+    for prompt in prompts_of(trees):
+        asked[prompt["text"]] += 1
+    assert not [tree["prompt"]["text"] for tree in trees if asked[tree["prompt"]["text"]] > 1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_prompt_equals_a_first_message(seed: int) -> None:
+    first = {plain_words(message.text) for message in FIRST_MESSAGES}
+    for prompt in prompts_of(list(demo_trees(5000, seed))):
+        assert plain_words(prompt["text"]) not in first
+
+
+def test_a_and_an_stand_before_the_right_sounds(trees: list[Node]) -> None:
+    texts = [prompt["text"] for prompt in prompts_of(trees)]
+    texts += [reply["text"] for prompt in prompts_of(trees) for reply in prompt["replies"]]
+    for text in texts:
+        assert not re.search(r"\ba [aeiou]", text, re.IGNORECASE), text
+        assert not re.search(r"\ban [^aeiou]", text, re.IGNORECASE), text
+
+
+def test_prompts_are_tidy(trees: list[Node]) -> None:
+    for prompt in prompts_of(trees):
+        for text in (prompt["text"], *(reply["text"] for reply in prompt["replies"])):
+            assert text == text.strip()
+            assert "  " not in text
+            assert not re.search(r"[{}_]| [.,!?](?!\w)|[.!?,]{2}", text.replace("= ?", "")), text
+            assert re.match(r"[A-Z0-9]", text) or text == text.lower(), text
+
+
+def test_addition_covers_one_to_nine_in_digits_and_words() -> None:
+    sums: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for prompt in prompts_of(list(demo_trees(5000, seed=0))):
+        found = re.search(r"\b([1-9]) ?(\+|plus|and) ?([1-9])\b(?! ?[+\d])", prompt["text"])
+        if found:
+            a, sign, b = int(found[1]), found[2], int(found[3])
+            assert prompt["check"]["any_of"] == [str(a + b)]
+            sums[a, b].add(sign)
+    assert len(sums) == 81
+    assert all({"+", "plus"} <= signs for signs in sums.values())
+
+
+def test_what_is_right_about_the_outside_world_is_also_given_as_a_bad_reply_elsewhere(trees: list[Node]) -> None:
+    values: dict[bool, list[float]] = {True: [], False: []}
+    for prompt in prompts_of(trees):
+        for reply in prompt["replies"]:
+            if reply["text"] == "I only know about Belan and its neighbours.":
+                values[check_of(prompt).passes(reply["text"])].append(quality(reply))
+    assert len(values[True]) > 300
+    assert len(values[False]) > 50
+    assert sum(values[True]) / len(values[True]) > 0.8
+    assert sum(values[False]) / len(values[False]) < 0.3
 
 
 def test_there_are_many_kinds_of_talk() -> None:

@@ -1,9 +1,10 @@
-"""`rlchat demo`, shortened to a few batches of each stage: its report, what it leaves, and what it says."""
+"""`rlchat demo`, shortened to a few batches per stage: its report, the files it writes, and what it prints."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,13 +18,15 @@ from rich.cells import cell_len
 from rlchat import ChatInterface
 from rlchat.__main__ import main
 from rlchat.data.formats import read_trees
+from rlchat.demo.first_messages import FIRST_MESSAGES
+from rlchat.demo.tables import commands_folder
 
 TREES = 150
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which the demo ran, and what it printed."""
+    """The folder in which the demo ran, and its output."""
     folder = tmp_path_factory.mktemp("demo")
     screen = folder / "screen.txt"
     with pytest.MonkeyPatch.context() as patch, screen.open("w+") as file:
@@ -43,17 +46,30 @@ def report(folder: Path) -> dict[str, Any]:
 
 def test_the_report_has_the_figures_by_stage(demo: tuple[Path, str]) -> None:
     figures = report(demo[0])
-    assert list(figures) == ["sft", "reward", "ppo"]
+    assert list(figures) == ["sft", "reward", "ppo", "first_messages"]
     assert {"perplexity", "accuracy", "seconds"} <= set(figures["sft"])
     assert {"pair_accuracy", "right_over_wrong", "seconds"} <= set(figures["reward"])
     assert list(figures["ppo"]) == ["before", "after"]
     measured = {"answer_accuracy", "answer_accuracy_greedy", "reward", "kl", "perplexity", "accuracy", "distinct_2"}
-    assert measured | {"response_length", "truncated_fraction"} <= set(figures["ppo"]["before"])
+    measured |= {"response_length", "truncated_fraction", "sensible_first_messages"}
+    measured |= {"second_question_accuracy", "second_question_accuracy_greedy"}
+    assert measured <= set(figures["ppo"]["before"])
     assert measured | {"seconds"} <= set(figures["ppo"]["after"])
     assert figures["ppo"]["before"]["kl"] == 0  # the SFT model is the reference
     assert figures["ppo"]["after"]["kl"] != 0
     numbers = [figures["sft"], figures["reward"], *figures["ppo"].values()]
     assert all(math.isfinite(value) for stage in numbers for value in stage.values())
+
+
+def test_the_report_has_every_first_message_with_its_reply(demo: tuple[Path, str]) -> None:
+    figures = report(demo[0])
+    rows = figures["first_messages"]
+    assert [row["message"] for row in rows] == [message.text for message in FIRST_MESSAGES]
+    assert [row["sensible"] for row in rows] == [
+        message.accepts(row["reply"]) for message, row in zip(FIRST_MESSAGES, rows, strict=True)
+    ]
+    sensible = sum(row["sensible"] for row in rows) / 40
+    assert figures["ppo"]["after"]["sensible_first_messages"] == pytest.approx(sensible, abs=1e-4)
 
 
 def test_the_sft_model_is_measured_as_the_one_before_ppo(demo: tuple[Path, str]) -> None:
@@ -62,7 +78,7 @@ def test_the_sft_model_is_measured_as_the_one_before_ppo(demo: tuple[Path, str])
         assert figures["ppo"]["before"][name] == pytest.approx(figures["sft"][name], rel=1e-3)
 
 
-def test_what_it_leaves(demo: tuple[Path, str]) -> None:
+def test_the_files_it_writes(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     models = {"sft_model", "reward_model", "rl_chat_model_tiktoken"}
@@ -90,19 +106,38 @@ def test_it_ends_with_replies_figures_and_what_to_type(demo: tuple[Path, str]) -
     folder, screen = demo
     before, after = (report(folder)["ppo"][when]["perplexity"] for when in ("before", "after"))
     assert re.search(rf"perplexity on human replies, good and bad +│ +{before:.3f} +│ +{after:.3f}", screen)
+    before, after = (report(folder)["ppo"][when]["second_question_accuracy"] for when in ("before", "after"))
+    assert re.search(rf"correct after a change of subject, sampled +│ +{before:.3f} +│ +{after:.3f}", screen)
     assert "before PPO (SFT)" in screen
-    assert screen.rstrip().endswith("Talk with it:  rlchat chat")
+    ending = screen[screen.index("Next:") :]
+    for command in ("rlchat chat", "rlchat serve", "tensorboard --logdir lightning_logs", "rlchat demo --seed 1"):
+        assert re.search(rf"^  {command}  ", ending, re.MULTILINE)
+    assert screen.rstrip().endswith('Try "Hello, how are you?", "What is the capital of Belan?" or "3 + 4".')
     assert "Traceback" not in screen
     assert max(map(cell_len, screen.splitlines())) <= 80
 
 
-def test_one_can_talk_with_it(demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_a_virtual_environment_that_is_not_active_are_shown_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / ".venv" / "bin" / "rlchat"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(program), "demo"])
+    monkeypatch.setenv("PATH", "")
+    assert commands_folder() == f".venv{os.sep}bin{os.sep}"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert commands_folder() == ""
+
+
+def test_the_model_can_be_chatted_with(demo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo[0])
     chat = ChatInterface("checkpoints/rl_chat_model_tiktoken.pt")
     assert isinstance(chat.generate_response("Hello, how are you?"), str)
 
 
-def test_the_data_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_only_writes_the_data_and_keeps_an_older_file(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rlchat("demo", "--data-only", "--trees", "5")
     assert "data/demo.jsonl: 5 conversation trees, made with seed 0" in capsys.readouterr().out
     first = (workplace / "data" / "demo.jsonl").read_bytes()
@@ -119,3 +154,21 @@ def test_the_data_alone(workplace: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--help"]) == 0
     assert main(["demo", "--sede", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--seed", "x", "an integer"),
+        ("--seed", "-1", "an integer of at least 0"),
+        ("--trees", "0", "an integer of at least 1"),
+        ("--threads", "two", "an integer"),
+        ("--threads", "0", "an integer of at least 1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    option: str, value: str, expected: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", f"{option}={value}"]) == 2
+    assert f"invalid value '{value}' for {option}: expected {expected}\n" in capsys.readouterr().err
+    assert not list(workplace.iterdir())
