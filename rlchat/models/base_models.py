@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -75,7 +75,12 @@ def pretrained(name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, nn
     whole = _fetch(
         name, lambda: AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
     )
-    return whole.base_model, None if is_tied(whole) else whole.get_output_embeddings()
+    trunk, head = whole.base_model, whole.get_output_embeddings()
+    assert isinstance(trunk, PreTrainedModel)
+    if is_tied(whole):
+        return trunk, None
+    assert isinstance(head, nn.Linear)
+    return trunk, head
 
 
 def config_from_json(text: str) -> PretrainedConfig:
@@ -104,7 +109,9 @@ def hidden_width(config: PretrainedConfig) -> int:
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the policy head is the embedding matrix: tied, and as wide as the hidden states (not in ELECTRA)."""
-    width = model.get_input_embeddings().weight.shape[1]
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    width = weight.shape[1]
     return bool(getattr(model.config, "tie_word_embeddings", True)) and width == hidden_width(model.config)
 
 

@@ -170,7 +170,7 @@ def _check_archive(path: Path) -> None:
 def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Path) -> None:
     for name, expected in types.items():
         value = content.get(name)
-        if not isinstance(value, expected) or isinstance(value, bool) or (expected is int and value < 0):
+        if not isinstance(value, expected) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
             raise UserError(f"{path}: damaged model file, {name} is {_shown(value)}, expected {expected.__name__}")
     for name, tensor in content["state"].items():
         if not isinstance(tensor, Tensor):
