@@ -23,7 +23,7 @@ def source(tmp_path: Path) -> Path:
         pytest.skip("pyproject.toml requires a newer setuptools, and a test does not download one")
     folder = tmp_path / "source"
     folder.mkdir()
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder)
     for name in ("configs", "rlchat"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
