@@ -37,3 +37,9 @@ def test_functions_are_short() -> None:
     lines = dict(found for path in PACKAGE.rglob("*.py") for found in functions(path))
     assert len(lines) > 500
     assert {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES} == {}
+
+
+def test_the_ppo_loop_fits_on_two_screens() -> None:
+    lines = dict(functions(PACKAGE / "ppo" / "module.py"))
+    loop = {name.split()[-1]: count for name, count in lines.items()}
+    assert loop["training_step"] + loop["update"] + loop["minibatch_loss"] <= 100

@@ -90,6 +90,13 @@ class ReadReport(LineReport):
         """What the user should know, a sentence each."""
         return [f"{n:,} rows have {what}" for what, n in self.warnings.most_common()]
 
+    def count(self, trees: Sequence[Tree]) -> None:
+        """Sets the numbers of trees, threads, prompts and responses without a prompt."""
+        self.trees = len(trees)
+        self.threads = sum(len(tree.threads) for tree in trees)
+        self.prompts = sum(prompt.is_prompt for tree in trees for prompt in tree.prompts)
+        self.responses = sum(len(tree.prompts) for tree in trees) - self.prompts
+
 
 def read_trees(
     paths: Sequence[str | Path | DataFile],
@@ -141,10 +148,7 @@ def read_trees(
         progress=progress,
     )
     trees = forest.trees()
-    report.trees = len(trees)
-    report.threads = sum(len(tree.threads) for tree in trees)
-    report.prompts = sum(prompt.is_prompt for tree in trees for prompt in tree.prompts)
-    report.responses = sum(len(tree.prompts) for tree in trees) - report.prompts
+    report.count(trees)
     if not trees:
         names = ", ".join(map(str, files))
         raise UserError(
