@@ -89,7 +89,7 @@ def show_next_steps(console: Console, report: Path) -> None:
     folder = commands_folder()
     commands = {
         "rlchat chat": "chat with the model in this terminal",
-        "rlchat serve": "chat in a browser, and an API for OpenAI clients",
+        "rlchat serve": "a chat page and an API for OpenAI clients",
         "tensorboard --logdir lightning_logs": "training curves of all three stages",
         "rlchat demo --seed 1": "train in another world",
     }
