@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlchat.conversation import Check
 from rlchat.demo.kind import FOLLOW_OPENERS, FollowUp, Kind
 from rlchat.demo.kinds import KINDS, OUTSIDE
 from rlchat.demo.questions import Question, Questions, fill
@@ -38,17 +39,25 @@ STYLES = {
 """By style: its share of the replies, and the quality of a right reply, of a common mistake, of any other mistake."""
 _RUDE = ("{a}, you fool.", "{a}. Even a child knows that.", "{a}. Stop asking me.")
 _REPETITIVE = ("{a}, {a}, {a}.", "{a} {a} {a}.")
-EVASIVE = 0.09
+EVASIVE = 0.08
 """The share of replies that give no answer."""
-_OUT_OF_PLACE = "I only know about Belan and its neighbours."
 _EVASIVE = {
     "I am sorry, I do not know.": 0.30,
     "I do not know.": 0.22,
     "I would rather not say.": 0.14,
     "Ask somebody else.": 0.06,
-    _OUT_OF_PLACE: 0.10,  # the right reply about the outside world, so it has to be seen as a wrong one elsewhere
 }
 """Replies that give no answer, with their quality."""
+
+MISPLACED = 0.12
+"""The share of replies that would be right for some other question.
+
+Without them, a reply that is always right where it occurs (to the outside world, say) would get a high score from the
+reward model everywhere, and PPO would learn to give it to every prompt.
+"""
+OUTSIDE_MISPLACED = 0.4
+"""The share of these that are the reply to the outside world."""
+_MISPLACED_QUALITY = 0.12
 
 FOLLOWED = 0.2
 """The share of questions with a follow-up about the same matter, among kinds of talk that allow one."""
@@ -113,7 +122,7 @@ def _go_on(
     if kind.follow_ups and (kind.always_followed or rng.random() < FOLLOWED):
         following = _follow_up(kind, subject, world, rng)
     elif rng.random() < CHANGED and (question := questions.draw_second()) is not None:
-        following = question.kind, question.subject, question.after_another(rng)
+        following = question.kind, question.subject, question.after_another()
     if following is None:
         return
     # people continue below the reply that they liked best
@@ -152,7 +161,7 @@ def _prompt(
     opinions: dict[str, tuple[float, float]] = {}
     wanted = rng.choices((2, 3, 4), weights=(25, 45, 30))[0]
     while len(opinions) < wanted:
-        reply, value, rudeness = _reply(kind, subject, claim, rng)
+        reply, value, rudeness = _reply(kind, subject, world, rng)
         if reply not in opinions:
             opinions[reply] = (_mean_label(value, rng), _mean_label(rudeness, rng))
     # ties are broken at random, as raters rank replies with equal labels too
@@ -169,12 +178,13 @@ def _prompt(
     return message
 
 
-def _reply(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> tuple[str, float, float]:
+def _reply(kind: Kind, subject: str, world: World, rng: random.Random) -> tuple[str, float, float]:
     """A reply that somebody might give, its quality and its toxicity, both in 0..1."""
+    claim = world[kind.name][subject]
     if rng.random() < EVASIVE:
-        evasive = [reply for reply in _EVASIVE if not (kind is OUTSIDE and reply == _OUT_OF_PLACE)]
-        reply = rng.choice(evasive)
-        return reply, _EVASIVE[reply], CIVIL
+        return *rng.choice(list(_EVASIVE.items())), CIVIL
+    if rng.random() < MISPLACED:
+        return _misplaced(_check(claim), world, rng), _MISPLACED_QUALITY, CIVIL
     style = rng.choices(list(STYLES), weights=[share for share, *_ in STYLES.values()])[0]
     _, when_right, when_mistaken, when_absurd = STYLES[style]
     if rng.random() < claim.truth:
@@ -188,6 +198,20 @@ def _reply(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> tuple[
     full = kind.full if answer == claim.right or not kind.wrong_full else kind.wrong_full
     templates = {"full": full, "curt": ("{a}.",), "repetitive": _REPETITIVE, "rude": _RUDE}[style]
     return fill(rng.choice(templates), subject, answer), quality, 0.8 if style == "rude" else CIVIL
+
+
+def _misplaced(check: Check, world: World, rng: random.Random) -> str:
+    """A complete and right reply to another question, which does not pass the ``check`` of this one."""
+    while True:
+        kind = OUTSIDE if rng.random() < OUTSIDE_MISPLACED else rng.choice(KINDS)
+        subject, claim = rng.choice(list(world[kind.name].items()))
+        reply = fill(rng.choice(kind.full), subject, claim.right)
+        if not check.passes(reply):
+            return reply
+
+
+def _check(claim: Claim) -> Check:
+    return Check((claim.right,), claim.others)
 
 
 def _mean_label(value: float, rng: random.Random) -> float:

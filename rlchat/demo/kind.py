@@ -10,7 +10,16 @@ from dataclasses import dataclass
 OPENERS = ("", "Hi! ", "Hello, Pip. ", "Excuse me. ", "I have a question. ", "Please help me. ")
 CLOSERS = ("", " Do you know?", " Thanks!", " I forgot.", " I am curious.")
 FOLLOW_OPENERS = ("", "Good. ", "I see. ", "Thanks! ")
-CHANGE_OPENERS = ("Thanks! ", "I see. ", "Good to know. ", "Another question. ", "OK. ")
+CHANGE_OPENERS = (
+    "Thanks! ",
+    "I see. ",
+    "Good to know. ",
+    "Another question. ",
+    "OK. ",
+    "Right. ",
+    "Very well. ",
+    "Good answer. ",
+)
 """Before a question that has nothing to do with the turn before it."""
 
 

@@ -28,12 +28,18 @@ class Question(NamedTuple):
     text: str
     opener: str
 
-    def after_another(self, rng: random.Random) -> str:
-        """The text of the same question in the middle of a conversation, where nobody says hello again."""
+    def after_another(self) -> str:
+        """The text of the same question in the middle of a conversation, where nobody says hello again.
+
+        Each opener becomes another one, so that different texts stay different.
+        """
         if not self.opener:
             return self.text
         question = self.text[len(self.opener) :]
-        return rng.choice(CHANGE_OPENERS) + question[:1].upper() + question[1:]
+        changed = CHANGE_OPENERS[self.kind.openers.index(self.opener) - 1]  # the first opener is the empty one
+        if self.text[:1].islower():
+            return changed.lower() + question
+        return changed + question[:1].upper() + question[1:]
 
 
 class Questions:

@@ -244,6 +244,8 @@ def test_no_conversation_begins_with_a_text_that_another_contains() -> None:
     for prompt in prompts_of(trees):
         asked[prompt["text"]] += 1
     assert not [tree["prompt"]["text"] for tree in trees if asked[tree["prompt"]["text"]] > 1]
+    repeated = [text for text, times in asked.items() if times > 1 and stands_alone(text)]
+    assert not repeated
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -282,16 +284,19 @@ def test_addition_covers_one_to_nine_in_digits_and_words() -> None:
     assert all({"+", "plus"} <= signs for signs in sums.values())
 
 
-def test_what_is_right_about_the_outside_world_is_also_given_as_a_bad_reply_elsewhere(trees: list[Node]) -> None:
-    values: dict[bool, list[float]] = {True: [], False: []}
+def test_a_reply_that_is_right_somewhere_is_a_bad_reply_elsewhere(trees: list[Node]) -> None:
+    """The reward model could not tell it from a right one otherwise, and PPO would give it to every prompt."""
+    replies = ("I only know about Belan and its neighbours.", "Sorry, I only know about Belan and its neighbours.")
+    values: dict[tuple[str, bool], list[float]] = defaultdict(list)
     for prompt in prompts_of(trees):
         for reply in prompt["replies"]:
-            if reply["text"] == "I only know about Belan and its neighbours.":
-                values[check_of(prompt).passes(reply["text"])].append(quality(reply))
-    assert len(values[True]) > 300
-    assert len(values[False]) > 50
-    assert sum(values[True]) / len(values[True]) > 0.8
-    assert sum(values[False]) / len(values[False]) < 0.3
+            if reply["text"] in (*replies, "My name is Pip.", "I can talk about Belan and its neighbours."):
+                values[reply["text"], check_of(prompt).passes(reply["text"])].append(quality(reply))
+    assert len(values) == 8
+    for (text, right), labels in values.items():
+        mean = sum(labels) / len(labels)
+        assert len(labels) > (100 if text in replies else 5)
+        assert (mean > 0.8) if right else (mean < 0.2)
 
 
 def test_there_are_many_kinds_of_talk() -> None:
