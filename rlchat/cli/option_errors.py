@@ -15,11 +15,11 @@ from collections import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from jsonargparse.util import import_object
 from lightning.pytorch import LightningModule
 
 from rlchat.cli.option_aliases import ALIASES
@@ -241,7 +241,7 @@ def _imported(place: str, class_path: Any, base: type) -> Any:
         )
     module, _, name = class_path.rpartition(".")
     try:
-        found = import_object(class_path)
+        found = resolve_name(class_path)
     except ModuleNotFoundError as error:
         return UserError(
             f"{place}: {class_path} cannot be imported: there is no module {error.name}; put its file in the folder "
