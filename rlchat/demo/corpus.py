@@ -23,7 +23,7 @@ from rlchat.demo.world import Claim, World, make_world
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-TREES = 5000
+TREES = 4500
 
 RATERS = 3
 """People who label a reply."""
@@ -49,7 +49,7 @@ _EVASIVE = {
 }
 """Replies that give no answer, with their quality."""
 
-MISPLACED = 0.12
+MISPLACED = 0.08
 """The share of replies that would be right for some other question.
 
 Without them, a reply that is always right where it occurs (to the outside world, say) would get a high score from the
@@ -61,9 +61,9 @@ _MISPLACED_QUALITY = 0.12
 
 FOLLOWED = 0.2
 """The share of questions with a follow-up about the same matter, among kinds of talk that allow one."""
-CHANGED = 0.25
+CHANGED = 0.2
 """The share of the other questions after which the subject changes."""
-MOST_TURNS = 3
+MOST_TURNS = 2
 
 CIVIL = 0.05
 """The toxicity of a reply that is not meant to be rude."""

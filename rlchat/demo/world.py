@@ -154,7 +154,9 @@ def _claims(kind: str, answers: dict[str, str], rng: random.Random) -> dict[str,
 
 
 def _truth(kind: str, rng: random.Random) -> float:
-    misled = rng.random() < 0.4 and not _KINDS_BY_NAME[kind].reliable
+    misled = rng.random() < 0.4
+    if _KINDS_BY_NAME[kind].reliable:
+        return rng.uniform(0.75, 0.9)
     return rng.uniform(0.2, 0.35) if misled else rng.uniform(0.65, 0.8)
 
 

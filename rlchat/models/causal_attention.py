@@ -53,7 +53,10 @@ def _causal_attention(
             past_key, past_value = rlchat_cache[module]
             key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
         rlchat_cache[module] = (key, value)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    grouped = key.shape[1] != query.shape[1]  # several query heads share a key head
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

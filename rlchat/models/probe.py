@@ -177,5 +177,5 @@ def _refuse(backbone: Backbone, reason: str, cause: Exception | None = None) -> 
     family = backbone.transformer.config.model_type
     raise UserError(
         f"base_model: the model family {family!r} {reason}; choose a decoder such as gpt2, llama or qwen3, or one of "
-        f"{', '.join(sorted(encoder_families()))}"
+        f"{', '.join(sorted(encoder_families().keys() - {family}))}"
     ) from cause

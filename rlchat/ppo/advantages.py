@@ -198,6 +198,11 @@ def advantage_estimator(
 ) -> Callable[[Callable[[EstimatorInputs], Advantages]], Callable[[EstimatorInputs], Advantages]]:
     """Registers the decorated function as the advantage estimator ``name``.
 
+    ``needs_critic`` gives it values, and a value loss on the returns that it computes. ``needs_group`` requires
+    ``group_size`` of 2 or more. ``allows_turns`` is for estimators that handle several responses in one row;
+    ``allows_whiten_rewards`` for those that do not sum the rewards of a response. An estimator whitens its advantages
+    itself if it wants to, with :func:`masked_whiten`.
+
     Raises (from the decorator):
         ValueError: for a name that is taken.
     """
@@ -220,7 +225,7 @@ def _gae_estimator(inputs: EstimatorInputs) -> Advantages:
 
 
 # Without a critic, the return of a response is the sum of its rewards, and each of its tokens gets the same advantage.
-# That is why these two do not allow turns (a row would have several responses) or whitened rewards (whitening adds a
+# Such an estimator allows neither turns (a row would have several responses) nor whitened rewards (whitening adds a
 # constant to each token, so that the sum would reward length).
 @advantage_estimator("rloo", needs_group=True)
 def _rloo_estimator(inputs: EstimatorInputs) -> Advantages:

@@ -94,14 +94,14 @@ def role_field(value: object) -> Role:
     return _ROLES[name]
 
 
-def quality_field(value: object) -> float | None:
-    """``value``, a number in 0..1 or None."""
+def quality_field(value: object, name: str = "quality") -> float | None:
+    """The ``value`` of the key ``name``: a number in 0..1, or None."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadLineError(f"quality is not a number: got {shown(value)}")
+        raise BadLineError(f"{name} is not a number: got {shown(value)}")
     if not 0 <= value <= 1:
-        raise BadLineError(f"quality {shown(value)} is not in 0..1")
+        raise BadLineError(f"{name} {shown(value)} is not in 0..1")
     return float(value)
 
 
