@@ -100,12 +100,18 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
 
 
 def load_policy(path: str | Path, device: str | torch.device = "cpu") -> PolicyBundle:
-    """The chat model in ``path``, in eval mode. Raises :class:`UserError` where it is missing, damaged or no such."""
+    """The chat model in ``path``, in eval mode.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds another kind of model.
+    """
     content = _read(path, "policy")
     tokenizer = _tokenizer(content, path)
     model = _load(path, content, lambda part: new_policy(_backbone(part), tokenizer, part["hidden_dim"]))
     critic: Critic | None = None
     if (part := content.get("critic")) is not None:
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: damaged model file, critic is {_shown(part)}, expected dict")
         _check_types(part, {name: _TYPES[name] for name in ("backbone", "hidden_dim", "state")}, path)
         critic = _load(path, part, lambda part: Critic(_backbone(part), part["hidden_dim"]))
         critic = critic.to(device).eval()
@@ -114,7 +120,13 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> PolicyB
 
 
 def load_reward_model(path: str | Path, device: str | torch.device = "cpu") -> RewardBundle:
-    """The reward model in ``path``, in eval mode. Raises :class:`UserError` where it is missing, damaged or no such."""
+    """The reward model in ``path``, in eval mode.
+
+    Reward models and critics run without a KV cache, so only :func:`load_policy` checks that the cache is used.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds another kind of model.
+    """
     content = _read(path, "reward")
     tokenizer = _tokenizer(content, path)
     model = _load(path, content, lambda part: RewardModel(_backbone(part)))
@@ -177,8 +189,15 @@ def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Pa
             raise UserError(f"{path}: damaged model file, weight {name} is {_shown(tensor)}, expected a tensor")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: damaged model file, weight {name} is larger than what is stored for it")
-        if not tensor.isfinite().all():
+        if not _is_finite(tensor):
             raise UserError(f"{path}: weight {name} has NaN or infinite values; training diverged, use another file")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. The sum is quick to take, and finite only if all values are."""
+    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _shown(value: object) -> str:
@@ -189,6 +208,8 @@ def _tokenizer(content: dict[str, Any], path: str | Path) -> ChatTokenizer:
     try:
         state = dict(content["tokenizer"])
         state["ranks"] = state["ranks"].numpy().tobytes()
+        if not isinstance(state["name"], str):
+            raise TypeError(f"its name is {_shown(state['name'])}, expected str")
         return ChatTokenizer.from_state(state)
     except UserError:
         raise
