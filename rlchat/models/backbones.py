@@ -9,7 +9,6 @@ that lacks a property that training or chat relies on is refused by name.
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -30,16 +29,14 @@ from rlchat.models.families import EncoderFamily, encoder_families
 from rlchat.models.kv_cache import Cache, EncoderCache
 from rlchat.models.probe import probe
 
-log = logging.getLogger("rlchat")
-
 
 class Backbone(nn.Module):
     """Token ids to hidden states, causally.
 
     ``base_model`` is a hub name, a folder, or an inline configuration (``{"model_type": "llama", "hidden_size": 128,
-    …}``, random weights). ``vocab_size`` is the tokenizer's; where the base model's own differs, see
-    :meth:`_fit_vocabulary`. Raises :class:`UserError` for a model that cannot be loaded, has too few positions, or
-    fails the probe.
+    …}``, random weights). A pretrained embedding is resized to ``vocab_size``, the tokenizer's; its first ``kept_rows``
+    rows are kept (see :func:`rlchat.models.vocabulary.kept_rows`), the others initialized anew. Raises
+    :class:`UserError` for a model that cannot be loaded, has too few positions, or fails the probe.
     """
 
     _family: EncoderFamily | None  # None for a decoder
@@ -88,24 +85,17 @@ class Backbone(nn.Module):
     def _fit_vocabulary(self, head: nn.Linear | None, vocab_size: int, kept_rows: int) -> None:
         """Resizes embeddings and head to the tokenizer's ids.
 
-        Where the base model has as many tokens as the encoding (``kept_rows``: GPT-2's weights under the encoding
-        gpt2), its rows mean the same tokens and are kept; otherwise every row is initialized anew.
+        The first ``kept_rows`` rows are kept and the others initialized anew.
         """
         config = self.transformer.config
-        keeps = config.vocab_size == kept_rows
-        if not keeps:
-            log.info(
-                "the base model's %d tokens differ from the encoding's: embeddings are initialized anew",
-                config.vocab_size,
-            )
         self.transformer.resize_token_embeddings(vocab_size, mean_resizing=False)
         std = _initial_std(config)
         with torch.no_grad():
-            _embedding_weight(self.transformer)[kept_rows if keeps else 0 :].normal_(std=std)
+            _embedding_weight(self.transformer)[kept_rows:].normal_(std=std)
         self.head = None
         if head is not None or not is_tied(self.transformer):
             self.head = self._new_head()
-            if head is not None and keeps:
+            if head is not None and kept_rows:
                 with torch.no_grad():
                     self.head.weight[:kept_rows] = head.weight[:kept_rows]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -127,6 +128,11 @@ class ChatTokenizer:
     def base_size(self) -> int:
         """The number of ids of the encoding itself; the chat markers follow them."""
         return self.vocab_size - len(MARKERS)
+
+    def base_vocabulary(self) -> dict[int, bytes]:
+        """The bytes of each id of the encoding itself; its special tokens as they are spelled, unused ids left out."""
+        specials = {token: text.encode() for text, token in self._base_specials.items()}
+        return {**{token: text for text, token in self._encoding._mergeable_ranks.items()}, **specials}
 
     @property
     def unsayable_ids(self) -> list[int]:
@@ -264,9 +270,17 @@ def train_ranks(texts: Iterator[str], vocab_size: int, *, progress: bool = False
         show_progress=progress,
     )
     bpe.train_from_iterator(texts, trainer)
-    byte_of = {letter: byte for byte, letter in _byte_letters().items()}
     by_id = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    return {bytes(byte_of[c] for c in token): rank for rank, (token, _) in enumerate(by_id)}
+    return {from_byte_letters(token): rank for rank, (token, _) in enumerate(by_id)}
+
+
+def from_byte_letters(token: str) -> bytes:
+    """The bytes of ``token`` as byte-level vocabularies spell it: ``Ġa`` is a space and an ``a``.
+
+    Raises KeyError for a letter outside of GPT-2's byte-level alphabet.
+    """
+    byte_of = _letter_bytes()
+    return bytes(byte_of[letter] for letter in token)
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
@@ -365,9 +379,9 @@ def _count(segments: list[_Segment]) -> int:
     return sum(len(segment.ids) for segment in segments)
 
 
-def _byte_letters() -> dict[int, str]:
-    """GPT-2's byte-level alphabet, in which `tokenizers` spells its vocabulary: each byte as a printable letter."""
+@functools.cache
+def _letter_bytes() -> dict[str, int]:
+    """GPT-2's byte-level alphabet: the byte of each letter. Printable bytes are their own letters, others follow."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in printable}
-    letters.update({byte: chr(0x100 + i) for i, byte in enumerate(b for b in range(256) if b not in letters)})
-    return letters
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(0x100 + i): byte for i, byte in enumerate(rest)}}

@@ -8,6 +8,7 @@ from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
 from rlchat.models.networks import value_head
+from rlchat.models.vocabulary import kept_rows
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 DEFAULT_BASE_MODEL = "distilbert-base-uncased"
@@ -30,7 +31,8 @@ def open_policy(
     if init_from is None:
         tokenizer = ChatTokenizer(tiktoken_encoding or DEFAULT_ENCODING)
         length = max_length or DEFAULT_MAX_LENGTH
-        backbone = Backbone(base_model or DEFAULT_BASE_MODEL, tokenizer.vocab_size, length, tokenizer.base_size)
+        base_model = base_model or DEFAULT_BASE_MODEL
+        backbone = Backbone(base_model, tokenizer.vocab_size, length, kept_rows(base_model, tokenizer))
         return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
     if base_model is not None:
         raise UserError(

@@ -22,7 +22,7 @@ def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    backbone = Backbone(shape, tokenizer.vocab_size, max_length, tokenizer.base_size)
+    backbone = Backbone(shape, tokenizer.vocab_size, max_length)
     with torch.no_grad():
         for weight in backbone.parameters():
             if weight.dim() == 2:
@@ -44,7 +44,7 @@ def scripted_policy(tokenizer: ChatTokenizer, follows: Mapping[int, int], max_le
         "num_attention_heads": 1,
         "head_dim": 2,
     }
-    backbone = Backbone(shape, tokenizer.vocab_size, max_length, tokenizer.base_size)
+    backbone = Backbone(shape, tokenizer.vocab_size, max_length)
     with torch.no_grad():
         embedding = backbone.transformer.get_input_embeddings().weight
         embedding.zero_()

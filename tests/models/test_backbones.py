@@ -286,9 +286,9 @@ def test_a_tied_model_of_the_same_vocabulary_keeps_rows_and_tie(tmp_path: Path) 
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_another_vocabulary_starts_anew(tmp_path: Path, tied: bool) -> None:
+def test_without_kept_rows_every_row_is_initialized_anew(tmp_path: Path, tied: bool) -> None:
     model = llama(tie_word_embeddings=tied)
-    backbone = Backbone(saved(model, tmp_path), 35, POSITIONS, kept_rows=29)
+    backbone = Backbone(saved(model, tmp_path), 35, POSITIONS)
     old_rows, new_rows = embeddings(model), embeddings(backbone.transformer)
     assert (old_rows - new_rows[:30]).abs().amax(1).min() > 0.01  # every row is another
     assert 0.15 < new_rows.std() < 0.25
@@ -301,7 +301,7 @@ def test_another_vocabulary_starts_anew(tmp_path: Path, tied: bool) -> None:
 
 @torch.no_grad()
 def test_a_smaller_vocabulary_fits_too(tmp_path: Path) -> None:
-    backbone = Backbone(saved(llama(), tmp_path), 20, POSITIONS, kept_rows=15)
+    backbone = Backbone(saved(llama(), tmp_path), 20, POSITIONS)
     assert backbone.head_weight.shape == embeddings(backbone.transformer).shape == (20, 16)
 
 

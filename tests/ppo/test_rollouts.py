@@ -373,7 +373,7 @@ def test_a_critic_that_begins_as_a_reward_model(encoding: str, tmp_path: Path) -
     torch.manual_seed(1)
     tokenizer = ChatTokenizer(encoding)
     shape = {"model_type": "llama", **BACKBONES["llama"], "hidden_size": 24, "num_attention_heads": 4}
-    judge = RewardModel(Backbone(shape, tokenizer.vocab_size, 48, tokenizer.base_size)).eval()
+    judge = RewardModel(Backbone(shape, tokenizer.vocab_size, 48)).eval()
     torch.nn.init.normal_(judge.score_head.weight)  # type: ignore[arg-type]
     torch.nn.init.normal_(judge.score_head.bias)  # type: ignore[arg-type]
     judge.mean.fill_(0.7)
