@@ -76,6 +76,9 @@ class Factor(abc.ABC):
             module = "rlchat.rewards"  # the public path, which outlives a move of the module
         return {"class_path": f"{module}.{type(self).__qualname__}", "init_args": plain}
 
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Moves the factor's model to ``device``, that of the policy. Override it if the factor has a model."""
+
     @abc.abstractmethod
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """Unweighted scores, ``[batch]`` floats. Row i depends only on ``prompts[i]`` and ``replies[i]``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +22,7 @@ class LearnedQuality(Factor):
         weight: of the factor.
         clip: scores are clipped to ± this many standard deviations, which bounds what an error of the model can earn.
         batch_size: responses per forward pass.
-        device: ``auto`` is this process's GPU if there is one.
+        device: of the reward model; ``auto`` is the device of the policy that is trained or evaluated.
     """
 
     def __init__(
@@ -32,15 +31,18 @@ class LearnedQuality(Factor):
         super().__init__(weight)
         if clip <= 0 or batch_size < 1:
             raise UserError(
-                f"invalid values for LearnedQuality: expected clip {clip} and batch_size {batch_size} above 0"
+                f"invalid values for LearnedQuality: clip {clip} and batch_size {batch_size} must be above 0"
             )
-        if device == "auto":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
         self.device = device
-        self.reward_model = load_reward_model(bundle, device)
+        self.reward_model = load_reward_model(bundle, "cpu" if device == "auto" else device)
         self.clip = clip
         self.batch_size = batch_size
+
+    def to(self, device: torch.device) -> None:
+        """Moves the reward model to ``device``, unless the configuration sets another."""
+        if self.device == "auto":
+            self.reward_model.model.to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:

@@ -37,6 +37,12 @@ class Reward:
         """The reward of each response: ``[batch]`` float32, on the CPU."""
         return torch.stack(list(self.breakdown(prompts, replies).values())).sum(dim=0)
 
+    def to(self, device: torch.device) -> Reward:
+        """This reward, after the models of its factors have been moved to ``device``."""
+        for factor in self.factors.values():
+            factor.to(device)
+        return self
+
     def describe(self) -> list[dict[str, Any]]:
         """The factors as plain values, as a model file stores them."""
         return [factor.describe() for factor in self.factors.values()]

@@ -454,3 +454,16 @@ def test_chrf_is_symmetric_and_bounded(text: str, other: str) -> None:
     assert 0 <= chrf(text, other) <= 1 + 1e-12
     assert chrf(text, other) == pytest.approx(chrf(other, text))
     assert chrf(text, text) == (1.0 if text.split() else 0.0)
+
+
+def test_a_reward_moves_the_models_of_its_factors() -> None:
+    class OnDevice(TooShort):
+        device: torch.device | None = None
+
+        def to(self, device: torch.device) -> None:
+            self.device = device
+
+    factor = OnDevice()
+    reward = Reward([factor, TooLong()])
+    assert reward.to(torch.device("meta")) is reward
+    assert factor.device == torch.device("meta")

@@ -291,6 +291,20 @@ def test_learned_quality_is_a_factor(bundle: RewardBundle, tmp_path: Path) -> No
     torch.testing.assert_close(found["learned_quality"], 0.5 * factor(ASKED, REPLIES))
 
 
+@pytest.mark.parametrize(("device", "moved"), [("auto", "meta"), ("cpu", "cpu")])
+def test_learned_quality_follows_the_policy_unless_a_device_is_set(
+    bundle: RewardBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, moved: str
+) -> None:
+    """Neither LOCAL_RANK nor a GPU that the Trainer does not use decides: it starts on the CPU."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    factor = LearnedQuality(str(tmp_path / "reward.pt"), device=device)
+    assert factor.reward_model.model.mean.device == torch.device("cpu")
+    Reward([factor]).to(torch.device("meta"))
+    assert {tensor.device.type for tensor in factor.reward_model.model.state_dict().values()} == {moved}
+    assert factor.describe()["init_args"]["device"] == device
+
+
 @pytest.mark.parametrize("options", [{"clip": 0.0}, {"batch_size": 0}], ids=str)
 def test_learned_quality_refuses_nonsense(bundle: RewardBundle, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="must be above 0"):
