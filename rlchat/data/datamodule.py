@@ -37,7 +37,7 @@ from rlchat.data.cache import CorpusCache, cache_key
 from rlchat.data.corpus import Corpus, DataNeeds
 from rlchat.data.formats import read_prompts, read_trees
 from rlchat.data.imitation import Imitation
-from rlchat.data.sources import DataFile, data_file, readable_twice
+from rlchat.data.sources import DataFile, data_file, is_pipe, readable_twice
 from rlchat.data.splits import SPLITS, Split, split_trees, unit_hash
 from rlchat.data.tokenizing import render_prompts, tokenize_trees
 from rlchat.errors import UserError
@@ -351,9 +351,20 @@ class OASST2DataModule(LightningDataModule):
     def _readable_files(self) -> list[DataFile]:
         """The files of ``path``. A pipe is copied first, because hashing and reading are two passes."""
         if self._files is None:
+            self._refuse_pipes()
             self._copies = tempfile.TemporaryDirectory(prefix="rlchat-")
             self._files = [readable_twice(data_file(path), Path(self._copies.name)) for path in self.paths]
         return self._files
+
+    def _refuse_pipes(self) -> None:
+        """Raises :class:`UserError` for a pipe under several processes: each would get a part of what it holds."""
+        world = self._rank_and_world()[1]
+        for path in self.paths if world > 1 else []:
+            if is_pipe(file := data_file(path)):
+                raise UserError(
+                    f"{file} is a pipe, which {world} processes cannot all read; write its content to a file, or set "
+                    f"--trainer.devices 1"
+                )
 
 
 def _losses(corpus: Corpus, needs: DataNeeds) -> str:

@@ -55,6 +55,11 @@ def data_file(path: str | Path | DataFile) -> DataFile:
     return DataFile(str(path), Path(path).expanduser())
 
 
+def is_pipe(file: DataFile) -> bool:
+    """Whether ``file`` can be read only once: it exists, and is neither a regular file nor a folder."""
+    return file.path.exists() and not file.path.is_file() and not file.path.is_dir()
+
+
 def readable_twice(file: DataFile, folder: Path) -> DataFile:
     """``file`` itself, or its copy in ``folder`` if it can be read only once: a pipe such as ``<(command)``.
 
@@ -62,7 +67,7 @@ def readable_twice(file: DataFile, folder: Path) -> DataFile:
         UserError: the pipe cannot be read.
     """
     try:
-        if not file.path.exists() or file.path.is_file() or file.path.is_dir():
+        if not is_pipe(file):
             return file
         folder.mkdir(parents=True, exist_ok=True)
         copy = folder / f"{len(list(folder.iterdir()))}-{file.path.name}"

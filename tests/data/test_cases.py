@@ -285,6 +285,19 @@ def test_a_pipe_is_read_once(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> N
     assert sum(len(loader.dataset) for loader in loaders) == 5  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_under_several_processes_is_refused_unread(
+    tmp_path: Path, byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hang or give each process a part: nobody writes into this one, so that opening it would block."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(OASST2DataModule, "_rank_and_world", lambda self: (1, 2))
+    with pytest.raises(
+        UserError, match="pipe is a pipe, which 2 processes cannot all read; write its content to a file"
+    ):
+        module(str(tmp_path / "pipe"), byte_tokenizer, tmp_path / "cache")
+
+
 # ---- what a stage uses -----------------------------------------------------------------------------------------------
 
 
