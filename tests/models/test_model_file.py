@@ -362,7 +362,7 @@ def test_finite_weights_whose_sum_overflows_are_loaded(byte_tokenizer: ChatToken
     content = damaged(tmp_path / "model.pt", byte_tokenizer)
     content["state"]["backbone.head.weight"][0, :2] = 3e38
     torch.save(content, tmp_path / "model.pt")
-    assert float(load_policy(tmp_path / "model.pt").model.backbone.head_weight[0, 1]) == pytest.approx(3e38)
+    assert load_policy(tmp_path / "model.pt").model.backbone.head_weight[0, 1].item() == pytest.approx(3e38)
 
 
 def test_a_weight_of_another_shape_is_named_with_both_shapes(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
