@@ -251,7 +251,10 @@ def with_recipes(argv: list[str]) -> list[str]:
             values = []
             while words and not words[0].startswith("--"):
                 values.append(words.popleft())
-            result += [word, *values] if len(values) < 2 else [f"{word}={json.dumps(values)}"]
+            quoted = len(values) > 1 or any(map(_is_comment, values))
+            result += [f"{word}={json.dumps(values)}"] if quoted else [word, *values]
+        elif flag == "--data.path" and _is_comment(value):
+            result.append(f"{flag}={json.dumps([value])}")
         else:
             result.append(word)
     checkpoint = _option(argv, "--ckpt_path")
@@ -259,6 +262,11 @@ def with_recipes(argv: list[str]) -> list[str]:
         path = newest_run(checkpoint) if checkpoint in ("best", "last") else Path(checkpoint)
         result[1:1] = ["--config", str(configuration_of(path))]
     return result
+
+
+def _is_comment(path: str) -> bool:
+    """Whether YAML would read a part of ``path`` as a comment, as in ``#1.jsonl``; not for a list in YAML's syntax."""
+    return "#" in path and not path.startswith("[")
 
 
 def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:

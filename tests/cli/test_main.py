@@ -271,6 +271,21 @@ def test_a_line_that_cannot_be_read(line: str, answer: str, here: Path, capsys: 
     rlchat(*SMOKE, "--data.on_bad_line", "skip", "--trainer.fast_dev_run=1")
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data.path", "#1.jsonl"], ['--data.path=["#1.jsonl"]']),
+        (["--data.path=#1.jsonl"], ['--data.path=["#1.jsonl"]']),
+        (["--data.path", "part #1.jsonl"], ['--data.path=["part #1.jsonl"]']),
+        (["--data.path", "#1.jsonl", "b"], ['--data.path=["#1.jsonl", "b"]']),
+        (["--data.path", "['#1.jsonl']"], ["--data.path", "['#1.jsonl']"]),
+        (["--data.path", "plain.jsonl", "--x", "#"], ["--data.path", "plain.jsonl", "--x", "#"]),
+    ],
+)
+def test_a_path_with_a_number_sign_is_not_a_yaml_comment(words: list[str], expected: list[str]) -> None:
+    assert cli.with_recipes(["fit", *words]) == ["fit", *expected]
+
+
 def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no data is given; name a file of conversations with --data.path FILE" in complaint(
         capsys, "fit", "--config", "smoke"
