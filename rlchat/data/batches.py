@@ -1,8 +1,8 @@
 """Batches: their tensors, and the order in which rows become batches.
 
 The order of an epoch is a list of *global batches*, made from (seed, epoch) alone. Row ``i`` of a global batch goes to
-rank ``i % world``. So one process with batches of 2N rows and two with N each see the same rows at every step, and a
-run that goes on from a checkpoint sees the rows that the uninterrupted one would have seen.
+rank ``i % world``. So one process with batches of 2N rows and two processes with N each see the same rows at every
+step, and a resumed run sees the rows that the uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rlchat.utils.padding import pad
 
 _log = logging.getLogger("rlchat")
 
-# Rows are sorted by length inside windows of so many global batches: enough for little padding, few enough for chance.
+# Rows are sorted by length inside windows of this many global batches: large enough to save padding, small enough to
+# keep the order random.
 BATCHES_PER_WINDOW = 32
 
 # A row of a dataset; in PPO with mixed-in sequences, a prompt and a thread.
@@ -36,10 +37,10 @@ class SequenceBatch(NamedTuple):
 
     ids: Tensor  # Long [B, T]
     attention_mask: Tensor  # Bool [B, T], False on padding
-    loss_mask: Tensor  # Bool [B, T], True on the assistant's tokens and the end markers behind them
+    loss_mask: Tensor  # Bool [B, T], True on the assistant's tokens and their end markers
 
     def split(self, rows: int) -> list[SequenceBatch]:
-        """The same rows, so many at a time."""
+        """The same rows in microbatches of at most ``rows``."""
         return [SequenceBatch(*parts) for parts in zip(*(tensor.split(rows) for tensor in self), strict=True)]
 
     def to(self, device: torch.device | str) -> SequenceBatch:
@@ -48,13 +49,13 @@ class SequenceBatch(NamedTuple):
 
 
 class RankedBatch(NamedTuple):
-    """Replies behind their prompts, one a row, padded on the right; the replies to one prompt lie together."""
+    """Responses with their prompts, one per row, padded on the right; responses to one prompt are adjacent."""
 
     ids: Tensor  # Long [N, T]
     attention_mask: Tensor  # Bool [N, T], False on padding
-    group: Tensor  # Long [N], which prompt of this batch
-    rank: Tensor  # Long [N], 0 the best of its group, -1 unranked
-    quality: Tensor  # Float [N] in 0..1, nan unlabelled
+    group: Tensor  # Long [N], index of the prompt in this batch
+    rank: Tensor  # Long [N], 0 is the best of its group, -1 is unranked
+    quality: Tensor  # Float [N] in 0..1, NaN if unlabelled
     right: Tensor  # Long [N], 1 or 0 by the prompt's check, -1 without a check
 
     def to(self, device: torch.device | str) -> RankedBatch:
@@ -63,10 +64,10 @@ class RankedBatch(NamedTuple):
 
 
 class PromptBatch:
-    """Prompts that wait for a reply, padded on the left.
+    """Prompts to respond to, padded on the left.
 
-    Not a tuple: Lightning walks into tuples to cast what it finds (``precision: bf16-true``), and stumbles over the
-    frozen conversations.
+    Not a tuple, because Lightning casts the elements of tuples (``precision: bf16-true``) and fails on the frozen
+    conversations.
     """
 
     __slots__ = ("attention_mask", "conversations", "ids", "sequences")
@@ -78,16 +79,16 @@ class PromptBatch:
         conversations: tuple[Conversation, ...],
         sequences: SequenceBatch | None = None,
     ) -> None:
-        self.ids = ids  # Long [B, P], each row ends on the marker that opens the reply
+        self.ids = ids  # Long [B, P], each row ends on the marker that opens the response
         self.attention_mask = attention_mask  # Bool [B, P], False on padding
-        self.conversations = conversations  # B of them
-        self.sequences = sequences  # B threads for the mixed-in SFT loss, where the module asked for them
+        self.conversations = conversations  # [B]
+        self.sequences = sequences  # B threads for the SFT loss that is mixed in, if the module asked for them
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.ids, self.attention_mask, self.conversations, self.sequences))
 
     def repeated(self, times: int) -> PromptBatch:
-        """Each prompt ``times`` in a row; the mixed-in threads stay as they are."""
+        """Each prompt ``times`` times, copies adjacent: a, a, b, b. The sequences are not repeated."""
         ids, mask = (tensor.repeat_interleave(times, 0) for tensor in (self.ids, self.attention_mask))
         return PromptBatch(ids, mask, tuple(c for c in self.conversations for _ in range(times)), self.sequences)
 
@@ -98,7 +99,7 @@ class PromptBatch:
 
 
 class SequenceRows(Dataset[SequenceBatch]):
-    """Threads ``rows`` of ``sequences``; a list of indices gives a batch."""
+    """The threads ``rows`` of ``sequences``. Indexing with a list of indices returns a batch."""
 
     def __init__(self, sequences: Sequences, rows: Sequence[int], pad_id: int) -> None:
         self.sequences, self.rows, self.pad_id = sequences, rows, pad_id
@@ -115,7 +116,7 @@ class SequenceRows(Dataset[SequenceBatch]):
 
 
 class RankedRows(Dataset[RankedBatch]):
-    """Prompts ``rows`` of ``ranked`` with their replies; a list of indices gives a batch."""
+    """The prompts ``rows`` of ``ranked`` with their responses. Indexing with a list of indices returns a batch."""
 
     def __init__(self, ranked: RankedReplies, rows: Sequence[int], pad_id: int) -> None:
         self.ranked, self.rows, self.pad_id = ranked, rows, pad_id
@@ -141,7 +142,10 @@ class RankedRows(Dataset[RankedBatch]):
 
 
 class PromptRows(Dataset[PromptBatch]):
-    """Prompts ``rows``; a list of indices gives a batch, a list of (prompt, thread) one with mixed-in sequences."""
+    """The prompts ``rows``. Indexing with a list of indices returns a batch.
+
+    Indexing with a list of (prompt, thread) returns a batch with the SFT sequences that are mixed in.
+    """
 
     def __init__(self, prompts: Prompts, rows: Sequence[int], pad_id: int, mixed: SequenceRows | None = None) -> None:
         self.prompts, self.rows, self.pad_id, self.mixed = prompts, rows, pad_id, mixed
@@ -162,15 +166,15 @@ class PromptRows(Dataset[PromptBatch]):
 
 
 def _as_list(index: int | Sequence[R]) -> Sequence[int | R]:
-    # Our samplers ask for batches; the one that Lightning puts in for `overfit_batches` asks for single rows.
+    # Our samplers ask for batches; the sampler that Lightning uses for `overfit_batches` asks for single rows.
     return [index] if isinstance(index, int) else index
 
 
 def bucketed_plan(lengths: Sequence[int], batch_size: int, world: int, seed: int) -> Callable[[int], list[list[int]]]:
-    """Shuffled global batches of rows of similar length, each row once an epoch.
+    """Shuffled global batches of rows of similar length; every row once per epoch.
 
-    Rows are shuffled, sorted by length inside windows of :data:`BATCHES_PER_WINDOW` global batches, cut into batches,
-    and the batches shuffled. Fewer rows than ranks are repeated, so that every rank has one.
+    Rows are shuffled, sorted by length inside windows of :data:`BATCHES_PER_WINDOW` global batches and cut into
+    batches, which are shuffled. Fewer rows than ranks are repeated, so that every rank has one.
     """
 
     def plan(epoch: int) -> list[list[int]]:
@@ -190,10 +194,10 @@ def bucketed_plan(lengths: Sequence[int], batch_size: int, world: int, seed: int
 
 
 def full_batches_plan(rows: int, batch_size: int, world: int, seed: int, mixed_rows: int = 0) -> Plan:
-    """Shuffled global batches that are all full: what is left over waits for another epoch.
+    """Shuffled global batches, all of them full: the rows left over are not used in this epoch.
 
-    Fewer rows than one global batch are repeated to fill it. With ``mixed_rows``, each row comes with one of as many
-    others, drawn without replacement until all had their turn.
+    Fewer rows than one global batch are repeated to fill it. With ``mixed_rows``, each row is paired with one of
+    ``mixed_rows`` other rows, drawn without replacement until all are used.
     """
 
     def plan(epoch: int) -> Sequence[Sequence[Row]]:
@@ -210,21 +214,21 @@ def full_batches_plan(rows: int, batch_size: int, world: int, seed: int, mixed_r
 
 
 def fixed_plan(order: Sequence[int], batch_size: int, world: int) -> Plan:
-    """``order`` as it is, every row exactly once, the same in every epoch."""
+    """Global batches of ``order`` without shuffling: every row exactly once, the same in every epoch."""
     batches = _in_batches(list(order), batch_size * world, world)
     return lambda epoch: batches
 
 
 def _at_least(order: list[int], count: int) -> list[int]:
-    """``order``, repeated from its beginning where it has fewer than ``count`` rows."""
+    """``order``, repeated from its beginning if it has fewer than ``count`` rows."""
     return order if len(order) >= count or not order else [order[i % len(order)] for i in range(count)]
 
 
 def _in_batches(order: list[R], size: int, world: int) -> list[list[R]]:
-    """``order`` cut into global batches of ``size``, the last perhaps smaller, never smaller than ``world``."""
+    """``order`` cut into global batches of ``size``. The last may be smaller, but has a row for each rank."""
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if len(batches) > 1 and len(batches[-1]) < world:
-        # A rank without rows would take a step less than the others, which then wait for it forever.
+        # A rank without rows would take one step fewer than the others, which would wait for it forever.
         batches[-2:] = [batches[-2] + batches[-1]]
     return batches
 
@@ -235,16 +239,16 @@ def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
 
 
 class RankSampler(DistributedSampler[Any]):
-    """This rank's part of each global batch of a plan: a list of rows each.
+    """Yields this rank's rows of each global batch of a plan, as a list.
 
-    Derived from DistributedSampler because Lightning replaces every other sampler under DDP; it also calls
+    A subclass of DistributedSampler, because Lightning replaces any other sampler under DDP; it also calls
     ``set_epoch``.
     """
 
     def __init__(self, dataset: Dataset[Any], plan: Plan, rank: int, world: int) -> None:
         super().__init__(dataset, num_replicas=world, rank=rank)
         self.plan = plan
-        self.skip = 0  # batches to leave out at the beginning of the next pass, and of that one only
+        self.skip = 0  # batches to skip at the beginning of the next pass only
         self._count = len(plan(0))
 
     def __len__(self) -> int:
@@ -257,15 +261,15 @@ class RankSampler(DistributedSampler[Any]):
 
 
 class BatchLoader(DataLoader[Any]):
-    """A DataLoader over a dataset that gives whole batches, which goes on where a checkpoint left off.
+    """A DataLoader over a dataset that returns whole batches. It resumes in the middle of an epoch.
 
     Lightning calls ``state_dict`` when it saves and ``load_state_dict`` when it resumes.
     """
 
     def __init__(self, dataset: Dataset[Any], *, num_workers: int = 0, **kwargs: Any) -> None:
-        # Without a batch_size the sampler's lists of rows go to the dataset as they are. A batch_sampler would do the
-        # same, but Lightning would not see that it is distributed already and put in another. Keywords only, and open
-        # to more, because Lightning makes the loader anew from them for prediction and for `overfit_batches`.
+        # With batch_size None, the dataset receives the sampler's lists of rows. A batch_sampler would do the same, but
+        # Lightning would not see that it is already distributed, and would replace it. Keyword arguments only, and any
+        # of them, because Lightning builds the loader again from them for prediction and for `overfit_batches`.
         given = {"collate_fn": _as_is, "persistent_workers": num_workers > 0, **kwargs, "batch_size": None}
         super().__init__(dataset, num_workers=num_workers, **given)
         self._epoch = 0
@@ -273,8 +277,8 @@ class BatchLoader(DataLoader[Any]):
         self._resume: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator on purpose: Lightning makes the iterator before it sets the epoch, and only the first batch that
-        # is asked for may fix the order. What workers have prepared ahead does not count as yielded.
+        # A generator, because Lightning creates the iterator before it sets the epoch: the order is fixed when the
+        # first batch is requested. Batches that workers have prefetched do not count as yielded.
         sampler = self.sampler
         self._epoch = getattr(sampler, "epoch", 0)
         resume, self._resume = self._resume, None
@@ -286,19 +290,19 @@ class BatchLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out; the same on every rank."""
+        """The epoch and the number of its batches that were yielded; the same on every rank."""
         return {"epoch": self._epoch, "batches": self._yielded, "batches_per_epoch": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on after ``state["batches"]`` batches of that epoch; a later epoch starts at its beginning."""
+        """Skips the first ``state["batches"]`` batches of the epoch ``state["epoch"]``; later epochs are complete."""
         if state["batches_per_epoch"] != len(self):
             _log.warning(
                 "the checkpoint's epoch had %d batches and this one has %d: the data, the batch size or the number of "
-                "processes changed, so the rows to come are not those that the interrupted run would have seen",
+                "processes changed, so the next rows are not those that the interrupted run would have used",
                 state["batches_per_epoch"],
                 len(self),
             )
-        # Also what is saved before another batch is asked for.
+        # Set here too, for a checkpoint that is saved before the next batch is requested.
         self._epoch, self._yielded = self._resume = (state["epoch"], state["batches"])
         if isinstance(self.sampler, RankSampler):
             self.sampler.set_epoch(state["epoch"])

@@ -1,7 +1,7 @@
-"""Key-value caches: cut back when a conversation changes, with rows that come and go while others are generated.
+"""Operations on key-value caches: shorten them when a conversation changes, add and remove rows of a batch.
 
 Keys and values are [batch, heads, columns, width], the newest token in the last column. Rows of different lengths share
-a cache because the shorter ones begin with padding, which the attention mask hides and positions do not count.
+a cache: the shorter ones begin with padding, which the attention mask hides and positions do not count.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class EncoderCache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
-    """Keys and values of each attention layer. No dict, because FSDP2 moves dicts to its device as copies."""
+    """Keys and values of each attention layer. Not a dict, because FSDP2 copies dicts when it moves inputs."""
 
 
 Cache = DynamicCache | EncoderCache
-"""transformers' own for decoders; ours for encoders that were made causal."""
+"""transformers' own cache for decoders, ours for encoders that were made causal."""
 
 
 def is_empty(cache: Cache) -> bool:
@@ -39,12 +39,12 @@ def _holds_state(layer: object) -> bool:
 
 
 def can_append(cache: Cache) -> bool:
-    """Whether rows can join: every layer keeps every column, unlike sliding windows and recurrent states."""
+    """Whether rows can be added: every layer keeps all columns, unlike sliding windows and recurrent states."""
     return isinstance(cache, EncoderCache) or all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def keep_rows(cache: Cache, rows: Tensor) -> None:
-    """Leaves the rows numbered ``rows`` Long [kept], in that order."""
+    """Keeps only the rows with the indices ``rows`` Long [kept], in that order."""
     if isinstance(cache, EncoderCache):
         for module, (keys, values) in cache.items():
             cache[module] = keys[rows], values[rows]
@@ -53,7 +53,7 @@ def keep_rows(cache: Cache, rows: Tensor) -> None:
 
 
 def drop_columns(cache: Cache, count: int) -> None:
-    """Takes away the first ``count`` columns, which no row needs any more; only where :func:`can_append`."""
+    """Removes the first ``count`` columns, which are padding in every row. Requires :func:`can_append`."""
     if isinstance(cache, EncoderCache):
         for module, (keys, values) in cache.items():
             cache[module] = keys[:, :, count:], values[:, :, count:]
@@ -63,7 +63,7 @@ def drop_columns(cache: Cache, count: int) -> None:
 
 
 def append_rows(cache: Cache, other: Cache) -> None:
-    """Adds the rows of ``other`` behind those of ``cache``; the one with fewer columns gets zeros on the left."""
+    """Appends the rows of ``other`` to ``cache``; the one with fewer columns is padded with zeros on the left."""
     if isinstance(cache, EncoderCache):
         assert isinstance(other, EncoderCache)
         for module, (keys, values) in cache.items():
@@ -75,9 +75,9 @@ def append_rows(cache: Cache, other: Cache) -> None:
 
 
 def shorten(cache: Cache, length: int) -> bool:
-    """Cuts ``cache`` to its first ``length`` tokens, as if no more had been seen; False where that cannot be done.
+    """Cuts ``cache`` to its first ``length`` tokens. Returns False if a layer cannot be cut.
 
-    A layer that keeps a summary of the past, or a window that is already full, knows nothing to go back to.
+    Recurrent layers and full sliding windows cannot be cut: they no longer hold the earlier state.
     """
     if isinstance(cache, EncoderCache):
         cache.update({module: (key[:, :, :length], value[:, :, :length]) for module, (key, value) in cache.items()})

@@ -128,7 +128,7 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def test_noise_is_splitmix64_of_its_address() -> None:
+def test_uniforms_are_splitmix64_of_their_address() -> None:
     assert splitmix64(1234567) == 6457827717110365317  # the published test vector
     for seed, stream, row, position in [(0, 0, 0, 0), (3, -1, 12, 5), (2**40 + 1, 10**6, 2**33, 511), (-7, 2, 1, 0)]:
         base = splitmix64(splitmix64(splitmix64(seed % 2**64) ^ (stream % 2**64)) ^ row)
@@ -144,7 +144,7 @@ def kolmogorov_smirnov(numbers: Tensor) -> float:
     return float(torch.maximum(above, below).max()) * math.sqrt(n)
 
 
-def test_noise_is_uniform_along_every_axis() -> None:
+def test_uniforms_are_uniform_along_every_axis() -> None:
     n = 2**14
     by_row = addressed_uniforms(1, 2, torch.arange(n))(3)
     noise = addressed_uniforms(1, 2, rows(5))
@@ -166,7 +166,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
 
 
-def test_noise_at_one_address_is_independent_of_every_other() -> None:
+def test_uniforms_at_different_addresses_are_independent() -> None:
     n = 2**14
     here = addressed_uniforms(1, 2, torch.arange(n))(3)
     others = {
@@ -185,7 +185,7 @@ def test_noise_at_one_address_is_independent_of_every_other() -> None:
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(0, 2**31), st.integers(-2, 10**6))
 @settings(deadline=None, max_examples=50)
-def test_a_row_has_the_same_noise_in_any_batch(numbers: list[int], seed: int, stream: int) -> None:
+def test_a_row_has_the_same_uniforms_in_any_batch(numbers: list[int], seed: int, stream: int) -> None:
     together = addressed_uniforms(seed, stream, torch.tensor(numbers))
     for position in (0, 7):
         alone = [float(addressed_uniforms(seed, stream, rows(number))(position)) for number in numbers]
@@ -193,7 +193,7 @@ def test_a_row_has_the_same_noise_in_any_batch(numbers: list[int], seed: int, st
     assert together(0).tolist() == together(0).tolist()  # asked twice, the same
 
 
-def test_generator_noise_goes_on() -> None:
+def test_generator_uniforms_continue() -> None:
     noise = generator_uniforms(torch.Generator().manual_seed(0), 3)
     assert noise(0).shape == (3,)
     assert noise(0).tolist() != noise(0).tolist()
@@ -228,7 +228,7 @@ def test_sampling_equals_a_naive_loop(family: str, temperature: float) -> None:
 
 
 @every_family
-def test_a_row_says_the_same_in_any_company(family: str) -> None:
+def test_the_response_of_a_row_does_not_depend_on_the_other_rows(family: str) -> None:
     model = policy(family)
     together = replies(model, PROMPTS, addressed_uniforms(3, 0, torch.arange(8)))
     alone = [replies(model, [prompt], addressed_uniforms(3, 0, rows(i)))[0] for i, prompt in enumerate(PROMPTS)]
@@ -260,7 +260,7 @@ class Script(RLChatModel):
         return logits
 
 
-def test_a_reply_ends_at_its_end_marker_and_is_padded_after_it() -> None:
+def test_a_response_ends_at_its_end_marker_and_is_padded_after_it() -> None:
     lines = [[1, 2, END, 7, 7, 7], [3, 4, 5, 6, END, 8], [END, 9, 9, 9, 9, 9]]
     said = generated(Script(lines), PROMPTS[:3], generator_uniforms(torch.Generator(), 3))
     assert said.ids.tolist() == [[1, 2, END, PAD, PAD], [3, 4, 5, 6, END], [END, PAD, PAD, PAD, PAD]]
@@ -269,7 +269,7 @@ def test_a_reply_ends_at_its_end_marker_and_is_padded_after_it() -> None:
     assert said.ended.tolist() == [True, True, True]
 
 
-def test_a_reply_that_runs_out_of_tokens_has_not_ended() -> None:
+def test_a_response_cut_at_the_limit_has_not_ended() -> None:
     lines = [[1, 2, 3, END], [4, END, 5, 6]]
     said = generated(Script(lines), PROMPTS[:2], generator_uniforms(torch.Generator(), 2), Sampling(3, 1.0))
     assert said.ids.tolist() == [[1, 2, 3], [4, END, PAD]]
@@ -286,8 +286,8 @@ def test_tokens_come_one_by_one_and_the_caller_may_stop() -> None:
 
 
 @every_family
-def test_it_goes_on_from_a_cache(family: str) -> None:
-    """What stands in the cache is not fed again, and the words are those that the whole prompt would get."""
+def test_sampling_continues_from_a_cache(family: str) -> None:
+    """Cached tokens are not processed again, and the response equals that to the whole prompt."""
     model, sampling, no_noise = policy(family), Sampling(4, temperature=0), addressed_uniforms(0, 0, rows(0))
     (first,) = replies(model, [PROMPTS[0]], no_noise, sampling)
     whole = [*PROMPTS[0], *first, 1, 2]
@@ -306,7 +306,7 @@ def test_it_goes_on_from_a_cache(family: str) -> None:
     assert fed == [3, 1, 1, 1][: len(expected)]
 
 
-def test_every_number_of_the_prompts_is_left_alone() -> None:
+def test_the_prompt_tensors_are_not_modified() -> None:
     ids, mask = pad(PROMPTS, PAD, "left")
     before = ids.clone(), mask.clone()
     generate(policy(), ids, mask, Sampling(4), addressed_uniforms(0, 0, torch.arange(8)), end_id=END, pad_id=PAD)
@@ -315,7 +315,7 @@ def test_every_number_of_the_prompts_is_left_alone() -> None:
 
 
 @torch.no_grad()
-def test_greedy_takes_the_likeliest() -> None:
+def test_temperature_0_takes_the_most_likely_token() -> None:
     model, greedy = policy(), Sampling(5, temperature=0.0)
     for prompt in PROMPTS:
         (said,) = replies(model, [prompt], generator_uniforms(torch.Generator(), 1), greedy)
@@ -336,12 +336,12 @@ CROWD = [
 
 
 def alone(model: RLChatModel, row: int) -> list[int]:
-    """What prompt ``row`` gets by itself, with the noise and the sampling that are its own."""
+    """The response to prompt ``row`` in a batch of its own, with the same random numbers and sampling options."""
     return replies(model, [PROMPTS[row]], addressed_uniforms(3, 0, rows(row)), CROWD[row % 4])[0]
 
 
 @every_family
-def test_each_row_has_a_sampling_of_its_own(family: str) -> None:
+def test_each_row_can_have_its_own_sampling_options(family: str) -> None:
     model = policy(family)
     ids, mask = pad(PROMPTS, PAD, "left")
     each = [CROWD[row % 4] for row in range(8)]
@@ -354,8 +354,8 @@ def test_each_row_has_a_sampling_of_its_own(family: str) -> None:
 
 @every_family
 @pytest.mark.parametrize("seed", range(3))
-def test_a_row_says_the_same_whenever_it_comes_and_whoever_leaves(family: str, seed: int) -> None:
-    """Rows come one by one and in groups, finish or are thrown out, in an order drawn at random."""
+def test_the_response_of_a_row_does_not_depend_on_when_rows_join_and_leave(family: str, seed: int) -> None:
+    """Rows join one by one and in groups, finish or are removed, in a random order."""
     model, order = policy(family), torch.Generator().manual_seed(seed)
     waiting = torch.randperm(24, generator=order).tolist()  # row r asks PROMPTS[r % 8], with a noise of its own
     waiting = [row for row in waiting if len(PROMPTS[row % 8]) > 1]
@@ -397,7 +397,7 @@ def test_a_row_says_the_same_whenever_it_comes_and_whoever_leaves(family: str, s
 
 
 def test_a_batch_is_as_wide_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only a row that left had filled is given back, or a server's batch would widen for ever."""
+    """Columns that only removed rows used are dropped; otherwise a server's batch would grow without bound."""
     model = policy()
     widths = []
 
@@ -415,14 +415,14 @@ def test_a_batch_is_as_wide_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) 
     assert widths == [7, 4, 4, 5]  # the prompts; the shorter row's; the newcomer's 4 of 5, read; both
 
 
-def test_a_cache_that_forgets_takes_no_rows_in() -> None:
+def test_rows_cannot_join_a_cache_with_a_sliding_window() -> None:
     config = {"model_type": "mistral", **CONFIGS["llama"], "sliding_window": 4}
     model = RLChatModel(Backbone(config, VOCABULARY, 32), unsayable=[PAD]).eval()
     ids, mask = pad(PROMPTS[:2], PAD, "left")
     how, noise = Sampling(8, 1.0), addressed_uniforms(0, 0, rows(0, 1))
     steps = sample(model, ids, mask, how, noise, end_id=END, pad_id=PAD)
     next(steps)
-    with pytest.raises(ValueError, match="takes no rows in"):
+    with pytest.raises(ValueError, match="cannot add rows"):
         steps.send(Change([0], [PROMPTS[2]], [how, how], noise))
 
 
@@ -432,7 +432,7 @@ PROBABILITIES = [0.05, 0.4, 0.0, 0.25, 0.2, 0.1]
 
 
 def support(sampling: Sampling, probabilities: Iterable[float] = PROBABILITIES) -> dict[int, float]:
-    """Each token that can come out, and how often, over an even grid of noise."""
+    """Each token that can be sampled and its frequency, over an even grid of uniform numbers."""
     logits = torch.tensor(list(probabilities)).log()
     count = 20_000
     tokens = choose(logits.expand(count, -1), sampling, torch.arange(count) / count).tokens
@@ -499,7 +499,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(weights: list[float]
     ],
     ids=str,
 )
-def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
 
