@@ -1,1 +1,1 @@
-"""Several processes: collectives, strategies, atomic checkpoints."""
+"""Training in several processes: collectives, strategies, atomic checkpoints."""

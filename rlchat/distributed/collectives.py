@@ -1,8 +1,9 @@
-"""One process or many, one result: what they tell each other, and networks that they hold in shards.
+"""Collective operations between processes, and sharding of networks.
 
 Under DDP every process holds every network. Under FSDP2 (Zhao et al. 2023, arXiv 2304.11277; ``fully_shard`` of
-PyTorch) each holds a part of every matrix, and all of them meet in every forward pass to put it together: so all have
-to make the same passes in the same order, and wherever one process could stop earlier than another they ask each other.
+PyTorch) each process holds a part of every parameter, and a forward pass gathers the parts from all processes. All
+processes must therefore make the same forward passes in the same order. Where one could stop earlier than another, they
+agree first (:func:`anywhere`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 def global_sum(module: L.LightningModule, value: Tensor | float) -> Tensor:
-    """``value`` summed over all processes, on the module's device and without a gradient."""
+    """``value`` summed over all processes, on the module's device and without a gradient. A collective."""
     total = torch.as_tensor(value, device=module.device).detach().clone()
     if module.trainer.world_size > 1:
         dist.all_reduce(total)
@@ -30,12 +31,12 @@ def global_sum(module: L.LightningModule, value: Tensor | float) -> Tensor:
 
 
 def anywhere(module: L.LightningModule, condition: bool | Tensor) -> bool:
-    """Whether ``condition`` holds on any process; one of several values holds where any of them does."""
+    """Whether any element of ``condition`` is true on any process. A collective."""
     return bool(greatest(module, int(torch.as_tensor(condition).any())))
 
 
 def greatest(module: L.LightningModule, value: int) -> int:
-    """The greatest ``value`` of any process."""
+    """The maximum of ``value`` over all processes. A collective."""
     if module.trainer.world_size == 1:
         return value
     found = torch.tensor(value, device=module.device)
@@ -44,7 +45,7 @@ def greatest(module: L.LightningModule, value: int) -> int:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, in their order."""
+    """``value`` of every process, in the order of ranks. A collective."""
     if not _joined():
         return [value]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -53,13 +54,17 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def take_turns(parts: Sequence[Sequence[T]], block: int = 1) -> list[T]:
-    """The rows of all processes in global order: process after process gives its next ``block``, as they were dealt."""
+    """The rows of all processes, merged in blocks of ``block`` rows: the first block of each rank, then the second, ….
+
+    ``parts`` holds each rank's rows. Example: ``take_turns([[1, 3], [2]])`` is ``[1, 2, 3]``, the order in which
+    :class:`rlchat.data.batches.RankSampler` distributed them.
+    """
     longest = max(map(len, parts))
     return [row for start in range(0, longest, block) for part in parts for row in part[start : start + block]]
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files: the first, or the only one."""
+    """Whether this process writes files: it has rank 0, or there are no others."""
     return not _joined() or dist.get_rank() == 0
 
 
@@ -71,9 +76,9 @@ def _joined() -> bool:
 
 
 def shard_networks(module: L.LightningModule) -> None:
-    """Shards each network of ``module`` where its strategy is FSDP2, once; does nothing under any other.
+    """Shards each network of ``module`` under the strategy ``fsdp2``; does nothing if they are sharded already.
 
-    Each is sharded for itself, so that they can be run in any order. For ``LightningModule.configure_model``.
+    Networks are sharded separately, so that they can run in any order. Called by ``LightningModule.configure_model``.
     """
     if module.device_mesh is None:
         return
@@ -83,13 +88,14 @@ def shard_networks(module: L.LightningModule) -> None:
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves each process of ``mesh`` its part of every parameter, and puts them together where they are used.
+    """Shards every parameter of ``network`` over the processes of ``mesh``; a forward pass gathers them.
 
-    The blocks of a ``ModuleList`` are put together one by one. What is left (embeddings, heads) stays together from
-    the network's forward pass to the end of its backward pass, so that heads may be called on what forward returned:
-    registering them as forward methods of their own would reduce the gradients of the embeddings before they are there.
+    Each block of a ``ModuleList`` is gathered when it runs, and freed afterwards. The other parameters (embeddings,
+    heads) stay gathered from the network's forward pass to the end of its backward pass, so that heads can be called on
+    the hidden states that forward returned. Registered as forward methods of their own, heads would make FSDP2 reduce
+    the gradients of the embeddings before they are complete.
     """
-    from torch.distributed.fsdp import fully_shard  # slow to import, and a chat has no use for it
+    from torch.distributed.fsdp import fully_shard  # slow to import, and not needed for chat
 
     for blocks in [part for part in network.modules() if isinstance(part, nn.ModuleList)]:
         for block in blocks:
@@ -98,23 +104,23 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether :func:`shard` had ``network``."""
+    """Whether ``network`` has been sharded by :func:`shard`."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(network, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` with the parts of all processes: a collective where it is sharded, itself where it is not."""
-    full_tensor = getattr(tensor, "full_tensor", None)  # of a DTensor, whose class is slow to import
+    """``tensor`` gathered from all processes if it is sharded (a collective), otherwise ``tensor`` itself."""
+    full_tensor = getattr(tensor, "full_tensor", None)  # a method of DTensor, whose class is slow to import
     return tensor if full_tensor is None else full_tensor()
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state of ``network`` on the CPU, whole on every process; a collective where it is sharded."""
+    """The state dict of ``network`` on the CPU, complete on every process. A collective if it is sharded."""
     return {name: whole(tensor).cpu() for name, tensor in network.state_dict().items()}
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients of ``parameters`` together; a collective where they are sharded."""
+    """The 2-norm of the gradients of all ``parameters``. A collective if they are sharded."""
     return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))

@@ -1,4 +1,4 @@
-"""What rlchat plugs into Lightning's Trainer: the strategy ``fsdp2``, and checkpoints that nothing can halve."""
+"""Extensions of Lightning's Trainer: the strategy ``fsdp2``, atomic checkpoints, and a check of the strategy."""
 
 from __future__ import annotations
 
@@ -14,51 +14,68 @@ from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
 FSDP2 = "fsdp2"
+_SHARDED_PRECISIONS = (
+    "None",
+    "32-true",
+    "32",
+    "bf16-mixed",
+    "bf16",
+    "bf16-true",
+    "16-true",
+)  # without a gradient scaler
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes of all nodes: ``--trainer.strategy fsdp2``.
 
-    Lightning's own would by default shard over nodes alone and take the devices of each for tensor parallelism, and
-    would write a folder for a checkpoint. The networks shard themselves; see
-    :func:`rlchat.distributed.collectives.shard_networks`.
+    Lightning's own defaults would shard over nodes only, use the devices of a node for tensor parallelism, and write a
+    checkpoint as a folder. Networks are sharded by :func:`rlchat.distributed.collectives.shard_networks`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
 
     def setup_environment(self) -> None:
-        """By now it is known how many processes there are."""
+        """Sets the number of processes to shard over, which is known only now."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 if FSDP2 not in StrategyRegistry:
-    StrategyRegistry.register(FSDP2, FSDP2Strategy, description="every process holds a part of every parameter")
+    StrategyRegistry.register(FSDP2, FSDP2Strategy, description="shards every parameter over all processes")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints in one file each, written whole or not at all.
+    """Writes each checkpoint as one file, atomically.
 
-    Lightning's own is first made in memory, then written to the system's folder for temporary files and moved from
-    there: on another file system that is a copy, and a kill in the middle of it leaves half a checkpoint.
+    Lightning writes to the system's folder for temporary files and moves the file from there. On another file system
+    the move is a copy, and a kill during the copy leaves half a checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes ``checkpoint``. Raises :class:`UserError` where that cannot be; the one before is then unharmed."""
+        """Writes ``checkpoint`` to ``path``.
+
+        Raises:
+            UserError: it cannot be written; an existing file at ``path`` is unchanged.
+            TypeError: ``storage_options`` are given, which local files do not have.
+        """
         if storage_options is not None:
-            raise TypeError("a checkpoint is a file on a disk, to which no storage options apply")
+            raise TypeError("storage options are not supported: checkpoints are local files")
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
 
 def check_strategy(options: Mapping[str, Any]) -> None:
-    """Raises :class:`UserError` where ``trainer.strategy`` names one in which rlchat cannot train."""
+    """Raises :class:`UserError` if the Trainer's ``options`` have a strategy or precision that does not work."""
     strategy = options.get("strategy")
     name = strategy if isinstance(strategy, str) else str((strategy or {}).get("class_path", ""))
     if name in ("fsdp", "fsdp_cpu_offload") or name.endswith(".FSDPStrategy"):
         raise UserError(
-            f"trainer.strategy {name}: that is FSDP1, which cannot do what rlchat does with a model (optimizer steps "
-            f"by hand, heads on their own); use {FSDP2}"
+            f"trainer.strategy {name}: FSDP1 is not supported, because it cannot run heads outside of forward or take "
+            f"optimizer steps by hand; use {FSDP2}"
         )
     if name.endswith(".ModelParallelStrategy"):
-        raise UserError(f"trainer.strategy {name}: use {FSDP2}, which is that with every process holding a part")
+        raise UserError(f"trainer.strategy {name} is not supported; use {FSDP2}, which shards over all processes")
+    precision = str(options.get("precision"))
+    if (name == FSDP2 or name.endswith(f".{FSDP2Strategy.__name__}")) and precision not in _SHARDED_PRECISIONS:
+        # Each process would find infinite gradients in its own shard only, and skip other steps than the rest.
+        raise UserError(f"trainer.precision {precision} is not supported with {FSDP2}; use bf16-mixed or 32-true")

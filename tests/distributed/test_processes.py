@@ -1,4 +1,4 @@
-"""One process or two, DDP or FSDP2: the same weights after every step, the same replies, the same curves."""
+"""One process and two, DDP and FSDP2: equal weights after every step, equal responses, equal metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREDICT = ["--data.predict_path=questions.txt", "--trainer.accelerator=cpu", "--
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all the runs that this module is about; two processes go through theirs in a row."""
+    """The folder of all runs of this module. Runs with two processes follow one another in one launch."""
     folder = prepare(tmp_path_factory.mktemp("processes") / "runs")
     (folder / "questions.txt").write_text("".join(f"How about {n}?\n" for n in range(6)))
     bundle = "--model.init_from=one-ppo/checkpoints/rl_chat_model_tiktoken.pt"
@@ -53,12 +53,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_do_what_one_does(strategy: str, stage: str, runs: Path) -> None:
+def test_two_processes_train_as_one_does(strategy: str, stage: str, runs: Path) -> None:
     compare(runs / f"one-{stage}", runs / f"{strategy}-{stage}", ranks=2, stage=stage).check()
 
 
-def test_what_the_comparison_is_over(runs: Path) -> None:
-    """Unequal replies, a process whose replies all end at once, a pass that is broken off."""
+def test_the_compared_runs_cover_the_hard_cases(runs: Path) -> None:
+    """Responses of unequal length, a process whose responses all end at once, an epoch that stops early."""
     first, second, third = trace(runs / "one-ppo")
     assert len({len(reply) for reply in first["drawn"]}) > 4
     assert {len(reply) for reply in second["drawn"][1::2]} == {1}
@@ -75,7 +75,7 @@ def test_fsdp2_resumes_exactly(runs: Path) -> None:
 
 
 def test_fsdp2_saves_whole_models(runs: Path) -> None:
-    """The bundle of two processes, each with a part of the model, against that of one."""
+    """The model file of two processes, each with a part of the model, equals that of one process."""
     one, two = (
         load_policy(runs / name / "checkpoints" / "rl_chat_model_tiktoken.pt").model
         for name in ("one-ppo", "fsdp2-ppo")
@@ -86,7 +86,7 @@ def test_fsdp2_saves_whole_models(runs: Path) -> None:
     assert all(path.is_file() for path in runs.glob("fsdp2-*/lightning_logs/*/version_*/checkpoints/*.ckpt"))
 
 
-def test_fsdp2_says_what_one_process_says(runs: Path) -> None:
+def test_fsdp2_generates_the_responses_of_one_process(runs: Path) -> None:
     one, two = ([json.loads(line) for line in (runs / name).open()] for name in ("one.jsonl", "two.jsonl"))
     assert len(one) == 6
     assert [row["reply"] for row in one] == [row["reply"] for row in two]
@@ -102,7 +102,7 @@ def test_all_processes_write_into_one_folder(name: str, runs: Path) -> None:
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
-def test_one_process_needs_no_others() -> None:
+def test_collectives_of_one_process_need_no_process_group() -> None:
     module: Any = SimpleNamespace(device="cpu", trainer=SimpleNamespace(world_size=1))
     assert global_sum(module, 3).item() == 3
     assert greatest(module, 7) == 7
@@ -111,12 +111,12 @@ def test_one_process_needs_no_others() -> None:
     assert gather_objects("x") == ["x"]
 
 
-def test_rows_come_together_in_the_order_in_which_they_were_dealt() -> None:
+def test_take_turns_restores_the_global_order() -> None:
     assert take_turns([["a", "c", "e"], ["b", "d"]]) == ["a", "b", "c", "d", "e"]
     assert take_turns([["a1", "a2", "c1", "c2"], ["b1", "b2"]], block=2) == ["a1", "a2", "b1", "b2", "c1", "c2"]
 
 
-def test_what_is_not_sharded_is_whole() -> None:
+def test_an_unsharded_tensor_is_already_whole() -> None:
     layer = torch.nn.Linear(2, 1)
     assert whole(layer.weight) is layer.weight
     assert {name: value.shape for name, value in whole_state(layer).items()} == {"weight": (1, 2), "bias": (1,)}
