@@ -34,8 +34,7 @@ from rlchat.demo.corpus import write_demo_corpus
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
-SHARED = Path(__file__).parents[2].parent / "shared"
-OASST1 = SHARED / "data" / "oasst1-validation" / "en-validation.messages.jsonl.gz"
+OASST = Path(__file__).parent / "samples" / "oasst.messages.jsonl.gz"
 
 PAD, USER, BOT, END = 256, 258, 259, 260
 X, Y, A, B, C = (ord(letter) for letter in "xyabc")
@@ -713,13 +712,12 @@ def test_errors_name_the_cure(tmp_path: Path, sft: DataNeeds, reward: DataNeeds,
         module(write(tmp_path / "e.jsonl", [chat("x", "a")]), cramped, tmp_path).setup()
 
 
-# ---- real data -------------------------------------------------------------------------------------------------------
+# ---- sample data -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not OASST1.is_file(), reason="the shared OASST1 sample is absent")
-def test_oasst1_validation_rows(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+def test_rows_of_an_oasst_sample(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     def count(needs: DataNeeds) -> dict[str, int]:
-        data = module(str(OASST1), needs, tmp_path, val_fraction=0.1, test_fraction=0.1, val_batch_size=16)
+        data = module(str(OASST), needs, tmp_path, val_fraction=0.1, test_fraction=0.1, val_batch_size=16)
         data.setup()
         train = data.train_dataloader()
         held_out = [*data.val_dataloader(), *data.test_dataloader()]
@@ -734,9 +732,11 @@ def test_oasst1_validation_rows(tmp_path: Path, tokenizer: ChatTokenizer) -> Non
             rows[kind] = rows.get(kind, 0) + len(loader.dataset)  # type: ignore[arg-type]
         return rows
 
-    trees, report = read_trees([OASST1], progress=False)
-    assert (report.trees, len(trees)) == (188, 188)
-    assert count(DataNeeds("sft", tokenizer, 512)) == {"SequenceRows": report.threads}
+    trees, report = read_trees([OASST], progress=False)
+    assert (report.trees, len(trees)) == (43, 43)
+    # Of 84 threads, 42 end on a response that is ranked below another and are not imitated.
+    assert report.threads == 84
+    assert count(DataNeeds("sft", tokenizer, 512)) == {"SequenceRows": 42}
     assert count(DataNeeds("ppo", tokenizer, 512, 128))["PromptRows"] == report.prompts
     judged = [
         prompt
@@ -801,8 +801,7 @@ def test_later_turns_of_the_demo_and_of_oasst_are_trained_on(
 ) -> None:
     """As prompts of their own, or one after the other in their conversation."""
     write_demo_corpus(tmp_path / "demo.jsonl", trees=200, seed=0)
-    files = [tmp_path / "demo.jsonl", *([OASST1] if OASST1.is_file() else [])]
-    for file in files:
+    for file in (tmp_path / "demo.jsonl", OASST):
         needs = DataNeeds("ppo", tokenizer, max_length=256, max_new_tokens=16, whole_conversations=later)
         data = module(str(file), needs, tmp_path)
         data.setup("fit")

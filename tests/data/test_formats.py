@@ -1,4 +1,4 @@
-"""Files of any format: trees and what joins them, prompts to reply to, and the figures of real files."""
+"""Files of any format: trees and what joins them, prompts to reply to, and the counts of sample files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 from helpers.data_rows import (
-    DATA,
     GOOD_ROW,
+    SAMPLES,
     SMALL,
     RowReader,
     check_bad_line,
     check_invariants,
     flat_rows,
-    needs_data,
     node,
     prompts_of,
     root,
@@ -352,44 +351,39 @@ def test_a_good_row_survives_among_garbage(before: list[bytes], after: list[byte
     assert "u:Is it me? a:It is." in threads_of(trees)
 
 
-# -- real files --
+# -- sample files in public layouts --
 
 
-@needs_data
-@pytest.mark.parametrize(
-    ("name", "pairs", "dropped"),
-    [
-        (
-            "helpful-base",
-            2348,
-            {"pairs with an empty reply": 3, "identical pairs": 2, "pairs with an empty turn in the prompt": 1},
-        ),
-        ("harmless-base", 2308, {"pairs with an empty reply": 4}),
-    ],
-)
-def test_hh_rlhf(name: str, pairs: int, dropped: dict[str, int]) -> None:
-    trees, report = read_trees([DATA / "hh-rlhf" / f"{name}.test.jsonl.gz"])
-    assert report.dropped == dropped
+def test_hh_rlhf_sample() -> None:
+    """Seven rows; the last three have an empty response, equal responses and an empty turn in the prompt."""
+    trees, report = read_trees([SAMPLES / "hh.jsonl"])
+    assert report.dropped == {
+        "pairs with an empty reply": 1,
+        "identical pairs": 1,
+        "pairs with an empty turn in the prompt": 1,
+    }
     prompts = [prompt for tree in trees for prompt in tree.prompts]
-    assert [len(ranked_pairs(prompt)) for prompt in prompts] == [1] * pairs
-    assert report.lines == pairs + sum(dropped.values())
+    assert [len(ranked_pairs(prompt)) for prompt in prompts] == [1, 1, 1, 1]
+    assert words(prompts[3]) == "u:Hello a:Hi, what can I do for you? u:Name a tree."
+    assert [(reply.text, reply.rank) for reply in prompts[3].references] == [("The oak.", 0), ("A tree.", 1)]
+    assert report.lines == 7
 
 
-@needs_data
-def test_sgd_and_koala_together() -> None:
-    trees, report = read_trees([DATA / "sgd" / "dev.jsonl.gz", DATA / "koala" / "koala_test_set.jsonl"])
-    assert (report.lines, report.threads) == (2098 + 180, 2098)
+def test_sgd_and_koala_samples_together() -> None:
+    trees, report = read_trees([SAMPLES / "sgd.jsonl", SAMPLES / "koala.jsonl"])
+    assert (report.lines, report.threads) == (5 + 4, 5)
     assert report.dropped == {}
-    assert sum(not tree.threads for tree in trees) == 180
+    assert sum(not tree.threads for tree in trees) == 4
     check_invariants(trees)
 
 
-@needs_data
-def test_prompts_of_real_files() -> None:
-    """One prompt a row, but for OASST, which has 480 user messages, and a pair of hh-rlhf with an empty turn."""
-    koala = read_prompts(DATA / "koala" / "koala_test_set.jsonl")
-    assert len(koala) == 180
-    sample = [read_prompts(DATA / "oasst-sample-100" / f"en_100.{layout}.jsonl.gz") for layout in ("trees", "messages")]
-    assert [len(prompts) for prompts in sample] == [480, 480]
-    assert len(read_prompts(DATA / "hh-rlhf" / "helpful-base.test.jsonl.gz", on_bad_line="skip")) == 2353
-    assert len(read_prompts(DATA / "sgd" / "dev.jsonl.gz")) == 2098
+def test_prompts_of_sample_files() -> None:
+    """One prompt per row, except for an hh-rlhf row with an empty turn.
+
+    The OASST sample has 88 user messages, of which one is below a deleted message.
+    """
+    assert len(read_prompts(SAMPLES / "koala.jsonl")) == 4
+    samples = [read_prompts(SAMPLES / f"oasst.{layout}.jsonl.gz") for layout in ("trees", "messages")]
+    assert [len(prompts) for prompts in samples] == [87, 87]
+    assert len(read_prompts(SAMPLES / "hh.jsonl", on_bad_line="skip")) == 6
+    assert len(read_prompts(SAMPLES / "sgd.jsonl")) == 5

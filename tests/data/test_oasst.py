@@ -1,4 +1,4 @@
-"""OASST's layouts: links, selection, labels, and the figures of real files."""
+"""OASST's layouts: links, selection, labels, and the counts of sample files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 from helpers.data_rows import (
-    DATA,
     GOOD_ROW,
+    SAMPLES,
     SMALL,
     RowReader,
     check_bad_line,
     check_invariants,
     flat_rows,
-    needs_data,
     node,
     prompts_of,
     root,
@@ -222,55 +221,50 @@ def test_bad_line_stops_or_is_counted(read: RowReader, row: Any, reason: str) ->
     check_bad_line(read, row, reason)
 
 
-# -- real files --
+# -- sample files: 44 trees in both layouts, see samples/README.md --
+
+DELETED = {"deleted messages": 1, "messages below a dropped one": 1}
 
 
-@needs_data
-def test_oasst1_validation() -> None:
-    """2,022 messages. Of 779 user messages, one hangs below a message that is not there, and 12 more are deleted or
-    below a deleted one; of 1,026 pairs among ranked replies, 4 have a deleted one.
-    """
-    trees, report = read_trees([DATA / "oasst1-validation" / "en-validation.messages.jsonl.gz"])
-    assert (report.lines, report.trees, report.threads, report.prompts) == (2022, 188, 928, 766)
-    assert report.dropped == {
-        "deleted messages": 25,
-        "messages below a dropped one": 15,
-        "messages that lead to no root": 3,
-    }
-    prompts = [prompt for tree in trees for prompt in tree.prompts]
-    assert sum(len(ranked_pairs(prompt)) for prompt in prompts) == 1022
+def summary(paths: list[Path], **options: Any) -> tuple[tuple[int, int, int, int, int], dict[str, int]]:
+    """Lines, trees, threads, prompts, ranked pairs; what was dropped."""
+    trees, report = read_trees(paths, **options)
     check_invariants(trees)
+    pairs = sum(len(ranked_pairs(prompt)) for tree in trees for prompt in tree.prompts)
+    return (report.lines, report.trees, report.threads, report.prompts, pairs), report.dropped
 
 
-@needs_data
-def test_oasst1_validation_before_the_deleted_messages_go(tmp_path: Path) -> None:
-    """The figures in the notes on the data: 188 trees, 778 prompts, 1,026 ranked pairs, and 704 threads that end on an
-    assistant message to which nobody wrote anything (a thread cut at a trailing user message is not among them).
+@pytest.mark.parametrize(("layout", "lines"), [("messages", 218), ("trees", 44)])
+def test_oasst_sample(layout: str, lines: int) -> None:
+    """Forty trees have two prompts, two threads and one ranked pair each.
+
+    Beside them: one whose second response is deleted (2 prompts, 1 thread), a synthetic one, a prompt without a
+    response, and one with three ranked responses (2 prompts, 3 threads, 3 pairs).
     """
-    with gzip.open(DATA / "oasst1-validation" / "en-validation.messages.jsonl.gz", "rt", encoding="utf-8") as file:
+    path = SAMPLES / f"oasst.{layout}.jsonl.gz"
+    synthetic = {"synthetic messages": 1, "deleted messages": 1, "messages below a dropped one": 1 + 4}
+    assert summary([path]) == ((lines, 43, 84, 85, 43), synthetic)
+    assert summary([path], keep_synthetic=True) == ((lines, 44, 86, 87, 44), DELETED)
+
+
+def test_messages_that_lead_to_no_root_are_dropped(tmp_path: Path) -> None:
+    with gzip.open(SAMPLES / "oasst.messages.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    orphan = {**rows[1], "message_id": "orphan", "parent_id": "nowhere"}
+    path = write(tmp_path / "more.jsonl", *rows, orphan)
+    counts, dropped = summary([path], keep_synthetic=True)
+    assert counts == (219, 44, 86, 87, 44)
+    assert dropped == {**DELETED, "messages that lead to no root": 1}
+
+
+def test_what_a_deleted_message_takes_with_it(tmp_path: Path) -> None:
+    """Undeleted, the tree has a pair, and a thread cut at its trailing user message, which is a prompt."""
+    with gzip.open(SAMPLES / "oasst.messages.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [{**json.loads(line), "deleted": False} for line in file]
-    trees, report = read_trees([write(tmp_path / "undeleted.jsonl", *rows)])
-    prompts = [prompt for tree in trees for prompt in tree.prompts]
-    assert (report.trees, report.prompts) == (188, 778)
-    assert sum(len(ranked_pairs(prompt)) for prompt in prompts) == 1026
-    continued = {prompt.messages[:-1] for prompt in prompts}
-    assert sum(thread.messages not in continued for tree in trees for thread in tree.threads) == 704
+    path = write(tmp_path / "undeleted.jsonl", *rows)
+    assert summary([path], keep_synthetic=True) == ((218, 44, 87, 88, 45), {})
 
 
-@needs_data
-@pytest.mark.parametrize("layout", ["trees", "messages"])
-def test_oasst_sample(layout: str) -> None:
-    """100 trees, 1,167 messages; 5 trees (22 messages) are synthetic from the root down."""
-    path = DATA / "oasst-sample-100" / f"en_100.{layout}.jsonl.gz"
-    trees, report = read_trees([path])
-    assert (report.trees, report.prompts) == (95, 475)
-    assert report.dropped == {"synthetic messages": 5, "messages below a dropped one": 17}
-    everything, report = read_trees([path], keep_synthetic=True)
-    assert (report.trees, report.prompts, report.dropped) == (100, 480, {})
-    assert {tree.id for tree in trees} < {tree.id for tree in everything}
-
-
-@needs_data
 def test_oasst_sample_is_the_same_in_both_layouts() -> None:
-    folder = DATA / "oasst-sample-100"
-    assert read_trees([folder / "en_100.trees.jsonl.gz"])[0] == read_trees([folder / "en_100.messages.jsonl.gz"])[0]
+    messages, trees = (read_trees([SAMPLES / f"oasst.{layout}.jsonl.gz"])[0] for layout in ("messages", "trees"))
+    assert messages == trees

@@ -12,10 +12,7 @@ from rlchat.conversation import Conversation
 from rlchat.data.formats import ReadReport, Tree, read_trees
 from rlchat.errors import UserError
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason="the sample data sets (shared/data) are not beside the checkout"
-)
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
 GOOD_ROW = {"messages": [{"content": "Hi"}, {"content": "Hello!"}]}
 
