@@ -153,7 +153,7 @@ ADDITION = Kind(
     ("That makes {a}.", "The sum is {a}."),
     openers=("", "Hi! ", "Excuse me. "),
     closers=("",),
-    share=0.8,
+    share=0.65,
     casual=True,
     reliable=True,
 )

@@ -171,6 +171,10 @@ def _mistakes(kind: str, subject: str, answer: str, answers: dict[str, str], rng
         candidates = PLURALS[subject][1:]
     elif kind == "spelling":
         candidates = ("-".join(subject[:-1]), "-".join(subject + subject[-1]), "-".join(subject[1] + subject))
+    elif kind == "addition":
+        # Some people write the digits side by side: 3 + 4 = 34.
+        first, _, second = subject.split()
+        candidates = tuple(dict.fromkeys((first + second, second + first)))
     elif kind in _NUMERIC:
         candidates = tuple(str(int(answer) + step) for step in (-1, 1) if int(answer) + step > 0)
     else:

@@ -228,13 +228,13 @@ def test_many_conversations_change_the_subject(trees: list[Node]) -> None:
     assert len(answers) > 50
 
 
-def test_conversations_go_on_below_the_best_reply_for_at_most_three_turns(trees: list[Node]) -> None:
+def test_conversations_go_on_below_the_best_reply_for_at_most_two_turns(trees: list[Node]) -> None:
     assert all(reply["rank"] == 0 for _, reply, _ in second_prompts(trees))
 
     def turns(prompt: Node) -> int:
         return 1 + max((turns(later) for reply in prompt["replies"] for later in reply["replies"]), default=0)
 
-    assert {turns(tree["prompt"]) for tree in trees} == {1, 2, 3}
+    assert {turns(tree["prompt"]) for tree in trees} == {1, 2}
 
 
 def test_no_conversation_begins_with_a_text_that_another_contains() -> None:
