@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, SequenceBatch
-from rlchat.distributed.collectives import gradient_norm
 from rlchat.training.base import PolicyModule
 from rlchat.training.initial_model import open_policy
 from rlchat.training.options import Schedule, StageOptions
@@ -62,18 +60,13 @@ class SFTModule(PolicyModule):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the assistant's tokens, over all processes."""
         stats = self.token_stats(batch)
-        tokens = self.global_sum(len(stats.logprobs)).clamp(min=1)
-        loss = -stats.logprobs.sum() / tokens
-        nll, correct = self.global_sum(loss.detach()), self.global_sum(stats.correct.sum()) / tokens
-        self.log("train/loss", nll, prog_bar=True)
+        tokens = self.global_sum(len(stats.logprobs))
+        loss = self.mean_loss("train/loss", -stats.logprobs.sum(), tokens)
+        nll, correct = (self.global_sum(x.sum()) / tokens.clamp(min=1) for x in (-stats.logprobs, stats.correct))
         self.log_dict({"train/accuracy": correct, "train/perplexity": nll.exp()})
         self.log("train/learning_rate", self.current_learning_rate())
-        return loss * self.trainer.world_size  # DDP averages gradients, and this loss is a share of a sum
+        return loss
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Accuracy and perplexity on held-out conversations."""
         self.tally_sequences(batch)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient; the trainer clips it (``trainer.gradient_clip_val``)."""
-        self.log("train/grad_norm", gradient_norm(self.model.parameters()))

@@ -29,6 +29,7 @@ LLAMA = {
     "intermediate_size": 32,
     "initializer_range": 0.2,
 }
+NAN = math.nan
 TALK = [("Hi", "Hello."), ("Who?", "A machine of words"), ("x", ""), ("Why", "So."), ("", "Well")]
 
 
@@ -177,8 +178,19 @@ def test_a_tally_weighs_every_number_the_same() -> None:
     # Perplexity is exp of the mean over tokens: (3 ln 2 + 5 ln 2) / 4 = ln 4.
     assert found == pytest.approx({"accuracy": 4 / 6, "hits": 0.5, "perplexity": 4.0}, rel=1e-6)
     assert tally.means(torch.device("cpu")) == {}
-    tally.add("nll", torch.tensor([1e9]))  # and it is a number whatever comes
-    assert math.isfinite(tally.means(torch.device("cpu"))["perplexity"])
+    tally.add("nll", torch.tensor([1e9]))  # e to the power of this is larger than any float
+    assert tally.means(torch.device("cpu"))["perplexity"] == math.inf
+
+
+def test_a_tally_does_not_drop_nan() -> None:
+    tally = Tally()
+    tally.add("nll", torch.tensor([1.0, NAN, 3.0]))  # without the NaN, the perplexity would be exp(2) = 7.39
+    tally.add("accuracy", torch.tensor([1.0, 0.0]))
+    found = tally.means(torch.device("cpu"))
+    assert math.isnan(found["perplexity"])
+    assert found["accuracy"] == 0.5
+    tally.add("nll", torch.tensor([1.0, math.inf]))
+    assert tally.means(torch.device("cpu"))["perplexity"] == math.inf
 
 
 def rates(schedule: str, warmup: float, steps: float) -> list[float]:
