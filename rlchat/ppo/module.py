@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
 from rlchat.distributed.collectives import whole
+from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.accumulation import LossAndMetrics, accumulate_gradients
 from rlchat.ppo.advantages import Advantages, EstimatorInputs, masked_whiten, place_scores, shape_rewards
@@ -162,6 +163,22 @@ class PPOModule(HeldOutModule):
         self.iterations = self.episodes = 0
         self.good_weights = LastGoodWeights()
         self.last_iteration: Iteration | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuses ``max_steps``, also of a Trainer in a script. ``fast_dev_run`` N runs N iterations.
+
+        Raises:
+            UserError: if the trainer counts optimizer steps, of which an iteration takes many.
+        """
+        if stage != "fit":
+            return
+        if getattr(self.trainer, "fast_dev_run", False):  # Lightning sets max_steps to N, and limit_train_batches too
+            self.trainer.fit_loop.epoch_loop.max_steps = -1
+        if self.trainer.max_steps > 0:
+            raise UserError(
+                "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
+                "--trainer.max_epochs and --trainer.limit_train_batches instead"
+            )
 
     # ---- the algorithm -----------------------------------------------------------------------------------------------
 

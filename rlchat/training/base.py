@@ -229,9 +229,10 @@ class PolicyModule(StageModule):
 
     model: RLChatModel
 
-    def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling | None = None) -> None:
+    def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling, seed: int) -> None:
         super().__init__(bundle.model, options, bundle.tokenizer, bundle.max_length)
-        self.sampling = sampling or Sampling(min(100, self.max_length // 2), temperature=1.0)
+        self.sampling = sampling
+        self.seed = seed
 
     def token_stats(self, batch: SequenceBatch) -> TokenStats:
         """Log-probs, entropies and hits [tokens] of the assistant's tokens, each predicted from those before it."""
@@ -276,7 +277,7 @@ class PolicyModule(StageModule):
         """One row of plain values per prompt: the prompt, the response and, in a stage with a reward, its reward."""
         rows = self.global_rows(len(batch.ids), self.predicted_prompts)
         self.predicted_prompts += len(batch.ids)
-        uniforms = addressed_uniforms(0, PREDICTION_STREAM, rows)
+        uniforms = addressed_uniforms(self.seed, PREDICTION_STREAM, rows)
         replies = self.decode(self.generate(batch.ids, batch.attention_mask, self.sampling, uniforms))
         rewards = self.predicted_rewards(batch.conversations, replies)
         return [
@@ -309,7 +310,7 @@ class PolicyModule(StageModule):
         """Responses with the same random numbers at each call, so that differences come from the model."""
         rows = [self.tokenizer.render_prompt(p, self.max_length - self.sampling.max_new_tokens).ids for p in prompts]
         ids, mask = pad(rows, self.tokenizer.pad_id, "left")
-        uniforms = addressed_uniforms(0, VALIDATION_STREAM, torch.arange(len(prompts)))
+        uniforms = addressed_uniforms(self.seed, VALIDATION_STREAM, torch.arange(len(prompts)))
         return self.decode(self.generate(ids.to(self.device), mask.to(self.device), self.sampling, uniforms))
 
     def bundle(self) -> PolicyBundle:

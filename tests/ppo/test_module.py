@@ -416,6 +416,22 @@ def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: st
     assert fit(module, 1)[0]["train/skipped_steps"] == 4
 
 
+# ---- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_counts_optimizer_steps_is_refused(encoding: str) -> None:
+    module = ppo(encoding)
+    with pytest.raises(UserError, match=r"trainer\.max_steps is not supported by PPO"):
+        fit(module, 3, max_steps=5)
+    assert module.iterations == 0
+
+
+def test_fast_dev_run_counts_iterations(encoding: str) -> None:
+    module = ppo(encoding, ppo_epochs=2, minibatches=2)
+    fit(module, 4, fast_dev_run=2)
+    assert module.iterations == 2
+
+
 # ---- minibatches and processes ---------------------------------------------------------------------------------------
 
 

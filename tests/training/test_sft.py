@@ -13,7 +13,7 @@ from helpers.small_ppo import Log, sequences, serve, trainer
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.datamodule import PromptBatch
+from rlchat.data.datamodule import OASST2DataModule, PromptBatch
 from rlchat.errors import UserError
 from rlchat.models.model_file import load_policy
 from rlchat.training.optimizers import make_optimizer, make_scheduler
@@ -133,6 +133,26 @@ def test_predictions_are_plain_rows(encoding: str) -> None:
     assert [row["messages"] for row in whole] == [[{"role": "user", "content": text}] for text in ("Hi", "Why", "So")]
     assert set(whole[0]) == {"messages", "reply", "tokens", "ended"}
     assert predicted(slice(0, 1), slice(1, 3)) == whole
+
+
+def test_prompts_near_the_maximum_length_leave_room_for_the_prediction(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("What is the meaning of all these words?\nHi\n")
+
+    def predicted(**options: Any) -> list[dict[str, Any]]:
+        data = OASST2DataModule(predict_path=str(tmp_path / "prompts.txt"))
+        batches = trainer().predict(sft(encoding, **options), datamodule=data)
+        assert batches is not None
+        return [row for rows in batches for row in rows]
+
+    assert all(1 <= row["tokens"] <= 16 for row in predicted())  # half of max_length 32
+    assert all(row["tokens"] <= 3 for row in predicted(max_new_tokens=3))
+    first, again, other = (predicted(seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    cold, colder = (predicted(seed=seed, temperature=0.0) for seed in (1, 2))
+    assert cold == colder  # greedy
+    for options in ({"max_new_tokens": 32}, {"max_new_tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(UserError, match="invalid value"):
+            sft(encoding, **options)
 
 
 def test_the_bundle_is_the_model_that_goes_on(encoding: str, tmp_path: Path) -> None:
