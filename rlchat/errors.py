@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class NonFiniteError(UserError):
+    """The model computes NaN or infinity, because its weights have diverged in training."""
+
+
 def at_least_one(owner: str, option: str, value: int) -> int:
     """``value`` of the ``option`` of a class named ``owner``. Raises :class:`UserError` where it is below 1."""
     if value < 1:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlchat.errors import UserError
+from rlchat.errors import NonFiniteError
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
@@ -183,12 +183,14 @@ def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Ten
     """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1).
 
     ``sampling`` is one for all rows, or one for each. Of tokens with equal logits, ``top_k`` keeps the first. Raises
-    :class:`UserError` where a row of logits holds a NaN or an infinity: the weights have diverged.
+    :class:`NonFiniteError` where a row of logits holds a NaN or an infinity: the weights have diverged.
     """
     if not isinstance(sampling, Sampling):
         return _choose_each(logits, sampling, uniform)
     if not logits.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
-        raise UserError("the model's logits are NaN or infinite; its weights have diverged, use an earlier model file")
+        raise NonFiniteError(
+            "the model's logits are NaN or infinite; its weights have diverged, use an earlier model file"
+        )
     if sampling.temperature == 0 or sampling.top_k == 1:
         return Step(logits.argmax(-1), torch.zeros_like(logits[:, 0]))
     logits = logits / sampling.temperature

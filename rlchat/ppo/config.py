@@ -9,7 +9,7 @@ from typing import Literal
 from rlchat.errors import UserError
 from rlchat.ppo.advantages import ESTIMATORS, AdvantageEstimator
 from rlchat.ppo.losses import KLKind
-from rlchat.training.options import StageOptions, fractions, not_negative, positive, positive_integers
+from rlchat.training.options import StageOptions, check_room, fractions, not_negative, positive, positive_integers
 
 _log = logging.getLogger("rlchat")
 
@@ -108,11 +108,7 @@ class PPOConfig(StageOptions):
 
     def check_length(self, max_length: int) -> None:
         """Raises :class:`UserError` if a response can fill the whole ``max_length`` of the model."""
-        if self.max_new_tokens >= max_length:
-            raise UserError(
-                f"invalid value {self.max_new_tokens} for max_new_tokens: it leaves no room for a prompt in "
-                f"max_length {max_length}; lower it"
-            )
+        check_room(self.max_new_tokens, max_length)
 
     def _check_kl(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
 from rlchat.distributed.collectives import whole
+from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.accumulation import LossAndMetrics, accumulate_gradients
 from rlchat.ppo.advantages import Advantages, EstimatorInputs, masked_whiten, place_scores, shape_rewards
@@ -34,9 +35,9 @@ from rlchat.ppo.losses import AdaptiveKL, KLKind, kl_estimate, masked_mean, poli
 from rlchat.ppo.metrics import Stopwatch, global_mean, iteration_metrics, mean_of_steps
 from rlchat.ppo.minibatches import local_minibatches, not_empty, shuffled_rows
 from rlchat.ppo.rollouts import Rollout
-from rlchat.ppo.state import restore_counters, saved_counters, stop_run
+from rlchat.ppo.state import restore_counters, saved_counters, saving_last_good, stop_run
 from rlchat.rewards import Reward
-from rlchat.training.guard import NonFiniteGuard
+from rlchat.training.guard import LastGoodWeights
 from rlchat.training.initial_model import open_policy
 from rlchat.training.options import Schedule
 
@@ -160,17 +161,35 @@ class PPOModule(HeldOutModule):
         self.adaptive_kl = None if kl_target is None else AdaptiveKL(kl_coef, kl_target, kl_horizon)
         self.kl_coef = kl_coef
         self.iterations = self.episodes = 0
-        self.guard = NonFiniteGuard()
+        self.good_weights = LastGoodWeights()
         self.last_iteration: Iteration | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuses ``max_steps``, also of a Trainer in a script. ``fast_dev_run`` N runs N iterations.
+
+        Raises:
+            UserError: if the trainer counts optimizer steps, of which an iteration takes many.
+        """
+        if stage != "fit":
+            return
+        if getattr(self.trainer, "fast_dev_run", False):  # Lightning sets max_steps to N, and limit_train_batches too
+            self.trainer.fit_loop.epoch_loop.max_steps = -1
+        if self.trainer.max_steps > 0:
+            raise UserError(
+                "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
+                "--trainer.max_epochs and --trainer.limit_train_batches instead"
+            )
 
     # ---- the algorithm -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration of PPO on the prompts of ``batch``."""
         o, clock = self.options, Stopwatch()
+        self.good_weights.remember(self)
         # 1. Rollout: sample responses; compute old_logprobs, ref_logprobs and values of every sampled token [B, R].
         rows = self.global_rows(len(batch.ids), copies=o.group_size)
-        rollout = self.roll_out(batch.repeated(o.group_size), rows, stream=self.iterations)
+        with saving_last_good(self):
+            rollout = self.roll_out(batch.repeated(o.group_size), rows, stream=self.iterations)
         clock.lap("rollout_s")
         # 2. Score each response as text [N]. The reward is a sum of factors.
         factors = self.reward.to(self.device).breakdown(rollout.conversations, rollout.replies)
@@ -299,18 +318,16 @@ class PPOModule(HeldOutModule):
             for name, parameter in self.named_parameters():
                 if not name.startswith(("critic.", "model.value_head.")):
                     parameter.grad = None
-        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm = self.check_gradients()
         self.grad_norm = float(whole(norm))
-        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if scales and self.guard.culprit is None and not norm.isfinite():
-            return  # in fp16 an overflow is usual: the gradient scaler skips the step and lowers its scale
-        self.guard.check_gradients(gradients, self.grad_norm)
-        self.guard.clip_or_drop(self.parameters(), self.options.max_grad_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.options.max_grad_norm, norm)
+        self.guard.drop_gradients(self.parameters())
 
     def count_skipped_steps(self) -> None:
         """Counts the step if it was skipped. Raises :class:`UserError` after too many in a row."""
         self.guard.count(f"iteration {self.iterations + 1}", log=self.trainer.is_global_zero)
+        if not self.guard.skipped_in_a_row:
+            self.good_weights.confirm()
         if self.guard.must_stop:
             stop_run(self)
 
@@ -348,7 +365,8 @@ class PPOModule(HeldOutModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters and the adaptive KL coefficient."""
-        checkpoint["rlchat"] = saved_counters(self)
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rlchat"] |= saved_counters(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""

@@ -120,7 +120,7 @@ class RolloutModule(PolicyModule):
     options: PPOConfig
 
     def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
-        super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature))
+        super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature), options.seed)
         self.reward = reward
         self.critic_kind: CriticKind = options.critic_kind
         self.reference: RLChatModel = copy.deepcopy(self.model).requires_grad_(False)

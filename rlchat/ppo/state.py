@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlchat.errors import UserError
+from rlchat.errors import NonFiniteError, UserError
 from rlchat.utils.files import append_lines
 
 if TYPE_CHECKING:
@@ -18,8 +20,6 @@ def saved_counters(module: PPOModule) -> dict[str, Any]:
         "iterations": module.iterations,
         "episodes": module.episodes,
         "kl_coef": module.kl_coef,
-        "skipped_steps": module.guard.skipped_steps,
-        "skipped_in_a_row": module.guard.skipped_in_a_row,
     }
 
 
@@ -30,14 +30,37 @@ def restore_counters(module: PPOModule, saved: dict[str, Any]) -> None:
     """
     module.iterations = saved["iterations"]
     module.episodes = saved["episodes"]
-    module.guard.skipped_steps = saved["skipped_steps"]
-    module.guard.skipped_in_a_row = saved["skipped_in_a_row"]
     if module.adaptive_kl is not None:
         module.kl_coef = module.adaptive_kl.coef = saved["kl_coef"]
 
 
+def save_last_good(module: PPOModule) -> Path:
+    """Writes the last good weights as a model file; returns its path. A collective."""
+    module.good_weights.restore(module)
+    path = Path(module.trainer.log_dir or ".") / "last_good.pt"  # log_dir is a collective
+    module.save_bundle(path)
+    return path
+
+
+@contextmanager
+def saving_last_good(module: PPOModule) -> Iterator[None]:
+    """Saves the last good weights if the code in the context finds that the present ones have diverged.
+
+    Raises:
+        UserError: in that case; it names the file.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise UserError(
+            f"iteration {module.iterations + 1}: the policy's logits are not finite, because the last update destroyed "
+            f"its weights; the last good weights are in {save_last_good(module)}; lower --model.learning_rate, or "
+            f"check the rewards"
+        ) from error
+
+
 def stop_run(module: PPOModule) -> NoReturn:
-    """Writes the responses of this iteration, and a checkpoint if there is none, and raises. A collective.
+    """Writes the responses of this iteration and the last good weights, and raises. A collective.
 
     Raises:
         UserError: always; it names the loss or gradient that is not finite, and both files.
@@ -46,12 +69,8 @@ def stop_run(module: PPOModule) -> NoReturn:
     folder = Path(module.trainer.log_dir or ".")  # a collective, so all processes must call it
     dump = folder / f"not_finite_{module.global_rank}.jsonl"
     append_lines(dump, module.last_iteration.rollout.rows(module.last_iteration.factors))
-    saved = getattr(module.trainer.checkpoint_callback, "last_model_path", "")
-    if not saved:  # skipped steps have changed no weight, so the present state is as good as before them
-        saved = str(folder / "last_good.ckpt")
-        module.trainer.save_checkpoint(saved)
     raise UserError(
-        f"iteration {module.iterations + 1}: {module.guard.culprit} was not finite in "
-        f"{module.guard.skipped_in_a_row} optimizer steps in a row; the responses are in {dump}, the last state in "
-        f"{saved}; lower --model.learning_rate, or check the rewards"
+        f"iteration {module.iterations + 1}: {module.guard.last_culprit} was not finite in "
+        f"{module.guard.skipped_in_a_row} optimizer steps in a row; the responses are in {dump}, the last good weights "
+        f"in {save_last_good(module)}; lower --model.learning_rate, or check the rewards"
     )

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
-from rlchat.distributed.collectives import anywhere, global_sum, is_first, shard_networks
+from rlchat.distributed.collectives import anywhere, global_sum, is_first, shard_networks, whole
+from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel, RLChatModel, TokenStats
 from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms, generate
 from rlchat.rewards import Reply
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.training.guard import NonFiniteGuard
 from rlchat.training.optimizers import make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
 from rlchat.training.tally import Tally
@@ -67,6 +69,8 @@ class StageModule(L.LightningModule):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.tally = Tally()
+        self.guard = NonFiniteGuard()
+        self._microbatch_counts: list[Tensor] = []
 
     @property
     @abstractmethod
@@ -104,6 +108,59 @@ class StageModule(L.LightningModule):
         """``value`` summed over all processes, without a gradient."""
         return global_sum(self, value)
 
+    def mean_loss(self, name: str, total: Tensor, count: Tensor) -> Tensor:
+        """The loss to return from ``training_step``: its gradient is that of the global mean over a whole batch.
+
+        With ``accumulate_grad_batches`` N, the batch of an optimizer step is N microbatches, and the mean is over all
+        their terms. Lightning divides each returned loss by N and adds the gradients, so all microbatches are divided
+        by the count of the first one here, and :meth:`on_before_optimizer_step` corrects the sum.
+
+        Example: 2 microbatches with 1 and 3 tokens, whose losses sum to a and b. Returned are a/1 and b/1, Lightning
+        accumulates (a + b)/2, and the factor 2·1/(1 + 3) makes it (a + b)/4.
+
+        Args:
+            name: the name of the metric that the loss is logged as.
+            total: the sum of the loss over the terms (tokens, prompts) of this process's microbatch.
+            count: the number of terms in this microbatch, over all processes.
+        """
+        mean = self.global_sum(total) / count.clamp(min=1)
+        self.log(name, mean, prog_bar=True)
+        self.guard.check_losses({name: float(mean)})
+        self._microbatch_counts.append(count)
+        # DDP averages gradients over processes, and this loss is a share of a sum.
+        return total / self._microbatch_counts[0].clamp(min=1) * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the norm of the gradient; skips a step that is not finite. The trainer clips the gradient after this.
+
+        Raises:
+            UserError: after too many skipped steps in a row.
+        """
+        counts, self._microbatch_counts = self._microbatch_counts, []
+        if len(counts) > 1 or self.trainer.accumulate_grad_batches > 1:
+            factor = self.trainer.accumulate_grad_batches * counts[0].clamp(min=1) / sum(counts).clamp(min=1)  # type: ignore[union-attr]
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        self.log("train/grad_norm", whole(self.check_gradients()))
+        self.guard.drop_gradients(self.parameters())
+        self.guard.count(f"optimizer step {self.trainer.global_step + 1}", log=self.trainer.is_global_zero)
+        self.log("train/skipped_steps", float(self.guard.skipped_steps))
+        if self.guard.must_stop:
+            raise UserError(
+                f"optimizer step {self.trainer.global_step + 1}: {self.guard.last_culprit} was not finite in "
+                f"{self.guard.skipped_in_a_row} optimizer steps in a row; lower --model.learning_rate"
+            )
+
+    def check_gradients(self) -> Tensor:
+        """The norm of all gradients, which are unscaled here in every precision; the guard looks for a culprit."""
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        # In fp16 an overflow is usual: the gradient scaler skips the step and lowers its scale.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.guard.check_gradients(gradients, float(whole(norm)))
+        return norm
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds PyTorch's generator for this batch and process.
 
@@ -123,6 +180,16 @@ class StageModule(L.LightningModule):
         for name, value in self.held_out_metrics().items():
             self.log(f"val/{name}", value, prog_bar=self.automatic_optimization and f"val/{name}" == self.monitor[0])
 
+    def on_train_end(self) -> None:
+        """Raises :class:`UserError` where the monitor is not finite and no model was selected as the best."""
+        score = self.trainer.callback_metrics.get(self.monitor[0])
+        selected = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if score is not None and not selected and not score.isfinite():
+            raise UserError(
+                f"{self.monitor[0]} is {float(score)}, so no model file was written; lower --model.learning_rate and "
+                f"train again"
+            )
+
     def on_test_epoch_start(self) -> None:
         """As for validation."""
         self.on_validation_epoch_start()
@@ -135,8 +202,16 @@ class StageModule(L.LightningModule):
         """Logs the held-out metrics under ``test/``."""
         self.log_dict({f"test/{name}": value for name, value in self.held_out_metrics().items()})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters of skipped steps."""
+        guard = self.guard
+        checkpoint["rlchat"] = {"skipped_steps": guard.skipped_steps, "skipped_in_a_row": guard.skipped_in_a_row}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Warns of options that a resumed run keeps from its checkpoint, whatever the command line says."""
+        """Restores them, and warns of options that a resumed run keeps from its checkpoint, whatever is set."""
+        saved = checkpoint.get("rlchat", {})  # SFT and the reward model of version 0.1 had no counters
+        self.guard.skipped_steps = saved.get("skipped_steps", 0)
+        self.guard.skipped_in_a_row = saved.get("skipped_in_a_row", 0)
         before = checkpoint.get("hyper_parameters", {})
         kept = [
             f"{name} {before[name]}, not {self.hparams[name]}"
@@ -154,9 +229,10 @@ class PolicyModule(StageModule):
 
     model: RLChatModel
 
-    def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling | None = None) -> None:
+    def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling, seed: int) -> None:
         super().__init__(bundle.model, options, bundle.tokenizer, bundle.max_length)
-        self.sampling = sampling or Sampling(min(100, self.max_length // 2), temperature=1.0)
+        self.sampling = sampling
+        self.seed = seed
 
     def token_stats(self, batch: SequenceBatch) -> TokenStats:
         """Log-probs, entropies and hits [tokens] of the assistant's tokens, each predicted from those before it."""
@@ -201,7 +277,7 @@ class PolicyModule(StageModule):
         """One row of plain values per prompt: the prompt, the response and, in a stage with a reward, its reward."""
         rows = self.global_rows(len(batch.ids), self.predicted_prompts)
         self.predicted_prompts += len(batch.ids)
-        uniforms = addressed_uniforms(0, PREDICTION_STREAM, rows)
+        uniforms = addressed_uniforms(self.seed, PREDICTION_STREAM, rows)
         replies = self.decode(self.generate(batch.ids, batch.attention_mask, self.sampling, uniforms))
         rewards = self.predicted_rewards(batch.conversations, replies)
         return [
@@ -234,7 +310,7 @@ class PolicyModule(StageModule):
         """Responses with the same random numbers at each call, so that differences come from the model."""
         rows = [self.tokenizer.render_prompt(p, self.max_length - self.sampling.max_new_tokens).ids for p in prompts]
         ids, mask = pad(rows, self.tokenizer.pad_id, "left")
-        uniforms = addressed_uniforms(0, VALIDATION_STREAM, torch.arange(len(prompts)))
+        uniforms = addressed_uniforms(self.seed, VALIDATION_STREAM, torch.arange(len(prompts)))
         return self.decode(self.generate(ids.to(self.device), mask.to(self.device), self.sampling, uniforms))
 
     def bundle(self) -> PolicyBundle:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlchat.distributed.collectives import whole
 
@@ -17,8 +17,8 @@ _log = logging.getLogger("rlchat")
 class NonFiniteGuard:
     """Finds non-finite losses and gradients, and counts the optimizer steps skipped because of them.
 
-    For each optimizer step call :meth:`check_losses`, then :meth:`check_gradients` where the gradients are unscaled,
-    then :meth:`count`.
+    For each optimizer step call :meth:`check_losses` (once per microbatch), then :meth:`check_gradients` where the
+    gradients are unscaled, then :meth:`count`.
     """
 
     MOST_IN_A_ROW = 3
@@ -29,6 +29,8 @@ class NonFiniteGuard:
         self.skipped_in_a_row = 0
         self.culprit: str | None = None
         """The name of the loss or gradient that is not finite in the present step; None if all are finite."""
+        self.last_culprit: str | None = None
+        """The culprit of the last skipped step."""
 
     @property
     def must_stop(self) -> bool:
@@ -36,8 +38,9 @@ class NonFiniteGuard:
         return self.skipped_in_a_row >= self.MOST_IN_A_ROW
 
     def check_losses(self, losses: Mapping[str, float]) -> None:
-        """Starts a new step, whose ``losses`` and metrics are summed over all processes."""
-        self.culprit = next((name for name, value in losses.items() if not math.isfinite(value)), None)
+        """Looks for a loss or metric that is not finite. ``losses`` are summed over all processes."""
+        if self.culprit is None:
+            self.culprit = next((name for name, value in losses.items() if not math.isfinite(value)), None)
 
     def check_gradients(self, gradients: Mapping[str, Tensor], norm: float) -> None:
         """Looks for a gradient that is not finite, if their total ``norm`` is not."""
@@ -45,14 +48,11 @@ class NonFiniteGuard:
             broken = (name for name, gradient in gradients.items() if not whole(gradient).isfinite().all())
             self.culprit = f"the gradient of {next(broken, 'all weights together')}"
 
-    def clip_or_drop(self, parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
-        """Clips the gradients to ``max_norm``; in a step that is not finite, drops them, so that it changes nothing."""
-        parameters = list(parameters)
-        if self.culprit is None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-            return
-        for parameter in parameters:
-            parameter.grad = None
+    def drop_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Drops the gradients of a step that is not finite, so that the optimizer changes nothing."""
+        if self.culprit is not None:
+            for parameter in parameters:
+                parameter.grad = None
 
     def count(self, place: str, log: bool) -> None:
         """Ends the step: counts it if it was skipped, and logs a warning that names ``place``."""
@@ -63,3 +63,40 @@ class NonFiniteGuard:
         self.skipped_in_a_row += 1
         if log:
             _log.warning("%s: %s is not finite, so this step was skipped", place, self.culprit)
+        self.last_culprit, self.culprit = self.culprit, None
+
+
+class LastGoodWeights:
+    """A copy on the CPU of the last trained weights that gave finite losses and gradients.
+
+    An optimizer step can destroy weights that stay finite numbers, which shows in the losses that follow. So
+    :meth:`remember` keeps weights as a candidate, and :meth:`confirm` accepts them once a step on them was finite.
+    Under FSDP2 each process keeps its own shards.
+    """
+
+    def __init__(self) -> None:
+        self._good: dict[str, Tensor] = {}
+        self._candidate: dict[str, Tensor] = {}
+
+    def remember(self, network: nn.Module) -> None:
+        """Copies the weights of ``network`` that require a gradient, as a candidate."""
+        self._candidate = {name: local.detach().cpu().clone() for name, local in _local_weights(network)}
+
+    def confirm(self) -> None:
+        """Accepts the candidate, if there is a new one."""
+        if self._candidate:
+            self._good, self._candidate = self._candidate, {}
+
+    def restore(self, network: nn.Module) -> None:
+        """Copies the accepted weights back; the first candidate, if none was accepted."""
+        good = self._good or self._candidate
+        with torch.no_grad():
+            for name, local in _local_weights(network):
+                if name in good:
+                    local.copy_(good[name])
+
+
+def _local_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in network.named_parameters():
+        if weight.requires_grad:
+            yield name, getattr(weight, "to_local", lambda weight=weight: weight)()

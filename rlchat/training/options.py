@@ -72,3 +72,12 @@ def fractions(**options: float) -> None:
     for name, value in options.items():
         if not 0 <= value <= 1:
             raise UserError(f"invalid value {value} for {name}: expected a number from 0 to 1")
+
+
+def check_room(max_new_tokens: int, max_length: int) -> None:
+    """Raises :class:`UserError` if a response can fill the whole ``max_length`` of the model."""
+    if max_new_tokens >= max_length:
+        raise UserError(
+            f"invalid value {max_new_tokens} for max_new_tokens: it leaves no room for a prompt in "
+            f"max_length {max_length}; lower it"
+        )

@@ -33,31 +33,39 @@ def preferred_pairs(group: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RankingLoss(NamedTuple):
-    """Sums over a batch, and the number of their terms."""
+    """Losses per prompt, which are means over the pairs and labels of that prompt."""
 
-    pair_loss: Tensor  # sum of -log σ(better - worse)
-    pairs: int
-    label_loss: Tensor  # sum of the cross-entropy between σ(score) and the quality label
-    labels: int
+    pair_loss: Tensor  # [P] mean of -log σ(better - worse), of the prompts that have a pair
+    label_loss: Tensor  # [L] mean cross-entropy between σ(score) and the label, of the prompts that have a label
+    prompts: int  # those with a pair or a label
 
 
 def ranking_loss(scores: Tensor, batch: RankedBatch) -> RankingLoss:
-    """Bradley–Terry loss on ranked replies, and regression on quality labels.
+    """Bradley–Terry loss on ranked responses, and regression on quality labels.
 
-    The pair loss is that of Bradley and Terry 1952 and Ouyang et al. 2022 (eq. 1), summed over pairs.
+    The pair loss is that of Bradley and Terry 1952, and of Ouyang et al. 2022 (eq. 1): the pairs of a prompt are
+    averaged, so a prompt weighs the same whatever its number of responses. K responses with different ranks have
+    K(K-1)/2 pairs.
 
     Args:
         scores: [N], of the rows of ``batch``.
-        batch: replies with their ranks and labels.
+        batch: responses with their ranks and labels.
     """
     better, worse = preferred_pairs(batch.group, -_known(batch.rank))
     labelled = ~batch.quality.isnan()
+    pair_losses = -F.logsigmoid(scores[better] - scores[worse])
+    label_losses = F.binary_cross_entropy_with_logits(scores[labelled], batch.quality[labelled], reduction="none")
     return RankingLoss(
-        pair_loss=-F.logsigmoid(scores[better] - scores[worse]).sum(),
-        pairs=len(better),
-        label_loss=F.binary_cross_entropy_with_logits(scores[labelled], batch.quality[labelled], reduction="sum"),
-        labels=int(labelled.sum()),
+        pair_loss=_mean_per_group(pair_losses, batch.group[better]),
+        label_loss=_mean_per_group(label_losses, batch.group[labelled]),
+        prompts=len(torch.cat([batch.group[better], batch.group[labelled]]).unique()),
     )
+
+
+def _mean_per_group(values: Tensor, group: Tensor) -> Tensor:
+    """Means [groups] of ``values`` [N] with the same ``group`` (Long [N])."""
+    _, index, counts = group.unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add(0, index, values) / counts
 
 
 class RewardModelModule(StageModule):
@@ -107,44 +115,45 @@ class RewardModelModule(StageModule):
         return DataNeeds(task="reward", tokenizer=self.tokenizer, max_length=self.max_length)
 
     def training_step(self, batch: RankedBatch, batch_idx: int) -> Tensor:
-        """Mean loss of the pairs plus ``label_coef`` times the mean loss of the labels, over all processes."""
+        """Mean over prompts of their pair loss plus ``label_coef`` times their label loss, over all processes."""
         scores = self.model(batch.ids, batch.attention_mask)
         part = ranking_loss(scores, batch)
-        pairs, labels = (self.global_sum(n).clamp(min=1) for n in (part.pairs, part.labels))
-        pair_loss, label_loss = part.pair_loss / pairs, part.label_loss / labels
-        loss = pair_loss + self.label_coef * label_loss
+        total = part.pair_loss.sum() + self.label_coef * part.label_loss.sum()
         better, worse = preferred_pairs(batch.group, -_known(batch.rank))
-        self.log("train/loss", self.global_sum(loss.detach()), prog_bar=True)
         self.log_dict(
             {
-                "train/pair_loss": self.global_sum(pair_loss.detach()),
-                "train/label_loss": self.global_sum(label_loss.detach()),
-                "train/pair_accuracy": self.global_sum((scores[better] > scores[worse]).float().sum()) / pairs,
+                "train/pair_loss": self.global_mean(part.pair_loss),
+                "train/label_loss": self.global_mean(part.label_loss),
+                "train/pair_accuracy": self.global_mean((scores[better] > scores[worse]).float()),
                 "train/learning_rate": self.current_learning_rate(),
             }
         )
-        return loss * self.trainer.world_size  # DDP averages gradients, and this loss is a share of a sum
+        return self.mean_loss("train/loss", total, self.global_sum(part.prompts))
+
+    def global_mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` [N] over all processes, whose N may differ; 0 if there is none."""
+        return self.global_sum(values.sum()) / self.global_sum(len(values)).clamp(min=1)
 
     def validation_step(self, batch: RankedBatch, batch_idx: int) -> None:
         """Accuracy on held-out pairs: by human rank (``pair_accuracy``) and by correctness (``right_over_wrong``)."""
         scores = self.model(batch.ids, batch.attention_mask)
         self.held_out_scores += scores.tolist()
-        part = ranking_loss(scores, batch)
         for name, worth in (("pair_accuracy", -_known(batch.rank)), ("right_over_wrong", _known(batch.right))):
             better, worse = preferred_pairs(batch.group, worth)
+            margin = scores[better] - scores[worse]
             if len(better):
-                self.tally.add(name, scores[better] > scores[worse])
-        if part.pairs:
-            self.tally.add("pair_loss", part.pair_loss.expand(part.pairs) / part.pairs)
-        if part.labels:
-            labelled = ~batch.quality.isnan()
+                self.tally.add(name, (margin > 0).where(~margin.isnan(), torch.nan))
+            if len(better) and name == "pair_accuracy":
+                self.tally.add("pair_loss", -F.logsigmoid(margin))
+        labelled = ~batch.quality.isnan()
+        if labelled.any():
             self.tally.add("label_error", (scores[labelled].sigmoid() - batch.quality[labelled]).abs())
 
     def on_validation_epoch_end(self) -> None:
         """Logs the held-out metrics, and keeps mean and standard deviation of held-out scores with the model."""
         scores = torch.tensor([s for part in gather_objects(self.held_out_scores) for s in part])
         self.held_out_scores.clear()
-        if len(scores) > 1 and not self.trainer.sanity_checking:
+        if len(scores) > 1 and scores.isfinite().all() and not self.trainer.sanity_checking:
             self.model.mean.fill_(float(scores.mean()))
             self.model.std.fill_(max(float(scores.std()), 1e-3))
         super().on_validation_epoch_end()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, SequenceBatch
-from rlchat.distributed.collectives import gradient_norm
+from rlchat.errors import UserError
+from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
 from rlchat.training.initial_model import open_policy
-from rlchat.training.options import Schedule, StageOptions
+from rlchat.training.options import Schedule, StageOptions, check_room, positive_integers
 
 
 class SFTModule(PolicyModule):
@@ -30,6 +30,10 @@ class SFTModule(PolicyModule):
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
         weight_decay: the weight decay of AdamW, on matrices only.
+        max_new_tokens: the maximum number of tokens in a response of `rlchat predict` and the samples; by default 100,
+            or half of max_length if that is less. Training does not sample.
+        temperature: the sampling temperature of these responses; 0 takes the most likely token.
+        seed: the seed of sampling.
     """
 
     stage = "sft"
@@ -47,33 +51,38 @@ class SFTModule(PolicyModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.02,
         weight_decay: float = 0.01,
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
     ) -> None:
         options = StageOptions.of(locals())
-        super().__init__(open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from), options)
+        positive_integers(max_new_tokens=max_new_tokens)
+        if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+            raise UserError(f"invalid value {temperature} for temperature: expected 0 or a number from 1e-6 to 1e6")
+        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from)
+        sampling = Sampling(max_new_tokens or max(min(100, bundle.max_length // 2), 1), temperature)
+        check_room(sampling.max_new_tokens, bundle.max_length)
+        super().__init__(bundle, options, sampling, seed)
         self.save_hyperparameters()
         # SFT does not train the value head. DDP fails on a parameter that requires a gradient and gets none.
         self.model.value_head.requires_grad_(False)
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Whole conversations."""
-        return DataNeeds(task="sft", tokenizer=self.tokenizer, max_length=self.max_length)
+        """Whole conversations; for predictions, prompts that leave room for a response."""
+        room = self.sampling.max_new_tokens if getattr(self._trainer, "predicting", False) else 0
+        return DataNeeds(task="sft", tokenizer=self.tokenizer, max_length=self.max_length, max_new_tokens=room)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Mean negative log-prob of the assistant's tokens, over all processes."""
         stats = self.token_stats(batch)
-        tokens = self.global_sum(len(stats.logprobs)).clamp(min=1)
-        loss = -stats.logprobs.sum() / tokens
-        nll, correct = self.global_sum(loss.detach()), self.global_sum(stats.correct.sum()) / tokens
-        self.log("train/loss", nll, prog_bar=True)
+        tokens = self.global_sum(len(stats.logprobs))
+        loss = self.mean_loss("train/loss", -stats.logprobs.sum(), tokens)
+        nll, correct = (self.global_sum(x.sum()) / tokens.clamp(min=1) for x in (-stats.logprobs, stats.correct))
         self.log_dict({"train/accuracy": correct, "train/perplexity": nll.exp()})
         self.log("train/learning_rate", self.current_learning_rate())
-        return loss * self.trainer.world_size  # DDP averages gradients, and this loss is a share of a sum
+        return loss
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Accuracy and perplexity on held-out conversations."""
         self.tally_sequences(batch)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the norm of the gradient; the trainer clips it (``trainer.gradient_clip_val``)."""
-        self.log("train/grad_norm", gradient_norm(self.model.parameters()))

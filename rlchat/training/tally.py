@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -12,7 +10,10 @@ from rlchat.distributed.collectives import gather_objects
 
 
 class Tally:
-    """Means over all values of an evaluation, on all processes. Each value has the same weight, whatever its batch."""
+    """Means over all values of an evaluation, on all processes. Each value has the same weight, whatever its batch.
+
+    A mean with a NaN in it is NaN, so that it is seen and never selected as the best.
+    """
 
     def __init__(self) -> None:
         self._means: dict[str, MeanMetric] = {}
@@ -20,7 +21,7 @@ class Tally:
     def add(self, name: str, values: Tensor) -> None:
         """Counts every number in ``values`` (any shape)."""
         if name not in self._means:
-            self._means[name] = MeanMetric().to(values.device)
+            self._means[name] = _mean().to(values.device)
         self._means[name].update(values.detach().float().to(self._means[name].device))
 
     def means(self, device: torch.device) -> dict[str, float]:
@@ -31,9 +32,13 @@ class Tally:
         names = sorted({name for names in gather_objects(list(self._means)) for name in names})
         result: dict[str, float] = {}
         for name in names:
-            metric = self._means.get(name) or MeanMetric()
+            metric = self._means.get(name) or _mean()
             result[name] = float(metric.to(device).compute())
         self._means.clear()
         if "nll" in result:
-            result["perplexity"] = math.exp(min(result.pop("nll"), 700.0))
+            result["perplexity"] = float(torch.tensor(result.pop("nll"), dtype=torch.float64).exp())
         return result
+
+
+def _mean() -> MeanMetric:
+    return MeanMetric(nan_strategy="disable")  # the other strategies drop NaN, or raise without saying which metric

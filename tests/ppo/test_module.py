@@ -32,6 +32,7 @@ from torch import Tensor
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.data.datamodule import PromptBatch
 from rlchat.errors import UserError
+from rlchat.models.model_file import load_policy
 from rlchat.models.sampling import Generated
 from rlchat.ppo.module import Iteration, PPOModule
 from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
@@ -376,19 +377,59 @@ def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match=says):
         fit(module, 3, default_root_dir=str(tmp_path))
     assert all(torch.equal(one, other) for one, other in zip(before, module.model.parameters(), strict=True))
-    (saved,) = tmp_path.rglob("last_good.ckpt")  # nothing had been saved yet
-    state = torch.load(saved, weights_only=True)["state_dict"]
-    assert all(torch.equal(state[f"model.{name}"], p) for name, p in module.model.state_dict().items())
+    (saved,) = tmp_path.rglob("last_good.pt")
+    state = load_policy(saved).model.state_dict()
+    assert all(torch.equal(state[name], p) for name, p in module.model.state_dict().items())
     (dump,) = tmp_path.rglob("not_finite_0.jsonl")
     rows = [json.loads(line) for line in dump.read_text().splitlines()]
     assert [row["prompt"][0]["content"] for row in rows] == list(QUESTIONS)
     assert {"reply", "reward", "factors", "kl", "value", "ended_by"} <= set(rows[0])
 
 
+@pytest.mark.parametrize(("passes", "says"), [(4, "was not finite in 3 optimizer steps"), (1, "logits are not finite")])
+def test_the_last_good_weights_are_those_before_the_destructive_step(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int, says: str
+) -> None:
+    """The second iteration's learning rate of 1e30 destroys the weights, which shows in the losses that follow."""
+    monkeypatch.chdir(tmp_path)
+    module = ppo(encoding, ppo_epochs=passes, minibatches=1)
+    good: list[Tensor] = []
+
+    class Destroy(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if module.iterations == 1:
+                good.extend(p.detach().clone() for p in module.model.parameters())
+                for group in trainer.optimizers[0].param_groups:
+                    group["lr"] = 1e30
+
+    with pytest.raises(UserError, match=f"{says}.* the last good weights (are )?in .*; lower --model.learning_rate"):
+        fit(module, 4, callbacks=[Destroy()], default_root_dir=str(tmp_path))
+    assert module.iterations == (1 if passes > 1 else 2)
+    (saved,) = tmp_path.rglob("last_good.pt")
+    found = load_policy(saved).model.parameters()
+    assert all(torch.equal(one, other) for one, other in zip(good, found, strict=True))
+
+
 def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: str) -> None:
     module = ppo(encoding, ppo_epochs=3, minibatches=2)
     breaks(module, {0, 1, 3, 4}, "loss")
     assert fit(module, 1)[0]["train/skipped_steps"] == 4
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_that_counts_optimizer_steps_is_refused(encoding: str) -> None:
+    module = ppo(encoding)
+    with pytest.raises(UserError, match=r"trainer\.max_steps is not supported by PPO"):
+        fit(module, 3, max_steps=5)
+    assert module.iterations == 0
+
+
+def test_fast_dev_run_counts_iterations(encoding: str) -> None:
+    module = ppo(encoding, ppo_epochs=2, minibatches=2)
+    fit(module, 4, fast_dev_run=2)
+    assert module.iterations == 2
 
 
 # ---- minibatches and processes ---------------------------------------------------------------------------------------

@@ -81,25 +81,37 @@ def test_ranking_loss_of_three_replies_by_hand() -> None:
     """Scores 2, 1 and -1, ranked 0, 1 and 2; the first and the last labelled."""
     scores = torch.tensor([2.0, 1.0, -1.0], requires_grad=True)
     part = ranking_loss(scores, batch(group=[0, 0, 0], rank=[0, 1, 2], quality=[1.0, NAN, 0.25]))
+    assert part.prompts == 1
 
     def softplus(x: float) -> float:
         return math.log(1 + math.exp(x))
 
-    assert (part.pairs, part.labels) == (3, 2)
-    assert part.pair_loss.item() == pytest.approx(softplus(-1) + softplus(-3) + softplus(-2))
+    # The mean over K(K - 1)/2 = 3 pairs.
+    assert part.pair_loss.tolist() == pytest.approx([(softplus(-1) + softplus(-3) + softplus(-2)) / 3])
     # -q·ln σ(s) - (1 - q)·ln(1 - σ(s)), for q = 1 at 2 and q = 1/4 at -1.
-    assert part.label_loss.item() == pytest.approx(softplus(-2) + 0.25 * softplus(1) + 0.75 * softplus(-1))
-    part.pair_loss.backward()
+    assert part.label_loss.tolist() == pytest.approx([(softplus(-2) + 0.25 * softplus(1) + 0.75 * softplus(-1)) / 2])
+    part.pair_loss.sum().backward()
     sigmoid = torch.tensor([-1.0, -3.0, -2.0]).sigmoid()  # of worse - better: the pairs (0, 1), (0, 2), (1, 2)
     expected = [-sigmoid[0] - sigmoid[1], sigmoid[0] - sigmoid[2], sigmoid[1] + sigmoid[2]]
-    torch.testing.assert_close(scores.grad, torch.stack(expected))
+    torch.testing.assert_close(scores.grad, torch.stack(expected) / 3)
+
+
+def test_each_prompt_has_the_same_weight_in_the_ranking_loss() -> None:
+    """InstructGPT's equation 1 divides the pairs of a prompt by K(K - 1)/2. Here K is 2 and 4, and a third has none."""
+    scores = torch.zeros(8)
+    part = ranking_loss(scores, batch(group=[0, 0, 1, 1, 1, 1, 2, 2], rank=[0, 1, 0, 1, 2, 3, 0, 0]))
+    assert part.pair_loss.tolist() == pytest.approx([math.log(2), math.log(2)])
+    assert len(part.label_loss) == 0
+    assert part.prompts == 2
+    labels = ranking_loss(scores[:4], batch(group=[0, 0, 1, 2], quality=[1.0, 0.0, NAN, 0.5]))
+    assert (len(labels.pair_loss), len(labels.label_loss), labels.prompts) == (0, 2, 2)
 
 
 def test_a_batch_without_pairs_or_labels_costs_nothing_and_has_a_gradient() -> None:
     scores = torch.zeros(2, requires_grad=True)
     part = ranking_loss(scores, batch(group=[0, 1], rank=[0, 0]))
-    assert (part.pairs, part.labels) == (0, 0)
-    (part.pair_loss + part.label_loss).backward()
+    assert (len(part.pair_loss), len(part.label_loss), part.prompts) == (0, 0, 0)
+    (part.pair_loss.sum() + part.label_loss.sum()).backward()
     assert scores.grad is not None
     assert scores.grad.tolist() == [0, 0]
 
@@ -307,7 +319,7 @@ def test_learned_quality_follows_the_policy_unless_a_device_is_set(
 
 @pytest.mark.parametrize("options", [{"clip": 0.0}, {"batch_size": 0}], ids=str)
 def test_learned_quality_refuses_nonsense(bundle: RewardBundle, tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="must be above 0"):
+    with pytest.raises(UserError, match=r"expected clip .* and batch_size .* above 0"):
         LearnedQuality(str(tmp_path / "reward.pt"), **options)
     with pytest.raises(UserError, match="no such model"):
         LearnedQuality(str(tmp_path / "nothing.pt"))

@@ -13,7 +13,7 @@ from helpers.small_ppo import Log, sequences, serve, trainer
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.datamodule import PromptBatch
+from rlchat.data.datamodule import OASST2DataModule, PromptBatch
 from rlchat.errors import UserError
 from rlchat.models.model_file import load_policy
 from rlchat.training.optimizers import make_optimizer, make_scheduler
@@ -29,6 +29,7 @@ LLAMA = {
     "intermediate_size": 32,
     "initializer_range": 0.2,
 }
+NAN = math.nan
 TALK = [("Hi", "Hello."), ("Who?", "A machine of words"), ("x", ""), ("Why", "So."), ("", "Well")]
 
 
@@ -134,6 +135,26 @@ def test_predictions_are_plain_rows(encoding: str) -> None:
     assert predicted(slice(0, 1), slice(1, 3)) == whole
 
 
+def test_prompts_near_the_maximum_length_leave_room_for_the_prediction(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("What is the meaning of all these words?\nHi\n")
+
+    def predicted(**options: Any) -> list[dict[str, Any]]:
+        data = OASST2DataModule(predict_path=str(tmp_path / "prompts.txt"))
+        batches = trainer().predict(sft(encoding, **options), datamodule=data)
+        assert batches is not None
+        return [row for rows in batches for row in rows]
+
+    assert all(1 <= row["tokens"] <= 16 for row in predicted())  # half of max_length 32
+    assert all(row["tokens"] <= 3 for row in predicted(max_new_tokens=3))
+    first, again, other = (predicted(seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    cold, colder = (predicted(seed=seed, temperature=0.0) for seed in (1, 2))
+    assert cold == colder  # greedy
+    for options in ({"max_new_tokens": 32}, {"max_new_tokens": 0}, {"temperature": -1.0}):
+        with pytest.raises(UserError, match="invalid value"):
+            sft(encoding, **options)
+
+
 def test_the_bundle_is_the_model_that_goes_on(encoding: str, tmp_path: Path) -> None:
     module = sft(encoding)
     batch = sequences(module.tokenizer, TALK)
@@ -177,8 +198,19 @@ def test_a_tally_weighs_every_number_the_same() -> None:
     # Perplexity is exp of the mean over tokens: (3 ln 2 + 5 ln 2) / 4 = ln 4.
     assert found == pytest.approx({"accuracy": 4 / 6, "hits": 0.5, "perplexity": 4.0}, rel=1e-6)
     assert tally.means(torch.device("cpu")) == {}
-    tally.add("nll", torch.tensor([1e9]))  # and it is a number whatever comes
-    assert math.isfinite(tally.means(torch.device("cpu"))["perplexity"])
+    tally.add("nll", torch.tensor([1e9]))  # e to the power of this is larger than any float
+    assert tally.means(torch.device("cpu"))["perplexity"] == math.inf
+
+
+def test_a_tally_does_not_drop_nan() -> None:
+    tally = Tally()
+    tally.add("nll", torch.tensor([1.0, NAN, 3.0]))  # without the NaN, the perplexity would be exp(2) = 7.39
+    tally.add("accuracy", torch.tensor([1.0, 0.0]))
+    found = tally.means(torch.device("cpu"))
+    assert math.isnan(found["perplexity"])
+    assert found["accuracy"] == 0.5
+    tally.add("nll", torch.tensor([1.0, math.inf]))
+    assert tally.means(torch.device("cpu"))["perplexity"] == math.inf
 
 
 def rates(schedule: str, warmup: float, steps: float) -> list[float]:
