@@ -59,6 +59,19 @@ async def processor_seconds(client: httpx.AsyncClient) -> float:
     return float(found[1]) if found else math.nan
 
 
+async def latency_of_kept_connection(url: str, requests: int = 200) -> None:
+    """Print the latency of small requests on one connection that is kept alive."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        seconds = []
+        for _ in range(requests):
+            began = time.perf_counter()
+            (await client.get("/health")).raise_for_status()
+            seconds.append(time.perf_counter() - began)
+    ordered = sorted(seconds[requests // 10 :])  # the first ones warm up
+    median, high = statistics.median(ordered), ordered[int(0.95 * len(ordered))]
+    print(f"kept-alive connection: {1000 * median:.1f} ms median, {1000 * high:.1f} ms 95th percentile for GET /health")
+
+
 async def measure(url: str, requests: int, tokens: int, rounds: int) -> None:
     limits = httpx.Limits(max_connections=requests)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -101,7 +114,11 @@ def main() -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             try:
                 assert server.stdout
-                url = server.stdout.readline().split()[3]
+                line = server.stdout.readline()
+                if " is at http" not in line:
+                    sys.exit("the server did not start: its message is above")
+                url = line.split()[3]
+                asyncio.run(latency_of_kept_connection(url))
                 asyncio.run(measure(url, options.requests, options.tokens, options.rounds))
             finally:
                 server.terminate()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlchat.conversation import Conversation
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -57,3 +57,17 @@ def fit_prompt(
         rendered.cut,
         dropped_system,
     )
+
+
+def fit_continuation(
+    tokenizer: ChatTokenizer, prompt: Conversation, begun: str, max_length: int, max_new_tokens: int | None
+) -> FittedPrompt | None:
+    """Like :func:`fit_prompt`, for a response that begins with the text ``begun`` and is continued.
+
+    Returns None if ``begun`` leaves less than an eighth of the context to the prompt and the rest of the response.
+    """
+    ids = tokenizer.encode(begun)
+    if max_length - len(ids) < max(4, max_length // 8):
+        return None
+    fitted = fit_prompt(tokenizer, prompt, max_length - len(ids), max_new_tokens)
+    return replace(fitted, ids=[*fitted.ids, *ids])

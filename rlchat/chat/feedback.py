@@ -5,8 +5,9 @@ ranked above the model's own. The file can be trained on as it is::
 
     rlchat fit --config reward --data.path feedback.jsonl
 
-A response has one verdict. The file is append-only: every line has a ``feedback_id``, a hash of the conversation and
-the response, and :func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
+A response has one verdict per client: the terminal is one client, each browser that shows the page another. The file
+is append-only: every line has a ``feedback_id``, a hash of the conversation, the response and the client, and
+:func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
 """
 
 from __future__ import annotations
@@ -47,19 +48,22 @@ Verdict = Literal["good", "bad", "none"] | Correction
 """``none`` withdraws the verdict that was given before."""
 
 
-def append_feedback(path: str | Path, prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "") -> None:
+def append_feedback(
+    path: str | Path, prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "", client: str = ""
+) -> None:
     """Append a verdict on the response ``reply`` to ``prompt`` to the file ``path``, which is created if needed.
 
     ``good`` and ``bad`` become the quality labels 1 and 0. A :class:`Correction` becomes a pair: the correction with
     rank 0, the response with rank 1. ``none`` withdraws the verdict. A later verdict on the same response to the same
-    prompt replaces an earlier one when the file is read. ``model`` is the name of the model that gave the response.
+    prompt by the same ``client`` replaces an earlier one when the file is read; verdicts of different clients are all
+    kept. ``model`` is the name of the model that gave the response.
     Several processes may append at once; a line is written as a whole or not at all.
 
     Raises:
         UserError: the message, the response or its correction is empty; the correction equals the response; the file
             cannot be written.
     """
-    row = feedback_row(prompt, reply, verdict, model=model)
+    row = feedback_row(prompt, reply, verdict, model=model, client=client)
     line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise UserError(f"the feedback has {len(line):,} bytes: a line of data may have at most {MAX_LINE_BYTES:,}")
@@ -88,7 +92,9 @@ def _write_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write feedback to {path}: {error.strerror}; choose another file with --feedback")
 
 
-def feedback_row(prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "") -> dict[str, Any]:
+def feedback_row(
+    prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "", client: str = ""
+) -> dict[str, Any]:
     """The OASST tree that :func:`append_feedback` writes."""
     response, messages = _clean(reply), _context(prompt)
     if isinstance(verdict, Correction):
@@ -113,7 +119,7 @@ def feedback_row(prompt: Conversation, reply: str, verdict: Verdict, *, model: s
     return {
         # Equal for all conversations that open alike, so that they stay on one side of a split.
         "message_tree_id": tree_id_of(messages),
-        "feedback_id": _feedback_id(messages, response),
+        "feedback_id": _feedback_id(messages, response, client),
         "verdict": "corrected" if isinstance(verdict, Correction) else verdict,
         "tree_state": "ready_for_export",
         "created_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -121,10 +127,11 @@ def feedback_row(prompt: Conversation, reply: str, verdict: Verdict, *, model: s
     }
 
 
-def _feedback_id(messages: Sequence[Message], response: str) -> str:
-    """Equal for verdicts on the same response to the same conversation."""
+def _feedback_id(messages: Sequence[Message], response: str, client: str) -> str:
+    """Equal for verdicts of one client on the same response to the same conversation."""
     texts = [[message.role, message.text] for message in messages]
-    return "feedback-" + hashlib.sha256(json.dumps([texts, response]).encode()).hexdigest()[:20]
+    parts = [texts, response, *([client] if client else [])]
+    return "feedback-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

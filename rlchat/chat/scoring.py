@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from rlchat.models.model_file import PolicyBundle
 from rlchat.rewards import Factor, Reply, Reward
 from rlchat.rewards.learned import LearnedQuality
 
+log = logging.getLogger("rlchat")
+
 
 class RewardScorer:
     """The reward that the model file ``path`` describes, and the value head (critic) of its model.
 
     ``bundle.about["reward"]`` describes the factors: ``[{"class_path": …, "init_args": {…}}, …]``. A class of rlchat is
-    found by the last part of its path, any other class by importing its module, which must be on the import path; only
-    subclasses of :class:`Factor` are constructed. A reward model is searched at the path it had in training, then
-    beside the chat model.
+    found by the last part of its path. The module of any other class is imported only if it is on the import path, and
+    a warning names the class and its file; only subclasses of :class:`Factor` are constructed. A reward model is
+    searched at the path it had in training, then beside the chat model.
 
     ``left_out`` maps what cannot be scored to the reason. Raises :class:`UserError` if the file describes no reward, or
     if no factor can be used.
@@ -70,6 +74,16 @@ class RewardScorer:
         if not columns:
             raise UserError(f"{self._path}: no factor of the reward can be used: {self.describe_left_out()}")
         return [{name: column[row] for name, column in columns.items()} for row in range(len(replies))]
+
+    def score_text(
+        self, prompt: Conversation, text: str, *, ended: bool = True
+    ) -> tuple[dict[str, float], float | None]:
+        """The factors of one response whose tokens are not known, and the critic's value of its prompt.
+
+        ``ended`` is False for a response that was cut by a limit.
+        """
+        tokens = len(self._bundle.tokenizer.encode(text)) + ended  # the end marker counts
+        return self.breakdown([prompt], [Reply(text, tokens, ended)])[0], self.value(prompt)
 
     @torch.no_grad()
     def value(self, prompt: Conversation) -> float | None:
@@ -118,9 +132,16 @@ def _find_class(class_path: str) -> type[Factor]:
         found = getattr(rewards, name) if name in rewards.__all__ else None
     else:
         try:
+            # Only the top module is searched: to search a submodule, Python would import the modules above it.
+            if module and importlib.util.find_spec(module.partition(".")[0]) is None:
+                raise UserError(f"cannot import {module}: it is not on the import path, add its folder to PYTHONPATH")
             found = getattr(importlib.import_module(module), name, None) if module else None
+        except UserError:
+            raise
         except (Exception, SystemExit) as error:
             raise UserError(f"cannot import {module}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Factor)) or inspect.isabstract(found):
         raise UserError(f"{class_path} is not a reward factor")
+    if module.partition(".")[0] != "rlchat":
+        log.warning("the reward uses your class %s from %s", class_path, inspect.getfile(found))
     return found

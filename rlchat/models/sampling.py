@@ -86,6 +86,7 @@ def sample(
     pad_id: int,
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
     cache: Cache | None = None,
+    observe: Callable[[Tensor], None] = lambda logits: None,
 ) -> Generator[Step, Change | None, None]:
     """Yields the next token of every row until each has ended or reached its ``max_new_tokens``.
 
@@ -99,14 +100,17 @@ def sample(
     same tokens, up to rounding, whatever other rows are in the batch and whenever it joined.
 
     ``cache`` holds the tokens before ``ids``, and ``attention_mask`` covers them too: [batch, cached + prompt]. The
-    cache grows by ``ids`` and by every yielded token except the last. With None, nothing precedes ``ids``.
+    cache grows by ``ids`` and by every yielded token except the last. With None, nothing precedes ``ids``. ``observe``
+    is called with the logits [batch, vocabulary] of each step before a token is drawn from them.
     """
     cache = model.backbone.new_cache() if cache is None else cache
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     step, mask, ends = ids, attention_mask, _ends(sampling, len(ids), 0).to(ids.device)
     for position in itertools.count():
         hidden = model(step, mask, cache)[:, -1]
-        drawn = choose(model.logits(hidden), sampling, uniforms(position).to(ids.device))
+        logits = model.logits(hidden)
+        observe(logits)
+        drawn = choose(logits, sampling, uniforms(position).to(ids.device))
         token = torch.where(alive, drawn.tokens, pad_id)
         change = yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
         # A finished row continues as padding that nothing attends to, so that all positions stay as they are.

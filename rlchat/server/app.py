@@ -1,62 +1,48 @@
-"""The HTTP application: chat completions in OpenAI's format, feedback, the page, health and metrics."""
+"""The HTTP application: the API in OpenAI's format, feedback, rewards, the page, health and metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import hashlib
-import json
 import logging
 import re
-import time
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from rlchat.chat.feedback import Correction, append_feedback
-from rlchat.conversation import Conversation
+from rlchat.chat.scoring import RewardScorer
 from rlchat.errors import UserError
-from rlchat.server.engine import Engine, Finish
+from rlchat.server.chat_api import add_chat_completions
+from rlchat.server.completions_api import add_completions
+from rlchat.server.engine import Engine
 from rlchat.server.errors import APIError
 from rlchat.server.guard import Guard
 from rlchat.server.metrics import Metrics
-from rlchat.server.responses import Limits, Replies
+from rlchat.server.responses import Limits, Service, unknown_model
+from rlchat.server.responses_api import add_responses
 from rlchat.server.schemas import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatRequest,
-    Choice,
-    ChunkChoice,
-    Delta,
     ErrorReply,
     FeedbackKept,
     FeedbackRequest,
     Health,
     Model,
     ModelList,
-    ReplyMessage,
-    new_id,
+    RewardReply,
+    RewardRequest,
+    now,
 )
 
 log = logging.getLogger("rlchat")
-
-# One event of a stream, for the OpenAPI schema.
-_EVENT = {
-    "type": "object",
-    "properties": {"data": {"type": "string", "description": "A chat.completion.chunk, an error, or [DONE]."}},
-    "required": ["data"],
-}
-
-_CLIENT_GONE = 499  # nginx's status for a client that disconnected; only /metrics shows it
 
 
 def create_api(
@@ -69,12 +55,14 @@ def create_api(
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
     api_key: str | None = None,
+    scorer: Callable[[], RewardScorer] | None = None,
 ) -> Guard:
     """The application behind its :class:`Guard`.
 
     ``file`` is the name of the model file, as in feedback and saved conversations; the API's name of the model is
     ``file`` without its suffix. ``feedback`` is the file to which feedback is appended. ``hosts`` are the allowed host
-    names beside localhost and addresses, ``origins`` the allowed web origins beside the server's own. The application
+    names beside localhost and addresses, ``origins`` the allowed web origins beside the server's own. ``scorer`` loads
+    the model's reward when the first response is to be scored; None if the model file describes none. The application
     closes ``engine`` at shutdown.
     """
     limits = limits or Limits()
@@ -95,11 +83,14 @@ def create_api(
     )
     _answer_errors(app)
     metrics = Metrics(engine)
-    model = Model(id=Path(file).stem, created=int(time.time()), file=file, max_length=max_length)
-    _add_chat(app, engine, model, limits, metrics)
+    model = Model(id=Path(file).stem, created=now(), file=file, max_length=max_length, has_reward=scorer is not None)
+    service = Service(engine, model, limits, metrics)
+    for add in (add_chat_completions, add_completions, add_responses):
+        add(app, service)
     _add_models(app, model)
     _add_monitoring(app, engine, metrics)
     _add_feedback(app, feedback, file, metrics)
+    _add_reward(app, scorer)
     _add_page(app)
     metrics.paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     return Guard(
@@ -113,34 +104,6 @@ def create_api(
     )
 
 
-def _unknown_model(name: str, model: Model) -> APIError:
-    return APIError(404, f"unknown model {name!r}: this server has {model.id!r}", param="model", code="model_not_found")
-
-
-def _add_chat(app: FastAPI, engine: Engine, model: Model, limits: Limits, metrics: Metrics) -> None:
-    @app.post(
-        "/v1/chat/completions",
-        response_model=ChatCompletion,
-        responses={200: {"content": {"text/event-stream": {"schema": _EVENT}}}},
-    )
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Respond to a conversation."""
-        if body.model not in (None, model.id):
-            raise _unknown_model(body.model, model)
-        if (option := body.unsupported_option) is not None:
-            raise APIError(400, f"{option} is not supported by this server: remove it", param=option)
-        asked = time.monotonic()
-        replies = await Replies.ask(engine, model.max_length, body, limits)
-
-        def first_piece() -> None:
-            metrics.first_token_seconds.observe(time.monotonic() - asked)
-
-        if body.stream:
-            wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return _EventStream(replies, _events(replies, model.id, wants_usage, first_piece))
-        return await _whole(replies, model.id, request, first_piece)
-
-
 def _add_models(app: FastAPI, model: Model) -> None:
     @app.get("/v1/models")
     @app.get("/v1/models/", include_in_schema=False)
@@ -152,7 +115,7 @@ def _add_models(app: FastAPI, model: Model) -> None:
     async def one_model(name: str) -> Model:
         """The model with this name."""
         if name.rstrip("/") != model.id:
-            raise _unknown_model(name, model)
+            raise unknown_model(name, model)
         return model
 
 
@@ -175,9 +138,8 @@ def _add_feedback(app: FastAPI, path: Path, file: str, metrics: Metrics) -> None
     def add_feedback(body: FeedbackRequest) -> FeedbackKept:
         """Save feedback on a response as training data. The last verdict on a response replaces earlier ones."""
         verdict = body.verdict or Correction(body.correction or "")
-        prompt = Conversation(tuple(message.to_message() for message in body.messages))
         try:
-            append_feedback(path, prompt, body.reply, verdict, model=file)
+            append_feedback(path, body.prompt, body.reply, verdict, model=file, client=body.client)
         except UserError as error:
             if isinstance(error.__cause__, OSError):  # not the client's fault, and the path is not its business
                 log.error("%s", error)
@@ -187,102 +149,32 @@ def _add_feedback(app: FastAPI, path: Path, file: str, metrics: Metrics) -> None
         return FeedbackKept()
 
 
+def _add_reward(app: FastAPI, load: Callable[[], RewardScorer] | None) -> None:
+    loaded: list[RewardScorer] = []
+    lock = threading.Lock()  # one response at a time
+
+    @app.post("/reward")
+    def reward(body: RewardRequest) -> RewardReply:
+        """The reward of a response, which the model was trained with, and its factors."""
+        if load is None:
+            raise APIError(400, "the model file describes no reward: only models trained with PPO have one")
+        try:
+            with lock:
+                if not loaded:
+                    loaded.append(load())
+                factors, value = loaded[0].score_text(body.prompt, body.reply, ended=body.ended)
+        except UserError as error:
+            raise APIError(400, str(error)) from error
+        left_out = dict(loaded[0].left_out)
+        return RewardReply(reward=sum(factors.values()), factors=factors, value=value, left_out=left_out)
+
+
 def _add_page(app: FastAPI) -> None:
     page, policy = _page()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
-
-
-async def _whole(replies: Replies, model: str, request: Request, first_piece: Callable[[], None]) -> Response:
-    """All responses in one body. They are cancelled if the client disconnects."""
-
-    async def collect() -> list[Choice]:
-        texts, finishes = [""] * len(replies), dict[int, Finish]()
-        async for choice, piece in replies:
-            texts[choice] += piece.text
-            if piece.finish is not None:
-                finishes[choice] = piece.finish
-        return [
-            Choice(index=choice, message=ReplyMessage(content=text), finish_reason=_reason(finishes[choice]))
-            for choice, text in enumerate(texts)
-        ]
-
-    collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=_CLIENT_GONE)
-        choices = collecting.result()
-    finally:
-        replies.cancel()
-        collecting.cancel()
-        leaving.cancel()
-    first_piece()
-    completion = ChatCompletion(model=model, choices=choices, usage=replies.usage, rlchat=replies.seen)
-    return Response(completion.model_dump_json(), media_type="application/json")
-
-
-async def _gone(request: Request) -> None:
-    """Return when the client has closed the connection; the request body was read before."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _events(
-    replies: Replies, model: str, wants_usage: bool, first_piece: Callable[[], None]
-) -> AsyncIterator[str]:
-    """The responses as server-sent events: JSON chunks, then ``[DONE]``."""
-    stamp: dict[str, Any] = {
-        "id": new_id(),
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": model,
-    }
-
-    def event(*choices: ChunkChoice, **more: Any) -> str:
-        chunk = ChatCompletionChunk(**stamp, choices=list(choices), **more)
-        return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
-
-    for choice in range(len(replies)):
-        opening = Delta(role="assistant", content="")
-        yield event(ChunkChoice(index=choice, delta=opening, finish_reason=None), rlchat=replies.seen)
-    started = False
-    try:
-        async for choice, piece in replies:
-            if not started:
-                started = True
-                first_piece()
-            if piece.text:
-                yield event(ChunkChoice(index=choice, delta=Delta(content=piece.text), finish_reason=None))
-            if piece.finish is not None:
-                yield event(ChunkChoice(index=choice, delta=Delta(), finish_reason=_reason(piece.finish)))
-    except APIError as error:  # the status was already sent
-        yield f"data: {json.dumps(error.body)}\n\n"
-        return
-    if wants_usage:
-        yield event(usage=replies.usage)
-    yield "data: [DONE]\n\n"
-
-
-def _reason(finish: Finish) -> Literal["stop", "length"]:
-    assert finish in ("stop", "length"), finish
-    return finish
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events of ``replies``, which are cancelled if the client disconnects."""
-
-    def __init__(self, replies: Replies, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._replies = replies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._replies.cancel()
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -295,6 +187,9 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        # Where a union of types fails, the deepest error is that of the type that was meant.
+        alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
+        first = max(alike, key=lambda one: len(one["loc"]))
         if first["type"] == "json_invalid":
             return APIError(400, "the body is not valid JSON").response
         if first["loc"] == ("body",) and first["type"] == "missing":

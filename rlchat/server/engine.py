@@ -14,14 +14,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rlchat.models.kv_cache import can_append
 from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Change, Sampling, Step, Uniforms, addressed_uniforms, sample
+from rlchat.server.logprobs import TokenLogprob, token_logprobs
 from rlchat.server.stop_strings import StopStrings
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.padding import pad
@@ -45,6 +48,7 @@ class Piece(NamedTuple):
     text: str
     tokens: int  # sampled so far, the end marker included
     finish: Finish | None = None  # None if more follows
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens of this piece, if the ticket asks for them
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +66,7 @@ class Ticket:
     seed: int = 0
     choice: int = 0  # index among the responses to one request; each has other random numbers
     stop: Sequence[str] = ()
+    logprobs: int | None = None  # deliver the log-prob of each token and of this many of the most likely ones
     streams: bool = False
     cancelled: bool = False
 
@@ -89,6 +94,8 @@ class Engine:
         self._device = bundle.model.backbone.head_weight.device
         self._takes_rows_in = can_append(bundle.model.backbone.new_cache())
         self._waiting: deque[Ticket] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._logits = torch.empty(0)  # of the last step
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="rlchat-engine", daemon=True)
@@ -112,6 +119,19 @@ class Engine:
             self._waiting.extend(tickets)
             self._changed.notify()
 
+    def run(self, job: Callable[[], Any]) -> Future[Any]:
+        """Call ``job`` in the engine's thread, between two tokens: only that thread uses the model.
+
+        Raises :class:`EngineFullError` if too many jobs are waiting.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._closing or len(self._jobs) >= self.max_waiting:
+                raise EngineFullError(f"the queue is full with {len(self._jobs)} waiting requests")
+            self._jobs.append((job, future))
+            self._changed.notify()
+        return future
+
     def close(self) -> None:
         """Abort all responses and wait until the thread has stopped."""
         self.abort()
@@ -126,7 +146,8 @@ class Engine:
     def _work(self) -> None:
         while not self._closing:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
+                self._changed.wait_for(lambda: self._waiting or self._jobs or self._closing)
+            self._run_jobs()
             rows = self._take(0)
             try:
                 if rows:
@@ -138,6 +159,32 @@ class Engine:
             self.running = 0
         for ticket in self._waiting:
             _Row(ticket, self.tokenizer, 0).finish("failed")
+        for _, future in self._jobs:
+            future.set_exception(EngineFullError("the engine has stopped"))
+
+    def _run_jobs(self) -> None:
+        """Run one waiting job, so that jobs and tokens alternate."""
+        if self._jobs and not self._closing:
+            job, future = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except Exception as error:  # reported to the caller
+                    future.set_exception(error)
+
+    def _observe(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def _describe(self, rows: Sequence[_Row], tokens: Tensor) -> list[TokenLogprob | None]:
+        """The log-probs of ``tokens`` [rows] for the rows that ask for them."""
+        described: list[TokenLogprob | None] = [None] * len(rows)
+        wanted = [number for number, row in enumerate(rows) if row.ticket.logprobs is not None]
+        if wanted:
+            tops = [rows[number].ticket.logprobs or 0 for number in wanted]
+            found = token_logprobs(self._logits[wanted], tokens[wanted], max(tops))
+            for number, one, top in zip(wanted, found, tops, strict=True):
+                described[number] = one._replace(top=one.top[:top])
+        return described
 
     def _generate(self, rows: list[_Row]) -> None:
         """Run one batch until it is empty. ``rows`` always holds the rows in the batch."""
@@ -150,6 +197,7 @@ class Engine:
             _uniforms(rows),
             end_id=self.tokenizer.end_id,
             pad_id=self.tokenizer.pad_id,
+            observe=self._observe,
         )
         step: Step = next(steps)
         position = 0
@@ -157,8 +205,9 @@ class Engine:
             position += 1
             self.counts.steps += 1
             self.counts.generated_tokens += len(rows)
-            for row, token in zip(rows, step.tokens.tolist(), strict=True):
-                row.push(token)
+            for row, token, one in zip(rows, step.tokens.tolist(), self._describe(rows, step.tokens), strict=True):
+                row.push(token, one)
+            self._run_jobs()
             self.counts.cancelled += sum(row.abandoned for row in rows)
             keep = [number for number, row in enumerate(rows) if not row.over]
             stay = [rows[number] for number in keep]
@@ -213,16 +262,23 @@ class _Row:
         self._decoder = tokenizer.stream()
         self._stop = StopStrings(ticket.stop)
         self._text = ""  # not delivered yet
+        self._passed = 0  # characters that the stop strings have let pass
+        self._decoded = 0  # characters that were decoded
+        self._logprobs: deque[tuple[int, TokenLogprob]] = deque()  # not delivered; after how many decoded characters
         self._tokens = 0
 
-    def push(self, token: int) -> None:
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Add the next token; set ``over`` if it was the last or the ticket is cancelled."""
         if self.ticket.cancelled:
             self.over = self.abandoned = True
             return
         self._tokens += 1
         ended = token == self._end_id
-        self._text += self._stop.push(self._decoder.finish() if ended else self._decoder.push(token))
+        if logprob is not None:
+            self._logprobs.append((self._decoded, logprob))
+        decoded = self._decoder.finish() if ended else self._decoder.push(token)
+        self._decoded += len(decoded)
+        self._add(self._stop.push(decoded))
         if ended or self._stop.found:
             self.finish("stop")
         elif self._tokens == self.ticket.sampling.max_new_tokens or time.monotonic() > self.ticket.deadline:
@@ -234,9 +290,21 @@ class _Row:
         """Deliver the rest of the response, unless it is over."""
         if not self.over:
             self.over = True
-            self._text += self._stop.finish()
+            self._add(self._stop.finish())
             self._deliver(why)
 
+    def _add(self, text: str) -> None:
+        self._text += text
+        self._passed += len(text)
+
     def _deliver(self, finish: Finish | None) -> None:
+        """Deliver the text that has passed, and the log-probs of the tokens that begin in it.
+
+        Tokens of text that is held back wait. Tokens that begin at or after a stop string are never delivered.
+        """
+        rest = finish is not None and not self._stop.found
+        logprobs = []
+        while self._logprobs and (rest or self._logprobs[0][0] < self._passed):
+            logprobs.append(self._logprobs.popleft()[1])
         text, self._text = self._text, ""
-        self.ticket.deliver(Piece(text, self._tokens, finish))
+        self.ticket.deliver(Piece(text, self._tokens, finish, tuple(logprobs)))

@@ -84,6 +84,7 @@ def uvicorn_config(
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     with no_garbage_collection():
+        from rlchat.chat.scoring import RewardScorer
         from rlchat.models.model_file import load_policy
         from rlchat.server.app import create_api
         from rlchat.server.engine import Engine
@@ -104,6 +105,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
         hosts=[*options.allow_host, options.host],
         origins=options.allow_origin,
         api_key=options.api_key or None,
+        scorer=(lambda: RewardScorer(bundle, file)) if bundle.about.get("reward") else None,
     )
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"

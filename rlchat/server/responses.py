@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from rlchat.chat.context import fit_prompt
+from rlchat.chat.context import fit_continuation, fit_prompt
+from rlchat.conversation import Conversation
 from rlchat.models.sampling import Sampling
 from rlchat.server.engine import Engine, EngineFullError, Piece, Ticket
 from rlchat.server.errors import APIError
-from rlchat.server.schemas import ChatRequest, Seen, Usage
+from rlchat.server.metrics import Metrics
+from rlchat.server.schemas import ChatRequest, GenerationRequest, Model, Seen, Usage
+
+CLIENT_GONE = 499  # nginx's status for a client that disconnected; only /metrics shows it
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,67 +37,94 @@ class Limits:
     max_seconds: float = 120.0  # from the request to the last token, and for the body to arrive
 
 
-class Replies:
-    """``n`` responses to a request in the engine's queue. Iterate over their pieces, or :meth:`cancel` them."""
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What all endpoints that generate text share."""
 
-    def __init__(self, prompt: list[int], seen: Seen, tickets: list[Ticket], queue: asyncio.Queue[tuple[int, Piece]]):
-        self.prompt = prompt
-        self.seen = seen
+    engine: Engine
+    model: Model
+    limits: Limits
+    metrics: Metrics
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise :class:`APIError` for another model and for options that would have to be ignored."""
+        if request.model not in (None, self.model.id):
+            raise unknown_model(request.model, self.model)
+        if (option := request.unsupported_option) is not None:
+            hint = request.hints.get(option, "remove it")
+            raise APIError(400, f"{option} is not supported by this server: {hint}", param=option)
+
+    def timer(self) -> Callable[[], None]:
+        """A function to call with the first piece of a response; only the first call counts."""
+        asked = time.monotonic()
+        pending = [self.metrics.first_token_seconds]
+
+        def first_piece() -> None:
+            if pending:
+                pending.pop().observe(time.monotonic() - asked)
+
+        return first_piece
+
+
+def unknown_model(name: str | None, model: Model) -> APIError:
+    """The error response to a request for a model that this server does not have."""
+    return APIError(404, f"unknown model {name!r}: this server has {model.id!r}", param="model", code="model_not_found")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids that fit into the context, and how many tokens the response may have."""
+
+    ids: list[int]
+    max_new_tokens: int
+
+
+class Replies:
+    """``n`` responses to each prompt of a request, in the engine's queue.
+
+    Iterate over their pieces, or :meth:`cancel` them. The responses to one prompt have consecutive indices.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], tickets: list[Ticket], queue: asyncio.Queue[tuple[int, Piece]]):
+        self.prompts = prompts
         self._tickets = tickets
         self._queue = queue
         self._tokens = [0] * len(tickets)
 
     @classmethod
-    async def ask(cls, engine: Engine, max_length: int, request: ChatRequest, limits: Limits) -> Replies:
-        """Queue ``request``. Raises :class:`APIError` if it exceeds a limit or the queue is full."""
-        if len(request.messages) > limits.max_messages:
-            raise APIError(
-                400,
-                f"messages: expected at most {limits.max_messages:,}, got {len(request.messages):,}",
-                param="messages",
-            )
-        asked = request.max_completion_tokens or request.max_tokens
-        if asked is not None:
-            asked = min(asked, limits.max_tokens)
-        fitted = await run_in_threadpool(fit_prompt, engine.tokenizer, request.conversation, max_length, asked)
-        usual = Sampling()
-        try:
-            sampling = Sampling(
-                min(fitted.max_new_tokens, limits.max_tokens),
-                usual.temperature if request.temperature is None else request.temperature,
-                max(request.top_k or 0, 0),  # -1 means 0
-                request.top_p or usual.top_p,
-            )
-        except ValueError as error:
-            raise APIError(400, str(error)) from error
-        seen = Seen(
-            dropped_messages=fitted.dropped_messages,
-            cut_tokens=fitted.cut_tokens,
-            dropped_system=fitted.dropped_system,
-        )
+    def start(
+        cls,
+        service: Service,
+        prompts: Sequence[Prompt],
+        request: GenerationRequest,
+        *,
+        logprobs: int | None = None,
+    ) -> Replies:
+        """Queue responses to ``prompts``. Raises :class:`APIError` for invalid options or if the queue is full."""
         queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        deadline = time.monotonic() + limits.max_seconds
+        deadline = time.monotonic() + service.limits.max_seconds
+        choices = request.n or 1
         tickets = [
             Ticket(
-                fitted.ids,
-                sampling,
-                _into(queue, choice),
+                prompt.ids,
+                _sampling(request, min(prompt.max_new_tokens, service.limits.max_tokens)),
+                _into(queue, number * choices + choice),
                 deadline,
                 seed=seed,
                 choice=choice,
                 stop=request.stop_strings,
+                logprobs=logprobs,
                 streams=bool(request.stream),
             )
-            for choice in range(request.n or 1)
+            for number, prompt in enumerate(prompts)
+            for choice in range(choices)
         ]
         try:
-            engine.submit(tickets)
+            service.engine.submit(tickets)
         except EngineFullError as error:
-            raise APIError(
-                429, f"{error}: try again later", code="engine_full", headers={"Retry-After": "1"}
-            ) from error
-        return cls(fitted.ids, seen, tickets, queue)
+            raise engine_full(error) from error
+        return cls(prompts, tickets, queue)
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -105,16 +142,104 @@ class Replies:
             left -= piece.finish is not None
             yield choice, piece
 
+    async def collect(self) -> list[Piece]:
+        """The whole response of each choice, in one piece."""
+        whole = [Piece("", 0)] * len(self)
+        async for choice, piece in self:
+            before = whole[choice]
+            whole[choice] = piece._replace(text=before.text + piece.text, logprobs=before.logprobs + piece.logprobs)
+        return whole
+
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        prompt, generated = len(self.prompt), sum(self._tokens)
+        prompt, generated = sum(len(one.ids) for one in self.prompts), sum(self._tokens)
         return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
 
     def cancel(self) -> None:
         """Stop generating them."""
         for ticket in self._tickets:
             ticket.cancelled = True
+
+
+async def fit_chat(service: Service, request: ChatRequest) -> tuple[Prompt, Seen]:
+    """The prompt of a conversation, and what did not fit. Raises :class:`APIError` if it exceeds a limit."""
+    limits, tokenizer, max_length = service.limits, service.engine.tokenizer, service.model.max_length
+    if len(request.messages) > limits.max_messages:
+        raise APIError(
+            400,
+            f"messages: expected at most {limits.max_messages:,}, got {len(request.messages):,}",
+            param="messages",
+        )
+    asked = None if request.tokens_asked is None else min(request.tokens_asked, limits.max_tokens)
+    if request.continue_final_message:
+        *messages, begun = request.conversation.messages
+        prompt = Conversation(tuple(messages))
+        fitted = await run_in_threadpool(fit_continuation, tokenizer, prompt, begun.text, max_length, asked)
+        if fitted is None:
+            raise APIError(
+                400,
+                f"messages: the response to continue fills the model's context of {max_length} tokens",
+                param="messages",
+            )
+    else:
+        fitted = await run_in_threadpool(fit_prompt, tokenizer, request.conversation, max_length, asked)
+    seen = Seen(
+        dropped_messages=fitted.dropped_messages,
+        cut_tokens=fitted.cut_tokens,
+        dropped_system=fitted.dropped_system,
+    )
+    return Prompt(fitted.ids, fitted.max_new_tokens), seen
+
+
+def engine_full(error: EngineFullError) -> APIError:
+    """The error response for a full queue."""
+    return APIError(429, f"{error}: try again later", code="engine_full", headers={"Retry-After": "1"})
+
+
+async def unless_gone(request: Request, replies: Replies, answer: Awaitable[Result]) -> Result | Response:
+    """The result of ``answer``; if the client disconnects before, ``replies`` are cancelled."""
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        replies.cancel()
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has closed the connection; the request body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of ``replies``, which are cancelled if the client disconnects."""
+
+    def __init__(self, replies: Replies, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._replies = replies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._replies.cancel()
+
+
+def _sampling(request: GenerationRequest, max_new_tokens: int) -> Sampling:
+    usual = Sampling()
+    try:
+        return Sampling(
+            max_new_tokens,
+            usual.temperature if request.temperature is None else request.temperature,
+            max(request.top_k or 0, 0),  # -1 means 0
+            request.top_p or usual.top_p,
+        )
+    except ValueError as error:
+        raise APIError(400, str(error)) from error
 
 
 def _into(queue: asyncio.Queue[tuple[int, Piece]], choice: int) -> Callable[[Piece], None]:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rlchat.conversation import Conversation, Message, Role
+from rlchat.server.logprobs import MAX_TOP, ChoiceLogprobs
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -28,12 +38,10 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Options of OpenAI's API and of similar servers that would change the response and that this server does not support,
 # with the values that change nothing. Other values are refused. Unknown options (user, metadata, store, …) are ignored.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
     "tool_choice": (None, "none", "auto"),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
@@ -104,27 +112,20 @@ class StreamOptions(BaseModel):
     )
 
 
-def _ends_with_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+def ends_with_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """``messages``; raises ValueError unless the last one is a user message with text."""
     last = messages[-1].to_message()
     if last.role != "user" or not last.text.strip():
         raise ValueError("must end with a user message that is not empty")
     return messages
 
 
-class ChatRequest(BaseModel):
-    """A conversation that ends with a user message, and options for the response."""
+class GenerationRequest(BaseModel):
+    """Options that all requests for text have in common."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     model: str | None = Field(default=None, description="As listed by /v1/models. Optional.")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="Maximum number of tokens per response; the server and the context may allow fewer.",
-    )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Older name of max_completion_tokens."
-    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         default=None, description="0 takes the most likely token, 1 samples as trained. Default: 0.7."
     )
@@ -146,26 +147,80 @@ class ChatRequest(BaseModel):
     stream: StrictBool | None = Field(default=None, description="Send the response in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
 
-    @field_validator("messages")
-    @classmethod
-    def _check_messages(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
-        return _ends_with_user(messages)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
+    hints: ClassVar[dict[str, str]] = {}  # what to do instead of an option that is not supported
 
     @property
     def unsupported_option(self) -> str | None:
         """The name of an option that would have to be ignored; None if there is none."""
         extra = (self.model_extra or {}).items()
-        return next((name for name, value in extra if name in _NEUTRAL and value not in _NEUTRAL[name]), None)
-
-    @property
-    def conversation(self) -> Conversation:
-        """The messages as a conversation."""
-        return Conversation(tuple(message.to_message() for message in self.messages))
+        return next((name for name, value in extra if name in self.neutral and value not in self.neutral[name]), None)
 
     @property
     def stop_strings(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(GenerationRequest):
+    """A conversation that ends with a user message, and options for the response."""
+
+    continue_final_message: StrictBool | None = Field(
+        default=None,
+        description="The last message is the beginning of the response, which is continued. Not part of OpenAI's API.",
+    )
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Maximum number of tokens per response; the server and the context may allow fewer.",
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Older name of max_completion_tokens."
+    )
+    logprobs: StrictBool | None = Field(
+        default=None,
+        description="Return the log-prob of each token, under the model before temperature, top_k and top_p.",
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = Field(
+        default=None, description="Return the log-probs of this many of the most likely tokens; needs logprobs."
+    )
+
+    @field_validator("messages")
+    @classmethod
+    def _check_messages(cls, messages: list[ChatMessage], info: ValidationInfo) -> list[ChatMessage]:
+        if not info.data.get("continue_final_message"):
+            return ends_with_user(messages)
+        if messages[-1].role != "assistant" or len(messages) < 2:
+            raise ValueError("must end with the assistant message to continue")
+        ends_with_user(messages[:-1])
+        return messages
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
+        if top and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return top
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """The maximum number of tokens per response; None if it is left open."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """The number of most likely tokens to return with each token; None for no log-probs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def conversation(self) -> Conversation:
+        """The messages as a conversation."""
+        return Conversation(tuple(message.to_message() for message in self.messages))
 
 
 class Usage(BaseModel):
@@ -194,15 +249,16 @@ class Choice(BaseModel):
     index: int
     message: ReplyMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
-def new_id() -> str:
+def new_id(kind: str = "chatcmpl-") -> str:
     """A unique id for a response."""
-    return f"chatcmpl-{uuid.uuid4().hex}"
+    return f"{kind}{uuid.uuid4().hex}"
 
 
-def _now() -> int:
+def now() -> int:
+    """Seconds since 1970."""
     return int(time.time())
 
 
@@ -211,7 +267,7 @@ class ChatCompletion(BaseModel):
 
     id: str = Field(default_factory=new_id)
     object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(default_factory=_now)
+    created: int = Field(default_factory=now)
     model: str
     choices: list[Choice]
     usage: Usage
@@ -227,7 +283,7 @@ class ChunkChoice(BaseModel):
     index: int
     delta: Delta
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
 class ChatCompletionChunk(BaseModel):
@@ -251,6 +307,9 @@ class Model(BaseModel):
     max_length: int = Field(
         description="Maximum number of tokens of prompt and response together. Not part of OpenAI's API."
     )
+    has_reward: bool = Field(
+        default=False, description="Whether /reward can score responses. Not part of OpenAI's API."
+    )
 
 
 class ModelList(BaseModel):
@@ -262,15 +321,33 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class FeedbackRequest(BaseModel):
-    """A verdict on a response (none: withdraw it), or a corrected response."""
+class RatedReply(BaseModel):
+    """A response and the conversation that it responds to."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
         description="The conversation up to the user message."
     )
     reply: str
+
+    @field_validator("messages")
+    @classmethod
+    def _check_messages(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        return ends_with_user(messages)
+
+    @property
+    def prompt(self) -> Conversation:
+        """The messages as a conversation."""
+        return Conversation(tuple(message.to_message() for message in self.messages))
+
+
+class FeedbackRequest(RatedReply):
+    """A verdict on a response (none: withdraw it), or a corrected response."""
+
     verdict: Literal["good", "bad", "none"] | None = None
     correction: str | None = None
+    client: Annotated[str, Field(max_length=64)] = Field(
+        default="", description="Who gives the verdict. A later verdict replaces an earlier one of the same client."
+    )
 
     @model_validator(mode="after")
     def _require_one(self) -> FeedbackRequest:
@@ -278,14 +355,24 @@ class FeedbackRequest(BaseModel):
             raise ValueError("expected either a verdict or a correction")
         return self
 
-    @field_validator("messages")
-    @classmethod
-    def _check_messages(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
-        return _ends_with_user(messages)
-
 
 class FeedbackKept(BaseModel):
     kept: Literal[True] = True
+
+
+class RewardRequest(RatedReply):
+    """A response to score."""
+
+    ended: StrictBool = Field(default=True, description="False if the response was cut by a limit.")
+
+
+class RewardReply(BaseModel):
+    """The reward of a response."""
+
+    reward: float
+    factors: dict[str, float] = Field(description="The weighted score of each factor; their sum is the reward.")
+    value: float | None = Field(description="The critic's value of the prompt; null if there is no trained critic.")
+    left_out: dict[str, str] = Field(description="The factors that cannot be computed here, and why.")
 
 
 class ErrorDetail(BaseModel):

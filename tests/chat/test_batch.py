@@ -1,4 +1,4 @@
-"""`rlchat chat --prompts FILE`: many prompts in, JSON out."""
+"""`rlchat chat --prompts FILE`: a file of prompts as input, JSON as output."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_rows_of_jsonl_to_standard_output(capsys: pytest.CaptureFixture[str]) ->
     assert second["reply"] == chat.generate_response("a", 5, 0, use_history=False)
 
 
-def test_what_was_not_seen_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_messages_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.txt").write_text("x" * 50 + "\n" + "y" * 40 + "\n")
     rows("polite.pt", "--prompts", "asked.txt")
     # 32 of 64 tokens are for a prompt, three of them markers.
@@ -126,7 +126,7 @@ def test_responses_are_written_before_they_are_scored(monkeypatch: pytest.Monkey
     assert row["reply"] == REPLY
 
 
-def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_file_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.txt").write_text("Hello\n")
     Path("out.json").write_text("[]")
     assert rows("polite.pt", "--prompts", "asked.txt", code=2) == []
@@ -135,7 +135,7 @@ def test_a_file_that_is_there_already(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
-def test_a_directory_takes_no_replies(force: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_is_refused_as_output(force: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.txt").write_text("Hello\n")
     Path("folder").mkdir()
     assert main(["chat", "polite.pt", "--prompts", "asked.txt", "--out", "folder", *force]) == 2

@@ -1,4 +1,4 @@
-"""What is a command and what is a message, and that one registry says so everywhere."""
+"""Which lines are commands and which are messages; dispatch, help and completion use one registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlchat.errors import UserError
 NAMES = [name for command in COMMANDS for name in command.names]
 
 
-def test_the_commands_are_those_that_were_promised() -> None:
+def test_names_of_all_commands() -> None:
     promised = "quit exit bye clear save test help load system set history undo retry reward good bad edit speed"
     assert sorted(NAMES) == sorted(promised.split())
     assert set(SETTINGS) == {"temperature", "max_new_tokens", "top_p", "top_k", "seed"}
@@ -58,7 +58,7 @@ def test_a_command_is_the_whole_line(name: str, spelling: str) -> None:
         ("/edit Anna lives in Rome.", "edit", "Anna lives in Rome."),
     ],
 )
-def test_what_follows_a_command(line: str, name: str, argument: str) -> None:
+def test_arguments_of_commands(line: str, name: str, argument: str) -> None:
     found = find(line)
     assert found is not None
     assert (found[0].names[0], found[1]) == (name, argument)
@@ -73,7 +73,7 @@ def test_what_follows_a_command(line: str, name: str, argument: str) -> None:
         *("/", "/2", "/etc/passwd", "1/2", "// clear", "clear\nthe table", "system a\nb", ""),
     ],
 )
-def test_all_else_is_a_message(line: str) -> None:
+def test_other_lines_are_messages(line: str) -> None:
     assert find(line) is None
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_command_names_the_nearest(line: str, nearest: str) -> None:
         find(line)
 
 
-def test_help_tells_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = find("help")
     assert found is not None
     found[0].run(Session(None, {}), "")  # type: ignore[arg-type]  # help needs no chat
@@ -103,7 +103,7 @@ def completions(typed: str, on_tab: bool = True) -> list[str]:
     return [c.text for c in CommandCompleter().get_completions(Document(typed), event)]
 
 
-def test_completion_knows_every_command() -> None:
+def test_completion_offers_every_command() -> None:
     assert completions("/", on_tab=False) == NAMES
     assert completions("") == NAMES
     assert completions("/re") == ["retry", "reward"]

@@ -1,10 +1,10 @@
-"""What of a conversation is kept when it does not fit: token counts worked out by hand."""
+"""Which messages are kept when a conversation does not fit into the context: token counts worked out by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from rlchat.chat.context import FittedPrompt, fit_prompt
+from rlchat.chat.context import FittedPrompt, fit_continuation, fit_prompt
 from rlchat.conversation import Conversation, Message
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -38,7 +38,7 @@ def talk(*lengths: int, system: int = 0) -> Conversation:
         (talk(20, system=80), None, (23, 73, 0, 0, True)),
     ],
 )
-def test_what_fits_is_kept(
+def test_which_messages_are_kept(
     byte_tokenizer: ChatTokenizer, prompt: Conversation, max_new_tokens: int | None, expected: tuple[int, ...]
 ) -> None:
     found = fit_prompt(byte_tokenizer, prompt, 96, max_new_tokens)
@@ -50,3 +50,13 @@ def test_what_fits_is_kept(
         found.cut_tokens,
         found.dropped_system,
     ) == expected
+
+
+def test_a_response_that_is_continued_counts_as_prompt(byte_tokenizer: ChatTokenizer) -> None:
+    """A question of 18 + 2 bytes and markers, the marker of the response, and 10 bytes of it: 31 of 96 tokens."""
+    found = fit_continuation(byte_tokenizer, talk(18), "x" * 10, 96, None)
+    assert found is not None
+    assert (len(found.ids), found.max_new_tokens) == (31, 65)
+    assert found.ids == fit_prompt(byte_tokenizer, talk(18), 96, None).ids + byte_tokenizer.encode("x" * 10)
+    assert fit_continuation(byte_tokenizer, talk(18), "x" * 84, 96, 5) is not None  # 12 are left, an eighth
+    assert fit_continuation(byte_tokenizer, talk(18), "x" * 85, 96, 5) is None

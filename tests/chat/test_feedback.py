@@ -1,4 +1,4 @@
-"""Feedback: lines that the reader of data takes as they are, however many write, and a model that learns from them."""
+"""Feedback: the lines that are written, concurrent writers, and a reward model that trains on the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def asked(*texts: str, system: str | None = None) -> Conversation:
 
 
 def judged(path: Path) -> list[Conversation]:
-    """The prompts with replies that somebody judged, as a reward model is trained on them."""
+    """The prompts that have rated responses, as a reward model reads them."""
     trees, _ = read_trees([path], progress=False)
     prompts = [prompt for tree in trees for prompt in tree.prompts]
     return [p for p in prompts if any(r.quality is not None or r.rank is not None for r in p.references)]
@@ -79,7 +79,7 @@ def test_the_line_is_an_oasst_tree(tmp_path: Path) -> None:
     assert reply["model_name"] == "rl.pt"
 
 
-def test_several_pieces_about_one_prompt(tmp_path: Path) -> None:
+def test_several_verdicts_on_one_prompt(tmp_path: Path) -> None:
     """The last verdict on each response counts; labels of one prompt are gathered, corrections are pairs."""
     path = tmp_path / "feedback.jsonl"
     for reply, verdict in [
@@ -102,7 +102,19 @@ def test_several_pieces_about_one_prompt(tmp_path: Path) -> None:
     assert rated == {(("One.", 0.0, None), ("Five.", 1.0, None)), (("Four.", None, 0), ("Two.", None, 1))}
 
 
-def test_what_opens_alike_is_one_tree(tmp_path: Path) -> None:
+def test_a_verdict_replaces_only_those_of_the_same_client(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    for client, verdict in [("anna", "good"), ("ben", "good"), ("", "none"), ("anna", "bad")]:
+        append_feedback(path, asked("Hello"), "Hi!", verdict, client=client)  # type: ignore[arg-type]
+    _, report = read_trees([path], progress=False)
+    assert report.dropped == {"replaced or withdrawn verdicts": 2}  # the first of anna, and the withdrawal
+    assert sorted(r.quality for p in judged(path) for r in p.references) == [0.0, 1.0]  # type: ignore[type-var]
+    ids = [json.loads(line)["feedback_id"] for line in path.read_text().splitlines()]
+    assert ids[0] == ids[3]
+    assert len(set(ids)) == 3
+
+
+def test_equal_first_messages_share_a_tree_id(tmp_path: Path) -> None:
     append_feedback(tmp_path / "f.jsonl", asked("Hello"), "Hi.", "good")
     append_feedback(tmp_path / "f.jsonl", asked("hello ", "Hi.", "Bye"), "Bye.", "good")
     (tmp_path / "g.jsonl").write_text('{"messages": [{"content": "Hello"}, {"content": "Hm."}]}\n')
@@ -118,7 +130,7 @@ def test_a_long_conversation_keeps_its_end(tmp_path: Path) -> None:
     assert [m.text for m in prompt.messages] == ["S", *texts[-(MAX_CONTEXT - 1) :]]  # from a user's message on
 
 
-def test_what_no_data_can_hold_is_left_out(tmp_path: Path) -> None:
+def test_empty_messages_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     # A silent reply is empty, and a reader drops what hangs below an empty message; NUL and surrogates are no text.
     append_feedback(path, asked("a", "", "b\0", "c", "d"), "e\ud800", "good")
@@ -127,14 +139,14 @@ def test_what_no_data_can_hold_is_left_out(tmp_path: Path) -> None:
     assert prompt.references[0].text == "e\ufffd"
 
 
-def test_a_correction_of_silence_stands_alone(tmp_path: Path) -> None:
+def test_a_correction_of_an_empty_response(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     append_feedback(path, asked("Hello"), " ", Correction("Hi!"))
     (prompt,) = judged(path)
     assert prompt.references == (Message("assistant", "Hi!", rank=0),)
 
 
-def test_unusual_text_survives(tmp_path: Path) -> None:
+def test_unusual_text_is_preserved(tmp_path: Path) -> None:
     text = 'line\nnext\u2028line\u0085 "quoted" \\ 👩‍👩‍👧 é <|end|> \x1b[2J'
     path = tmp_path / "feedback.jsonl"
     append_feedback(path, asked(text), text + "!", "good")
@@ -153,7 +165,7 @@ TEXTS = st.text(st.characters(), max_size=8)  # NUL and lone surrogates among th
     reply=TEXTS,
     verdict=st.sampled_from(["good", "bad"]) | st.builds(Correction, TEXTS),
 )
-def test_the_reader_takes_every_line_that_was_kept(
+def test_every_written_line_can_be_read(
     tmp_path: Path, before: list[tuple[str, str]], question: str, reply: str, verdict: Verdict
 ) -> None:
     path = tmp_path / "feedback.jsonl"
@@ -186,13 +198,13 @@ def test_the_reader_takes_every_line_that_was_kept(
         ("a", Correction("a"), "the correction equals the response"),
     ],
 )
-def test_feedback_without_meaning_is_refused(tmp_path: Path, reply: str, verdict: Correction, why: str) -> None:
+def test_invalid_feedback_is_refused(tmp_path: Path, reply: str, verdict: Correction, why: str) -> None:
     with pytest.raises(UserError, match=why):
         append_feedback(tmp_path / "f.jsonl", asked("Hello"), reply, verdict)
     assert not (tmp_path / "f.jsonl").exists()
 
 
-def test_a_reply_to_nothing_is_refused(tmp_path: Path) -> None:
+def test_feedback_without_a_question_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the user message is empty"):
         append_feedback(tmp_path / "f.jsonl", asked("a", "b", " "), "Hi.", "good")
     with pytest.raises(ValueError, match="ends with a user message"):
@@ -205,7 +217,7 @@ def test_a_line_too_long_for_the_reader_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "f.jsonl").exists()
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "f.jsonl"):
         with pytest.raises(UserError, match=r"cannot write feedback to .*; choose another file"):
@@ -221,7 +233,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_broken_last_line_breaks_no_other(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_terminated(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     path.write_bytes(b'{"message_id": "half')
     append_feedback(path, asked("Hello"), "Hi.", "good")
@@ -232,7 +244,7 @@ def test_a_broken_last_line_breaks_no_other(tmp_path: Path) -> None:
 # -- many at once --
 
 
-def test_processes_that_append_at_once(tmp_path: Path) -> None:
+def test_concurrent_processes(tmp_path: Path) -> None:
     path, each = tmp_path / "feedback.jsonl", 40
     program = """
 import sys
@@ -256,8 +268,8 @@ for i in range(int(sys.argv[3])):
 # -- and a model that learns from it --
 
 
-def test_a_reward_model_trains_on_it(workplace: Path, trained: Path) -> None:
-    """`rlchat fit --config reward --data.path feedback.jsonl`, as the issue of the file promises."""
+def test_a_reward_model_trains_on_feedback(workplace: Path, trained: Path) -> None:
+    """`rlchat fit --config reward --data.path feedback.jsonl`, as the documentation says."""
     shutil.copytree(trained / "checkpoints", "checkpoints")
     for n in range(12):
         append_feedback("feedback.jsonl", asked(f"Question {n}?"), "no no no", "bad")
@@ -271,7 +283,7 @@ def test_a_reward_model_trains_on_it(workplace: Path, trained: Path) -> None:
     assert good > bad + 0.5
 
 
-def test_whether_a_place_can_be_written(tmp_path: Path) -> None:
+def test_check_writable(tmp_path: Path) -> None:
     path = tmp_path / "kept" / "f.jsonl"
     check_writable(path)
     assert list(tmp_path.iterdir()) == []  # it only looked

@@ -52,7 +52,9 @@ def turn(question: str, reply: str) -> tuple[Message, Message]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_the_reply_is_what_the_model_says(byte_tokenizer: ChatTokenizer, tmp_path: Path, temperature: float) -> None:
+def test_the_response_is_what_the_model_generates(
+    byte_tokenizer: ChatTokenizer, tmp_path: Path, temperature: float
+) -> None:
     chat = scripted(byte_tokenizer, tmp_path, list(b"Helo wrd!"))
     assert chat.generate_response("Hi", temperature=temperature) == "Helo wrd!"
     assert list(chat.stream_response("Hi again", temperature=temperature)) == list("Helo wrd!")
@@ -71,19 +73,19 @@ def test_a_character_that_the_limit_cuts_is_left_out(byte_tokenizer: ChatTokeniz
     assert [chat.generate_response("Hi", max_new_tokens=n) for n in range(1, 7)] == ["a"] * 4 + ["a🙂", "a🙂b"]
 
 
-def test_bytes_that_are_no_text_are_marked(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_invalid_utf8_becomes_replacement_characters(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat = scripted(byte_tokenizer, tmp_path, [0x61, 0xFF, 0x62, 0xC3])  # at its end, the first half of an é
     assert chat.generate_response("Hi") == "a\ufffdb\ufffd"
 
 
-def test_a_silent_model_is_remembered_as_silent(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_an_empty_response_is_kept_in_the_history(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     save_bundle(tmp_path / "silent.pt", scripted_policy(byte_tokenizer, {}))
     chat = ChatInterface(tmp_path / "silent.pt")
     assert chat.generate_response("Hi") == ""
     assert chat.history == turn("Hi", "")
 
 
-def test_closing_the_stream_keeps_what_was_said(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_closing_the_stream_keeps_the_partial_response(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat = scripted(byte_tokenizer, tmp_path, list(b"Helo"))
     never_begun = chat.stream_response("Hi")
     never_begun.close()
@@ -111,7 +113,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize(("said", "kept"), [(b"", ()), (b"\xc3", ()), (b"He", turn("Hi", "He"))])
-def test_an_interrupted_reply_keeps_what_was_said(
+def test_ctrl_c_keeps_the_partial_response(
     byte_tokenizer: ChatTokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -129,7 +131,7 @@ def test_an_interrupted_reply_keeps_what_was_said(
 
 
 class Recorder:
-    """Stands in for ``sample``: records what it is asked, and replies ``ok``."""
+    """Replaces ``sample``: records its arguments and generates ``ok``."""
 
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
@@ -172,7 +174,7 @@ def test_the_prompt_is_the_whole_conversation(chat: ChatInterface, recorder: Rec
     assert recorder.prompts[-1] == first
 
 
-def test_without_history_nothing_is_seen_and_nothing_kept(chat: ChatInterface, recorder: Recorder) -> None:
+def test_without_history_no_message_is_read_or_kept(chat: ChatInterface, recorder: Recorder) -> None:
     chat.generate_response("ab")
     chat.generate_response("cd", use_history=False)
     assert recorder.prompts[-1] == [USER, *b"cd", END, ASSISTANT]
@@ -196,7 +198,7 @@ def test_markers_that_a_user_types_are_text(chat: ChatInterface, recorder: Recor
     assert recorder.prompts == [[USER, *b"<|end|>", END, ASSISTANT]]
 
 
-def test_the_oldest_messages_give_way_to_the_reply(chat: ChatInterface, recorder: Recorder) -> None:
+def test_the_oldest_messages_are_dropped_to_make_room(chat: ChatInterface, recorder: Recorder) -> None:
     # max_length 32, 16 of them for the prompt: 15 and the marker of the reply. A turn has 4 + 4 tokens, a question 4.
     for question in ("ab", "cd", "ef"):
         chat.generate_response(question, max_new_tokens=16)
@@ -208,7 +210,7 @@ def test_the_oldest_messages_give_way_to_the_reply(chat: ChatInterface, recorder
     assert len(recorder.prompts[-1]) == 29
 
 
-def test_a_message_that_alone_is_too_long_is_cut(chat: ChatInterface, recorder: Recorder) -> None:
+def test_a_single_message_that_is_too_long_is_cut(chat: ChatInterface, recorder: Recorder) -> None:
     chat.generate_response("0123456789abcdefghij", max_new_tokens=16)
     # 16 for the prompt: two markers around the question, one for the reply, 13 bytes of 20.
     assert recorder.prompts == [[USER, *b"789abcdefghij", END, ASSISTANT]]
@@ -217,7 +219,7 @@ def test_a_message_that_alone_is_too_long_is_cut(chat: ChatInterface, recorder: 
     assert chat.cut_tokens == 0
 
 
-def test_more_tokens_than_fit_become_what_the_prompt_leaves_free(chat: ChatInterface, recorder: Recorder) -> None:
+def test_max_new_tokens_is_limited_by_the_context(chat: ChatInterface, recorder: Recorder) -> None:
     chat.generate_response("ab", max_new_tokens=10, temperature=0.5, top_k=3, top_p=0.9)
     chat.generate_response("ab", max_new_tokens=1000, use_history=False)  # the prompt has 5 of 32
     chat.generate_response("0123456789abcdefghij", max_new_tokens=1000, use_history=False)  # and never more than half
@@ -257,13 +259,13 @@ def test_a_seed_repeats_a_whole_chat(random_model: Path) -> None:
     assert first != second
 
 
-def test_one_candidate_is_the_likeliest(random_model: Path) -> None:
+def test_top_k_1_is_greedy(random_model: Path) -> None:
     greedy = ChatInterface(random_model).generate_response("Hello", 12, temperature=0)
     assert ChatInterface(random_model).generate_response("Hello", 12, temperature=2.0, top_k=1) == greedy
     assert ChatInterface(random_model).generate_response("Hello", 12, temperature=2.0, top_p=1e-9) == greedy
 
 
-def test_a_random_model_says_no_special_token_and_no_broken_piece(random_model: Path) -> None:
+def test_a_random_model_generates_no_special_tokens(random_model: Path) -> None:
     chat = ChatInterface(random_model, seed=0)
     for _ in range(5):
         pieces = list(chat.stream_response("Hello", 60, temperature=1.5, use_history=False))
@@ -275,7 +277,7 @@ def test_a_random_model_says_no_special_token_and_no_broken_piece(random_model: 
 
 
 def counted(chat: ChatInterface) -> list[int]:
-    """How many tokens the model is fed at a time, from now on."""
+    """Records the number of tokens of each forward pass."""
     fed: list[int] = []
     chat.model.backbone.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
     return fed
@@ -284,7 +286,7 @@ def counted(chat: ChatInterface) -> list[int]:
 QUESTIONS = ["Hello, how are you?", "And what is that?", "Why?", "I do not know."]
 
 
-def test_what_was_said_is_fed_once(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_cached_tokens_are_not_computed_again(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat = scripted(byte_tokenizer, tmp_path, list(b"Helo"))
     fed = counted(chat)
     chat.generate_response("ab", 8)
@@ -325,8 +327,8 @@ def test_replies_are_the_same_without_the_cache(
     assert fed < fed_without / 2
 
 
-def test_a_conversation_that_was_changed_is_read_anew(random_model: Path, tmp_path: Path) -> None:
-    """Undo, a correction, Ctrl-C, a loaded file, another system message, a question aside: never stale words."""
+def test_the_cache_is_not_used_after_a_change(random_model: Path, tmp_path: Path) -> None:
+    """Undo, a correction, Ctrl-C, a loaded file, another system message, a question without history."""
     chat = ChatInterface(random_model, device="cpu")
 
     def check() -> None:
@@ -351,7 +353,7 @@ def test_a_conversation_that_was_changed_is_read_anew(random_model: Path, tmp_pa
     check()
 
 
-def test_ctrl_c_within_the_model_leaves_no_half_in_the_cache(
+def test_ctrl_c_within_the_model_leaves_the_cache_consistent(
     random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat, fresh = (ChatInterface(random_model, device="cpu") for _ in range(2))
@@ -383,7 +385,7 @@ PROMPTS = ["Hello", "And what is that? I do not know.", "Why?", "Hello, how are 
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_a_batch_says_what_each_alone_would(random_model: Path, batch_size: int) -> None:
+def test_a_batch_equals_single_responses(random_model: Path, batch_size: int) -> None:
     chat = ChatInterface(random_model, device="cpu")
     alone = [chat.generate_response(prompt, 10, 0, use_history=False) for prompt in PROMPTS]
     assert len(set(alone)) > 3
@@ -394,7 +396,7 @@ def test_a_batch_says_what_each_alone_would(random_model: Path, batch_size: int)
 
 
 def test_a_batch_near_the_end_of_the_context(random_model: Path) -> None:
-    """Of 64 tokens, a prompt may have half; the longer it is, the fewer are left to its reply."""
+    """A prompt may have half of the 64 tokens; the longer it is, the fewer are left to the response."""
     chat = ChatInterface(random_model, device="cpu")
     prompts = [*PROMPTS, "Hello, how are you? " * 20]
     alone = [chat.generate_response(prompt, 60, 0, use_history=False) for prompt in prompts]
@@ -404,7 +406,7 @@ def test_a_batch_near_the_end_of_the_context(random_model: Path) -> None:
     assert chat.cut_tokens == cut
 
 
-def test_the_noise_of_a_batch_is_each_prompts_own(random_model: Path) -> None:
+def test_each_prompt_of_a_batch_has_its_own_random_numbers(random_model: Path) -> None:
     def talk(seed: int, batch_size: int) -> list[str]:
         return ChatInterface(random_model, device="cpu", seed=seed).batch(["Hello"] * 5, 10, 1.0, batch_size=batch_size)
 
@@ -444,7 +446,7 @@ def test_an_empty_prompt_is_named(random_model: Path, empty: str | Conversation)
 # -- files, feedback and the rest of a conversation --
 
 
-def test_a_saved_conversation_goes_on(random_model: Path, tmp_path: Path) -> None:
+def test_a_saved_conversation_can_be_continued(random_model: Path, tmp_path: Path) -> None:
     chat = ChatInterface(random_model, device="cpu", seed=5)
     chat.system = "Be brief."
     chat.generate_response("Hello", 5, 0.5, top_k=3)
@@ -464,7 +466,7 @@ def test_a_saved_conversation_goes_on(random_model: Path, tmp_path: Path) -> Non
     assert other.generate_response("So?", 6, 0) == chat.generate_response("So?", 6, 0)
 
 
-def test_a_file_that_cannot_be_loaded_harms_nothing(random_model: Path, tmp_path: Path) -> None:
+def test_a_failed_load_changes_nothing(random_model: Path, tmp_path: Path) -> None:
     chat = ChatInterface(random_model, device="cpu")
     chat.generate_response("Hello", 5)
     before = chat.history
@@ -485,7 +487,7 @@ def test_an_older_file(random_model: Path, tmp_path: Path) -> None:
     assert chat.last_turn == (Conversation((Message("user", "Hi"),)), Reply("Hello!", 3, True))
 
 
-def test_undo_takes_back_a_turn(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_undo_removes_a_turn(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat = scripted(byte_tokenizer, tmp_path, list(b"Helo"))
     for question in ("a", "b"):
         chat.generate_response(question)
@@ -531,7 +533,7 @@ def test_the_last_verdict_on_a_response_counts(byte_tokenizer: ChatTokenizer, tm
     assert [(r.text, r.quality) for r in prompt.references] == [("Helo", 0.0)]
 
 
-def test_a_correction_is_not_the_models(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+def test_a_corrected_response_cannot_be_rated(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     chat, path = scripted(byte_tokenizer, tmp_path, list(b"Helo")), tmp_path / "feedback.jsonl"
     chat.generate_response("Hi")
     assert [chat.add_feedback(Correction(text), path) for text in ("Hello!", "Hello!")] == [True, False]
@@ -646,7 +648,7 @@ def test_top_k_minus_one_means_all_tokens(random_model: Path) -> None:
     assert off.generate_response("Hi", 9, 1.0, top_k=0) == minus_one.generate_response("Hi", 9, 1.0, top_k=-1)
 
 
-def test_a_message_that_is_no_text_is_refused(chat: ChatInterface) -> None:
+def test_a_message_that_is_not_text_is_refused(chat: ChatInterface) -> None:
     with pytest.raises(UserError, match=r"^invalid message None: expected a string$"):
         chat.generate_response(None)  # type: ignore[arg-type]
 
@@ -662,7 +664,7 @@ def test_a_message_that_is_no_text_is_refused(chat: ChatInterface) -> None:
         (["Hi"], {"temperature": "hot"}, "invalid value 'hot' for temperature: expected a number"),
     ],
 )
-def test_a_batch_that_is_none_is_refused(chat: ChatInterface, prompts: Any, how: dict[str, Any], why: str) -> None:
+def test_an_invalid_batch_is_refused(chat: ChatInterface, prompts: Any, how: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=f"^{why}"):
         chat.batch(prompts, **how)
 
@@ -689,8 +691,8 @@ def test_a_number_out_of_range_is_refused_at_once(chat: ChatInterface, wrong: di
         chat.stream_response("Hi", **wrong)
 
 
-def test_models_devices_and_seeds_that_cannot_be_had(random_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nope\.pt: no such model; .*rlchat demo"):
+def test_invalid_models_devices_and_seeds(random_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope\.pt: no such model file; .*rlchat demo"):
         ChatInterface(tmp_path / "nope.pt")
     with pytest.raises(UserError, match="device 'abacus'"):
         ChatInterface(random_model, device="abacus")
@@ -700,12 +702,12 @@ def test_models_devices_and_seeds_that_cannot_be_had(random_model: Path, tmp_pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_where_there_is_none(random_model: Path) -> None:
+def test_cuda_that_is_not_available(random_model: Path) -> None:
     with pytest.raises(UserError, match="device 'cuda'"):
         ChatInterface(random_model, device="cuda")
 
 
-def test_the_device_is_the_fastest_there_is(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_device_is_the_default(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
 
     def load(path: Path, device: torch.device) -> None:
@@ -722,7 +724,7 @@ def test_the_device_is_the_fastest_there_is(random_model: Path, monkeypatch: pyt
     assert chosen == ["cuda", "mps", "cpu"]
 
 
-def test_chatting_needs_no_lightning(random_model: Path) -> None:
+def test_chat_does_not_import_lightning(random_model: Path) -> None:
     program = """
 import sys, time
 import torch, transformers
@@ -740,5 +742,5 @@ print(seconds)
     assert float(run.stdout) < 20  # beyond torch and transformers; seconds where nothing else runs
 
 
-def test_the_package_offers_it() -> None:
+def test_chat_interface_is_exported() -> None:
     assert rlchat.ChatInterface is ChatInterface

@@ -46,7 +46,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, text: str, *args: str) -> int:
 # -- through a pipe --
 
 
-def test_a_pipe_gets_replies_and_nothing_else(
+def test_a_pipe_gets_only_responses(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pipe(monkeypatch, "Hi\n\n  \nHi again", polite) == 0
@@ -90,7 +90,7 @@ def test_an_unknown_command_names_the_nearest(
 
 
 def listen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """What the model is asked from now on: the text, the length of the history, and how to sample."""
+    """Records the requests to the model: the text, the length of the history and the sampling options."""
     asked = []
     stream = ChatInterface.stream_response
 
@@ -133,7 +133,7 @@ def test_the_defaults_are_those_of_the_interface() -> None:
     assert {name: options[name] for name in named} == {name: expected[name] for name in named}
 
 
-def test_what_the_model_no_longer_sees_is_said_once(
+def test_dropped_messages_are_reported_once(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # max_length 64, half of it for the prompt; a turn has 12 + 10 tokens.
@@ -144,11 +144,11 @@ def test_what_the_model_no_longer_sees_is_said_once(
     assert "first 21 tokens" in err[1]  # of 50, with 32 - 3 to stay
 
 
-def test_mistakes_end_with_one_sentence(
+def test_user_errors_are_one_sentence(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert pipe(monkeypatch, "Hi\n", str(tmp_path / "nope.pt")) == 2
-    assert re.fullmatch(r"rlchat: .*nope\.pt: no such model; .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"rlchat: .*nope\.pt: no such model file; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "-1") == 2
     assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--seed", "-5") == 2
@@ -163,12 +163,12 @@ def test_mistakes_end_with_one_sentence(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"PK\x03\x04 and no more", "damaged, or no bundle of rlchat; make it again"),
-        (b"", "damaged, or no bundle of rlchat; make it again"),
+        (b"PK\x03\x04 and no more", "damaged, or not a model file of rlchat; create it again"),
+        (b"", "damaged, or not a model file of rlchat; create it again"),
         (pickle.dumps(print), "holds something other than tensors and plain values, or is damaged; it was not opened"),
     ],
 )
-def test_a_model_that_cannot_be_opened(
+def test_an_invalid_model_file(
     content: bytes, why: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("mine.pt").write_bytes(content)
@@ -185,7 +185,7 @@ def test_help_is_instant() -> None:
 
 
 def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C comes after so many pieces of the next reply; those after it are whole."""
+    """Interrupts the next response after a number of pieces; later responses are complete."""
     stream = ChatInterface.stream_response
 
     def interrupted(self: ChatInterface, text: str, **how: Any) -> Iterator[str]:
@@ -203,7 +203,7 @@ def stop_after(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("question", [["Hello"], []])
-def test_ctrl_c_without_a_terminal_ends_all(
+def test_ctrl_c_without_a_terminal_ends_the_program(
     polite: str, question: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(2, monkeypatch)
@@ -212,7 +212,7 @@ def test_ctrl_c_without_a_terminal_ends_all(
 
 
 class Typed:
-    """A terminal at which somebody types these messages, and answers nothing that is asked."""
+    """A terminal with these messages as input, and no answers to questions."""
 
     def __init__(self, *messages: str) -> None:
         self._messages = messages
@@ -225,11 +225,11 @@ class Typed:
 
 
 def typed(chat: ChatInterface, *messages: str) -> None:
-    """A talk at a terminal."""
+    """A chat in a terminal."""
     repl.Session(chat, {}, terminal=Typed(*messages)).run()  # type: ignore[arg-type]
 
 
-def test_ctrl_c_at_a_terminal_keeps_what_was_said(
+def test_ctrl_c_at_a_terminal_keeps_the_partial_response(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(2, monkeypatch)
@@ -238,7 +238,7 @@ def test_ctrl_c_at_a_terminal_keeps_what_was_said(
     assert capsys.readouterr().out.endswith("\n".join([f"model> {REPLY[:2]} (stopped)", f"model> {REPLY}", *said, ""]))
 
 
-def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
+def test_an_interrupted_retry_keeps_the_old_response(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat = ChatInterface(polite)
@@ -248,7 +248,7 @@ def test_a_retry_that_is_stopped_at_once_keeps_the_reply(
     assert capsys.readouterr().out.endswith(f"model>  (stopped)\nyou> Hi\nmodel> {REPLY}\n")
 
 
-def test_stray_bytes_end_no_chat(
+def test_invalid_bytes_in_the_input_do_not_end_the_chat(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
@@ -257,11 +257,11 @@ def test_stray_bytes_end_no_chat(
     assert asked[0][0] == "caf\ufffd"
 
 
-def test_a_model_cannot_drive_the_terminal() -> None:
+def test_control_characters_of_a_response_are_not_printed() -> None:
     assert repl.without_controls("a\x1b[2Jb\rc\n\td\x9b\x07é🙂") == "a[2Jbc\n\tdé🙂"
 
 
-def test_a_reader_that_leaves_ends_the_chat(
+def test_a_closed_output_pipe_ends_the_chat(
     polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reading, writing = os.pipe()
@@ -335,7 +335,9 @@ def test_one_question_is_answered(polite: str, capsys: pytest.CaptureFixture[str
         (["mine.pt", "mine.pt"], "mine.pt", "mine.pt"),
     ],
 )
-def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], model: str, question: str | None) -> None:
+def test_a_model_file_is_distinguished_from_a_question(
+    workplace: Path, words: list[str], model: str, question: str | None
+) -> None:
     Path("is_there").write_text("")
     Path("a_folder").mkdir()
     assert repl._model_and_question(words) == (model, question)
@@ -349,7 +351,7 @@ def test_a_model_is_told_from_a_question(workplace: Path, words: list[str], mode
         (["mine.pt", "Hello", "--prompts", "x.txt"], "--prompts and a question cannot be combined"),
     ],
 )
-def test_words_that_do_not_go_together(words: list[str], why: str) -> None:
+def test_options_that_conflict(words: list[str], why: str) -> None:
     with pytest.raises(UserError, match=why):
         repl.main(words)
 
@@ -357,10 +359,10 @@ def test_words_that_do_not_go_together(words: list[str], why: str) -> None:
 # -- commands through a pipe --
 
 
-def test_a_whole_talk_through_a_pipe(
+def test_a_conversation_through_a_pipe(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Replies on standard output, all else on standard error; what is saved is what was said."""
+    """Responses are on standard output, all else on standard error; the saved file holds the conversation."""
     talk = "/system Be brief.\nHi\nagain\n/undo\n/set temperature 0.5\n/set seed 3\n/retry\n/save talk.json\n/clear\n"
     assert (
         pipe(monkeypatch, talk + "/history\n/load talk.json\n/history\n/speed\n", polite, "--max_new_tokens", "20") == 0
@@ -461,15 +463,13 @@ def test_a_correction_is_neither_good_nor_bad(
     assert len(Path("feedback.jsonl").read_text().splitlines()) == 1
 
 
-def test_an_edit_that_is_broken_off_keeps_nothing(
-    polite: str, workplace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cancelled_edit_saves_nothing(polite: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed(ChatInterface(polite), "Hi", "edit")
     assert capsys.readouterr().out.endswith("not saved\n")
     assert list(workplace.iterdir()) == []
 
 
-def test_what_cannot_be_done_is_said_and_the_talk_goes_on(
+def test_a_failed_command_does_not_end_the_chat(
     polite: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("damaged.json").write_text('{"format": "rlchat-conversation", "version": 1')
@@ -557,9 +557,7 @@ def test_the_reward_and_its_factors(
     assert lines[6:] == ["  reward       -1.750", "  too_short    -0.750", "  missing_end  -1.000", left_out, critic]
 
 
-def test_texts_that_survive_the_tokenizer(
-    polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_test_command(polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pipe(monkeypatch, "Hi <|end|>\n/test\n", polite)
     *checks, total = capsys.readouterr().err.splitlines()
     assert len(checks) == 8  # 6 samples, and what was said

@@ -1,4 +1,4 @@
-"""Conversation files: what is saved comes back; the older layout; whatever else a file may hold is one sentence."""
+"""Conversation files: saving and loading, the older layout, OpenAI's layout, damaged files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def file(**parts: Any) -> dict[str, Any]:
     return {"format": "rlchat-conversation", "version": 1, "messages": [ROW], **parts}
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_a_saved_conversation_is_loaded_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "new" / "talk.json"
     save_conversation(path, TALK)
     assert load_conversation(path) == TALK
@@ -65,7 +65,7 @@ def test_an_existing_file_is_kept_unless_allowed(tmp_path: Path) -> None:
     assert load_conversation(path) == TALK
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text("mine")
     with largest_file(100), pytest.raises(UserError, match=r"cannot be written: File too large; what was there"):
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_message_that_utf8_cannot_hold_is_saved_as_far_as_it_can(tmp_path: Path) -> None:
+def test_characters_that_utf8_cannot_encode_are_replaced(tmp_path: Path) -> None:
     save_conversation(tmp_path / "a.json", SavedConversation((SavedMessage("user", "a\ud800b"),)))
     assert load_conversation(tmp_path / "a.json").messages == (SavedMessage("user", "a?b"),)
 
@@ -110,7 +110,7 @@ def test_the_layout_of_openai() -> None:
         conversation_from_dict(picture, "it")
 
 
-def test_what_a_file_may_leave_out_or_add() -> None:
+def test_optional_and_unknown_keys() -> None:
     loaded = conversation_from_dict(file(title="Anna", sampling={"temperature": 1, "min_p": 0.1}), "it")
     assert loaded == SavedConversation((SavedMessage("user", "a"),), "", {"temperature": 1})
 
@@ -142,7 +142,7 @@ def test_what_a_file_may_leave_out_or_add() -> None:
         ({"conversation_history": [{"user": "a"}]}, "assistant of turn 1 is None: expected text"),
     ],
 )
-def test_a_damaged_file_is_one_sentence(content: object, why: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_user_error(content: object, why: str, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"talk\.json is not a conversation that can be loaded: {why}.*$") as caught:
@@ -175,20 +175,20 @@ NEARLY = st.fixed_dictionaries(
 
 
 @given(content=JSON | NEARLY)
-def test_whatever_a_file_holds_is_a_conversation_or_one_sentence(content: Any) -> None:
+def test_any_content_is_a_conversation_or_a_user_error(content: Any) -> None:
     with contextlib.suppress(UserError):
         loaded = conversation_from_dict(content, "it")
         assert conversation_from_dict(conversation_to_dict(loaded), "it") == loaded
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", b"[" * 100_000, b'{"a": "\xff"}'])
-def test_what_is_not_json(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_json(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_bytes(content)
     with pytest.raises(UserError, match=r"talk\.json is not a conversation file: it is not valid JSON"):
         load_conversation(tmp_path / "talk.json")
 
 
-def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"nope\.json: file not found"):
         load_conversation(tmp_path / "nope.json")
     os.mkfifo(tmp_path / "pipe")

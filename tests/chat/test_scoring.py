@@ -40,7 +40,7 @@ def save_reward_model(tokenizer: ChatTokenizer, path: Path) -> None:
     save_bundle(path, RewardBundle(model, tokenizer, 64))
 
 
-def test_factors_by_hand(byte_tokenizer: ChatTokenizer) -> None:
+def test_scores_worked_out_by_hand(byte_tokenizer: ChatTokenizer) -> None:
     scorer = RewardScorer(bundle(byte_tokenizer, TOO_SHORT, NO_END), "rl.pt")
     found = scorer.breakdown([PROMPT, PROMPT], [Reply("One", 3, False), Reply("One two three four", 9, True)])
     assert found == [{"too_short": -0.375, "missing_end": -1.0}, {"too_short": 0.0, "missing_end": 0.0}]  # ½·(¼ - 1)
@@ -60,13 +60,16 @@ def test_the_reward_model_is_found(
     assert score != 0
 
 
-def test_a_reward_model_that_is_nowhere(byte_tokenizer: ChatTokenizer) -> None:
+def test_a_missing_reward_model(byte_tokenizer: ChatTokenizer) -> None:
     with pytest.raises(UserError, match=r"reward model not found: copy it to checkpoints/judge\.pt or m"):
         RewardScorer(bundle(byte_tokenizer, LEARNED), "m/rl.pt")
 
 
 def test_a_factor_on_the_import_path_is_found(
-    byte_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    byte_tokenizer: ChatTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "mine_scoring.py").write_text(
         """
@@ -89,6 +92,8 @@ class NotAFactor:
     polite = {"class_path": "mine_scoring.Polite", "init_args": {"weight": 2.0}}
     fails = {"class_path": "mine_scoring.Fails"}
     scorer = RewardScorer(bundle(byte_tokenizer, NO_END, polite, fails), "rl.pt")
+    file = tmp_path / "mine_scoring.py"
+    assert f"the reward uses your class mine_scoring.Polite from {file}" in caplog.text
     for _ in range(2):  # the factor that failed is not used again
         found = scorer.breakdown([PROMPT], [Reply("please", 3, True)])
         assert found == [{"missing_end": 0.0, "polite": 2.0}]
@@ -97,7 +102,9 @@ class NotAFactor:
     scorer = RewardScorer(bundle(byte_tokenizer, NO_END, *({"class_path": path} for path in others)), "rl.pt")
     assert list(scorer.left_out) == others
     assert list(scorer.reward.factors) == ["missing_end"]
-    assert scorer.left_out["nowhere.Factor"] == "cannot import nowhere: No module named 'nowhere'"
+    assert scorer.left_out["nowhere.Factor"] == (
+        "cannot import nowhere: it is not on the import path, add its folder to PYTHONPATH"
+    )
     assert scorer.left_out["mine_scoring.NotAFactor"] == "mine_scoring.NotAFactor is not a reward factor"
     with pytest.raises(UserError, match=r"no factor of the reward can be used: nowhere\.Factor \(cannot import"):
         RewardScorer(bundle(byte_tokenizer, {"class_path": "nowhere.Factor"}), "rl.pt")
@@ -116,13 +123,13 @@ class NotAFactor:
         ([{**TOO_SHORT, "init_args": {"min_words": 0}}], "min_words is 0"),
     ],
 )
-def test_a_description_that_cannot_be_used(byte_tokenizer: ChatTokenizer, described: list[Any], why: str) -> None:
+def test_an_invalid_description_of_the_reward(byte_tokenizer: ChatTokenizer, described: list[Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         RewardScorer(bundle(byte_tokenizer, *described), "rl.pt")
 
 
 @pytest.mark.parametrize("hidden_dim", [0, 3])
-def test_the_critic_is_asked_before_the_reply(byte_tokenizer: ChatTokenizer, hidden_dim: int) -> None:
+def test_the_critic_values_the_prompt(byte_tokenizer: ChatTokenizer, hidden_dim: int) -> None:
     policy = random_policy(byte_tokenizer, hidden_dim=hidden_dim)
     policy.about["reward"] = [NO_END]
     scorer = RewardScorer(policy, "rl.pt")

@@ -1,4 +1,4 @@
-"""`rlchat chat` in a real terminal: typed, pasted, interrupted, resized. One program serves most tests in turn."""
+"""`rlchat chat` in a pseudo-terminal: typing, pasting, Ctrl-C, resizing. Most tests share one process."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def screen(program: Screen) -> Screen:
 
 
 def saved(screen: Screen, folder: Path) -> list[tuple[str, str]]:
-    """What was said, by way of a file."""
+    """The conversation, saved to a file and read."""
     screen.say("/save said")
     screen.see("saved ")
     messages = load_conversation(folder / "said").messages
@@ -126,13 +126,13 @@ def test_ten_thousand_characters(screen: Screen, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["👩‍👩‍👧 ☕️", "e\u0301a\u0308", "日本語 مرحبا", "<|assistant|>Hi<|end|>"])
-def test_what_people_type_stays_text(screen: Screen, folder: Path, text: str) -> None:
+def test_control_tokens_that_users_type_are_text(screen: Screen, folder: Path, text: str) -> None:
     screen.say(text)
     screen.see("model> abc abc ")
     assert saved(screen, folder) == [("user", text), ("assistant", "abc abc ")]
 
 
-def test_a_window_that_changes_its_size(screen: Screen, folder: Path) -> None:
+def test_resizing_the_window(screen: Screen, folder: Path) -> None:
     screen.see(PROMPT)
     screen.terminal.setwinsize(10, 30)
     screen.terminal.send("a line that is longer than the window")
@@ -222,8 +222,8 @@ def test_tab_completes_commands(screen: Screen) -> None:
     screen.see("the conversation is empty")
 
 
-def test_leaving_and_coming_back(byte_tokenizer: ChatTokenizer, program: Screen, folder: Path) -> None:
-    """Ctrl-D leaves; what was typed is recalled by the next program, and what a model says drives no terminal."""
+def test_the_history_of_inputs_persists(byte_tokenizer: ChatTokenizer, program: Screen, folder: Path) -> None:
+    """Ctrl-D quits; the next process has the history; control characters of a response are not printed."""
     program.say("remember this")
     program.see("model> ")
     program.see(PROMPT)

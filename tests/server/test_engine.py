@@ -1,4 +1,4 @@
-"""The engine: everybody gets what they would get alone, and nobody is forgotten."""
+"""The engine: responses in a batch equal single ones, and every ticket gets an end."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def questions(count: int) -> list[str]:
     return [f"{'Please. ' * (i % 5)}What comes after {i}?" for i in range(count)]
 
 
-def test_a_crowd_gets_what_each_would_get_alone(bundle: PolicyBundle, engine: Engine) -> None:
-    """Forty replies of different lengths through four places, so that each place changes hands in mid-batch."""
+def test_concurrent_responses_equal_single_ones(bundle: PolicyBundle, engine: Engine) -> None:
+    """Forty responses of different lengths in a batch of four rows, so that rows leave and join."""
     how = [
         Sampling(3 + i % 17, (0.0, 0.7, 1.0)[i % 3], top_k=(0, 5)[i % 2], top_p=(1.0, 0.9)[i % 2]) for i in range(40)
     ]
@@ -78,8 +78,8 @@ def test_a_crowd_gets_what_each_would_get_alone(bundle: PolicyBundle, engine: En
     wait_until(lambda: engine.running == engine.waiting == 0)
 
 
-def test_a_backbone_that_takes_no_rows_in(tokenizer: ChatTokenizer) -> None:
-    """With a sliding window the next batch begins when the last one ends; the words are the same."""
+def test_a_backbone_whose_batch_cannot_grow(tokenizer: ChatTokenizer) -> None:
+    """With a sliding window a batch starts when the one before has ended; the text is the same."""
     torch.manual_seed(0)
     shape = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     backbone = Backbone({**shape, "num_attention_heads": 2, "sliding_window": 8}, tokenizer.vocab_size, 64)
@@ -111,7 +111,7 @@ def test_a_stream_comes_in_whole_characters_and_ends_once(byte_tokenizer: ChatTo
     engine.close()
 
 
-def test_a_stop_string_ends_a_reply_in_the_middle_of_a_batch(byte_tokenizer: ChatTokenizer) -> None:
+def test_a_stop_string_ends_one_response_of_a_batch(byte_tokenizer: ChatTokenizer) -> None:
     bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"Helo wrd!")))
     engine = Engine(bundle)
     stopped = Reply(bundle, "Hi", stop=["o w", "xyz"], streams=True)
@@ -122,7 +122,7 @@ def test_a_stop_string_ends_a_reply_in_the_middle_of_a_batch(byte_tokenizer: Cha
     engine.close()
 
 
-def test_full_is_full_and_all_or_none_get_in(tokenizer: ChatTokenizer) -> None:
+def test_a_full_queue_refuses_all_tickets_of_a_request(tokenizer: ChatTokenizer) -> None:
     bundle = slow_down(random_policy(tokenizer), 0.02)
     engine = Engine(bundle, max_rows=2, max_waiting=3)
     first = [Reply(bundle, "Hi", Sampling(40)) for _ in range(4)]
@@ -139,7 +139,7 @@ def test_full_is_full_and_all_or_none_get_in(tokenizer: ChatTokenizer) -> None:
         engine.submit([Reply(bundle, "Hi").ticket])
 
 
-def test_whoever_goes_away_costs_no_more_tokens(tokenizer: ChatTokenizer) -> None:
+def test_cancelled_tickets_generate_no_more_tokens(tokenizer: ChatTokenizer) -> None:
     bundle = slow_down(random_policy(tokenizer), 0.01)
     engine = Engine(bundle, max_rows=1)
     gone, waited, other = (Reply(bundle, "Hi", Sampling(50), streams=True) for _ in range(3))
@@ -154,7 +154,7 @@ def test_whoever_goes_away_costs_no_more_tokens(tokenizer: ChatTokenizer) -> Non
     engine.close()
 
 
-def test_time_runs_out(tokenizer: ChatTokenizer) -> None:
+def test_time_limits(tokenizer: ChatTokenizer) -> None:
     bundle = slow_down(random_policy(tokenizer), 0.05)
     engine = Engine(bundle, max_rows=1)
     running, waiting = Reply(bundle, "Hi", Sampling(50), seconds=1.5), Reply(bundle, "Hi", seconds=0.3)
@@ -167,7 +167,7 @@ def test_time_runs_out(tokenizer: ChatTokenizer) -> None:
     engine.close()
 
 
-def test_an_error_reaches_those_who_wait_and_the_next_are_served(
+def test_an_error_fails_the_batch_but_not_the_next_one(
     bundle: PolicyBundle, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The guard: who may come in, by which name, from which page, with which key."""
+"""The guard: host names, origins, the API key, security headers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def status(server: Server, path: str = "/health", **headers: str) -> int:
         ("", 403),
     ],
 )
-def test_only_names_that_are_the_servers_own(server: Server, host: str, expected: int) -> None:
-    """A page elsewhere whose name was made to point here (DNS rebinding) still says its own name."""
+def test_allowed_host_names(server: Server, host: str, expected: int) -> None:
+    """After DNS rebinding, the Host header still has the name of the other page."""
     assert status(server, Host=host) == expected
 
 
@@ -58,26 +58,26 @@ def test_only_names_that_are_the_servers_own(server: Server, host: str, expected
         ("http://localhost:8000.evil.example", 403),
     ],
 )
-def test_only_pages_of_this_server(server: Server, origin: str, expected: int) -> None:
+def test_allowed_origins(server: Server, origin: str, expected: int) -> None:
     assert status(server, Host="localhost:8000", Origin=origin) == expected
 
 
-def test_no_page_elsewhere_is_let_in_by_a_preflight(server: Server) -> None:
+def test_a_preflight_of_another_origin_is_refused(server: Server) -> None:
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     answer = HTTP.options(f"{server.url}/v1/chat/completions", headers=headers)
     assert answer.status_code == 403
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_a_form_elsewhere_cannot_post(server: Server) -> None:
-    """Text that happens to be JSON, as a form can send without asking, is not taken for JSON."""
+def test_a_form_of_another_page_cannot_post(server: Server) -> None:
+    """A form can send text without a preflight; it is not parsed as JSON."""
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "text/plain"}
     body = '{"messages": [{"role": "user", "content": "Hi"}], "reply": "Yo.", "verdict": "good"}'
     assert HTTP.post(f"{server.url}/feedback", content=body, headers=headers).status_code == 400
     assert not server.feedback.exists()
 
 
-def test_the_key(server: Server) -> None:
+def test_the_api_key(server: Server) -> None:
     for authorization in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer \xff"):
         headers = {"Authorization": authorization.encode("latin-1")}
         answer = HTTP.get(f"{server.url}/v1/models", headers=headers)
@@ -90,7 +90,7 @@ def test_the_key(server: Server) -> None:
     assert HTTP.post(f"{server.url}/feedback", json={}).status_code == 401
 
 
-def test_every_answer_is_closed_to_others(server: Server) -> None:
+def test_security_headers_of_every_response(server: Server) -> None:
     for path in ("/", "/nothing", "/health"):
         headers = HTTP.get(f"{server.url}{path}").headers
         assert headers["X-Content-Type-Options"] == "nosniff"

@@ -1,4 +1,4 @@
-"""`rlchat serve` as a process: curl and OpenAI's client talk to it, signals end it, mistakes get a sentence."""
+"""`rlchat serve` as a process: curl and OpenAI's client, signals, errors at the start."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folder(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyBundle) -> None:
+def test_a_server_process_from_start_to_ctrl_c(folder: Path, bundle: PolicyBundle) -> None:
     with server_process("parrot.pt", "--feedback", "kept/mine.jsonl", cwd=folder) as (process, url):
         assert url.startswith("http://127.0.0.1:")
         expected = alone(bundle, "Hi", Sampling(8, 0.0))
@@ -71,7 +71,7 @@ def test_a_server_from_its_first_request_to_ctrl_c(folder: Path, bundle: PolicyB
         assert process.stderr.read() == ""
 
 
-def test_a_key_from_the_environment_and_sigterm_in_mid_reply(folder: Path) -> None:
+def test_a_key_from_the_environment_and_sigterm_during_a_response(folder: Path) -> None:
     with server_process("parrot.pt", cwd=folder, RLCHAT_API_KEY="s3cret") as (process, url):
         assert HTTP.get(f"{url}/v1/models").status_code == 401
         headers = {"Authorization": "Bearer s3cret"}
@@ -87,7 +87,7 @@ def test_a_key_from_the_environment_and_sigterm_in_mid_reply(folder: Path) -> No
         assert process.stderr.read() == ""
 
 
-def test_connections_do_not_wait_for_more_data() -> None:
+def test_connections_have_tcp_nodelay() -> None:
     with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
@@ -105,16 +105,16 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nothing.pt"], r"nothing\.pt: no such model; train one with `rlchat demo`"),
-        (["foreign.pt"], r"foreign\.pt: not a bundle of rlchat"),
-        (["damaged.pt"], r"damaged\.pt: damaged, or no bundle of rlchat"),
+        (["nothing.pt"], r"nothing\.pt: no such model file; train one with `rlchat demo`"),
+        (["foreign.pt"], r"foreign\.pt: not a model file of rlchat"),
+        (["damaged.pt"], r"damaged\.pt: damaged, or not a model file of rlchat"),
         (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not available"),
         (["parrot.pt", "--feedback", "."], r"cannot write feedback to \.: Is a directory; choose another file"),
         (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "cannot write feedback to parrot.pt/kept/f: Not a dir"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],
 )
-def test_what_cannot_be_served(
+def test_errors_at_the_start(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -130,7 +130,7 @@ def test_what_cannot_be_served(
     assert re.fullmatch(f"rlchat: {sentence}.*\n", printed.err), printed.err
 
 
-def test_without_the_extra(folder: Path) -> None:
+def test_a_missing_package_in_a_clone(folder: Path) -> None:
     program = "import sys; sys.modules['fastapi'] = None; from rlchat.__main__ import main; sys.exit(main(['serve']))"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
@@ -138,7 +138,7 @@ def test_without_the_extra(folder: Path) -> None:
     assert result.stderr == f"rlchat: rlchat serve needs fastapi: install it with {command}\n"
 
 
-def test_what_an_installed_rlchat_advises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_package_after_an_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("rlchat.server.main.__file__", str(tmp_path / "lib" / "rlchat" / "server" / "main.py"))
     command = shlex.split(_install_command())
     assert command[:4] == [sys.executable, "-m", "pip", "install"]

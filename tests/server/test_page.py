@@ -1,4 +1,4 @@
-"""The page in a real browser, headless: what a person does with it, by mouse, by keyboard and on a phone.
+"""The page in a headless browser: with a mouse, with a keyboard, on a phone.
 
 It needs Debian's Chromium (``apt-get install chromium``) or another, named by the environment variable CHROMIUM;
 Playwright downloads none of its own.
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from helpers.chat_models import chain, scripted_policy
 from helpers.servers import Server, serving, slow_down
 
 from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, save_conversation
+from rlchat.chat.scoring import RewardScorer
 from rlchat.data.formats import read_trees
 from rlchat.models.model_file import PolicyBundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -53,7 +55,7 @@ def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def endless(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model that would talk for ten seconds."""
+    """A model whose response takes ten seconds."""
     bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=800)
     with serving(slow_down(bundle, 0.05), tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
         yield server
@@ -73,7 +75,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
 
 
 def opened(browser: Any, server: Server, **options: Any) -> Iterator[Any]:
-    """The page of ``server`` in a fresh browser; it must not raise an error, nor break its own policy."""
+    """The page of ``server`` in a new browser context; it must not log an error or violate its own policy."""
     context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
     context.set_default_timeout(SECONDS)
     expect.set_options(timeout=SECONDS)
@@ -95,7 +97,7 @@ def send(page: Any, text: str) -> None:
 
 
 def finished(page: Any, replies: int = 1) -> Any:
-    """The text of the last reply, once it is whole."""
+    """The text of the last response, when it is complete."""
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     texts = page.locator(".message.assistant .text")
     expect(texts).to_have_count(replies)
@@ -163,7 +165,7 @@ def test_regenerate_and_edit(page: Any, server: Server) -> None:
     expect(page.locator(".message.user .text")).to_have_text("Uno")
 
 
-def test_feedback_lands_in_the_file(page: Any, server: Server) -> None:
+def test_feedback_is_saved(page: Any, server: Server) -> None:
     before = len(lines(server))
     page.get_by_role("button", name="Settings", exact=True).click()
     page.get_by_label("System message").fill("Be kind.")
@@ -256,7 +258,7 @@ def test_save_and_load(page: Any, tmp_path: Path) -> None:
         expect(page.locator(".message .text")).to_have_text(["Old?", "Very.", "How?", "So."])  # still there
 
 
-def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> None:
+def test_settings_of_a_file_are_limited_to_the_range(page: Any, tmp_path: Path) -> None:
     page.get_by_role("button", name="Settings", exact=True).click()
     seed, toast, longest = (
         page.get_by_label("Seed"),
@@ -291,7 +293,7 @@ def test_numbers_of_a_file_are_brought_into_range(page: Any, tmp_path: Path) -> 
     expect(longest).to_have_value("7")  # what came from a file is kept, too
 
 
-def test_the_longest_reply_leaves_room_for_the_conversation(page: Any) -> None:
+def test_the_default_response_length_depends_on_the_context(page: Any) -> None:
     longest = page.locator("#max_new_tokens")
     expect(longest).to_have_value("100")  # of a context of 400
     page.get_by_role("button", name="Settings", exact=True).click()
@@ -382,7 +384,7 @@ def test_dark_and_light(browser: Any, server: Server) -> None:
         assert paper(page) > 600
 
 
-def test_on_a_phone(browser: Any, server: Server) -> None:
+def test_navigation_on_a_phone(browser: Any, server: Server) -> None:
     for page in opened(browser, server, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True):
         wide = "document.documentElement.scrollWidth"
         assert page.evaluate(wide) == 390
@@ -398,7 +400,7 @@ def test_on_a_phone(browser: Any, server: Server) -> None:
         expect(page.get_by_label("Temperature")).to_be_in_viewport()
 
 
-def test_trouble_is_told_and_nothing_is_lost(browser: Any, bundle: PolicyBundle, tmp_path: Path) -> None:
+def test_errors_are_shown_and_no_message_is_lost(browser: Any, bundle: PolicyBundle, tmp_path: Path) -> None:
     with serving(bundle, tmp_path / "feedback.jsonl", api_key="s3cret") as server:
         context = browser.new_context()
         context.set_default_timeout(SECONDS)
@@ -417,7 +419,7 @@ def test_trouble_is_told_and_nothing_is_lost(browser: Any, bundle: PolicyBundle,
 
 
 def answered(page: Any, text: str, finish: str | None = "stop") -> None:
-    """From now on, every response is ``text``; without ``finish`` the stream breaks off after it."""
+    """Makes every response ``text``; without ``finish`` the stream breaks off after it."""
     chunks: list[Any] = [{"choices": [{"index": 0, "delta": {"content": text}}]}]
     chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}] if finish else []
     body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
@@ -440,7 +442,142 @@ def test_markdown_is_built_from_nodes(page: Any) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == "print('<img src=x onerror=alert(1)>')\n"
 
 
-def test_a_stream_that_the_network_cuts(page: Any) -> None:
+MARKDOWN = """# Title with `code`
+Some **bold** text.
+## Part
+- one
+  1. first
+  2. second [site](https://example.com/a?b=1)
+- two
+3. third
+> quoted https://example.com/x.
+
+[bad](javascript:alert(1)) [<b>](https://example.com/<img>)
+"""
+
+
+def test_headings_lists_and_links(page: Any) -> None:
+    answered(page, MARKDOWN)
+    send(page, "How?")
+    text = finished(page)
+    expect(text.locator("h3")).to_have_text("Title with code")
+    expect(text.locator("h3 code")).to_have_text("code")
+    expect(text.locator("h4")).to_have_text("Part")
+    expect(text.locator(".text > ul > li, ul > li").first).to_contain_text("one")
+    assert text.evaluate("text => [...text.querySelectorAll('li')].map((li) => li.parentElement.tagName)") == [
+        "UL",
+        "OL",
+        "OL",
+        "UL",
+        "OL",
+    ]
+    assert text.evaluate("text => text.querySelector('ul > li > ol').children.length") == 2
+    assert text.evaluate("text => text.querySelector(':scope > ol').start") == 3
+    expect(text.locator("blockquote")).to_have_text("quoted https://example.com/x.")
+    links = text.locator("a")
+    assert links.evaluate_all("all => all.map((a) => [a.textContent, a.href, a.rel, a.target])") == [
+        ["site", "https://example.com/a?b=1", "noopener noreferrer", "_blank"],
+        ["https://example.com/x", "https://example.com/x", "noopener noreferrer", "_blank"],
+        ["<b>", "https://example.com/%3Cimg%3E", "noopener noreferrer", "_blank"],
+    ]
+    expect(text).to_contain_text("[bad](javascript:alert(1))")
+    assert text.locator("b, img").count() == 0
+
+
+def test_switching_between_responses(page: Any) -> None:
+    answered(page, "One.")
+    send(page, "Count")
+    finished(page)
+    for number, text in enumerate(("Two.", "Three."), 2):
+        page.unroute("**/v1/chat/completions")
+        answered(page, text)
+        page.get_by_role("button", name="Another response").click()
+        expect(finished(page)).to_have_text(text)
+        expect(page.locator(".count")).to_have_text(f"{number} / {number}")
+    expect(page.get_by_role("button", name="Next response")).to_be_disabled()
+    page.get_by_role("button", name="Previous response").click()
+    page.get_by_role("button", name="Previous response").click()
+    expect(finished(page)).to_have_text("One.")
+    expect(page.get_by_role("button", name="Previous response")).to_be_disabled()
+    page.get_by_role("button", name="Good response").click()
+    expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Next response").click()
+    expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "false")
+    page.reload()
+    page.locator("#list .open").click()
+    expect(finished(page)).to_have_text("Two.")
+    page.get_by_role("button", name="Previous response").click()
+    expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "true")
+    page.unroute("**/v1/chat/completions")
+    failed = 'data: {"error": {"message": "generation failed"}}\n\n'
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=failed, content_type="text/event-stream"))
+    page.get_by_role("button", name="Another response").click()
+    expect(page.locator("#toast")).to_have_text("Generation failed.")
+    expect(finished(page)).to_have_text("One.")  # what was there comes back
+    expect(page.locator(".count")).to_have_text("1 / 3")
+
+
+def test_a_response_at_the_length_limit_is_continued(page: Any) -> None:
+    page.locator("#max_new_tokens").evaluate("input => { input.value = '7'; input.dispatchEvent(new Event('input')); }")
+    send(page, "Hi")
+    expect(finished(page)).to_have_text(SAID[:7])
+    expect(page.locator(".meta")).to_contain_text("reached the length limit")
+    page.get_by_role("button", name="Continue").click()
+    expect(finished(page)).to_have_text(SAID[:14])
+    while page.get_by_role("button", name="Continue").count():
+        page.get_by_role("button", name="Continue").click()
+        finished(page)
+    expect(finished(page)).to_have_text(SAID)
+
+
+def test_renaming_and_searching_conversations(page: Any) -> None:
+    answered(page, "A response about lions.")
+    for question in ("First", "Second"):
+        page.get_by_role("button", name="New conversation").click()
+        send(page, question)
+        finished(page)
+    titles = page.locator("#list .open")
+    expect(titles).to_have_text(["Second", "First"])
+    page.get_by_role("button", name="Rename “Second”").click()
+    page.get_by_label("Title").fill("Zoo <b>")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Zoo <b>")
+    page.reload()
+    expect(titles).to_have_text(["Zoo <b>", "First"])
+    search = page.get_by_label("Search conversations")
+    for words, found in [("zoo", ["Zoo <b>"]), ("FIRST", ["First"]), ("lions", ["Zoo <b>", "First"]), ("tigers", [])]:
+        search.fill(words)
+        expect(titles).to_have_text(found)
+    expect(page.get_by_text("No conversation found.")).to_be_visible()
+    search.fill("")
+    page.get_by_role("button", name="Rename “Zoo <b>”").click()
+    page.get_by_label("Title").fill("")
+    page.keyboard.press("Enter")
+    expect(titles).to_have_text(["Second", "First"])  # the first message is the title again
+
+
+def test_the_reward_and_its_factors(browser: Any, bundle: PolicyBundle, tmp_path: Path) -> None:
+    factors = [
+        {"class_path": "rlchat.rewards.TooShort", "init_args": {"min_words": 100}},
+        {"class_path": "rlchat.rewards.MissingEnd", "init_args": {"weight": 0.5}},
+        {"class_path": "nowhere.Factor", "init_args": {}},
+    ]
+    rated = replace(bundle, about={"reward": factors})
+    with serving(rated, tmp_path / "f", scorer=lambda: RewardScorer(rated, "tiny.pt")) as server:
+        for page in opened(browser, server):
+            send(page, "Hi")
+            finished(page)
+            page.get_by_role("button", name="Reward").click()
+            shown = page.locator(".reward")
+            expect(shown.locator("dt")).to_have_count(3)
+            expect(shown.locator("dt").first).to_have_text("reward")
+            expect(shown).to_contain_text("too_short")
+            expect(shown).to_contain_text("not included: nowhere.Factor (cannot import nowhere")
+            page.get_by_role("button", name="Reward").click()
+            expect(shown).to_have_count(0)
+
+
+def test_a_stream_that_is_cut_by_the_network(page: Any) -> None:
     answered(page, "Half a resp", finish=None)
     send(page, "Go on")
     expect(finished(page)).to_have_text("Half a resp")
@@ -476,8 +613,8 @@ def test_invalid_settings_are_marked(page: Any) -> None:
     expect(top_k).to_have_attribute("aria-invalid", "false")
 
 
-def test_a_phone(browser: Any, server: Server) -> None:
-    """Targets of 44 pixels, and no keyboard that opens by itself."""
+def test_touch_targets_and_focus_on_a_phone(browser: Any, server: Server) -> None:
+    """Buttons have at least 44 pixels, and the text field is not focused, which would open the keyboard."""
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     for page in opened(browser, server, **phone):
         assert page.evaluate("document.activeElement === document.body")

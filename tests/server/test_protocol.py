@@ -1,4 +1,4 @@
-"""Connections whose request headers never end, and requests that do not come too late."""
+"""The time limit for request headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.mark.parametrize("first", [b"", GET, GET + b"\r\n"], ids=["nothing", "half a request", "a whole one before"])
-def test_headers_that_never_end(
+def test_incomplete_headers_time_out(
     tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bytes
 ) -> None:
     monkeypatch.setattr(HeaderTimeoutProtocol, "header_seconds", 0.2)

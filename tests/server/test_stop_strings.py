@@ -1,4 +1,4 @@
-"""Stop strings: whatever pieces a reply comes in, the text ends before the first that is complete."""
+"""Stop strings: however a response is split into pieces, its text ends before the first stop string."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlchat.server.stop_strings import StopStrings
 
 
 def through(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:
-    """What comes out for each piece until a string is found, then at the end."""
+    """The output for each piece until a stop string is found, then at the end."""
     stop, said = StopStrings(strings), []
     for piece in pieces:
         said.append(stop.push(piece))
@@ -32,7 +32,7 @@ def through(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:
         (["x"], ["x"], ["", ""], True),
     ],
 )
-def test_by_hand(strings: list[str], pieces: list[str], said: list[str], found: bool) -> None:
+def test_cases_worked_out_by_hand(strings: list[str], pieces: list[str], said: list[str], found: bool) -> None:
     assert through(strings, pieces) == (said, found)
 
 
@@ -40,7 +40,7 @@ letters = st.text("ab", min_size=1, max_size=4)
 
 
 @given(strings=st.lists(letters, max_size=3), pieces=st.lists(letters, max_size=8))
-def test_pieces_are_as_good_as_the_whole(strings: list[str], pieces: list[str]) -> None:
+def test_pieces_give_the_result_of_the_whole_text(strings: list[str], pieces: list[str]) -> None:
     said, found = through(strings, pieces)
     text, out = "".join(pieces), "".join(said)
     assert found == any(string in text for string in strings)
