@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := -m pip install --disable-pip-version-check --progress-bar off
 
-.PHONY: demo chat test latest lowest constraints docs lint prove against_trl clean
+.PHONY: demo chat test latest lowest constraints docs lint prove trainer_matrix against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -51,6 +51,9 @@ docs: .venv-tools/docs
 
 # The long proofs, whose figures docs/multi-gpu.md quotes: an hour and more of two cores. Two nodes need root, for network
 # namespaces, and iproute2.
+trainer_matrix: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m prove.trainer_matrix --out docs/trainer-options.md
+
 prove: export OMP_NUM_THREADS ?= 1
 prove: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
 prove: $(VENV)/installed-dev

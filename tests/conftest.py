@@ -17,7 +17,7 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, package
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what the tests cache out of the user's own cache folder."""
+    """Keeps the caches of the tests out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # matplotlib's font cache follows the variable too, and takes seconds to make anew.
@@ -28,7 +28,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    """A small tokenizer with whole words among its tokens: the packaged one, or one like it made on the spot."""
+    """A small tokenizer with whole words among its tokens: the packaged one, or a similar one trained here."""
     if "rlchat_1k" in packaged_encodings():
         return ChatTokenizer("rlchat_1k")
     path = tmp_path_factory.mktemp("encoding") / "small.tiktoken"
@@ -54,7 +54,7 @@ def byte_tokenizer(encoding: str) -> ChatTokenizer:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory for the command line, which leaves nothing behind in this process."""
+    """An empty working directory for the command line, whose changes to this process are undone."""
     monkeypatch.chdir(tmp_path)
     yield from _undisturbed(monkeypatch, tmp_path)
 
@@ -72,7 +72,7 @@ def _undisturbed(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which tiny models went through the stages 1 and 2 of the demo; copy what you need."""
+    """A working directory with tiny models of stages 1 and 2 of the demo; copy what you need."""
     from helpers.command_line import train_bundles
 
     folder = tmp_path_factory.mktemp("trained")
@@ -85,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_module_of_another_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Forgets what a test imported from its own folder: the next one may have a module of the same name."""
+    """Unloads modules that a test imported from its own folder: the next test may have one of the same name."""
     yield
     folder = str(tmp_path_factory.getbasetemp())
     for name, module in list(sys.modules.items()):

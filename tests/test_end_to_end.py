@@ -1,4 +1,4 @@
-"""The journey: every shipped recipe, and from a data file to a model that one can talk to."""
+"""End to end: every shipped recipe, and from a data file to a model to chat with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlchat.models.model_file import load_policy
 
 
 def tiny_distilbert(folder: Path) -> str:
-    """As ``distilbert-base-uncased``, but small, and from no network."""
+    """A small model of the architecture of ``distilbert-base-uncased``, without a download."""
     torch.manual_seed(0)
     config = DistilBertConfig(vocab_size=60, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=64)
     DistilBertModel(config).save_pretrained(folder)
@@ -42,7 +42,7 @@ def test_every_recipe_runs(name: str, workplace: Path, trained: Path) -> None:
     assert {path: path.stat().st_mtime for path in Path("checkpoints").iterdir()} == before
 
 
-def test_recipes_for_real_work_in_a_row(workplace: Path) -> None:
+def test_the_three_stages_on_an_encoder(workplace: Path) -> None:
     """SFT of an encoder, a reward model on its backbone, PPO with both; one file of ranked replies for all."""
     pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No. No. No."} for n in range(12)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,25 +20,72 @@ _log = logging.getLogger("rlchat")
 # given order with probability 1/24, and both series with probability 1/576.
 _FALLS = 3
 
+# Validations in a row that must show a hacked reward.
+_HACKED = 2
+# What counts as worse than at its best: a drop of answer accuracy, a growth of perplexity, and a drop of another factor
+# relative to the rise of the reward.
+_ACCURACY_DROP, _PERPLEXITY_GROWTH, _FACTOR_DROP = 0.1, 1.5, 0.5
+
+# The usual KL: half a nat per token of a response, at least 10 nats. Gao et al. 2022 (arXiv 2210.10760) find that the
+# true reward declines between 10 and 100 nats, depending on the size of the reward model.
+_USUAL_KL_PER_TOKEN, _USUAL_KL = 0.5, 10.0
+
+
+def reward_hacking(history: Sequence[Mapping[str, float]]) -> str | None:
+    """What a rising held-out reward has made worse, as a clause; None if nothing.
+
+    The newest validation is compared with the earlier one in which the other quantity was at its best. The reward must
+    have risen since then. The quantities are the answer accuracy, the perplexity on conversations, and each factor of
+    the reward.
+
+    Args:
+        history: the metrics of each validation under their names without ``val/``: ``reward``, and what is known of
+            ``answer_accuracy``, ``perplexity`` and ``reward_<factor>``.
+    """
+    now, before = history[-1], history[:-1]
+
+    def since(name: str, best: Callable[..., Mapping[str, float]]) -> Mapping[str, float] | None:
+        """The validation in which ``name`` was at its ``best``, if the reward has risen since."""
+        known = [metrics for metrics in before if name in metrics]
+        if name not in now or not known:
+            return None
+        then = best(known, key=lambda metrics: metrics[name])
+        return then if now["reward"] > then["reward"] else None
+
+    then = since("answer_accuracy", max)
+    if then is not None and then["answer_accuracy"] - now["answer_accuracy"] >= _ACCURACY_DROP:
+        return f"the answer accuracy has fallen from {then['answer_accuracy']:.2f} to {now['answer_accuracy']:.2f}"
+    then = since("perplexity", min)
+    if then is not None and now["perplexity"] >= _PERPLEXITY_GROWTH * then["perplexity"]:
+        return f"the perplexity on conversations has grown from {then['perplexity']:.3g} to {now['perplexity']:.3g}"
+    for name in now:
+        then = since(name, max) if name.startswith("reward_") else None
+        if then is not None and then[name] - now[name] >= _FACTOR_DROP * (now["reward"] - then["reward"]):
+            factor = name.removeprefix("reward_")
+            return f"the factor {factor} has fallen from {then[name]:.3g} to {now[name]:.3g}"
+    return None
+
 
 class Alarms(Callback):
     """Watches PPO and warns once about each problem, with advice.
 
-    It warns when the training reward rises while the held-out reward falls, the responses become identical, the KL to
-    the reference model exceeds a bound, the explained variance stays negative, most responses are truncated, or a
-    reward factor is constant.
+    It warns of reward hacking: the training reward rises while the held-out reward falls, or the held-out reward rises
+    while answer accuracy, perplexity or another factor of the reward worsens. It also warns when the responses become
+    identical, the KL to the reference model exceeds a bound, the explained variance stays negative, most responses are
+    truncated, or a reward factor is constant.
 
     Args:
-        kl_bound: KL to the reference model, in nats per response, above which to warn.
+        kl_bound: KL to the reference model, in nats per response, above which to warn. By default half a nat per token
+            of the mean response, and at least 10.
         min_distinct: smallest fraction of distinct responses in an iteration.
         max_truncated: largest fraction of responses truncated at ``max_new_tokens``.
         patience: consecutive iterations that a noisy problem must last.
     """
 
     def __init__(
-        self, kl_bound: float = 50.0, min_distinct: float = 0.1, max_truncated: float = 0.5, patience: int = 20
+        self, kl_bound: float | None = None, min_distinct: float = 0.1, max_truncated: float = 0.5, patience: int = 20
     ) -> None:
-        if not kl_bound > 0:
+        if kl_bound is not None and not kl_bound > 0:
             raise UserError(f"Alarms: kl_bound is {kl_bound}, it must be above 0")
         for name, share in (("min_distinct", min_distinct), ("max_truncated", max_truncated)):
             if not 0 <= share <= 1:
@@ -52,6 +100,7 @@ class Alarms(Callback):
         self._rewards: list[float] = []  # of the iterations since the last validation
         self._trained: list[float] = []  # their mean at each validation
         self._held_out: list[float] = []
+        self._validations: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -60,12 +109,14 @@ class Alarms(Callback):
             "rewards": [*self._rewards],
             "trained": [*self._trained],
             "held_out": [*self._held_out],
+            "validations": [{**metrics} for metrics in self._validations],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.raised, self._lasting = state_dict["raised"], state_dict["lasting"]
         self._rewards, self._trained = state_dict["rewards"], state_dict["trained"]
         self._held_out = state_dict["held_out"]
+        self._validations = state_dict.get("validations", [])  # version 0.1 did not save them
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,12 +125,14 @@ class Alarms(Callback):
             return
         seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._rewards.append(seen["train/reward"])
-        if seen["train/kl"] > self.kl_bound:
+        usual = max(_USUAL_KL, _USUAL_KL_PER_TOKEN * seen.get("train/response_length", 0.0))
+        bound = usual if self.kl_bound is None else self.kl_bound
+        if seen["train/kl"] > bound:
             self._warn(
                 trainer,
                 "kl",
-                f"the KL to the reference model is {seen['train/kl']:.0f} nats per response, above "
-                f"{self.kl_bound:g}: raise --model.kl_coef, or set --model.kl_target",
+                f"the KL to the reference model is {seen['train/kl']:.0f} nats per response, above {bound:g}: raise "
+                f"--model.kl_coef, or set --model.kl_target",
             )
         replies = len(pl_module.last_iteration.rollout.replies) * trainer.world_size
         distinct = seen["train/distinct_replies"]
@@ -116,6 +169,7 @@ class Alarms(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._rewards or "val/reward" not in trainer.callback_metrics:
             return
+        self._check_held_out(trainer)
         self._held_out.append(float(trainer.callback_metrics["val/reward"]))
         self._trained.append(sum(self._rewards) / len(self._rewards))
         self._rewards = []
@@ -129,6 +183,26 @@ class Alarms(Callback):
                 f"the training reward rises while the reward on validation prompts has fallen {_FALLS} times in a row "
                 f"({held_out[0]:.3g} → {held_out[-1]:.3g}): the policy overfits the training prompts; use the best "
                 f"model so far, more prompts, or a higher --model.kl_coef",
+            )
+
+    def _check_held_out(self, trainer: Trainer) -> None:
+        """Warns where the held-out reward has risen at the expense of what it should stand for."""
+        names = ("val/reward", "val/answer_accuracy", "val/perplexity")
+        metrics = {
+            name.removeprefix("val/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name in names or name.startswith("val/reward_")
+        }
+        self._validations.append(metrics)
+        worse = reward_hacking(self._validations)
+        hacked = self._lasting["hacked"] = self._lasting.get("hacked", 0) + 1 if worse else 0
+        if hacked >= _HACKED:
+            self._warn(
+                trainer,
+                "held-out hacking",
+                f"the reward on validation prompts rises, but {worse}: the policy exploits the reward; raise "
+                f"--model.kl_coef, change the reward, or select the model by another metric, such as "
+                f"--best_model.select_by reward-kl",
             )
 
     def _lasts(self, what: str, now: bool) -> bool:

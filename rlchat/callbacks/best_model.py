@@ -13,10 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rlchat.callbacks.averaging import averaged_weights, ends_with_an_unmeasured_average, keep_measured_buffers
+from rlchat.callbacks.disk import announce_size
 from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
+from rlchat.callbacks.selection import Selection, selection_of
 from rlchat.callbacks.stop_signals import StopSignals
 from rlchat.distributed.collectives import greatest
-from rlchat.errors import UserError
+from rlchat.errors import UserError, at_least_one
 from rlchat.utils.files import set_aside
 
 LAST = "last.ckpt"
@@ -34,18 +37,37 @@ class BestModel(ModelCheckpoint):
     that an interrupted run resumes with ``--ckpt_path last``. Ctrl-C and SIGTERM let the current batch finish and then
     write ``last.ckpt``; a second Ctrl-C stops at once.
 
-    A monitor that is not finite is never the best, and a model with weights that are not finite is never saved.
+    A score that is not finite is never the best, and a model with weights that are not finite is never saved.
+
+    With one of Lightning's callbacks for weight averaging, validation measures the averaged model. It is the averaged
+    model that all files hold then.
 
     Args:
         folder: where the model files are written.
         save_last_every: training batches between two writes of ``last.ckpt``; 0: around validations and at the end
             only.
+        select_by: what the best model is best in: a validation metric such as ``val/answer_accuracy``, or
+            ``reward-kl`` for ``val/reward`` − β · ``val/kl``. By default the module's ``monitor``.
+        kl_weight: β of ``reward-kl``. By default ``--model.kl_coef``.
+        keep_runs: of how many runs of this stage the checkpoints are kept, this one included; those of older runs are
+            deleted at the end of this one. Model files and logs stay. By default all are kept.
     """
 
-    def __init__(self, folder: str = "checkpoints", save_last_every: int = 25) -> None:
+    def __init__(
+        self,
+        folder: str = "checkpoints",
+        save_last_every: int = 25,
+        select_by: str | None = None,
+        kl_weight: float | None = None,
+        keep_runs: int | None = None,
+    ) -> None:
         super().__init__(filename="best", save_top_k=1, save_on_train_epoch_end=False, enable_version_counter=False)
         self.folder = folder
         self.save_last_every = save_last_every
+        self.select_by = select_by
+        self.kl_weight = kl_weight
+        self.keep_runs = None if keep_runs is None else at_least_one("BestModel", "keep_runs", keep_runs)
+        self._selection: Selection | None = None
         self.bundle_path: str | None = None
         """The model file that this run has written; None before the first."""
         self._signals = StopSignals()
@@ -59,10 +81,12 @@ class BestModel(ModelCheckpoint):
         return "rlchat.BestModel"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reads the module's ``monitor``. Raises :class:`UserError` where ``folder`` cannot be written."""
+        """Decides what selects the best model. Raises :class:`UserError` where ``folder`` cannot be written."""
         if stage == "fit" and not is_fast_dev_run(trainer):
             _require_writable(Path(self.folder))
-        self.monitor, self.mode = pl_module.monitor  # type: ignore[misc]
+        self._selection = selection_of(self.select_by, self.kl_weight, pl_module)
+        if self._selection is not None:
+            self.monitor, self.mode = self._selection.metric, self._selection.mode
         if self.best_model_score is None:
             self.kth_value = torch.tensor(-torch.inf if self.mode == "max" else torch.inf)
         super().setup(trainer, pl_module, stage)
@@ -72,6 +96,8 @@ class BestModel(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._stop, self._batches_saved = 0, -1
         self._signals.take_charge()
+        if not is_fast_dev_run(trainer) and trainer.is_global_zero:
+            announce_size(pl_module, Path(self.folder))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,16 +162,19 @@ class BestModel(ModelCheckpoint):
         """Saves the model if it is the best so far, and ``last.ckpt``."""
         if not _is_part_of_training(trainer) or is_fast_dev_run(trainer):
             return
+        keep_measured_buffers(trainer, pl_module)
         before = self.best_model_score
-        score = trainer.callback_metrics.get(str(self.monitor))
+        score = None if self._selection is None else self._selection.score(trainer.callback_metrics)
         if score is not None and not bool(torch.isfinite(score)):
             # ModelCheckpoint would take NaN for the worst finite value, which makes a first NaN the best.
             rank_zero_warn(f"{self.monitor} is {float(score)}; this model is not saved as the best")
         elif score is not None and _is_finite(pl_module):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            candidates = {**self._monitor_candidates(trainer), str(self.monitor): score}
+            self._save_topk_checkpoint(trainer, candidates)
         better = self.best_model_score is not None and (before is None or bool(self.best_model_score != before))
         if better:
-            self._save_bundle(trainer, pl_module)
+            with averaged_weights(trainer, pl_module):
+                self._save_bundle(trainer, pl_module)
         self._save_last(trainer, pl_module)
         self._due = False
         if number := self._signals.agreed(pl_module):
@@ -154,7 +183,7 @@ class BestModel(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes ``last.ckpt`` where the run has trained since the last write, and restores the signal handlers."""
         super().on_train_end(trainer, pl_module)
-        if self._batches_saved != batches_seen(trainer):
+        if self._batches_saved != batches_seen(trainer) or ends_with_an_unmeasured_average(trainer):
             self._save_last(trainer, pl_module)
         self._signals.release()
 
@@ -167,26 +196,34 @@ class BestModel(ModelCheckpoint):
             trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the model at the end of a run that was never validated.
+        """Saves the model at the end of a run that was never validated, and an average that was never measured.
 
         Raises :class:`UserError` where the weights are not finite, so that no model file is written.
         """
-        if self.bundle_path is not None or not trainer.global_step or is_fast_dev_run(trainer):
+        unmeasured = ends_with_an_unmeasured_average(trainer)
+        if not trainer.global_step or is_fast_dev_run(trainer) or (self.bundle_path is not None and not unmeasured):
             return
         if not _is_finite(pl_module):
             raise UserError(
                 "the weights of the model are not finite (NaN or infinity), so no model file was written; lower "
                 "--model.learning_rate and train again"
             )
-        self._save_bundle(trainer, pl_module)
+        if self.bundle_path is None:
+            self._save_bundle(trainer, pl_module)
+        else:
+            self._save_average(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's state and the path of the model file."""
-        return {**super().state_dict(), "bundle_path": self.bundle_path}
+        """ModelCheckpoint's state, the path of the model file, and what selected the best model."""
+        return {**super().state_dict(), "bundle_path": self.bundle_path, "selected_by": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best score so far; the resumed run keeps its own folder."""
         self.bundle_path = state_dict["bundle_path"]
+        selected_by = state_dict.get("selected_by", self.monitor)  # version 0.1 did not save it
+        if selected_by != self.monitor:
+            rank_zero_warn(f"the run before selected its best model by {selected_by}; this one starts anew")
+            return
         self.current_score = state_dict["current_score"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
@@ -198,11 +235,22 @@ class BestModel(ModelCheckpoint):
             self._batches_saved = batches_seen(trainer)
 
     def _save_bundle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not hasattr(pl_module, "save_bundle"):  # a module that is not of rlchat has checkpoints only
+            return
         path = Path(self.folder) / pl_module.bundle_name  # type: ignore[operator]
         if trainer.is_global_zero and path.exists() and self.bundle_path != str(path):  # left by an earlier run
             set_aside(path)
         pl_module.save_bundle(path)  # type: ignore[operator]
         self.bundle_path = str(path)
+
+    def _save_average(self, pl_module: L.LightningModule) -> None:
+        """Saves the final average of StochasticWeightAveraging beside the best model, which was measured."""
+        if not hasattr(pl_module, "save_bundle"):
+            return
+        best = Path(str(self.bundle_path))
+        path = best.with_name(f"{best.stem}_averaged{best.suffix}")
+        pl_module.save_bundle(path)  # type: ignore[operator]
+        rank_zero_warn(f"{path} is the final average of StochasticWeightAveraging, which no validation has measured")
 
 
 def _require_writable(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rlchat.distributed.collectives import gather_objects, take_turns
 from rlchat.errors import at_least_one
 from rlchat.ppo.module import PPOModule
 from rlchat.utils.files import append_lines
+
+_LARGEST = 1e19  # within the bins of TensorBoard's histograms
 
 
 class RolloutLog(Callback):
@@ -57,4 +60,15 @@ class RolloutLog(Callback):
             add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
             if add_histogram is not None:
                 for name, values in numbers.items():
-                    add_histogram(f"rollout/{name}", torch.tensor(values), iteration)
+                    if (drawable := _drawable(values)) is not None:
+                        add_histogram(f"rollout/{name}", drawable, iteration)
+
+
+def _drawable(values: Sequence[float]) -> torch.Tensor | None:
+    """The finite ``values``, clipped to what TensorBoard can draw; None if there is no finite value.
+
+    TensorBoard's own bins end at ±1e20 and it raises an error where no value falls into them.
+    """
+    numbers = torch.tensor(values, dtype=torch.float64)
+    finite = numbers[numbers.isfinite()]
+    return finite.clamp(-_LARGEST, _LARGEST) if len(finite) else None

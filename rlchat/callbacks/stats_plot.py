@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from rlchat.callbacks.best_model import BestModel
@@ -19,13 +22,16 @@ from rlchat.callbacks.stats_figure import draw_stats
 from rlchat.errors import UserError, at_least_one
 from rlchat.utils.files import write_atomically
 
+_SCREEN_DPI = 80  # of the image in TensorBoard
+
 
 class StatsPlot(Callback):
     """Plots the metrics of a run into one image, ``checkpoints/<name of the model file>_stats.png``.
 
     It records what the module logs after each training batch and each validation. It draws the plot during the run, at
-    its end, and when an exception ends it. The history is saved in the checkpoint, so that the plot of a resumed run
-    is complete. Long runs are stored at a lower resolution: at most 1,024 points per metric, each a mean of batches.
+    its end, and when an exception ends it. TensorBoard shows the same plot in its tab *Images*. The history is saved in
+    the checkpoint, so that the plot of a resumed run is complete. Long runs are stored at a lower resolution: at most
+    1,024 points per metric, each a mean of batches.
 
     Args:
         path: the image file, ``.png``, ``.svg`` or ``.pdf``. By default it is next to the model file, in the folder of
@@ -41,6 +47,8 @@ class StatsPlot(Callback):
 
     # Drawing takes up to a second. Whatever min_seconds is, drawing takes at most 1/30 of the run's time.
     _SHARE_OF_TIME = 30
+    # TensorBoard's file keeps each image, so the images become rarer as the run grows.
+    _GROWTH_BETWEEN_IMAGES = 1.5
 
     def __init__(
         self, path: str | None = None, every_n_batches: int = 10, min_seconds: float = 10.0, dpi: int = 150
@@ -57,6 +65,7 @@ class StatsPlot(Callback):
         self._batch_metrics: set[str] = set()
         self._picture: Path | None = None
         self._next_drawing = 0.0
+        self._shown_at = 0  # training batches at which TensorBoard got the last image
 
     def state_dict(self) -> dict[str, Any]:
         self._fetch()
@@ -70,6 +79,7 @@ class StatsPlot(Callback):
         self._history = {name: series.until(batches_seen(trainer)) for name, series in self._history.items()}
         self._history = {name: series for name, series in self._history.items() if series.steps}
         self._fresh, self._seen, self._batch_metrics, self._next_drawing = [], {}, set(), 0.0
+        self._shown_at = 0
         bundle = Path(getattr(pl_module, "bundle_name", f"{type(pl_module).__name__}.pt"))
         folders = (callback.folder for callback in trainer.checkpoint_callbacks if isinstance(callback, BestModel))
         folder = next(folders, "checkpoints")
@@ -95,11 +105,11 @@ class StatsPlot(Callback):
             self._draw_if_due(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer)
+        self._draw(trainer, last=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._picture is not None:
-            self._draw(trainer, device_may_be_broken=True)
+            self._draw(trainer, last=True, device_may_be_broken=True)
 
     def _take_fresh(self, trainer: Trainer) -> dict[str, Tensor]:
         """The metrics logged since the last call.
@@ -134,7 +144,7 @@ class StatsPlot(Callback):
         if time.monotonic() >= self._next_drawing:
             self._draw(trainer)
 
-    def _draw(self, trainer: Trainer, device_may_be_broken: bool = False) -> None:
+    def _draw(self, trainer: Trainer, last: bool = False, device_may_be_broken: bool = False) -> None:
         try:
             self._fetch()
         except RuntimeError:
@@ -144,18 +154,36 @@ class StatsPlot(Callback):
         if not (trainer.is_global_zero and self._history and self._picture) or is_fast_dev_run(trainer):
             return
         began = time.monotonic()
+        batches = batches_seen(trainer)
         try:
-            self._write(self._picture, batches_seen(trainer))
+            figure = self._write(self._picture, batches)
         except UserError as error:
             rank_zero_warn(f"StatsPlot: {error}. Training continues.")
+        else:
+            if last or batches >= self._GROWTH_BETWEEN_IMAGES * self._shown_at:
+                self._show(trainer, figure, batches)
         ended = time.monotonic()
         self._next_drawing = ended + max(self.min_seconds, self._SHARE_OF_TIME * (ended - began))
 
-    def _write(self, picture: Path, batches: int) -> None:
+    def _write(self, picture: Path, batches: int) -> Figure:
         history = {name: (series.steps, series.values) for name, series in self._history.items()}
         figure = draw_stats(history, picture.stem.removesuffix("_stats"), batches)
         # Atomic, so that a viewer never sees half an image.
         write_atomically(picture, lambda file: figure.savefig(file, format=picture.suffix[1:], dpi=self.dpi))
+        return figure
+
+    def _show(self, trainer: Trainer, figure: Figure, batches: int) -> None:
+        """Adds the plot as an image [height, width, 3] to each logger that has images."""
+        adders = [getattr(getattr(logger, "experiment", None), "add_image", None) for logger in trainer.loggers]
+        if not any(adders) or batches == self._shown_at:
+            return
+        figure.set_dpi(_SCREEN_DPI)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        for add_image in filter(None, adders):
+            add_image("stats", pixels, batches, dataformats="HWC")
+        self._shown_at = batches
 
 
 @dataclass

@@ -7,13 +7,13 @@ import json
 import logging
 import signal
 import sys
+import tempfile
 import warnings
 from argparse import ArgumentError
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name as import_object
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import lightning as L
 from jsonargparse import Namespace
@@ -25,7 +25,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.callbacks.alarms import Alarms
@@ -33,15 +32,20 @@ from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.progress_bar import OneLineProgressBar
 from rlchat.callbacks.rollout_log import RolloutLog
+from rlchat.cli.data_class import BatchCheck, check_data_needs, with_data_class
+from rlchat.cli.hyperparameters import HyperparameterLog, options_to_log
 from rlchat.cli.library_errors import user_error_in
+from rlchat.cli.messages import configure_messages
 from rlchat.cli.option_errors import explain
 from rlchat.cli.recipes import checked_recipe
 from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configuration_of, newest_run
+from rlchat.cli.trainer_options import check_checkpoint_keyword, check_trainer, check_trainer_for_ppo
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.distributed.collectives import is_first
 from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy
 from rlchat.errors import UserError
 from rlchat.ppo.module import PPOModule
+from rlchat.training.base import StageModule
 from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
@@ -67,6 +71,11 @@ Help on the options of a stage: --model.help rlchat.SFTModule, rlchat.RewardMode
 class RLChatCLI(LightningCLI):
     """LightningCLI with rlchat's callbacks always on, both loggers in one folder, and checkpoints by name."""
 
+    @property
+    def data_class(self) -> type[L.LightningDataModule]:
+        """The class of the data module."""
+        return cast(type[L.LightningDataModule], self.datamodule_class)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The Trainer's methods and their arguments that are not options.
@@ -88,7 +97,7 @@ class RLChatCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             words = args if isinstance(args, list) else []
-            groups = {"trainer": L.Trainer, "data": OASST2DataModule, **CALLBACKS}
+            groups: dict[str, type] = {"trainer": L.Trainer, "data": self.data_class, **CALLBACKS}
             raise explain(words, groups, self._options(words[0] if words else "fit"), str(error)) from error
 
     def _options(self, command: str) -> list[str]:
@@ -106,6 +115,7 @@ class RLChatCLI(LightningCLI):
         wanted = options.get("ckpt_path")
         if wanted is None:
             return
+        check_checkpoint_keyword(wanted)
         module = import_object(str(options["model"]["class_path"]))
         path = Path(wanted)
         if wanted in ("best", "last"):
@@ -121,9 +131,14 @@ class RLChatCLI(LightningCLI):
         """Raises :class:`UserError` for options that do not work together, before anything is loaded."""
         options = self.config[self.config["subcommand"]]
         module = import_object(str(options["model"]["class_path"]))
+        if isinstance(module, type) and issubclass(module, StageModule):
+            # Our stages log values that are already reduced over all processes.
+            warnings.filterwarnings("ignore", ".*It is recommended to use .*sync_dist=True.*")
         check_strategy(options["trainer"])
+        check_trainer(options["trainer"])
         if isinstance(module, type) and issubclass(module, PPOModule):
             check_trainer_for_ppo(options["trainer"])
+        check_data_needs(module, self.data_class)
         if self.config["subcommand"] == "predict" and not is_overridden("predict_step", module, L.LightningModule):
             raise UserError(
                 f"{module.__name__} does not generate responses; set --config to the configuration of a chat model"
@@ -134,17 +149,25 @@ class RLChatCLI(LightningCLI):
         options = self.config[self.config["subcommand"]]
         given = self._get(self.config_init, "trainer")
         stage = _stage_of(import_object(str(options["model"]["class_path"])))
-        if given["logger"] in (None, True):
+        command = self.config["subcommand"]
+        if given["logger"] in (None, True) and command == "predict":
+            kwargs["logger"] = False  # it has no metrics
+        elif given["logger"] in (None, True):
             folder = str(_logs_folder(options))
-            board = TensorBoardLogger(folder, name=stage, default_hp_metric=False)
+            name = stage if command == "fit" else f"{stage}_{command}"  # beside the training runs, not among them
+            board = TensorBoardLogger(folder, name=name, default_hp_metric=False)
             kwargs["logger"] = [
                 board,
-                CSVLogger(folder, name=stage, version=board.version, flush_logs_every_n_steps=10),
+                CSVLogger(folder, name=name, version=board.version, flush_logs_every_n_steps=10),
             ]
         plugins = _as_list(given["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         callbacks = [*_as_list(given["callbacks"]), CheckpointRecord(stage)]
+        if self.subclass_mode_data:
+            callbacks.append(BatchCheck())
+        if given["enable_autolog_hparams"]:
+            callbacks.append(HyperparameterLog(options_to_log(options)))
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(OneLineProgressBar())
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks, "plugins": plugins})
@@ -207,30 +230,36 @@ def main(args: ArgsType = None) -> int:
 
 def run(argv: list[str]) -> RLChatCLI:
     """Runs ``[command, *options]``; the result holds the trainer, the module and the data module."""
-    _quieten(argv)
+    configure_messages(argv[0] if argv else "")
     _integers_first()
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # so that a user's reward in the working directory can be imported
+    scratch = tempfile.TemporaryDirectory(prefix="rlchat-")
     try:
+        words, data_class = with_data_class(with_recipes(argv), Path(scratch.name))
         return RLChatCLI(
             model_class=L.LightningModule,
-            datamodule_class=OASST2DataModule,
+            datamodule_class=data_class or OASST2DataModule,
             subclass_mode_model=True,
+            subclass_mode_data=data_class is not None,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={
                 "exit_on_error": False,
                 "allow_abbrev": False,
+                "default_env": True,  # PL_FIT__BEST_MODEL__FOLDER=x sets --best_model.folder
                 **{name: {"usage": _USAGE.format(name), "description": _HELP} for name in COMMANDS},
             },
-            args=with_recipes(argv),
+            args=words,
         )
     except Exception as error:
         if (user_error := user_error_in(error)) is not None and user_error is not error:
             raise user_error from error
         raise
+    finally:
+        scratch.cleanup()
 
 
 def with_recipes(argv: list[str]) -> list[str]:
@@ -269,19 +298,6 @@ def _is_comment(path: str) -> bool:
     return "#" in path and not path.startswith("[")
 
 
-def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
-    """Raises :class:`UserError` for trainer options that Lightning does not support with manual optimization."""
-    if options.get("gradient_clip_val"):
-        raise UserError("trainer.gradient_clip_val is not supported by PPO; set --model.max_grad_norm instead")
-    if (options.get("max_steps") or -1) > 0:
-        raise UserError(
-            "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
-            "--trainer.max_epochs and --trainer.limit_train_batches instead"
-        )
-    if (options.get("accumulate_grad_batches") or 1) > 1:
-        raise UserError("trainer.accumulate_grad_batches is not supported by PPO; set --model.micro_batch_size instead")
-
-
 def _as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
@@ -302,13 +318,6 @@ def _option(argv: list[str], name: str) -> str | None:
     return None
 
 
-class _BesideProgressBar(logging.Handler):
-    """Looks up standard error for each record: rich replaces it while a progress bar is drawn, to keep both intact."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
 def _integers_first() -> None:
     """Makes ``--trainer.limit_train_batches 1`` mean one batch instead of 1.0, which is all of them.
 
@@ -319,29 +328,3 @@ def _integers_first() -> None:
     for name, annotation in annotations.items():
         if set(get_args(annotation)) == {int, float, type(None)}:
             annotations[name] = int | float | None
-
-
-def _quieten(argv: list[str]) -> None:
-    """Hides messages of libraries that the user can do nothing about."""
-    logging.basicConfig(format="%(message)s", handlers=[_BesideProgressBar()])
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of source
-    # A summary of the data is useful before training; whoever measures or predicts has seen it.
-    _log.setLevel(logging.INFO if argv[:1] == ["fit"] else logging.WARNING)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("huggingface_hub", "transformers"):  # retries, unused weights of a head
-        logging.getLogger(name).setLevel(logging.ERROR)
-    disable_progress_bar()  # of loading weights; downloads keep theirs
-    for message in (
-        ".*args parameter is intended to run from within Python.*",
-        ".*Experiment logs directory .* exists and is not empty.*",  # TensorBoard has just created it
-        ".*does not have many workers.*",  # making batches is faster than training
-        ".*The number of training batches.*smaller than the logging interval.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*GPU available but not used.*",
-        ".*treespec.*",
-        ".*Couldn't infer the batch indices.*",  # the order of our batches is known
-        ".*Total length of .* across ranks is zero.*",  # data with prompts only
-        ".*lr_scheduler.step.*before.*optimizer.step.*",
-    ):
-        warnings.filterwarnings("ignore", message)

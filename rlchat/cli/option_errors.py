@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from rlchat.cli.option_aliases import ALIASES
 from rlchat.errors import UserError
@@ -37,6 +37,7 @@ _NAMES = {
     dict: "a mapping",
     abc.Mapping: "a mapping",
 }
+_OWN_OPTIMIZER = ("optimizer", "lr_scheduler")  # Lightning's options, where modules leave the choice to the user
 _FEW = 12
 _SHOWN = 80
 
@@ -121,7 +122,7 @@ def _from_yaml(text: str) -> Any:
 def _of_file(path: str) -> Iterator[Setting]:
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     for group, value in content.items():
-        if isinstance(value, dict) and group != "model":
+        if isinstance(value, dict) and group != "model" and "class_path" not in value:
             yield from (Setting(f"{group}.{name}", (group, name), inner) for name, inner in value.items())
         else:
             yield Setting(group, (group,), value)
@@ -148,10 +149,18 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
             return _class_problem(setting.place, setting.value, LightningModule)
         if setting.value is None and setting.place.startswith("--"):
             return UserError(f"{setting.place}: expected a value, as {setting.place} VALUE")
-        found = _imported("model", model, LightningModule)
+        found = imported_class("model", model, LightningModule)
         if found is None or isinstance(found, UserError):
             return found
         return _option_problem(setting.place, setting.keys[1], _nested(setting), found)
+    if group in _OWN_OPTIMIZER:
+        return UserError(
+            f"{setting.place} is not supported: the stages use AdamW with a schedule of their own; set "
+            f"--model.learning_rate, schedule, warmup and weight_decay, or override configure_optimizers in a subclass "
+            f"of the stage and set --model to it"
+        )
+    if group == "data" and len(setting.keys) == 1 and setting.value is not None:
+        return _class_problem(setting.place, setting.value, LightningDataModule)
     if flag not in known and (
         group not in groups or len(setting.keys) == 1 or setting.keys[1] not in _hints(groups[group])
     ):
@@ -220,7 +229,7 @@ def _class_problem(place: str, value: Any, base: type) -> UserError | None:
     else:
         class_path = value["class_path"] if isinstance(value, dict) else value
         init_args = (value.get("init_args") if isinstance(value, dict) else None) or {}
-        found = _imported(place, class_path, base)
+        found = imported_class(place, class_path, base)
     if not isinstance(found, type):
         return found
     for name, inner in init_args.items():
@@ -230,7 +239,7 @@ def _class_problem(place: str, value: Any, base: type) -> UserError | None:
     return None
 
 
-def _imported(place: str, class_path: Any, base: type) -> Any:
+def imported_class(place: str, class_path: Any, base: type) -> Any:
     """The class at ``class_path``, or the error that says why it is not a class derived from ``base``."""
     if not isinstance(class_path, str):
         return None if class_path is None else _wrong_type(place, [str], class_path)

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 
 from rlchat.callbacks.best_model import BEST, LAST, BestModel
+from rlchat.callbacks.disk import delete_checkpoints
 from rlchat.callbacks.run_state import is_fast_dev_run
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
@@ -41,6 +42,17 @@ class CheckpointRecord(L.Callback):
             mine.append(str(best.dirpath))
         text = json.dumps(folders, indent=1)
         write_atomically(_RECORD, lambda file: file.write(text.encode()))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Deletes the checkpoints of older runs of this stage where ``best_model.keep_runs`` says so.
+
+        This happens after ``last.ckpt`` of this run is written, which may be the continuation of the run before.
+        """
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestModel)), None)
+        if best is None or best.keep_runs is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
+            return
+        older = [Path(path) for path in _recorded().get(self.stage, []) if path != str(best.dirpath)]
+        delete_checkpoints(older[: len(older) - (best.keep_runs - 1)], (BEST, LAST))
 
 
 def _recorded() -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from rlchat.conversation import Conversation
 from rlchat.data.corpus import Prompts, RankedReplies, Sequences
@@ -166,7 +166,7 @@ class PromptRows(Dataset[PromptBatch]):
 
 
 def _as_list(index: int | Sequence[R]) -> Sequence[int | R]:
-    # Our samplers ask for batches; the sampler that Lightning uses for `overfit_batches` asks for single rows.
+    # Our samplers ask for batches; other samplers ask for single rows.
     return [index] if isinstance(index, int) else index
 
 
@@ -260,6 +260,18 @@ class RankSampler(DistributedSampler[Any]):
             yield batch[self.rank :: self.num_replicas]
 
 
+class SameBatchesSampler(RankSampler, SequentialSampler):
+    """The batches of the plan's first epoch in every epoch, for ``--trainer.overfit_batches``.
+
+    Derived from SequentialSampler because Lightning replaces every other sampler by one that yields single rows.
+    """
+
+    def __iter__(self) -> Iterator[Sequence[Row]]:  # type: ignore[override]
+        skip, self.skip = self.skip, 0
+        for batch in self.plan(0)[skip:]:
+            yield batch[self.rank :: self.num_replicas]
+
+
 class BatchLoader(DataLoader[Any]):
     """A DataLoader over a dataset that returns whole batches. It resumes in the middle of an epoch.
 
@@ -269,7 +281,7 @@ class BatchLoader(DataLoader[Any]):
     def __init__(self, dataset: Dataset[Any], *, num_workers: int = 0, **kwargs: Any) -> None:
         # With batch_size None, the dataset receives the sampler's lists of rows. A batch_sampler would do the same, but
         # Lightning would not see that it is already distributed, and would replace it. Keyword arguments only, and any
-        # of them, because Lightning builds the loader again from them for prediction and for `overfit_batches`.
+        # of them, because Lightning builds the loader again from them for prediction.
         given = {"collate_fn": _as_is, "persistent_workers": num_workers > 0, **kwargs, "batch_size": None}
         super().__init__(dataset, num_workers=num_workers, **given)
         self._epoch = 0

@@ -27,6 +27,7 @@ from rlchat.data.batches import (
     RankedBatch,
     RankedRows,
     RankSampler,
+    SameBatchesSampler,
     SequenceBatch,
     SequenceRows,
     bucketed_plan,
@@ -266,7 +267,8 @@ class OASST2DataModule(LightningDataModule):
 
     def _loader(self, dataset: Dataset[Any], plan: Plan) -> BatchLoader:
         rank, world = self._rank_and_world()
-        return BatchLoader(dataset, sampler=RankSampler(dataset, plan, rank, world), num_workers=self.num_workers)
+        kind = SameBatchesSampler if getattr(self.trainer, "overfit_batches", 0) else RankSampler
+        return BatchLoader(dataset, sampler=kind(dataset, plan, rank, world), num_workers=self.num_workers)
 
     def _fixed(self, rows: int, what: str) -> Plan:
         _, world = self._rank_and_world()

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import reprlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, Any, Literal
 
 from rlchat.data.sources import DataFile, data_file, file_size, numbered_lines, to_utf8
 from rlchat.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from rlchat.utils.progress import DelayedProgress
 
 MAX_LINE_BYTES = 8_000_000
 
@@ -23,7 +19,6 @@ MAX_LINE_BYTES = 8_000_000
 CURE = "fix the line or set data.on_bad_line=skip"
 
 _SHOWN_BAD_LINES = 5
-_SECONDS_BEFORE_PROGRESS = 2.0
 
 
 class BadLineError(Exception):
@@ -68,9 +63,15 @@ def take_lines(
         UserError: a file is missing, a directory, damaged or of an unsupported kind; a bad line.
     """
     sources = [data_file(file) for file in files]
-    with _ReadingBar(sum(map(file_size, sources)), progress) as bar:
+    finished_bytes = 0
+    with DelayedProgress("reading", sum(map(file_size, sources)), progress) as bar:
+
+        def show(raw: IO[bytes]) -> None:
+            if bar.due:
+                bar.update(finished_bytes + _position(raw))
+
         for source in sources:
-            for number, line in numbered_lines(source, max_line_bytes, bar.show):
+            for number, line in numbered_lines(source, max_line_bytes, show):
                 if line is not None and not line.strip():
                     continue
                 report.lines += 1
@@ -85,7 +86,7 @@ def take_lines(
                     report.bad_lines += 1
                     if len(report.bad_line_examples) < _SHOWN_BAD_LINES:
                         report.bad_line_examples.append(place)
-            bar.finish_file(source)
+            finished_bytes += file_size(source)
 
 
 def decode_line(line: bytes) -> str:
@@ -113,39 +114,6 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return row
 
 
-class _ReadingBar:
-    """A progress bar over bytes, compressed ones if the file is compressed. It appears once reading has taken long."""
-
-    def __init__(self, total_bytes: int, enabled: bool) -> None:
-        self.total_bytes = total_bytes
-        self.enabled = enabled
-        self.next_update = time.monotonic() + _SECONDS_BEFORE_PROGRESS
-        self.finished_bytes = 0
-        self.progress: Progress | None = None
-
-    def __enter__(self) -> _ReadingBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def show(self, raw: IO[bytes]) -> None:
-        if not self.enabled or (now := time.monotonic()) < self.next_update:
-            return
-        self.next_update = now + 0.1
-        if self.progress is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.progress = Progress(console=Console(stderr=True), transient=True)
-            self.progress.add_task("reading", total=self.total_bytes)
-            self.progress.start()
-        position = raw.tell() if raw.seekable() else 0
-        self.progress.update(self.progress.task_ids[0], completed=self.finished_bytes + position)
-
-    def finish_file(self, file: DataFile) -> None:
-        if self.enabled:
-            self.finished_bytes += file_size(file)
+def _position(raw: IO[bytes]) -> int:
+    """Bytes read from ``raw`` so far, compressed ones if it is compressed; 0 for a pipe."""
+    return raw.tell() if raw.seekable() else 0

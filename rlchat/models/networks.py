@@ -45,8 +45,9 @@ class RLChatModel(nn.Module):
         self.backbone = backbone
         self.hidden_dim = hidden_dim
         self.value_head = value_head(backbone.hidden_size, hidden_dim)
-        silent = torch.zeros(backbone.vocab_size, dtype=torch.bool)
-        silent[list(unsayable)] = True
+        # 1 where an id is unsayable. Floating point, because Lightning's WeightAveraging averages all buffers.
+        silent = torch.zeros(backbone.vocab_size)
+        silent[list(unsayable)] = 1
         self.register_buffer("unsayable", silent, persistent=False)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
@@ -57,7 +58,7 @@ class RLChatModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of the token that follows each of ``hidden`` [..., hidden]."""
         logits = _linear_fp32(hidden, self.backbone.head_weight)
-        return logits.masked_fill(self.unsayable, _UNSAYABLE_LOGIT)
+        return logits.masked_fill(self.unsayable.bool(), _UNSAYABLE_LOGIT)
 
     def token_stats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
         """Statistics of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], at ``temperature``."""

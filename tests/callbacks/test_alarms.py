@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.small_ppo import Letters, fit, ppo
+from helpers.small_ppo import QUESTIONS, Letters, fit, ppo, prompts, sequences, serve, trainer
 from torch import Tensor
 
-from rlchat.callbacks.alarms import Alarms
+from rlchat.callbacks.alarms import Alarms, reward_hacking
+from rlchat.conversation import Conversation
 from rlchat.errors import UserError
-from rlchat.rewards import Reward, TooLong
+from rlchat.rewards import Reply, ReplyFactor, Reward, TooLong
 
 FINE = {
     "train/reward": 0.5,
@@ -62,13 +64,20 @@ def test_no_alarm_in_a_healthy_run(run: Run) -> None:
         assert run.validate(0.1 * step) == []
 
 
-def test_kl_beyond_its_bound(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_kl_above_its_bound(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(encoding, kl_bound=50.0)
     assert run.iterate(kl=50.0) == []
     assert run.iterate(4, kl=51.0) == ["kl"]
     (record,) = caplog.records  # once
     assert record.message.startswith(
         "alarm: the KL to the reference model is 51 nats per response, above 50: raise --model.kl_coef"
     )
+
+
+@pytest.mark.parametrize(("response_length", "bound"), [(8.0, 10.0), (24.0, 12.0), (100.0, 50.0)])
+def test_the_usual_kl_grows_with_the_responses(run: Run, response_length: float, bound: float) -> None:
+    assert run.iterate(kl=bound, response_length=response_length) == []
+    assert run.iterate(kl=bound + 0.1, response_length=response_length) == ["kl"]
 
 
 def test_identical_responses(run: Run) -> None:
@@ -113,6 +122,95 @@ def test_held_out_reward_that_falls_with_the_training_reward_is_no_hacking(run: 
     for step in range(6):
         run.iterate(2, reward=-0.1 * step)
         assert run.validate(-0.1 * step) == []
+
+
+# ---- reward hacking --------------------------------------------------------------------------------------------------
+
+
+def history(**series: Sequence[float]) -> list[dict[str, float]]:
+    """The metrics of each validation from one list per metric."""
+    return [dict(zip(series, values, strict=True)) for values in zip(*series.values(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("series", "clause"),
+    [
+        # A factor that counts "the": the run of the issue that asked for this alarm.
+        (
+            {"reward": [0.25, 0.6, 0.99], "answer_accuracy": [0.25, 0.2, 0.05], "perplexity": [2.2, 3.0, 6.3]},
+            "the answer accuracy has fallen from 0.25 to 0.05",
+        ),
+        (
+            {"reward": [0.25, 0.99], "perplexity": [2.2, 6.3]},
+            "the perplexity on conversations has grown from 2.2 to 6.3",
+        ),
+        # The total rises by 0.6, of which the count of "the" earns 1.0 and politeness loses 0.4.
+        (
+            {"reward": [0.5, 1.1], "reward_the": [0.0, 1.0], "reward_polite": [0.5, 0.1]},
+            "the factor polite has fallen from 0.5 to 0.1",
+        ),
+        # Accuracy was best in the second validation, and the reward has risen since then.
+        ({"reward": [0.0, 0.5, 0.8], "answer_accuracy": [0.3, 0.6, 0.45]}, "the answer accuracy has fallen from 0.60"),
+    ],
+)
+def test_reward_hacking_is_found(series: dict[str, list[float]], clause: str) -> None:
+    found = reward_hacking(history(**series))
+    assert found is not None
+    assert found.startswith(clause)
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"reward": [0.5]},
+        {"reward": [0.5, 0.9]},
+        # The demo, seed 0.
+        {
+            "reward": [0.95, 1.19, 1.23, 1.25],
+            "answer_accuracy": [0.752, 0.845, 0.871, 0.898],
+            "perplexity": [1.98, 2.22, 2.34, 2.34],
+            "reward_learned_quality": [0.95, 1.2, 1.24, 1.25],
+            "reward_missing_end": [0.0, -0.01, -0.01, 0.0],
+        },
+        {"reward": [0.5, 0.9], "answer_accuracy": [0.50, 0.45]},  # within the noise of a hundred prompts
+        {"reward": [0.9, 0.2], "answer_accuracy": [0.5, 0.1], "perplexity": [2.0, 9.0]},  # the reward falls as well
+    ],
+)
+def test_a_healthy_history_is_no_reward_hacking(series: dict[str, list[float]]) -> None:
+    assert reward_hacking(history(**series)) is None
+
+
+def test_reward_hacking_must_last_for_two_validations(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    for reward, accuracy in ((0.25, 0.25), (0.6, 0.1)):
+        run.iterate(2, reward=reward)
+        run.trainer.callback_metrics["val/answer_accuracy"] = torch.tensor(accuracy)
+        assert run.validate(reward) == []
+    run.iterate(2, reward=0.9)
+    run.trainer.callback_metrics["val/answer_accuracy"] = torch.tensor(0.05)
+    assert run.validate(0.9) == ["held-out hacking"]
+    assert "the reward on validation prompts rises, but the answer accuracy has fallen from 0.25 to 0.05" in caplog.text
+
+
+class CountThe(ReplyFactor):
+    """How often the response contains the letters t, h, e next to each other; at most 1."""
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        return min(1.0, reply.text.count("the") / 4)
+
+
+def test_over_optimizing_a_count_of_the_raises_the_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """A real run: the policy learns to say "the" only, and its perplexity on human conversations grows."""
+    module = ppo("rlchat_1k", reward=Reward([CountThe()]), kl_coef=0.0, ppo_epochs=4, minibatches=1)
+    questions = prompts(module.tokenizer, QUESTIONS * 8)
+    alarms = Alarms(patience=1000)
+    held_out = [serve([prompts(module.tokenizer)]), serve([sequences(module.tokenizer)])]
+    run = trainer(callbacks=[alarms], val_check_interval=8)
+    run.fit(module, serve([questions] * 80), held_out)
+    assert float(run.callback_metrics["val/reward"]) > 0.5
+    assert "held-out hacking" in alarms.raised
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_does_not_warn_twice(run: Run, encoding: str) -> None:

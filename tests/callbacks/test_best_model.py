@@ -1,4 +1,4 @@
-"""The best model of a run: kept when it gets better, never at the price of another run's."""
+"""BestModel: model files and checkpoints of a run, and what a resumed run continues from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlchat.errors import UserError
 
 
 class Scripted(L.LightningModule):
-    """Validates with ``scores``, one after another; its bundle says after how many batches it was written."""
+    """Validates with ``scores``, one after another; its model file states the number of batches before it."""
 
     bundle_name = "model.pt"
     monitor = ("val/score", "max")
@@ -31,6 +31,7 @@ class Scripted(L.LightningModule):
         self.scores = scores
         self.validations = 0
         self.batches = 0
+        self.log_more = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.batches += 1
@@ -47,6 +48,8 @@ class Scripted(L.LightningModule):
         self.validations += 1
         if score is not None:
             self.log("val/score", score)
+            if self.log_more:
+                self.log("val/score_loss", -score)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -130,17 +133,20 @@ def counts(path: Path) -> list[int]:
     [
         ("max", [1.0, 3.0, 2.0], 4),
         ("max", [-3.0, -2.0, -1.0], 6),
-        ("max", [2.0, 2.0, 2.0], 2),  # no better, no news
+        ("max", [2.0, 2.0, 2.0], 2),  # equal scores are no improvement
         ("min", [3.0, 1.0, 2.0], 4),
         ("min", [1.0, 2.0, 3.0], 2),
-        ("max", [None, 1.0, None], 4),  # validations that said nothing of it
+        ("max", [None, 1.0, None], 4),  # validations without the metric
         ("max", [1.0, float("nan"), 0.5], 2),
         ("max", [float("nan"), 1.0, float("nan")], 4),  # a NaN is not the best, not even the first time
         ("min", [float("nan"), float("inf"), 1.0], 6),
     ],
     ids=str,
 )
-def test_the_bundle_is_the_best_model(tmp_path: Path, mode: str, scores: list[float | None], best_after: int) -> None:
+@pytest.mark.filterwarnings("ignore:val/score is (nan|inf):UserWarning")
+def test_the_model_file_is_the_best_model(
+    tmp_path: Path, mode: str, scores: list[float | None], best_after: int
+) -> None:
     bundles = tmp_path / "checkpoints"
     best = BestModel(str(bundles))
     run(tmp_path, Scripted(scores, mode), best, epochs=3)
@@ -152,13 +158,26 @@ def test_the_bundle_is_the_best_model(tmp_path: Path, mode: str, scores: list[fl
     assert counts(checkpoints(tmp_path) / "last.ckpt") == [3, 6]
 
 
-def test_the_sanity_check_counts_for_nothing(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:the run before selected:UserWarning")
+def test_a_resumed_run_with_another_selection_starts_its_comparison_anew(tmp_path: Path) -> None:
+    """The best score was 3 by val/score; by another metric the first validation after the resume is the best."""
+    run(tmp_path, Scripted([3.0]), BestModel(str(tmp_path / "a")), epochs=1)
+    module = Scripted([3.0, 1.0])
+    best = BestModel(str(tmp_path / "b"), select_by="val/score_loss")
+    module.log_more = True
+    run(tmp_path, module, best, epochs=2, resume=checkpoints(tmp_path) / "last.ckpt")
+    assert (best.monitor, best.mode) == ("val/score_loss", "min")
+    assert best.best_model_score == -1.0
+    assert (tmp_path / "b" / "model.pt").read_text() == "after 4 batches"
+
+
+def test_the_sanity_check_does_not_count(tmp_path: Path) -> None:
     best = BestModel(str(tmp_path))
     run(tmp_path, Scripted([1.0]), best, epochs=1, num_sanity_val_steps=1)
     assert best.best_model_score == 1.0
 
 
-def test_an_earlier_bundle_is_set_aside(tmp_path: Path) -> None:
+def test_an_earlier_model_file_is_renamed(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_text("of an earlier run")
     run(tmp_path, Scripted([1.0, 2.0]), BestModel(str(tmp_path)), epochs=2)
     older = list(tmp_path.glob("model.*.pt"))
@@ -215,7 +234,7 @@ def test_a_run_that_ends_without_a_finite_model_is_an_error(tmp_path: Path) -> N
     assert not list((tmp_path / "b").iterdir())
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     first, second = (Scripted([]) for _ in range(2))
     keeps = Keeps(checkpoints(tmp_path / "first"), after=3)
     run(tmp_path / "first", first, BestModel(str(tmp_path), 3), 1, batches=5, validate=False, callbacks=[keeps])
@@ -226,7 +245,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert torch.equal(first.weight, second.weight)
 
 
-def test_a_resumed_run_has_the_best_of_before_to_beat(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_best_score(tmp_path: Path) -> None:
     bundles = tmp_path / "bundles"
     first, second = tmp_path / "first", tmp_path / "second"
     run(first, Scripted([5.0]), BestModel(str(bundles)), epochs=1)
@@ -244,7 +263,7 @@ def test_a_resumed_run_has_the_best_of_before_to_beat(tmp_path: Path) -> None:
     assert counts(checkpoints(first) / "best.ckpt")[1] == 2  # the first run's folder is as it was
 
 
-def test_a_resumed_run_overwrites_no_other_runs_bundle(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_overwrite_the_model_file_of_another_run(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "model.pt").write_text("of another run")
@@ -255,7 +274,7 @@ def test_a_resumed_run_overwrites_no_other_runs_bundle(tmp_path: Path) -> None:
     assert (elsewhere / "model.pt").read_text() == "after 4 batches"
 
 
-def test_without_validation_the_bundle_is_the_model_at_the_end(tmp_path: Path) -> None:
+def test_without_validation_the_model_file_is_the_last_model(tmp_path: Path) -> None:
     bundles = tmp_path / "bundles"
     run(tmp_path, Scripted([]), BestModel(str(bundles), save_last_every=0), epochs=2, validate=False)
     assert (bundles / "model.pt").read_text() == "after 4 batches"
@@ -285,13 +304,13 @@ def test_an_interrupted_run_loses_nothing(tmp_path: Path) -> None:
     assert (resumed.batches, (bundles / "model.pt").read_text()) == (5, "after 5 batches")
 
 
-def test_ctrl_c_is_given_back(tmp_path: Path) -> None:
+def test_the_handler_of_ctrl_c_is_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     run(tmp_path, Scripted([1.0]), BestModel(str(tmp_path)), epochs=1)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_folder_that_takes_no_bundle_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     module = Scripted([1.0])
     with pytest.raises(UserError, match=r"best_model\.folder .* cannot be written"):
@@ -307,6 +326,6 @@ def test_validation_alone_saves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rehearsal_leaves_nothing(tmp_path: Path) -> None:
+def test_fast_dev_run_leaves_no_files(tmp_path: Path) -> None:
     run(tmp_path, Scripted([1.0]), BestModel(str(tmp_path / "bundles"), 1), epochs=1, fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []

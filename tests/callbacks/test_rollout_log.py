@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlchat.callbacks.rollout_log import RolloutLog
+from rlchat.conversation import Conversation
 from rlchat.errors import UserError
-from rlchat.rewards import MissingEnd, Reward
+from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
 
 
 def test_every_few_iterations_as_lines_and_as_histograms(encoding: str, tmp_path: Path) -> None:
@@ -42,18 +43,37 @@ def test_every_few_iterations_as_lines_and_as_histograms(encoding: str, tmp_path
     assert found[0].histogram_value.num == 8
 
 
-def test_not_more_replies_than_wanted(encoding: str, tmp_path: Path) -> None:
+def test_at_most_max_replies_are_written(encoding: str, tmp_path: Path) -> None:
     fit(ppo(encoding), 1, callbacks=[RolloutLog(max_replies=3)], logger=CSVLogger(tmp_path, "", "run"))
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_rehearsal_leaves_nothing(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_dev_run_leaves_no_files(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fit(ppo(encoding), 1, callbacks=[RolloutLog()], fast_dev_run=True)
     assert not list(tmp_path.rglob("rollouts.jsonl"))
 
 
+class Enormous(ReplyFactor):
+    """A reward far outside the bins of TensorBoard's histograms."""
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        return 1e21
+
+
+def test_an_enormous_reward_does_not_stop_the_run(encoding: str, tmp_path: Path) -> None:
+    board = TensorBoardLogger(str(tmp_path), name="", version="run")
+    # Without a critic, whose loss would overflow: all rewards are equal, so that the advantages are 0.
+    module = ppo(encoding, reward=Reward([Enormous()]), advantage="rloo", group_size=2)
+    fit(module, 1, callbacks=[RolloutLog()], logger=board)
+    (line, *_) = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward"] == pytest.approx(1e21)
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert events.Histograms("rollout/reward")[0].histogram_value.num == 16
+
+
 @pytest.mark.parametrize("option", ["every_n_iterations", "max_replies"])
-def test_senseless_options_are_refused(option: str) -> None:
+def test_invalid_options_are_refused(option: str) -> None:
     with pytest.raises(UserError, match=f"RolloutLog: {option} is 0"):
         RolloutLog(**{option: 0})

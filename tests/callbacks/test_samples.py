@@ -25,7 +25,7 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_replies_are_appended_line_by_line() -> None:
+def test_responses_are_appended_as_lines() -> None:
     logger = CSVLogger("logs", version=0)
     trainer(SampleResponses(prompts=["hällo", "two"]), epochs=1, logger=logger).fit(Chatty(), Data())
     rows = [json.loads(line) for line in Path(logger.log_dir, "samples.jsonl").read_text("utf-8").split("\n")[:-1]]
@@ -47,7 +47,7 @@ def test_replies_are_appended_line_by_line() -> None:
     assert later[4].keys() == {"iteration", "prompt", "reply", "ended", "tokens"}
 
 
-def test_tensorboard_shows_the_very_text() -> None:
+def test_tensorboard_shows_the_exact_text() -> None:
     logger = TensorBoardLogger("logs", version=0)
     trainer(SampleResponses(prompts=["what | is\n<this>?"]), epochs=1, logger=logger).fit(Chatty(), Data())
     events = EventAccumulator(logger.log_dir).Reload()
@@ -116,12 +116,12 @@ def test_validation_alone_names_the_iteration_of_its_checkpoint(capsys: pytest.C
     assert "Samples after 4 training batches" in capsys.readouterr().out
 
 
-def test_a_module_that_cannot_answer_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_that_generates_no_text_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     trainer(SampleResponses(), epochs=1).fit(Automatic(), Data())
     assert capsys.readouterr().out == ""
 
 
-def test_without_prompts_the_cure_is_named() -> None:
+def test_without_prompts_the_warning_names_the_fix() -> None:
     class Bare(Data):
         sample_prompts = None  # type: ignore[assignment]
 

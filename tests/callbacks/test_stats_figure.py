@@ -40,7 +40,7 @@ def curve(n: int, start: float = 1.0) -> tuple[list[int], list[float]]:
         ),
     ],
 )
-def test_a_panel_for_what_was_logged_and_none_besides(metrics: list[str], titles: list[str]) -> None:
+def test_one_panel_for_each_logged_metric(metrics: list[str], titles: list[str]) -> None:
     figure = draw_stats({name: curve(30) for name in metrics} | {"train/learning_rate": curve(30)}, "my_run")
     assert len(figure.axes) == len(titles)
     assert set(titles) < set(texts(figure))
@@ -92,21 +92,21 @@ def test_smoothing_averages_noise() -> None:
     assert Curve.of(range(2000), noise.tolist()).smoothed().std() < 0.15
 
 
-def test_one_wild_value_does_not_flatten_the_rest() -> None:
+def test_one_outlier_does_not_flatten_the_rest() -> None:
     values = np.append(np.linspace(0, 1, 100), 1e6)
     assert fence(values) == (0, 1)
     low, high, is_log = limits(values, may_be_log=False)
     assert (low, high, is_log) == (0, pytest.approx(1.06), False)
 
 
-def test_axis_is_logarithmic_only_where_values_span_much() -> None:
+def test_axis_is_logarithmic_only_for_a_wide_range() -> None:
     assert limits(np.array([1000.0, 30.0, 3.0]), may_be_log=True)[2]
     assert not limits(np.array([1000.0, 30.0, 3.0]), may_be_log=False)[2]
     assert not limits(np.array([10.0, 3.0]), may_be_log=True)[2]
     assert not limits(np.array([1000.0, 0.0]), may_be_log=True)[2]
 
 
-def test_labels_keep_their_distance_and_otherwise_their_place() -> None:
+def test_labels_do_not_overlap_and_otherwise_do_not_move() -> None:
     assert spread_labels([0.1, 0.5, 0.9], gap=0.1, low=0, high=1) == pytest.approx([0.1, 0.5, 0.9])
     assert spread_labels([0.5, 0.5, 0.9], gap=0.1, low=0, high=1) == pytest.approx([0.45, 0.55, 0.9])
     assert spread_labels([0.0, 0.0, 0.0], gap=0.1, low=0, high=1) == pytest.approx([0.0, 0.1, 0.2])

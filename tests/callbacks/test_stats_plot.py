@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import lightning as L
 import matplotlib.image
 import pytest
 from helpers.callback_runs import Automatic, Chatty, Data, Manual, logged, trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.callbacks.best_model import BestModel
@@ -21,6 +23,18 @@ from rlchat.errors import UserError
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_tensorboard_shows_the_plot_ever_more_rarely(tmp_path: Path) -> None:
+    """Drawn after each of eight batches, shown where the run has grown by half since the last image, and at the end."""
+    board = TensorBoardLogger(str(tmp_path), name="", version="run")
+    trainer(StatsPlot(every_n_batches=1, min_seconds=0), logger=board, epochs=2).fit(Automatic(), Data())
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
+    events.Reload()
+    images = events.Images("stats")
+    assert images[-1].step == 8
+    assert all(after.step >= 1.5 * before.step for before, after in pairwise(images[:-1]))
+    assert (images[0].width, images[0].height > 100) == (11 * 80, True)
 
 
 @pytest.mark.parametrize("module", [Automatic, Manual])
@@ -39,14 +53,14 @@ def test_history_holds_each_logged_value_once_against_batches_seen(module: type[
     assert not {"train/loss_step", "train/loss_epoch"} & history.keys()
 
 
-def test_picture_is_named_after_the_bundle_and_as_wide_as_asked() -> None:
+def test_image_is_named_after_the_model_file_and_has_the_requested_width() -> None:
     trainer(StatsPlot(dpi=40)).fit(Automatic(), Data())
     picture = matplotlib.image.imread("checkpoints/tiny_model_stats.png")
     assert picture.shape[1] == 11 * 40
     assert [path.name for path in Path("checkpoints").iterdir()] == ["tiny_model_stats.png"]
 
 
-def test_picture_stands_beside_the_best_bundle() -> None:
+def test_image_is_next_to_the_model_file() -> None:
     class Saved(Automatic):
         monitor = ("val/accuracy", "max")
 
@@ -58,7 +72,7 @@ def test_picture_stands_beside_the_best_bundle() -> None:
     assert {path.name for path in Path("elsewhere").glob("tiny_*")} == {"tiny_model.pt", "tiny_model_stats.png"}
 
 
-def test_picture_is_redrawn_through_the_run_but_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_redrawn_during_the_run_but_not_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     class Spy(StatsPlot):
         _SHARE_OF_TIME = 0
         batches: list[int]
@@ -79,7 +93,7 @@ def test_picture_is_redrawn_through_the_run_but_not_too_often(monkeypatch: pytes
     assert drawn(Spy(path="p.png", every_n_batches=5, min_seconds=0, dpi=10)) == [5, 12]
 
 
-def test_history_goes_on_after_a_resume() -> None:
+def test_history_continues_after_a_resume() -> None:
     whole, half, rest = StatsPlot(dpi=10), StatsPlot(dpi=10), StatsPlot(dpi=10)
     trainer(whole).fit(Automatic(), Data())
     first = trainer(half, epochs=1)
@@ -92,7 +106,7 @@ def test_history_goes_on_after_a_resume() -> None:
     assert logged(rest) == logged(half)
 
 
-def test_an_interrupted_run_leaves_a_picture_of_all_it_saw() -> None:
+def test_an_interrupted_run_draws_its_whole_history() -> None:
     plot = StatsPlot(every_n_batches=1000, dpi=10)
     with pytest.raises(ZeroDivisionError):
         trainer(plot, limit_val_batches=0).fit(Manual(fail_at=4), Data())
@@ -100,7 +114,7 @@ def test_an_interrupted_run_leaves_a_picture_of_all_it_saw() -> None:
     assert logged(plot)["train/loss"]["values"] == [1, 2, 3]
 
 
-def test_validation_alone_and_rehearsals_leave_the_picture_of_the_run_alone() -> None:
+def test_validation_alone_and_fast_dev_run_do_not_change_the_image() -> None:
     module = Automatic()
     trainer(StatsPlot()).validate(module, Data(), verbose=False)
     trainer(StatsPlot(), fast_dev_run=True).fit(module, Data())

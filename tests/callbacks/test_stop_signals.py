@@ -1,4 +1,4 @@
-"""Signals ask for a stop; a second Ctrl-C insists on it. On several processes: prove/stop_signals.py."""
+"""Signals request a stop; a second Ctrl-C stops at once. Several processes: prove/stop_signals.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def signals() -> Iterator[StopSignals]:
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SIGTERMException)])
-def test_a_signal_asks_for_a_stop(signals: StopSignals, number: signal.Signals, raised: type[BaseException]) -> None:
+def test_a_signal_requests_a_stop(signals: StopSignals, number: signal.Signals, raised: type[BaseException]) -> None:
     assert signals.agreed(ALONE) == 0
     signal.raise_signal(number)  # and nothing happens here
     assert signals.agreed(ALONE) == number
@@ -49,7 +49,7 @@ def test_a_second_ctrl_c_stops_at_once(signals: StopSignals, monkeypatch: pytest
         signal.raise_signal(signal.SIGINT)
 
 
-def test_the_signals_are_given_back(signals: StopSignals) -> None:
+def test_the_signal_handlers_are_restored(signals: StopSignals) -> None:
     signals.release()
     ours = [signal.getsignal(number) for number in BOTH]
     signals.take_charge()
@@ -60,7 +60,7 @@ def test_the_signals_are_given_back(signals: StopSignals) -> None:
     assert [signal.getsignal(number) for number in BOTH] == ours
 
 
-def test_a_new_run_begins_without_the_stop_of_the_last(signals: StopSignals) -> None:
+def test_a_new_run_forgets_the_stop_of_the_last_run(signals: StopSignals) -> None:
     signal.raise_signal(signal.SIGTERM)
     signals.release()
     signals.take_charge()

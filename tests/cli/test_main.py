@@ -1,4 +1,4 @@
-"""`rlchat fit|validate|test|predict` as somebody types them: what works, and what is said where it does not."""
+"""`rlchat fit|validate|test|predict` on the command line: results, files and error messages."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def here(workplace: Path) -> Path:
     return workplace
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one sentence that a command answers with; it has to fail, and to say no more than that."""
+def error_message(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The error message of a command, which must fail with exactly one sentence on stderr."""
     capsys.readouterr()
     assert main(words) == 2, words
     out, err = capsys.readouterr()
@@ -97,10 +97,8 @@ def metrics(run: Path, name: str) -> list[float]:
         (["--config", "nope"], r"no file and no recipe named 'nope'; the recipes are demo/ppo"),
     ],
 )
-def test_an_option_that_cannot_be(
-    words: list[str], answer: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert re.search(f"^rlchat: {answer}", complaint(capsys, *SMOKE, *words))
+def test_an_invalid_option(words: list[str], answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(f"^rlchat: {answer}", error_message(capsys, *SMOKE, *words))
 
 
 def factor(text: str) -> str:
@@ -151,14 +149,14 @@ def factor(text: str) -> str:
         ),
         (
             factor("{class_path: rlchat.LearnedQuality, init_args: {bundle: no.pt}}"),
-            r"no.pt: no such model; train one with `rlchat demo` or `rlchat fit`, or give its path$",
+            r"no.pt: no such model file; train one with `rlchat demo` or `rlchat fit`, or fix the path$",
         ),
         ("model: [1, 2\n", r"mine.yaml:2: not YAML"),
     ],
 )
-def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_configuration(text: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "mine.yaml").write_text(text)
-    assert re.search(f"^rlchat: {answer}", complaint(capsys, "fit", "--config", "mine.yaml"))
+    assert re.search(f"^rlchat: {answer}", error_message(capsys, "fit", "--config", "mine.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
         (["--best_model.folder", "talk.jsonl/x"], r"best_model.folder talk.jsonl/x: cannot be written \(Not a dir"),
         (["--model.base_model", "no-such-folder/model"], r"base_model no-such-folder/model is neither a folder nor"),
         (["--model.base_model", "."], r"base_model .: the folder holds no model"),
-        (["--model.base_model", "{model_type: foo}"], r"base_model: model_type 'foo' is no family of transformers"),
+        (["--model.base_model", "{model_type: foo}"], r"base_model: unknown model_type 'foo'; expected a model family"),
         (["--model.base_model", "{model_type: llama, hidden_sice: 8}"], r"base_model: llama has no option 'hidden_si"),
         (["--model.tiktoken_encoding", "foo"], r"unknown encoding 'foo'; choose one of rlchat_1k, gpt2"),
         (["--model.tiktoken_encoding", "no.tiktoken"], r"no.tiktoken: no such rank file; give its path, or make one"),
@@ -204,35 +202,35 @@ def test_a_configuration_that_cannot_be(text: str, answer: str, here: Path, caps
             ["--model.tiktoken_encoding", "cl100k_base"],
             r"the encoding cl100k_base is not on this machine.*TIKTOKEN_",
         ),
-        (["--model.max_new_tokens", "96"], r"max_new_tokens 96 leaves no room for a prompt in max_length 96; lower it"),
-        (["--model.temperature", "0"], r"temperature 0.0: rollouts are sampled, it must be above 0"),
-        (["--model.clip_eps", "-1"], r"clip_eps is -1.0; it must be 0 or more"),
-        (["--model.minibatches", "0"], r"minibatches is 0; it must be at least 1"),
-        (["--model.learning_rate", "-1"], r"learning_rate is -1.0; it must be 0 or more"),
-        (["--data.batch_size", "0"], r"data.batch_size is 0; it must be at least 1"),
+        (["--model.max_new_tokens", "96"], r"invalid value 96 for max_new_tokens: it leaves no room"),
+        (["--model.temperature", "0"], r"invalid value 0.0 for temperature: expected a number from 1e-6"),
+        (["--model.clip_eps", "-1"], r"invalid value -1.0 for clip_eps: expected a number of at least 0"),
+        (["--model.minibatches", "0"], r"invalid value 0 for minibatches: expected an integer of at least 1"),
+        (["--model.learning_rate", "-1"], r"invalid value -1.0 for learning_rate: expected a number of at l"),
+        (["--data.batch_size", "0"], r"invalid value 0 for data.batch_size: expected an integer of at least 1"),
         (["--data.val_fraction", "2"], r"data.val_fraction 2.0 and data.test_fraction 0.05 leave nothing to train on"),
         (
             ["--data.lang", "fr", "--data.path", "tree.jsonl"],
             r"no usable conversation in tree.jsonl: .*1 trees in an",
         ),
-        (["--model.init_from", "m.pt"], r"init_from m.pt brings its own backbone; set --model.base_model null"),
+        (["--model.init_from", "m.pt"], r"base_model and init_from m.pt exclude each other, .*_model null"),
         (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; specify a file, or `best` or `last`"),
         (["--ckpt_path", "best"], r"no best.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
         (["--ckpt_path", "last"], r"no last.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
         (["--ckpt_path", "talk.jsonl"], r"talk.jsonl: (damaged, or not a checkpoint|contains something other)"),
     ],
 )
-def test_what_cannot_be_trained(
+def test_an_invalid_value_of_a_valid_option(
     words: list[str], answer: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for place in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.setenv(place, str(here / "nothing"))
     monkeypatch.setattr("tiktoken.load.read_file", unreachable)
-    monkeypatch.setattr("rlchat.models.backbones.AutoConfig.from_pretrained", offline(words))
+    monkeypatch.setattr("rlchat.models.base_models.AutoConfig.from_pretrained", offline(words))
     message = {"message_id": "1", "text": "Bonjour", "role": "prompter", "lang": "fr", "replies": []}
     tree = {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": {**message, "lang": "de"}}
     (here / "tree.jsonl").write_text(json.dumps(tree) + "\n")
-    assert re.search(f"^rlchat: {answer}", complaint(capsys, *SMOKE, *words))
+    assert re.search(f"^rlchat: {answer}", error_message(capsys, *SMOKE, *words))
 
 
 def unreachable(*_: Any) -> bytes:
@@ -257,17 +255,17 @@ def offline(words: list[str]) -> Any:
     [
         ('{"messages": [', r"not JSON"),
         ('{"foo": 1}', r"no known format: it has the keys \['foo'\]"),
-        ('{"text": 5}', r"text is not a string but 5"),
+        ('{"text": 5}', r"text is not a string: got 5"),
         ('{"text": "a\\u0000b"}', r"text holds a NUL character"),
         ('{"text": "  "}', r".*empty"),
         ('["text"]', r".*not an object|.*object"),
     ],
 )
-def test_a_line_that_cannot_be_read(line: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_line_of_data(line: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (here / "talk.jsonl").open("a") as file:
         file.write(line + "\n")
-    said = complaint(capsys, *SMOKE)
-    assert re.search(rf"^rlchat: talk.jsonl:13: ({answer}).*; fix the line or set data.on_bad_line=skip$", said)
+    message = error_message(capsys, *SMOKE)
+    assert re.search(rf"^rlchat: talk.jsonl:13: ({answer}).*; fix the line or set data.on_bad_line=skip$", message)
     rlchat(*SMOKE, "--data.on_bad_line", "skip", "--trainer.fast_dev_run=1")
 
 
@@ -286,26 +284,26 @@ def test_a_path_with_a_number_sign_is_not_a_yaml_comment(words: list[str], expec
     assert cli.with_recipes(["fit", *words]) == ["fit", *expected]
 
 
-def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no data is given; name a file of conversations with --data.path FILE" in complaint(
+def test_missing_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no data file is given; pass a file of conversations with --data.path FILE" in error_message(
         capsys, "fit", "--config", "smoke"
     )
-    assert re.search(r"no.jsonl: .*; give a data file", complaint(capsys, *SMOKE, "--data.path", "no.jsonl"))
+    assert re.search(r"no such data file: no.jsonl; ", error_message(capsys, *SMOKE, "--data.path", "no.jsonl"))
     (here / "empty.jsonl").touch()
-    said = complaint(capsys, *SMOKE, "--data.path", "empty.jsonl")
-    assert re.search(r"no usable conversation in empty.jsonl: .* from 0 lines; check that", said)
+    message = error_message(capsys, *SMOKE, "--data.path", "empty.jsonl")
+    assert re.search(r"no usable conversation in empty.jsonl: .* from 0 lines; check that", message)
 
 
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--model.init_from", "no.pt"], r"no.pt: no such model; train one with"),
+        (["--model.init_from", "no.pt"], r"no.pt: no such model file; train one with"),
         (["--model.init_from", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
         (["--model.init_from", "half.pt"], r"half.pt: (damaged|holds something other)"),
-        (["--model.init_from", "other.pt"], r"other.pt: not a bundle of rlchat"),
-        (["--model.init_from", "checkpoints/reward_model.pt"], r".*the bundle of a reward model, where that of a chat"),
+        (["--model.init_from", "other.pt"], r"other.pt: not a model file of rlchat"),
+        (["--model.init_from", "checkpoints/reward_model.pt"], r".*: contains a reward model, expected a chat model"),
         (["--model.tiktoken_encoding", "mine.tiktoken"], r".* was trained with the encoding rlchat_1k, not mine.tikto"),
-        (["--model.max_length", "4096"], r"max_length 4096 is more than the 64 of init_from checkpoints/sft_model.pt"),
+        (["--model.max_length", "4096"], r"invalid value 4096 for max_length: the model file \S+ has 64"),
         (
             ["--ckpt_path", "checkpoints/sft_model.pt"],
             r"checkpoints/sft_model.pt: not a checkpoint of a run.*init_",
@@ -315,7 +313,7 @@ def test_data_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["--ckpt_path", "reward.ckpt", "--model.init_from", "wide.pt"], r"ckpt_path: .* model of another shape"),
     ],
 )
-def test_a_model_that_does_not_fit(
+def test_a_model_file_or_checkpoint_that_does_not_match(
     words: list[str], answer: str, here: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(trained / "checkpoints", here / "checkpoints")
@@ -331,8 +329,8 @@ def test_a_model_that_does_not_fit(
         rlchat("fit", "--config", "demo/sft", "--data.path", "talk.jsonl", *TINY[2:], "--trainer.max_epochs=1",
                "--model.base_model", json.dumps(wide), "--best_model.folder", "wide")  # fmt: skip
         shutil.copy("wide/sft_model.pt", "wide.pt")
-    said = complaint(capsys, "fit", "--config", "demo/reward", "--data.path", "talk.jsonl", *words)
-    assert re.search(f"^rlchat: {answer}", said)
+    message = error_message(capsys, "fit", "--config", "demo/reward", "--data.path", "talk.jsonl", *words)
+    assert re.search(f"^rlchat: {answer}", message)
     assert not (here / "executed").exists()
 
 
@@ -363,7 +361,7 @@ def test_a_bare_command_lists_the_recipes(command: str, capsys: pytest.CaptureFi
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "fti").startswith(
+    assert error_message(capsys, "fti").startswith(
         "rlchat: unknown command 'fti'; choose one of demo, fit, validate, test,"
     )
 
@@ -377,7 +375,7 @@ def test_help_of_a_command(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "the ratio is clipped to 1 ± this" in capsys.readouterr().out
 
 
-# ---- what is given is what is used -----------------------------------------------------------------------------------
+# ---- how options combine ---------------------------------------------------------------------------------------------
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -386,7 +384,9 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_flags_overrule_and_later_configurations_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_override_configurations_and_later_configurations_override_earlier_ones(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "mine.yaml").write_text("model: {init_args: {clip_eps: 0.3, temperature: 0.9}}\ndata: {batch_size: 3}\n")
     config = printed(capsys, "fit", "--config", "smoke", "--config=mine.yaml", "--model.clip_eps", "0.1")
     init_args = config["model"]["init_args"]
@@ -409,7 +409,7 @@ def test_one_data_file_or_several(words: list[str], path: Any, here: Path, capsy
     assert printed(capsys, "fit", "--config", "smoke", *words)["data"]["path"] == path
 
 
-def test_callbacks_of_the_user_come_on_top(here: Path) -> None:
+def test_callbacks_of_the_user_are_added_to_ours(here: Path) -> None:
     (here / "watch.py").write_text(
         "from lightning.pytorch.callbacks import Callback\nclass Watch(Callback):\n    seen = 0\n"
         "    def on_train_batch_end(self, *_):\n        Watch.seen += 1\n"
@@ -423,14 +423,14 @@ def test_callbacks_of_the_user_come_on_top(here: Path) -> None:
     assert (here / "checkpoints" / "rl_chat_model_tiktoken.pt").is_file()
 
 
-def test_a_progress_bar_of_the_user_takes_the_place_of_ours(here: Path) -> None:
+def test_a_progress_bar_of_the_user_replaces_ours(here: Path) -> None:
     words = [*SMOKE, "--trainer.fast_dev_run=1"]
     other = cli.run([*words, "--trainer.callbacks=TQDMProgressBar"]).trainer
     assert type(other.progress_bar_callback).__name__ == "TQDMProgressBar"
     assert cli.run([*words, "--trainer.enable_progress_bar=false"]).trainer.progress_bar_callback is None
 
 
-def test_a_rehearsal_leaves_nothing(here: Path) -> None:
+def test_fast_dev_run_leaves_no_files(here: Path) -> None:
     rlchat(*SMOKE, "--trainer.fast_dev_run=1")
     assert [path.name for path in here.iterdir()] == ["talk.jsonl"]
 
@@ -453,12 +453,12 @@ def test_a_reward_of_the_users_own(here: Path) -> None:
     assert rows(here / "replies.jsonl")[0]["factors"]["polite"] == 0.5
 
 
-# ---- a run and what is made of it ------------------------------------------------------------------------------------
+# ---- the files of a run ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `smoke` ran on ``talk.jsonl``; copy it to go on from there."""
+    """A folder in which `smoke` ran on ``talk.jsonl``; copy it to continue from there."""
     folder = tmp_path_factory.mktemp("ran")
     write_talk(folder / "talk.jsonl")
     with pytest.MonkeyPatch.context() as patch:
@@ -475,7 +475,7 @@ def after(ran: Path, here: Path) -> Path:
     return here
 
 
-def test_a_run_leaves_all_its_traces_in_one_folder(after: Path) -> None:
+def test_a_run_writes_all_its_logs_to_one_folder(after: Path) -> None:
     left = {path.name.partition(".tfevents")[0] for path in RUN.iterdir()}
     names = "events.out metrics.csv hparams.yaml config.yaml samples.jsonl rollouts.jsonl checkpoints"
     assert left == set(names.split())
@@ -512,10 +512,10 @@ def test_validate_and_test_take_the_runs_own_configuration(after: Path, capsys: 
     assert "DataLoader" not in out
     rlchat("test", "--ckpt_path", "last", "--verbose", "false")
     assert "perplexity" not in capsys.readouterr().out
-    assert metrics(Path("lightning_logs/ppo/version_2"), "test/perplexity") != []
+    assert metrics(Path("lightning_logs/ppo_test/version_0"), "test/perplexity") != []
 
 
-def test_best_and_last_are_of_the_newest_run_wherever_it_keeps_its_logs(
+def test_best_and_last_are_of_the_newest_run_wherever_its_logs_are(
     after: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest run used another logger, or another folder; each command says which checkpoint it loads."""
@@ -534,11 +534,11 @@ def test_best_and_last_are_of_the_newest_run_wherever_it_keeps_its_logs(
 
 def test_validate_without_its_configuration(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(RUN / "checkpoints" / "best.ckpt", "best.ckpt")
-    said = complaint(capsys, "validate", "--ckpt_path", "best.ckpt")
-    assert "best.ckpt: the configuration of its run was not found; set --config" in said
+    message = error_message(capsys, "validate", "--ckpt_path", "best.ckpt")
+    assert "best.ckpt: the configuration of its run was not found; set --config" in message
 
 
-def test_a_finished_run_says_that_nothing_is_left(after: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_a_complete_run_says_so(after: Path, caplog: pytest.LogCaptureFixture) -> None:
     rlchat("fit", "--ckpt_path", "last")
     assert "resuming from lightning_logs/ppo/version_0/checkpoints/last.ckpt" in caplog.text
     assert "the run is already complete after 1 epochs; raise --trainer.max_epochs to continue it" in caplog.text
@@ -557,12 +557,12 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
         assert reply["reward"] == pytest.approx(sum(reply["factors"].values()))
         assert {"quality_similarity", "missing_end"} < set(reply["factors"])
 
-    said = complaint(capsys, *words, "--data.predict_path", "prompts.txt")
-    assert "replies.jsonl already exists; set another --predictions.path, or --predictions.overwrite true" in said
+    message = error_message(capsys, *words, "--data.predict_path", "prompts.txt")
+    assert "replies.jsonl already exists; set another --predictions.path, or --predictions.overwrite true" in message
     assert rows(after / "replies.jsonl") == replies
 
-    said = [{"content": "Hi"}, {"content": "Hello!"}, {"content": "Why?"}]
-    prompts = [{"prompt": "Hi"}, {"messages": said}, {"prompt": "Hi"}]
+    turns = [{"content": "Hi"}, {"content": "Hello!"}, {"content": "Why?"}]
+    prompts = [{"prompt": "Hi"}, {"messages": turns}, {"prompt": "Hi"}]
     (after / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     rlchat(*words, "--data.predict_path", "prompts.jsonl", "--predictions.overwrite", "true")
     asked = [[m["content"] for m in reply["messages"]] for reply in rows(after / "replies.jsonl")]
@@ -570,11 +570,11 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
 
 
 def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = complaint(capsys, "predict", "--ckpt_path", "best")
-    assert "no prompts are given; name a file of prompts with --data.predict_path FILE" in said
-    assert "no.txt" in complaint(capsys, "predict", "--ckpt_path", "best", "--data.predict_path", "no.txt")
-    said = complaint(capsys, "predict", "--config", str(newest(trained, "reward") / "config.yaml"))
-    assert "RewardModelModule does not generate responses; set --config to the configuration of a chat model" in said
+    message = error_message(capsys, "predict", "--ckpt_path", "best")
+    assert "no prompts are given; pass a file of prompts with --data.predict_path FILE" in message
+    assert "no.txt" in error_message(capsys, "predict", "--ckpt_path", "best", "--data.predict_path", "no.txt")
+    message = error_message(capsys, "predict", "--config", str(newest(trained, "reward") / "config.yaml"))
+    assert "RewardModelModule does not generate responses; set --config to the configuration of a chat model" in message
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ class CtrlC(Callback):
 
 
 def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stopped in the second of four iterations and resumed, a run comes to what the uninterrupted one came to."""
+    """Stopped in the second of four iterations and resumed, a run ends with the weights of the uninterrupted one."""
     (after / "ctrl_c.py").write_text(CTRL_C)
     (after / "stop").touch()
     handler = signal.getsignal(signal.SIGINT)
@@ -633,7 +633,7 @@ def test_ctrl_c_in_a_stage_that_lightning_optimizes(here: Path) -> None:
     assert stopped + resumed == whole
 
 
-def test_a_run_that_is_terminated_can_go_on(here: Path) -> None:
+def test_a_run_stopped_by_sigterm_can_be_resumed(here: Path) -> None:
     (here / "terminated.py").write_text(CTRL_C.replace("SIGINT", "SIGTERM"))
     (here / "stop").touch()
     assert main([*SMOKE, "--trainer.callbacks+=terminated.CtrlC"]) == 143
@@ -653,7 +653,7 @@ def test_ctrl_c_before_the_first_batch(here: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "\nrlchat: stopped\n"
 
 
-# ---- the words of others ---------------------------------------------------------------------------------------------
+# ---- errors of users' code and of libraries --------------------------------------------------------------------------
 
 
 def test_an_error_in_a_users_own_code_keeps_its_traceback(here: Path) -> None:
@@ -666,7 +666,7 @@ def test_an_error_in_a_users_own_code_keeps_its_traceback(here: Path) -> None:
         main(["fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]])
 
 
-def test_a_sentence_inside_what_a_library_wrapped_around_it() -> None:
+def test_a_user_error_is_found_inside_the_error_of_a_library() -> None:
     error = RuntimeError("wrapped")
     error.__cause__ = UserError("no such thing; make one")
     assert str(cli.user_error_in(error)) == "no such thing; make one"
@@ -675,7 +675,7 @@ def test_a_sentence_inside_what_a_library_wrapped_around_it() -> None:
     assert "another process" in str(cli.user_error_in(RuntimeError("gloo: Connection closed by peer [127.0.0.1]")))
 
 
-def test_one_batch_is_not_all_of_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_1_means_one_batch(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some versions of other libraries make `typing` list float first, and 1 would become 1.0."""
     annotations = cli.L.Trainer.__init__.__annotations__
     monkeypatch.setitem(annotations, "limit_train_batches", float | int | None)

@@ -65,7 +65,7 @@ def test_a_suggestion_is_an_option_of_the_class() -> None:
     assert error("--model.max_grad_norm=1", model="rlchat.SFTModule").endswith("mean --trainer.gradient_clip_val?")
 
 
-def test_every_alias_leads_to_an_option_and_is_none_itself() -> None:
+def test_every_alias_leads_to_an_option_and_is_not_an_option_itself() -> None:
     assert {f"--{option}" for options in ALIASES.values() for option in options} <= OPTIONS
     # PPO's own name for an option that the other stages have in the trainer.
     assert set(ALIASES) & {option.rpartition(".")[2].lstrip("-") for option in OPTIONS} == {"max_grad_norm"}
@@ -78,12 +78,12 @@ def test_an_alias_in_a_file_is_written_as_in_a_file(tmp_path: Path) -> None:
     assert said == "model.cliprange: no such option of PPOModule; did you mean model.clip_eps?"
 
 
-def test_a_flag_goes_before_the_class_that_a_file_names(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_class_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("model: {class_path: rlchat.PPOModule}\n")
     words = ["fit", "--config", str(path), "--model", "rlchat.SFTModule", "--model.clip_eps=1"]
     assert str(explain(words, GROUPS, OPTIONS, "")).startswith("--model.clip_eps: no such option of SFTModule")
 
 
-def test_what_no_setting_explains_is_said_in_the_words_of_the_parser() -> None:
+def test_other_errors_keep_the_message_of_the_parser() -> None:
     assert error("--model.clip_eps", "0.1", "--trainer.max_epochs=2") == "what the parser says"

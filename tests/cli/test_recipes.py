@@ -1,4 +1,4 @@
-"""The shipped configurations: each can be parsed, shows options that exist, and no option is there for nothing."""
+"""The shipped configurations: each parses, shows only options that exist, and every option has an effect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
 SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
-"""These have no model: they go over another recipe."""
+"""These have no model: they extend another recipe."""
 NAMES = ["demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", *SCALE, "sft", "smoke"]
 MODULES = [SFTModule, RewardModelModule, PPOModule]
 CALLBACKS = {
@@ -73,7 +73,7 @@ def test_the_recipes() -> None:
     assert sorted(recipes()) == NAMES
 
 
-def test_a_file_goes_before_a_recipe_of_that_name(workplace: Path) -> None:
+def test_a_file_takes_precedence_over_a_recipe_of_that_name(workplace: Path) -> None:
     assert find_recipe("smoke") == recipes()["smoke"]
     (workplace / "smoke").write_text("seed_everything: 1\n")
     assert find_recipe("smoke") == Path("smoke")
@@ -84,7 +84,7 @@ def test_neither_file_nor_recipe() -> None:
         find_recipe("demo/pop")
 
 
-def test_the_list_says_of_each_what_it_is() -> None:
+def test_the_list_describes_each_recipe() -> None:
     lines = describe_recipes().splitlines()
     assert [line.split()[:2] for line in lines] == [["--config", name] for name in NAMES]
     assert all(len(line.split()) > 5 for line in lines)
@@ -100,7 +100,7 @@ def test_the_list_says_of_each_what_it_is() -> None:
         ("a: \0\n", "mine.yaml: cannot be read as YAML"),
     ],
 )
-def test_a_file_that_holds_no_options(text: str, complaint: str, tmp_path: Path) -> None:
+def test_a_file_without_options(text: str, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=complaint):
@@ -111,7 +111,7 @@ def test_a_file_that_holds_no_options(text: str, complaint: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_option_shown_is_one_and_has_the_value_shown(
+def test_every_option_in_a_recipe_exists_and_takes_effect(
     name: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rlchat("fit", *(["--config", "ppo"] if name in SCALE else []), "--config", name, "--print_config")
@@ -136,7 +136,7 @@ def test_recipes_for_real_work_show_every_option(name: str) -> None:
     module = import_object(shown["model"]["class_path"])
     assert set(shown["model"]["init_args"]) == options_of(module)
     assert set(shown["data"]) == options_of(OASST2DataModule)
-    # The reward model says nothing, so there is nothing to sample or to predict.
+    # A reward model generates no text, so it has no samples or predictions.
     groups = {"best_model", "stats_plot"}
     groups |= set() if name == "reward" else {"sample_responses", "predictions"}
     groups |= {"alarms", "rollout_log"} if name == "ppo" else set()
@@ -166,7 +166,7 @@ def test_every_option_is_read_by_something(cls: type) -> None:
     assert not missing
 
 
-def test_an_option_that_is_only_kept_is_not_read() -> None:
+def test_an_option_that_is_only_stored_is_not_read() -> None:
     class Idle:
         def __init__(self, kept: int, kept_for_others: int, read: int, used: int = 0) -> None:
             """All of kept, read and used."""
@@ -203,7 +203,7 @@ def is_read(cls: type, option: str) -> bool:
             stored.add(node.value)
     for node in ast.walk(tree):
         used |= is_name(node, option) and node not in stored
-    if "save_hyperparameters" in source:
+    if "save_hyperparameters" in source or ".of(locals())" in source:  # typed options have a field of that name
         kept_as.add(option)
     return used or bool(kept_as & (attributes_read(tree) | package_attributes()))
 
@@ -232,8 +232,10 @@ def package_attributes() -> set[str]:
 
 @pytest.mark.parametrize("name", SCALE)
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_scale_goes_over_a_recipe(name: str, stage: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It says where the run takes place, and nothing of what is trained."""
+def test_a_scale_recipe_extends_another_recipe(
+    name: str, stage: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It sets where the run takes place, and does not change what is trained."""
     assert set(content(name)) == {"trainer"}
     assert set(content(name)["trainer"]) == {"accelerator", "devices", "num_nodes", "strategy"}
     rlchat("fit", "--config", stage, "--config", name, "--print_config")
@@ -243,8 +245,8 @@ def test_scale_goes_over_a_recipe(name: str, stage: str, workplace: Path, capsys
     assert_holds(printed["trainer"]["max_epochs"], content(stage)["trainer"]["max_epochs"], stage)
 
 
-def test_the_batch_script_is_one(tmp_path: Path) -> None:
-    """SLURM's own part cannot be run here; that the shell can read it, and that it names recipes, can be seen."""
+def test_the_batch_script_parses_and_matches_its_recipe(tmp_path: Path) -> None:
+    """SLURM is not available here, so the test checks the shell syntax, the resources and the names of recipes."""
     script = FOLDER / "scale" / "slurm.sbatch"
     subprocess.run(["bash", "-n", script], check=True, timeout=30)
     asked = re.findall(r"^#SBATCH --(nodes|ntasks-per-node)=(\d+)", script.read_text(encoding="utf-8"), re.MULTILINE)

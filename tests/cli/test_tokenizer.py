@@ -1,4 +1,4 @@
-"""`rlchat tokenizer train`: what it learns from, what it writes, and what it refuses."""
+"""`rlchat tokenizer train`: training data, output and error messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train(data: Path | list[Path], output: Path, vocab_size: int | str = 260, *o
 
 
 @pytest.fixture
-def learned_from(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the texts that training gets."""
     texts: Counter[str] = Counter()
     real = tokenizer_cli.train_ranks
@@ -48,7 +48,7 @@ def oasst(text: str, role: str, *replies: dict[str, Any], **more: Any) -> dict[s
     return {"text": text, "role": role, "lang": "en", "replies": list(replies), **more}
 
 
-def test_every_message_is_learned_from_once(tmp_path: Path, learned_from: Counter[str]) -> None:
+def test_every_message_is_used_once(tmp_path: Path, trained_on: Counter[str]) -> None:
     # "sure" is said in three places; "why" and what it replies to stand in several threads and prompts.
     last = oasst("bye", "prompter", oasst("sure", "assistant"), oasst("see you", "assistant"))
     tree = oasst("hi", "prompter", oasst("why", "assistant", last), oasst("sure", "assistant"), message_id="m")
@@ -57,26 +57,26 @@ def test_every_message_is_learned_from_once(tmp_path: Path, learned_from: Counte
     data = write_rows(tmp_path / "data.jsonl", {"prompt": tree}, pair, talk, {"text": "alone"})
     assert train(data, tmp_path / "mine.tiktoken") == 0
     once = ("hi", "why", "bye", "see you", "pick one", "good", "bad", "ask", "alone")
-    assert learned_from == {"sure": 3, **dict.fromkeys(once, 1)}
+    assert trained_on == {"sure": 3, **dict.fromkeys(once, 1)}
 
 
-def test_plain_text_is_learned_from_by_paragraph(tmp_path: Path, learned_from: Counter[str]) -> None:
+def test_plain_text_is_used_by_paragraph(tmp_path: Path, trained_on: Counter[str]) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffOne\r\n\r\n  two\nThrée\n\n\nfour".encode())
     (tmp_path / "b.txt").write_bytes(b"\n  \nfive\n")
     rows = write_rows(tmp_path / "c.jsonl", {"text": "six"})
     assert train([tmp_path / "a.txt", rows, tmp_path / "b.txt"], tmp_path / "mine.tiktoken") == 0
-    assert learned_from == dict.fromkeys(("One\r\n\r\n  two\n", "Thrée\n\n\n", "four", "five\n", "six"), 1)
+    assert trained_on == dict.fromkeys(("One\r\n\r\n  two\n", "Thrée\n\n\n", "four", "five\n", "six"), 1)
 
 
-def test_languages(tmp_path: Path, learned_from: Counter[str]) -> None:
+def test_languages(tmp_path: Path, trained_on: Counter[str]) -> None:
     trees = [oasst(text, "prompter", message_id=text, lang=lang) for text, lang in (("hello", "en"), ("hola", "es"))]
     data = write_rows(tmp_path / "data.jsonl", *({"prompt": tree} for tree in trees))
     for number, (options, expected) in enumerate(
         [((), {"hello"}), (("--lang", "es"), {"hola"}), (("--lang", "any"), {"hello", "hola"})]
     ):
-        learned_from.clear()
+        trained_on.clear()
         assert train(data, tmp_path / f"{number}.tiktoken", 256, *options) == 0
-        assert set(learned_from) == expected
+        assert set(trained_on) == expected
 
 
 def test_the_numbers_that_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +97,7 @@ def test_the_numbers_that_it_prints(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [tokenizer.token_bytes(token) for token in tokenizer.encode("abab")] == [b"ab", b"ab"]
 
 
-def test_fewer_tokens_than_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_tokens_than_requested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text("abc")  # ab, abc
     assert train(tmp_path / "data.txt", tmp_path / "mine.tiktoken", 5000) == 0
     assert "258 tokens (the data has no more pairs), trained" in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_the_demo_corpus_gzipped(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(tokenizer.encode(" the")) == 1
 
 
-def test_an_output_that_is_there_stays_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_output_is_kept_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text("abab")
     output = tmp_path / "mine.tiktoken"
     output.write_text("precious")
@@ -156,7 +156,7 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "skipped 1 bad line" in capsys.readouterr().err
 
 
-def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text("abab")
     assert train(tmp_path / "data.txt", tmp_path / "mine.json") == 2
     assert "must end in .tiktoken" in capsys.readouterr().err

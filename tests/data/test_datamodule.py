@@ -546,6 +546,7 @@ def test_overfit_batches_sees_the_same_rows_in_every_epoch(tmp_path: Path, byte_
     fit(data, model, overfit_batches=2, max_epochs=2, val_check_interval=1.0)
     assert len(model.seen) == 4
     assert [ids for _, ids in model.seen[:2]] == [ids for _, ids in model.seen[2:]]
+    assert [len(ids) for _, ids in model.seen] == [data.batch_size] * 4
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from rlchat.data import jsonl
 from rlchat.data.jsonl import BadLineError, LineReport, decode_line, parse_object, take_lines
 from rlchat.errors import UserError
 
@@ -135,7 +134,7 @@ def test_progress_bar_shows_only_when_reading_takes_long(
     monkeypatch.setenv("FORCE_COLOR", "1")
     read(path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(jsonl, "_SECONDS_BEFORE_PROGRESS", 0.0)
+    monkeypatch.setattr("rlchat.utils.progress.PROGRESS_AFTER_SECONDS", 0.0)
     read(path, progress=False)
     assert capsys.readouterr().err == ""
     read(path)

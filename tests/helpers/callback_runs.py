@@ -59,7 +59,7 @@ class Automatic(L.LightningModule):
 
 
 class Manual(Automatic):
-    """Takes three optimizer steps a batch, as PPO does."""
+    """Takes three optimizer steps per batch, as PPO does."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         super().__init__(fail_at)
@@ -86,7 +86,7 @@ class FixedReward:
 
 
 class Chatty(Automatic):
-    """Answers every prompt with ``NASTY``, and reports whether anything was recorded for a gradient."""
+    """Responds to every prompt with ``NASTY``, and checks that no gradient is recorded."""
 
     def __init__(self, judged: bool = True) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Data(L.LightningDataModule):
 
 
 def trainer(*callbacks: L.Callback, epochs: int = 2, **options: Any) -> L.Trainer:
-    """Four batches an epoch, a validation after each second one."""
+    """Four batches per epoch, with a validation after every second one."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "max_epochs": epochs,

@@ -1,4 +1,4 @@
-"""For tests: the command line in this process, and small data and models to give it."""
+"""The command line in this process, with small data and models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPE = {
     "num_hidden_layers": 1,
     "num_attention_heads": HEADS,
 }
-# A model that is made and trained in a moment, in place of the recipe's own.
+# A tiny model that trains in a moment, instead of the recipe's.
 TINY = ["--model.base_model", json.dumps(SHAPE), "--model.tiktoken_encoding", "rlchat_1k", "--model.max_length", "64"]
 # Two batches and one validation of a recipe.
 BRIEF = [
@@ -31,12 +31,12 @@ BRIEF = [
 
 
 def rlchat(*words: str) -> None:
-    """Runs a command that has to succeed."""
+    """Runs a command that must succeed."""
     assert main(words) == 0, words
 
 
 def write_talk(path: Path, count: int = 12) -> Path:
-    """``count`` conversations with an opening each, so that each is a tree."""
+    """``count`` conversations with different first messages, so that each is a tree."""
     rows = [
         {"messages": [{"content": f"What comes after {n}?"}, {"content": f"It is {n + 1}."}], "quality": 0.9}
         for n in range(count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -332,7 +333,7 @@ def main() -> int:
     """Runs all cells; returns 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
-    parser.add_argument("--only", default="", help="only options that contain this text")
+    parser.add_argument("--only", default="", help="only options that match this regular expression")
     options = parser.parse_args()
     out = options.out.resolve() if options.out else None
     table: dict[Option, dict[str, Outcome]] = {}
@@ -341,7 +342,7 @@ def main() -> int:
         prepared.mkdir()
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
         prepare(prepared)
-        chosen = [option for option in OPTIONS if options.only in " ".join((option.command, *option.words))]
+        chosen = [o for o in OPTIONS if re.search(options.only, " ".join((o.command, *o.words)))]
         for option in chosen:
             table[option] = {stage: run_cell(option, stage, prepared) for stage in STAGES}
             row = "  ".join(f"{stage}: {table[option][stage].kind}" for stage in STAGES)

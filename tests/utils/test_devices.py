@@ -1,4 +1,4 @@
-"""Where a model computes, and with what numbers."""
+"""The default device and number format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlchat.utils.devices import choose_dtype
     ("device", "has_bfloat16", "expected"),
     [("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float32)],
 )
-def test_bfloat16_where_cuda_computes_with_it(
+def test_bfloat16_where_cuda_supports_it(
     device: str, has_bfloat16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bfloat16)
@@ -21,6 +21,6 @@ def test_bfloat16_where_cuda_computes_with_it(
     assert choose_dtype("float16", torch.device(device)) == torch.float16
 
 
-def test_a_dtype_that_is_none() -> None:
+def test_an_unknown_dtype() -> None:
     with pytest.raises(UserError, match="invalid dtype 'int8': expected one of float32, bfloat16, float16"):
         choose_dtype("int8", torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and never over what somebody else left."""
+"""Atomic writes, and renaming of files that would be overwritten."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlchat.utils.files import set_aside, write_atomically
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)], ids=oct)
-def test_files_have_the_mode_that_others_would_have(tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_have_the_usual_mode(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         write_atomically(tmp_path / "file", lambda file: file.write(b"words"))
@@ -23,7 +23,7 @@ def test_files_have_the_mode_that_others_would_have(tmp_path: Path, umask: int, 
     assert (tmp_path / "file").read_bytes() == b"words"
 
 
-def test_what_is_set_aside_is_never_lost(tmp_path: Path) -> None:
+def test_renamed_files_are_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     for content in (b"1", b"2", b"3"):
         path.write_bytes(content)

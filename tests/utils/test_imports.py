@@ -1,4 +1,4 @@
-"""Imports without the garbage collector, and a collector that works again afterwards."""
+"""Imports without the garbage collector, which works again afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _as_before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("was_on", [True, False])
-def test_the_collector_rests_and_goes_on_as_it_was(was_on: bool) -> None:
+def test_the_collector_is_off_during_imports_and_restored_afterwards(was_on: bool) -> None:
     (gc.enable if was_on else gc.disable)()
     with contextlib.suppress(ImportError), no_garbage_collection():
         assert not gc.isenabled()
@@ -28,7 +28,7 @@ def test_the_collector_rests_and_goes_on_as_it_was(was_on: bool) -> None:
     assert gc.isenabled() == was_on
 
 
-def test_what_was_imported_is_set_aside() -> None:
+def test_imported_objects_are_frozen() -> None:
     gc.unfreeze()
     with no_garbage_collection():
         made = [[number] for number in range(1000)]

@@ -1,0 +1,64 @@
+"""How much a run writes to the disk, and the removal of the checkpoints of old runs."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+_log = logging.getLogger("rlchat")
+
+WORTH_A_MESSAGE = 10**9
+"""Bytes above which a run says how much it will write."""
+
+
+def bytes_of_run(module: nn.Module, checkpoints: int = 2) -> tuple[int, int]:
+    """Bytes of one checkpoint and of all files of a run: ``checkpoints`` checkpoints and the model file.
+
+    A checkpoint holds all weights and, for each trained weight, the two moments of AdamW. The model file is at most
+    as large as all weights.
+    """
+    weights = _bytes(module.state_dict().values())
+    moments = 2 * _bytes(weight for weight in module.parameters() if weight.requires_grad)
+    return weights + moments, checkpoints * (weights + moments) + weights
+
+
+def announce_size(module: nn.Module, folder: Path) -> None:
+    """Logs how much a run will write, if that is more than :data:`WORTH_A_MESSAGE`; warns where it does not fit."""
+    checkpoint, total = bytes_of_run(module)
+    if total <= WORTH_A_MESSAGE:
+        return
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents, Path()) if place.exists())).free
+    text = (
+        f"this run will write up to {total / 1e9:.1f} GB: best.ckpt and last.ckpt with {checkpoint / 1e9:.1f} GB each, "
+        f"and the model file; {free / 1e9:.1f} GB are free"
+    )
+    # While a file is replaced atomically, the old and the new one exist side by side.
+    if total + checkpoint > free:
+        _log.warning("%s; use another folder, or --best_model.keep_runs 1 to delete checkpoints of old runs", text)
+    else:
+        _log.info("%s", text)
+
+
+def delete_checkpoints(folders: Iterable[Path], names: Iterable[str]) -> None:
+    """Deletes the files ``names`` in each of ``folders``, and logs each deletion."""
+    names = list(names)
+    for folder in folders:
+        found = [path for name in names if (path := folder / name).is_file()]
+        size = sum(path.stat().st_size for path in found)
+        for path in found:
+            path.unlink(missing_ok=True)
+        if found:
+            _log.info(
+                "deleted %s in %s (%.1f GB), as best_model.keep_runs says",
+                " and ".join(path.name for path in found),
+                folder,
+                size / 1e9,
+            )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
