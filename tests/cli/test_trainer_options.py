@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -89,6 +90,13 @@ def test_early_stopping_lists_the_metrics_that_exist(here: Path, capsys: pytest.
     said = error_of(capsys, *SFT, *stopping)
     assert "val/nothing" in said
     assert "`val/perplexity`" in said
+
+
+def test_a_logger_without_its_package_says_which(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("comet_ml") is not None:
+        pytest.skip("the package is installed")
+    said = error_of(capsys, *SFT, "--trainer.logger", "lightning.pytorch.loggers.CometLogger")
+    assert re.match(r"trainer.logger: Requirement 'comet-ml\S*' not met. HINT: Try running `pip install", said)
 
 
 # ---- what the user asked to see --------------------------------------------------------------------------------------
