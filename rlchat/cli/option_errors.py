@@ -146,7 +146,10 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
     group, flag = setting.keys[0], "--" + ".".join(setting.keys)
     if group == "model" and setting.keys[1:] != ("class_path",):
         if len(setting.keys) == 1:
-            return _class_problem(setting.place, setting.value, LightningModule)
+            # A file may set options only, where another file names the class.
+            options_only = isinstance(setting.value, dict) and "class_path" not in setting.value and model is not None
+            base = imported_class("model", model, LightningModule) if options_only else LightningModule
+            return _class_problem(setting.place, setting.value, base) if isinstance(base, type) else base
         if setting.value is None and setting.place.startswith("--"):
             return UserError(f"{setting.place}: expected a value, as {setting.place} VALUE")
         found = imported_class("model", model, LightningModule)

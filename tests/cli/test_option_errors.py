@@ -87,3 +87,13 @@ def test_a_flag_overrides_the_class_in_a_file(tmp_path: Path) -> None:
 
 def test_other_errors_keep_the_message_of_the_parser() -> None:
     assert error("--model.clip_eps", "0.1", "--trainer.max_epochs=2") == "what the parser says"
+
+
+def test_a_second_file_may_set_options_of_the_class_in_the_first(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: {class_path: rlchat.PPOModule}\n")
+    second.write_text(
+        "model: {reward: {class_path: rlchat.Reward, init_args: {factors: [{class_path: nowhere.Polite}]}}}\n"
+    )
+    said = str(explain(["fit", "--config", str(first), "--config", str(second)], GROUPS, OPTIONS, ""))
+    assert "nowhere.Polite cannot be imported: there is no module nowhere" in said
