@@ -196,19 +196,25 @@ class BestModel(ModelCheckpoint):
             trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the model at the end of a run that was never validated, and an average that was never measured.
+        """Saves the model at the end of a run without a model file, and an average that was never measured.
+
+        A run has no model file if it was never validated, or if it was resumed where the file is missing.
 
         Raises :class:`UserError` where the weights are not finite, so that no model file is written.
         """
         unmeasured = ends_with_an_unmeasured_average(trainer)
-        if not trainer.global_step or is_fast_dev_run(trainer) or (self.bundle_path is not None and not unmeasured):
+        if not trainer.global_step or is_fast_dev_run(trainer):
+            return
+        # Rank 0 decides for all: the file may be on a disk that other machines do not have.
+        missing = trainer.strategy.broadcast(self.bundle_path is None or not Path(self.bundle_path).is_file())
+        if not missing and not unmeasured:
             return
         if not _is_finite(pl_module):
             raise UserError(
                 "the weights of the model are not finite (NaN or infinity), so no model file was written; lower "
                 "--model.learning_rate and train again"
             )
-        if self.bundle_path is None:
+        if missing:
             self._save_bundle(trainer, pl_module)
         else:
             self._save_average(pl_module)

@@ -550,7 +550,9 @@ def test_the_reward_and_its_factors(
     save_bundle("rl.pt", bundle)
     pipe(monkeypatch, "Hi\n/reward\n/set max_new_tokens 4\n/retry\n/reward\n", "rl.pt")
     lines = capsys.readouterr().err.splitlines()
-    left_out = "  not included: mine.Polite (cannot import mine: No module named 'mine')"
+    left_out = (
+        "  not included: mine.Polite (cannot import mine: it is not on the import path, add its folder to PYTHONPATH)"
+    )
     critic = "  no trained critic"
     # Two words of four, and an end; then one of four, and none.
     assert lines[:5] == ["  reward       -0.500", "  too_short    -0.500", "  missing_end  +0.000", left_out, critic]

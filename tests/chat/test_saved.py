@@ -68,7 +68,10 @@ def test_an_existing_file_is_kept_unless_allowed(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text("mine")
-    with largest_file(100), pytest.raises(UserError, match=r"cannot be written: File too large; what was there"):
+    with (
+        largest_file(100),
+        pytest.raises(UserError, match=r"cannot be written: File too large; the existing file is unchanged"),
+    ):
         save_conversation(path, TALK, overwrite=True)
     assert path.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [path]

@@ -163,14 +163,14 @@ def test_an_invalid_configuration(text: str, answer: str, here: Path, capsys: py
     ("words", "answer"),
     [
         (["--trainer.accelerator", "warp"], r"trainer: You selected an invalid accelerator name"),
-        (["--trainer.strategy", "fsdp"], r"trainer.strategy fsdp: that is FSDP1, which cannot do .*; use fsdp2$"),
+        (["--trainer.strategy", "fsdp"], r"trainer.strategy fsdp: FSDP1 is not supported, because .*; use fsdp2$"),
         (
             ["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"],
-            r"trainer.strategy lightning.pytorch.strategies.FSDPStrategy: that is FSDP1, .*; use fsdp2$",
+            r"trainer.strategy lightning.pytorch.strategies.FSDPStrategy: FSDP1 is not supported, .*; use fsdp2$",
         ),
         (
             ["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"],
-            r"trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy: use fsdp2, which is that",
+            r"trainer.strategy lightning.pytorch.strategies.ModelParallelStrategy is not supported; use fsdp2",
         ),
         (["--trainer.strategy", "foo"], r"trainer: You selected an invalid strategy name"),
         (
@@ -372,7 +372,7 @@ def test_help_of_a_command(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert out.startswith("usage: rlchat fit --config RECIPE_OR_FILE [--data.path FILE [FILE ...]]")
     assert "--weights_only" not in out
     rlchat("fit", "--model.help", "rlchat.PPOModule")
-    assert "the ratio is clipped to 1 ± this" in capsys.readouterr().out
+    assert "ε, the clip range of the ratio: 1 ± ε" in capsys.readouterr().out
 
 
 # ---- how options combine ---------------------------------------------------------------------------------------------

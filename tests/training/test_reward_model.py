@@ -319,7 +319,7 @@ def test_learned_quality_follows_the_policy_unless_a_device_is_set(
 
 @pytest.mark.parametrize("options", [{"clip": 0.0}, {"batch_size": 0}], ids=str)
 def test_learned_quality_refuses_nonsense(bundle: RewardBundle, tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"expected clip .* and batch_size .* above 0"):
+    with pytest.raises(UserError, match=r"clip .* and batch_size .* must be above 0"):
         LearnedQuality(str(tmp_path / "reward.pt"), **options)
     with pytest.raises(UserError, match="no such model"):
         LearnedQuality(str(tmp_path / "nothing.pt"))
