@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import sys
 import time
@@ -39,6 +40,8 @@ class Screen:
             dimensions=(40, 100),
             cwd=str(folder),
             env={**os.environ, **state, "PYTHONPATH": root},
+            # A shell makes its background jobs ignore Ctrl-C, and so would every process below them.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def see(self, text: str) -> None:
