@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlchat.errors import UserError
+from rlchat.ppo.config import refuse_max_steps
 
 _CALLBACKS = "lightning.pytorch.callbacks"
 
@@ -47,11 +48,7 @@ def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
     """Raises :class:`UserError` for trainer options that Lightning does not support with manual optimization."""
     if options.get("gradient_clip_val"):
         raise UserError("trainer.gradient_clip_val is not supported by PPO; set --model.max_grad_norm instead")
-    if (options.get("max_steps") or -1) > 0:
-        raise UserError(
-            "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
-            "--trainer.max_epochs and --trainer.limit_train_batches instead"
-        )
+    refuse_max_steps(options.get("max_steps") or -1)
     if (options.get("accumulate_grad_batches") or 1) > 1:
         raise UserError("trainer.accumulate_grad_batches is not supported by PPO; set --model.micro_batch_size instead")
     for name, _ in _callbacks(options):

@@ -142,3 +142,12 @@ class PPOConfig(StageOptions):
             )
         if self.critic_init is not None and self.critic != "separate":
             raise UserError("critic_init needs a critic that is a network of its own; set --model.critic separate")
+
+
+def refuse_max_steps(max_steps: int) -> None:
+    """Raises :class:`UserError` if a trainer limits the optimizer steps, of which an iteration takes many."""
+    if max_steps > 0:
+        raise UserError(
+            "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
+            "--trainer.max_epochs and --trainer.limit_train_batches instead"
+        )

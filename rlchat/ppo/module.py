@@ -25,11 +25,10 @@ from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
 from rlchat.distributed.collectives import whole
-from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.accumulation import LossAndMetrics, accumulate_gradients
 from rlchat.ppo.advantages import Advantages, EstimatorInputs, masked_whiten, place_scores, shape_rewards
-from rlchat.ppo.config import PPOConfig
+from rlchat.ppo.config import PPOConfig, refuse_max_steps
 from rlchat.ppo.held_out import HeldOutModule
 from rlchat.ppo.losses import AdaptiveKL, KLKind, kl_estimate, masked_mean, policy_loss, value_loss
 from rlchat.ppo.metrics import Stopwatch, global_mean, iteration_metrics, mean_of_steps
@@ -174,11 +173,7 @@ class PPOModule(HeldOutModule):
             return
         if getattr(self.trainer, "fast_dev_run", False):  # Lightning sets max_steps to N, and limit_train_batches too
             self.trainer.fit_loop.epoch_loop.max_steps = -1
-        if self.trainer.max_steps > 0:
-            raise UserError(
-                "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "
-                "--trainer.max_epochs and --trainer.limit_train_batches instead"
-            )
+        refuse_max_steps(self.trainer.max_steps)
 
     # ---- the algorithm -----------------------------------------------------------------------------------------------
 

@@ -27,11 +27,13 @@ from rlchat.server.schemas import (
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 # One event of a stream, for the OpenAPI schema.
-EVENT_SCHEMA = {
+_EVENT_SCHEMA = {
     "type": "object",
     "properties": {"data": {"type": "string", "description": "A piece of the response, an error, or [DONE]."}},
     "required": ["data"],
 }
+MAY_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT_SCHEMA}}}}
+"""For ``responses`` of an endpoint whose answer may be a stream of events."""
 
 
 def add_chat_completions(app: FastAPI, service: Service) -> None:
@@ -40,7 +42,7 @@ def add_chat_completions(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: {"content": {"text/event-stream": {"schema": EVENT_SCHEMA}}}},
+        responses=MAY_STREAM,
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Respond to a conversation."""

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, field_v
 
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
-from rlchat.server.chat_api import EVENT_SCHEMA, finish_reason
+from rlchat.server.chat_api import MAY_STREAM, finish_reason
 from rlchat.server.engine import EngineFullError, Piece
 from rlchat.server.errors import APIError
 from rlchat.server.logprobs import MAX_TOP, TokenLogprob, prompt_logprobs, token_text
@@ -130,7 +130,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: {"content": {"text/event-stream": {"schema": EVENT_SCHEMA}}}},
+        responses=MAY_STREAM,
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts; with echo and logprobs, score them."""

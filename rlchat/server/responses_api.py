@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from rlchat.server.chat_api import EVENT_SCHEMA
+from rlchat.server.chat_api import MAY_STREAM
 from rlchat.server.engine import Piece
 from rlchat.server.errors import APIError
 from rlchat.server.responses import EventStream, Replies, Service, fit_chat, unless_gone
@@ -20,6 +20,7 @@ from rlchat.server.schemas import (
     GenerationRequest,
     Seen,
     TextPart,
+    check_text_or_parts,
     ends_with_user,
     new_id,
     now,
@@ -49,10 +50,7 @@ class InputMessage(BaseModel):
     @field_validator("content", mode="before")
     @classmethod
     def _check_content(cls, content: Any) -> Any:
-        """Checked before the union of types, whose error would name the type that was tried first."""
-        if not isinstance(content, str | list):
-            shown = "null" if content is None else type(content).__name__
-            raise ValueError(f"expected a string or a list of text parts, got {shown}")
+        check_text_or_parts(content)
         for part in content:
             if isinstance(part, dict) and part.get("type") not in ("input_text", "output_text", "text"):
                 raise ValueError(f"only text parts are supported, got {part.get('type')!r}")
@@ -206,7 +204,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/responses",
         response_model=ResponseObject,
-        responses={200: {"content": {"text/event-stream": {"schema": EVENT_SCHEMA}}}},
+        responses=MAY_STREAM,
     )
     async def responses(body: ResponseRequest, request: Request) -> Response:
         """Respond to a conversation."""

@@ -80,6 +80,13 @@ class TextPart(BaseModel):
     text: str
 
 
+def check_text_or_parts(content: Any) -> None:
+    """Raises ValueError for content of another type. The error of a union would name the type that was tried first."""
+    if not isinstance(content, str | list):
+        shown = "null" if content is None else type(content).__name__
+        raise ValueError(f"expected a string or a list of text parts, got {shown}")
+
+
 class ChatMessage(BaseModel):
     """One message."""
 
@@ -89,10 +96,7 @@ class ChatMessage(BaseModel):
     @field_validator("content", mode="before")
     @classmethod
     def _check_content(cls, content: Any) -> Any:
-        """Checked before the union of types, whose error would name the type that was tried first."""
-        if not isinstance(content, str | list):
-            shown = "null" if content is None else type(content).__name__
-            raise ValueError(f"expected a string or a list of text parts, got {shown}")
+        check_text_or_parts(content)
         if any(isinstance(part, dict) and part.get("type") != "text" for part in content):
             raise ValueError("only text parts are supported")
         return content

@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,6 @@ from rlchat.models.sampling import Sampling
 from rlchat.server.engine import Piece, Ticket
 from rlchat.server.responses import Limits
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
-
-
-@pytest.fixture(scope="module")
-def bundle(tokenizer: ChatTokenizer) -> PolicyBundle:
-    return random_policy(tokenizer, max_length=128)
-
-
-@pytest.fixture(scope="module")
-def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(bundle, tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
 
 PICTURE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
 

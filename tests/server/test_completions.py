@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import torch
-from helpers.chat_models import random_policy
-from helpers.servers import HTTP, Server, serving
+from helpers.servers import HTTP, Server
 
 from rlchat.models.model_file import PolicyBundle
-from rlchat.tokenizer.chat_tokenizer import MARKERS, ChatTokenizer
-
-
-@pytest.fixture(scope="module")
-def bundle(tokenizer: ChatTokenizer) -> PolicyBundle:
-    return random_policy(tokenizer, max_length=128)
-
-
-@pytest.fixture(scope="module")
-def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(bundle, tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
+from rlchat.tokenizer.chat_tokenizer import MARKERS
 
 
 def opening(bundle: PolicyBundle) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,6 @@ from helpers.servers import HTTP, Server, alone, serving
 from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Sampling
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
-
-
-@pytest.fixture(scope="module")
-def bundle(tokenizer: ChatTokenizer) -> PolicyBundle:
-    return random_policy(tokenizer, max_length=128)
-
-
-@pytest.fixture(scope="module")
-def server(bundle: PolicyBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(bundle, tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_a_whole_response(client: openai.OpenAI, bundle: PolicyBundle) -> None:
