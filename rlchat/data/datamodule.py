@@ -371,9 +371,11 @@ class OASST2DataModule(LightningDataModule):
 
 def _losses(corpus: Corpus, needs: DataNeeds) -> str:
     """What did not fit, in one clause."""
-    dropped, cut, left_out = (corpus.facts[name] for name in ("dropped", "cut", "left_out"))
+    dropped, cut, closed, left_out = (corpus.facts[name] for name in ("dropped", "cut", "response_cut", "left_out"))
     text = f"to fit {needs.max_length:,} tokens"
     if needs.max_new_tokens:
         text += f" ({needs.max_new_tokens:,} of them reserved for the response)"
     text += f", oldest messages dropped from {dropped:,} rows and text cut from {cut:,}"
+    if needs.task == "reward":
+        text += f" ({closed:,} of {len(corpus.ranked.rank):,} responses cut and closed with the end marker)"
     return text + (f"; {left_out:,} threads with nothing to learn left out" if left_out else "")

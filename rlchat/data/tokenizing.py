@@ -45,15 +45,17 @@ class _RaggedBuilder:
 
 @dataclass
 class _Tally:
-    """Rows that were shortened to fit, and rows that were left out."""
+    """Rows that were shortened to fit, those among them whose response was cut, and rows that were left out."""
 
     dropped: int = 0
     cut: int = 0
+    response_cut: int = 0
     left_out: int = 0
 
     def count(self, rendered: Rendered) -> Rendered:
         self.dropped += rendered.dropped > 0
         self.cut += rendered.cut > 0
+        self.response_cut += rendered.response_cut
         return rendered
 
 
@@ -87,7 +89,7 @@ def tokenize_trees(
         if needs.task == "reward":
             for prompt in filter(_is_judged, contrasted(tree.prompts) if contrast else tree.prompts):
                 ranked.add(prompt, index, tally)
-    facts = {"trees": len(trees), "dropped": tally.dropped, "cut": tally.cut, "left_out": tally.left_out}
+    facts = {"trees": len(trees), **vars(tally)}
     if needs.task == "sft":
         report = "; ".join(filter(None, (report, counts.summary())))
     return Corpus(
@@ -244,7 +246,7 @@ class _RankedBuilder:
         needs = self.needs
         judged = [reply for reply in prompt.references if reply.rank is not None or reply.quality is not None]
         for reply in judged:
-            self.ids.add(tally.count(needs.tokenizer.render(prompt.with_reply(reply), needs.max_length)).ids)
+            self.ids.add(tally.count(needs.tokenizer.render_response(prompt, reply, needs.max_length)).ids)
             self.rank.append(-1 if reply.rank is None else reply.rank)
             self.quality.append(float("nan") if reply.quality is None else reply.quality)
             self.right.append(-1 if prompt.check is None else prompt.check.passes(reply.text))

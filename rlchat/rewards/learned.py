@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,9 +14,15 @@ from rlchat.models.model_file import load_reward_model
 from rlchat.rewards.base import Factor, Reply
 from rlchat.utils.padding import pad
 
+_log = logging.getLogger("rlchat")
+
 
 class LearnedQuality(Factor):
     """The standardized score of a trained reward model.
+
+    The model sees every response closed with the end marker, those that were cut too, as in its own training. A
+    response that exceeds the reward model's ``max_length`` is cut to it; a warning counts them, at the first and then
+    at each power of ten.
 
     Args:
         bundle: the reward model's file, such as ``checkpoints/reward_model.pt``.
@@ -38,6 +45,10 @@ class LearnedQuality(Factor):
         self.reward_model = load_reward_model(bundle, "cpu" if device == "auto" else device)
         self.clip = clip
         self.batch_size = batch_size
+        self.scored = 0
+        """Responses scored so far."""
+        self.cut = 0
+        """Those among them that were cut to the reward model's ``max_length``."""
 
     def to(self, device: torch.device) -> None:
         """Moves the reward model to ``device``, unless the configuration sets another."""
@@ -48,13 +59,28 @@ class LearnedQuality(Factor):
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """Scores ``[batch]``, in standard deviations above the mean human response."""
         model, tokenizer = self.reward_model.model, self.reward_model.tokenizer
-        rows = [
-            tokenizer.render(prompt.with_reply(Message("assistant", reply.text)), self.reward_model.max_length).ids
+        rendered = [
+            tokenizer.render_response(prompt, Message("assistant", reply.text), self.reward_model.max_length)
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
+        self._count(len(rendered), sum(row.response_cut for row in rendered))
+        rows = [row.ids for row in rendered]
         scores = []
         for start in range(0, len(rows), self.batch_size):
             ids, mask = pad(rows[start : start + self.batch_size], tokenizer.pad_id, "right")
             device = model.mean.device
             scores.append(model.standardised(model(ids.to(device), mask.to(device))).cpu())
         return torch.cat(scores).clamp(-self.clip, self.clip) if scores else torch.zeros(0)
+
+    def _count(self, scored: int, cut: int) -> None:
+        digits = len(str(self.cut)) if self.cut else 0
+        self.scored += scored
+        self.cut += cut
+        if self.cut and len(str(self.cut)) > digits:
+            _log.warning(
+                "LearnedQuality: %d of %d responses exceed max_length %d of the reward model %s and were cut to it",
+                self.cut,
+                self.scored,
+                self.reward_model.max_length,
+                self.bundle,
+            )

@@ -17,14 +17,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from rlchat.conversation import Conversation
+from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 
 MARKERS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -48,13 +48,14 @@ class Rendered:
 
     ``loss_mask[t]`` is True where ``ids[t]`` belongs to an assistant message to be learned, its end marker included.
     ``dropped`` counts the messages left out on the left, ``cut`` the tokens removed from a message that alone was too
-    long.
+    long. ``response_cut`` is True for a response that was cut and closed, see :meth:`ChatTokenizer.render_response`.
     """
 
     ids: list[int]
     loss_mask: list[bool]
     dropped: int = 0
     cut: int = 0
+    response_cut: bool = False
 
 
 class ChatTokenizer:
@@ -177,6 +178,17 @@ class ChatTokenizer:
     def render(self, conversation: Conversation, max_length: int | None = None) -> Rendered:
         """The whole conversation, as it is trained on. See :meth:`render_prompt` for the truncation."""
         return self._fit(conversation, max_length, opening=[])
+
+    def render_response(self, prompt: Conversation, response: Message, max_length: int | None = None) -> Rendered:
+        """``prompt`` and ``response`` as a reward model sees them: always closed with the end marker.
+
+        Where ``max_length`` cuts the response, the end marker replaces the last token that is left of it. So a response
+        from the data that was cut looks like a generated one that was cut at ``max_new_tokens``.
+        """
+        rendered = self.render(prompt.with_reply(response), max_length)
+        if not rendered.ids or rendered.ids[-1] == self.end_id:
+            return rendered
+        return replace(rendered, ids=[*rendered.ids[:-1], self.end_id], response_cut=True)
 
     def render_prompt(self, conversation: Conversation, max_length: int | None = None) -> Rendered:
         """The conversation and the marker that opens the assistant's turn.

@@ -691,6 +691,21 @@ def test_the_log_line_says_what_was_read_and_what_was_lost(tmp_path: Path, heard
     assert "to fit 16 tokens, oldest messages dropped from 1 rows and text cut from 1" in line
 
 
+def test_ranked_responses_that_are_cut_end_on_the_end_marker_and_are_counted(
+    tmp_path: Path, heard: Any, byte_tokenizer: ChatTokenizer
+) -> None:
+    """A pair in 7 tokens: u:ab with a:c fits (7 ids), a:cdef is cut: question to 3 ids, response to 4."""
+    rows = [{"prompt": "ab", "chosen": "c", "rejected": "cdef"}]
+    data = module(write(tmp_path / "d.jsonl", rows), DataNeeds("reward", byte_tokenizer, 7), tmp_path)
+    data.setup()
+    user, assistant, end = 258, 259, 260
+    ranked = data._loaded().ranked
+    assert ranked.ids[0].tolist() == [user, *b"ab", end, assistant, *b"c", end]
+    assert ranked.ids[1].tolist() == [user, *b"b", end, assistant, *b"cd", end]
+    line = next(record.getMessage() for record in heard.records if record.levelno == logging.INFO)
+    assert "text cut from 1 (1 of 2 responses cut and closed with the end marker)" in line
+
+
 def test_errors_name_the_cure(tmp_path: Path, sft: DataNeeds, reward: DataNeeds, byte_tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"--data\.path FILE"):
         module(None, sft, tmp_path).setup("fit")

@@ -186,6 +186,7 @@ def test_the_mask_of_a_cut_conversation(byte_tokenizer: ChatTokenizer) -> None:
         (talk("u:abcdef"), 5, "U(def)"),  # a lone question its beginning
         (talk("s:xy", "a:ab"), 6, "S(y)A(ab"),
         (talk("u:a", "u:b", "u:c"), 6, "U(b)U(c)"),
+        (talk("u:abcdef", "a:g"), 8, "U(def)A(g)"),  # a short reply leaves more than half of the room to its question
         (talk("a:x", "u:a", "a:b"), 8, "U(a)A(b)"),  # what is left begins with a question
         (talk("u:a", "a:b", "a:c"), 8, "A(b)A(c)"),  # a last reply keeps what stands before it
     ],
@@ -194,6 +195,23 @@ def test_unusual_conversations_that_are_too_long(
     byte_tokenizer: ChatTokenizer, conversation: Conversation, max_length: int, expected: str
 ) -> None:
     assert shown(byte_tokenizer.render(conversation, max_length).ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected", "cut"),
+    [
+        (8, "U(ab)A(cd)", False),
+        (7, "U(b)A(cd)", False),  # the question alone was cut
+        (6, "U(b)A(c)", True),  # without the marker it would be A(cd
+        (5, "U()A(c)", True),
+        (2, "U()", True),
+    ],
+)
+def test_a_response_that_is_cut_is_closed_with_the_end_marker(
+    byte_tokenizer: ChatTokenizer, max_length: int, expected: str, cut: bool
+) -> None:
+    rendered = byte_tokenizer.render_response(talk("u:ab"), Message("assistant", "cd"), max_length)
+    assert (shown(rendered.ids), rendered.response_cut) == (expected, cut)
 
 
 @given(conversation=conversations, max_length=st.integers(1, 60))

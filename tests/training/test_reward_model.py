@@ -276,6 +276,7 @@ def test_learned_quality_standardises_and_clips(bundle: RewardBundle, tmp_path: 
     raw = []
     for prompt, text in zip(ASKED, SAID, strict=True):
         ids = bundle.tokenizer.render(prompt.say("assistant", text), 32).ids
+        ids[-1] = bundle.tokenizer.end_id  # a cut response too ends on it
         raw.append(float(bundle.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))))
     standardised = [(score - 0.5) / 2 for score in raw]
     limit = sorted(abs(x) for x in standardised)[3]  # so that some are clipped and some are not
@@ -284,6 +285,27 @@ def test_learned_quality_standardises_and_clips(bundle: RewardBundle, tmp_path: 
         assert found.tolist() == pytest.approx([max(-clip, min(clip, x)) for x in standardised], abs=1e-5)
     assert found.dtype == torch.float32
     assert not found.requires_grad
+
+
+@torch.no_grad()
+def test_a_response_cut_by_max_length_and_one_cut_by_max_new_tokens_are_scored_alike(
+    bundle: RewardBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The prompt "why" has 5 ids, so a response of 100 letters keeps marker, 25 letters and the end marker."""
+    prompt = Conversation((Message("user", "why"),))
+    factor = LearnedQuality(str(tmp_path / "reward.pt"), clip=100.0, device="cpu")
+    long, generated = factor([prompt] * 2, [Reply("x" * 100, 100, True), Reply("x" * 25, 25, False)]).tolist()
+    assert long == pytest.approx(generated, abs=1e-6)
+    ids = torch.tensor([[258, *b"why", 260, 259, *b"x" * 25, 260]])
+    assert ids.shape == (1, 32)
+    score = float(bundle.model(ids, torch.ones_like(ids, dtype=torch.bool)))
+    assert generated == pytest.approx((score - 0.5) / 2, abs=1e-5)
+    assert (factor.scored, factor.cut) == (2, 1)
+    factor([prompt] * 9, [Reply("x" * 26, 26, True)] * 9)
+    assert [record.getMessage().partition(" of the")[0] for record in caplog.records] == [
+        "LearnedQuality: 1 of 2 responses exceed max_length 32",
+        "LearnedQuality: 10 of 11 responses exceed max_length 32",
+    ]
 
 
 def test_learned_quality_does_not_see_the_company(bundle: RewardBundle, tmp_path: Path) -> None:
