@@ -179,7 +179,7 @@ def bucketed_plan(lengths: Sequence[int], batch_size: int, world: int, seed: int
 
     def plan(epoch: int) -> list[list[int]]:
         generator = _generator(seed, epoch, "rows")
-        order = _at_least(torch.randperm(len(lengths), generator=generator).tolist(), world)
+        order = at_least(torch.randperm(len(lengths), generator=generator).tolist(), world)
         size = batch_size * world
         window = size * BATCHES_PER_WINDOW
         by_length = [
@@ -203,12 +203,12 @@ def full_batches_plan(rows: int, batch_size: int, world: int, seed: int, mixed_r
     def plan(epoch: int) -> Sequence[Sequence[Row]]:
         order = torch.randperm(rows, generator=_generator(seed, epoch, "rows")).tolist()
         size = batch_size * world
-        order = _at_least(order, size)
+        order = at_least(order, size)
         order = order[: len(order) // size * size]
         if not mixed_rows:
             return _in_batches(order, size, world)
         others = torch.randperm(mixed_rows, generator=_generator(seed, epoch, "mixed")).tolist()
-        return _in_batches(list(zip(order, _at_least(others, len(order)), strict=False)), size, world)
+        return _in_batches(list(zip(order, at_least(others, len(order)), strict=False)), size, world)
 
     return plan
 
@@ -219,7 +219,7 @@ def fixed_plan(order: Sequence[int], batch_size: int, world: int) -> Plan:
     return lambda epoch: batches
 
 
-def _at_least(order: list[int], count: int) -> list[int]:
+def at_least(order: list[int], count: int) -> list[int]:
     """``order``, repeated from its beginning if it has fewer than ``count`` rows."""
     return order if len(order) >= count or not order else [order[i % len(order)] for i in range(count)]
 

@@ -30,6 +30,7 @@ from rlchat.data.batches import (
     SameBatchesSampler,
     SequenceBatch,
     SequenceRows,
+    at_least,
     bucketed_plan,
     fixed_plan,
     full_batches_plan,
@@ -217,6 +218,12 @@ class OASST2DataModule(LightningDataModule):
         prompts = PromptRows(render_prompts(conversations, self.needs), range(len(conversations)), self._pad_id)
         return self._loader(prompts, self._fixed(len(prompts), f"prompts of {self.predict_path}"))
 
+    def training_sample(self, rows: int) -> BatchLoader:
+        """At most ``rows`` training prompts with their ranked responses, always the same, in a fixed order."""
+        ranked, (_, world) = self._loaded().ranked, self._rank_and_world()
+        sample = RankedRows(ranked, self._rows_in_fixed_order(ranked.tree, "train")[:rows], self._pad_id)
+        return self._loader(sample, fixed_plan(at_least(list(range(len(sample))), world), self.val_batch_size, world))
+
     def sample_prompts(self, count: int, split: Split = "val") -> list[Conversation]:
         """``count`` prompts of a split (all, if it has fewer), evenly spread over it, always the same."""
         corpus = self._loaded()
@@ -245,14 +252,14 @@ class OASST2DataModule(LightningDataModule):
     def _held_out(self, split: Split) -> list[BatchLoader]:
         corpus, task = self._loaded(), self.needs.task
         if task == "reward":
-            ranked = RankedRows(corpus.ranked, self._held_out_rows(corpus.ranked.tree, split), self._pad_id)
+            ranked = RankedRows(corpus.ranked, self._rows_in_fixed_order(corpus.ranked.tree, split), self._pad_id)
             return [self._loader(ranked, self._fixed(len(ranked), f"{split} rows"))]
-        rows = self._held_out_rows(corpus.sequences.tree, split)
+        rows = self._rows_in_fixed_order(corpus.sequences.tree, split)
         threads = SequenceRows(corpus.sequences, rows, self._pad_id)
         sequences = self._loader(threads, self._fixed(len(threads), f"{split} threads"))
         if task == "sft":
             return [sequences]
-        rows = self._held_out_rows(corpus.prompts.tree, split)
+        rows = self._rows_in_fixed_order(corpus.prompts.tree, split)
         rows = rows[: self.max_val_prompts] if split == "val" else rows
         prompts = PromptRows(corpus.prompts, rows, self._pad_id)
         return [self._loader(prompts, self._fixed(len(prompts), f"{split} prompts")), sequences]
@@ -286,7 +293,7 @@ class OASST2DataModule(LightningDataModule):
     def _rows(self, tree_of_row: Tensor, split: Split) -> list[int]:
         return [row for row, tree in enumerate(tree_of_row.tolist()) if split in self._split_of_tree[tree]]
 
-    def _held_out_rows(self, tree_of_row: Tensor, split: Split) -> list[int]:
+    def _rows_in_fixed_order(self, tree_of_row: Tensor, split: Split) -> list[int]:
         """The rows of ``split`` in a fixed random order, so that the first batches are a fair sample of all.
 
         The order depends on the tree of a row and its place in it, so that most of the first rows stay the first when

@@ -5,6 +5,7 @@ rlchat fit --config demo/reward
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, RankedBatch
-from rlchat.distributed.collectives import gather_objects
+from rlchat.distributed.collectives import gather_objects, is_first
 from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
 from rlchat.training.initial_model import open_policy
 from rlchat.training.options import Schedule, StageOptions
+
+_log = logging.getLogger("rlchat")
+
+# Without validation, the responses to this number of training prompts standardize the scores.
+_STANDARDIZING_PROMPTS = 512
 
 
 def preferred_pairs(group: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +77,10 @@ def _mean_per_group(values: Tensor, group: Tensor) -> Tensor:
 class RewardModelModule(StageModule):
     """A scalar score at the end of a reply, trained on human ranks and quality labels.
 
+    The model keeps the mean and the standard deviation of its scores of the validation split, by which
+    :class:`rlchat.LearnedQuality` standardizes scores. Until a validation was run, they are those of its scores of a
+    sample of the training split.
+
     Args:
         base_model: a transformers model by name or path, or an inline configuration (random weights).
         tiktoken_encoding: a tiktoken or packaged encoding by name, or the path of a rank file.
@@ -108,6 +118,10 @@ class RewardModelModule(StageModule):
         if self.model.backbone.head is not None:  # an untied policy head gets no gradient from a score
             self.model.backbone.head.requires_grad_(False)
         self.held_out_scores: list[float] = []
+        self.validated = False
+        """Whether a validation has set the mean and the standard deviation of the scores."""
+        self.standardized_by = 0
+        """The number of training responses whose scores set them, if no validation has."""
 
     @property
     def data_needs(self) -> DataNeeds:
@@ -130,6 +144,62 @@ class RewardModelModule(StageModule):
         )
         return self.mean_loss("train/loss", total, self.global_sum(part.prompts))
 
+    def on_train_epoch_end(self) -> None:
+        """Until a validation was run, standardizes by the scores that the present model gives a sample of the data."""
+        if not self.validated:
+            self.standardized_by = self.standardize(self.training_scores())
+
+    @torch.no_grad()
+    def training_scores(self) -> list[float]:
+        """Scores of training responses on this process: of a fixed sample, so that a resumed run finds the same.
+
+        Empty without a data module that has a ``training_sample``.
+        """
+        sample = getattr(getattr(self.trainer, "datamodule", None), "training_sample", None)
+        if sample is None:
+            return []
+        self.model.eval()
+        scores: list[float] = []
+        for batch in sample(_STANDARDIZING_PROMPTS):
+            with self.trainer.precision_plugin.forward_context():
+                found = self.model(batch.ids.to(self.device), batch.attention_mask.to(self.device))
+            scores += found.tolist()
+        self.model.train()
+        return scores
+
+    def standardize(self, scores: list[float]) -> int:
+        """Sets mean and standard deviation to those of ``scores`` of all processes; returns their number.
+
+        A collective. Returns 0 and changes nothing for fewer than two scores, or if one is not finite.
+        """
+        together = torch.tensor([s for part in gather_objects(scores) for s in part])
+        if len(together) < 2 or not together.isfinite().all():
+            return 0
+        self.model.mean.fill_(float(together.mean()))
+        self.model.std.fill_(max(float(together.std()), 1e-3))
+        return len(together)
+
+    def on_train_end(self) -> None:
+        """As in every stage. Warns if no validation has standardized the scores."""
+        super().on_train_end()
+        if self.validated or not is_first():
+            return
+        if self.standardized_by:
+            how = f"standardized by its scores of {self.standardized_by} training responses"
+        else:
+            how = "not standardized (mean 0, standard deviation 1)"
+        _log.warning("no validation was run, so the reward model's scores are %s", how)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds whether held-out scores standardize."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rlchat"]["validated"] = self.validated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores it."""
+        super().on_load_checkpoint(checkpoint)
+        self.validated = checkpoint.get("rlchat", {}).get("validated", False)
+
     def global_mean(self, values: Tensor) -> Tensor:
         """The mean of ``values`` [N] over all processes, whose N may differ; 0 if there is none."""
         return self.global_sum(values.sum()) / self.global_sum(len(values)).clamp(min=1)
@@ -151,11 +221,9 @@ class RewardModelModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the held-out metrics, and keeps mean and standard deviation of held-out scores with the model."""
-        scores = torch.tensor([s for part in gather_objects(self.held_out_scores) for s in part])
+        if not self.trainer.sanity_checking and self.standardize(self.held_out_scores):
+            self.validated = True
         self.held_out_scores.clear()
-        if len(scores) > 1 and scores.isfinite().all() and not self.trainer.sanity_checking:
-            self.model.mean.fill_(float(scores.mean()))
-            self.model.std.fill_(max(float(scores.std()), 1e-3))
         super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.datamodule import RankedBatch
+from rlchat.data.datamodule import OASST2DataModule, RankedBatch
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import RewardBundle, load_reward_model, save_bundle
@@ -216,6 +218,51 @@ def test_held_out_figures_weigh_every_pair_the_same(encoding: str) -> None:
         assert trainer().validate(module, serve(batches), verbose=False)[0] == pytest.approx(expected, abs=1e-5)
         assert float(module.model.mean) == pytest.approx(float(scores.mean()), abs=1e-5)
         assert float(module.model.std) == pytest.approx(float(scores.std()), abs=1e-5)
+
+
+def fitted_on_rows(encoding: str, folder: Path, **data: Any) -> tuple[RewardModelModule, list[float]]:
+    """A reward model trained for two batches on eight pairs, and its final scores of all responses."""
+    pairs = [(f"{n} plus 1?", f"It is {n + 1}.", "No" * (n + 1)) for n in range(8)]
+    rows = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in pairs]
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = judge(encoding)
+    served = OASST2DataModule(str(folder / "d.jsonl"), batch_size=4, cache_dir=str(folder / "cache"), **data)
+    trainer().fit(module, datamodule=served)
+    scores = []
+    for prompt, *responses in pairs:
+        for text in responses:
+            ids = torch.tensor(
+                [module.tokenizer.render(Conversation((Message("user", prompt), Message("assistant", text)))).ids]
+            )
+            scores.append(module.model.eval()(ids, torch.ones_like(ids, dtype=torch.bool)).item())
+    return module, scores
+
+
+def test_without_validation_training_scores_standardize_and_a_line_says_so(
+    encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, scores = fitted_on_rows(encoding, tmp_path, val_fraction=0, test_fraction=0)
+    assert float(module.model.mean) == pytest.approx(statistics.mean(scores), abs=1e-5)
+    assert float(module.model.std) == pytest.approx(statistics.stdev(scores), abs=1e-5)
+    assert 1e-3 < float(module.model.std) < 1
+    assert "no validation was run, so the reward model's scores are standardized by its scores of 16 training" in (
+        caplog.text
+    )
+
+
+def test_with_validation_held_out_scores_standardize(
+    encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, scores = fitted_on_rows(encoding, tmp_path, val_fraction=0.5, test_fraction=0)
+    assert float(module.model.mean) != pytest.approx(statistics.mean(scores), abs=1e-5)
+    assert "no validation was run" not in caplog.text
+
+
+def test_training_batches_of_a_script_cannot_standardize(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    module = judge(encoding)
+    trainer().fit(module, serve([replies_batch(module.tokenizer, FRUIT)]))
+    assert (float(module.model.mean), float(module.model.std)) == (0, 1)
+    assert "scores are not standardized (mean 0, standard deviation 1)" in caplog.text
 
 
 def test_testing_leaves_the_scale_alone(encoding: str) -> None:
