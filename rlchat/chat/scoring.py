@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlchat import rewards
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.rewards import Factor, Reply, Reward
+from rlchat.rewards.described import find_factor
 from rlchat.rewards.learned import LearnedQuality
-
-log = logging.getLogger("rlchat")
 
 
 class RewardScorer:
     """The reward that the model file ``path`` describes, and the value head (critic) of its model.
 
-    ``bundle.about["reward"]`` describes the factors: ``[{"class_path": …, "init_args": {…}}, …]``. A class of rlchat is
-    found by the last part of its path. The module of any other class is imported only if it is on the import path, and
-    a warning names the class and its file; only subclasses of :class:`Factor` are constructed. A reward model is
-    searched at the path it had in training, then beside the chat model.
+    ``bundle.about["reward"]`` describes the factors: ``[{"class_path": …, "init_args": {…}}, …]``. Their classes are
+    found by :func:`rlchat.rewards.described.find_factor`. A reward model is searched at the path it had in training,
+    then beside the chat model.
 
     ``left_out`` maps what cannot be scored to the reason. Raises :class:`UserError` if the file describes no reward, or
     if no factor can be used.
@@ -106,7 +99,7 @@ class RewardScorer:
 
     def _factor(self, class_path: str, init_args: dict[str, Any]) -> Factor:
         """The factor that a row describes. Raises :class:`UserError` with the reason if it cannot be constructed."""
-        factor = _find_class(class_path)
+        factor = find_factor(class_path)
         if factor is LearnedQuality:
             bundle = self._reward_model(init_args.get("bundle"))
             init_args = {**init_args, "bundle": str(bundle), "device": self._device}
@@ -123,25 +116,3 @@ class RewardScorer:
         if not there.is_file() and not beside.is_file():
             raise UserError(f"reward model not found: copy it to {there} or {beside}")
         return there if there.is_file() else beside
-
-
-def _find_class(class_path: str) -> type[Factor]:
-    """The subclass of :class:`Factor` at ``class_path``. Raises :class:`UserError` if there is none."""
-    module, _, name = class_path.rpartition(".")
-    if module.partition(".")[0] == "rlchat":
-        found = getattr(rewards, name) if name in rewards.__all__ else None
-    else:
-        try:
-            # Only the top module is searched: to search a submodule, Python would import the modules above it.
-            if module and importlib.util.find_spec(module.partition(".")[0]) is None:
-                raise UserError(f"cannot import {module}: it is not on the import path, add its folder to PYTHONPATH")
-            found = getattr(importlib.import_module(module), name, None) if module else None
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise UserError(f"cannot import {module}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Factor)) or inspect.isabstract(found):
-        raise UserError(f"{class_path} is not a reward factor")
-    if module.partition(".")[0] != "rlchat":
-        log.warning("the reward uses your class %s from %s", class_path, inspect.getfile(found))
-    return found

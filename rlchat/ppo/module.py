@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,6 +29,7 @@ from rlchat.distributed.collectives import whole
 from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.accumulation import LossAndMetrics, accumulate_gradients
 from rlchat.ppo.advantages import Advantages, EstimatorInputs, masked_whiten, place_scores, shape_rewards
+from rlchat.ppo.checkpoint import options_to_load, restore_start_options, saved_origin
 from rlchat.ppo.config import PPOConfig, refuse_max_steps
 from rlchat.ppo.held_out import HeldOutModule
 from rlchat.ppo.losses import AdaptiveKL, KLKind, kl_estimate, masked_mean, policy_loss, value_loss
@@ -359,9 +361,27 @@ class PPOModule(HeldOutModule):
         return bundle
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters and the adaptive KL coefficient."""
+        """Adds the counters, the adaptive KL coefficient, the reward, and the model apart from its weights."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rlchat"] |= saved_counters(self)
+        checkpoint["rlchat"] |= saved_counters(self) | saved_origin(self)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> PPOModule:  # type: ignore[override]
+        """The module in a checkpoint, with its reward. The files that its run started from are not needed.
+
+        Args:
+            checkpoint_path: the checkpoint's file.
+            options: those of Lightning's ``load_from_checkpoint``, and arguments of the module to change, such as
+                ``reward``.
+
+        Raises:
+            UserError: if the reward cannot be rebuilt from the checkpoint, and no other is passed.
+        """
+        options = {"weights_only": True, **options, "_instantiator": None}  # made here, not by LightningCLI's function
+        with options_to_load(checkpoint_path, options) as replaced:
+            module = super().load_from_checkpoint(checkpoint_path, **replaced)
+        restore_start_options(module, torch.load(checkpoint_path, "meta", weights_only=True)["hyper_parameters"])
+        return module
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them."""

@@ -66,11 +66,12 @@ class Factor(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """Plain values from which the factor can be created again: ``class_path``, and ``init_args`` by name.
 
-        An argument is read from the attribute of the same name; one without it, or that is no plain value, is left out.
+        An argument is read from the attribute of the same name. It is left out if there is none, or if the attribute is
+        None or neither a string, a number, nor a list or dict of these.
         """
         names = inspect.signature(type(self)).parameters
         given = {name: getattr(self, name, None) for name in names}
-        plain = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
+        plain = {name: value for name, value in given.items() if value is not None and _is_plain(value)}
         module = type(self).__module__
         if module.startswith("rlchat."):
             module = "rlchat.rewards"  # the public path, which outlives a move of the module
@@ -106,6 +107,15 @@ class ReplyFactor(Factor):
                 )
             scores.append(float(score))
         return torch.tensor(scores, dtype=torch.float32)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is made of strings, numbers, None, lists and dicts only, as YAML writes them."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, str | int | float)
 
 
 def shortened(text: str) -> str:
