@@ -1,8 +1,8 @@
-"""What both contestants get: one initial model, one stream of prompts, one reward, one set of hyper-parameters.
+"""The setup that rlchat and TRL share: initial model, prompts, reward and hyperparameters.
 
-A reply is worth the share of its tokens that are among the first eighth of the vocabulary. Prompts are random tokens,
-replies have exactly :data:`REPLY` tokens and nothing ends them, so that a curve shows how well the policy is improved
-and nothing else.
+The reward of a response is the fraction of its tokens that are in the first eighth of the vocabulary. Prompts are
+random tokens, and responses always have exactly :data:`REPLY` tokens, so that a curve only shows how well the policy is
+optimized.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 SHORTEST_PROMPT, LONGEST_PROMPT, REPLY = 8, 32, 16
-SPECIALS = 5  # the last ids of the vocabulary, rlchat's markers: padding the first, the end of a turn the last
+SPECIALS = 5  # rlchat's markers are the last ids of the vocabulary: the first is padding, the last the end of a turn
 
 
 class Size(NamedTuple):
-    """A GPT-2, and the learning rate with which it learns in 40 iterations."""
+    """The shape of a GPT-2, and a learning rate with which it learns in 40 iterations."""
 
     vocabulary: int
     layers: int
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
     @property
     def sayable(self) -> int:
-        """The ids below this one stand in prompts and may be sampled."""
+        """Prompts contain only ids below this one, and only these can be sampled."""
         return self.vocabulary - SPECIALS
 
     @property
@@ -52,7 +52,7 @@ SIZES = {"T": Size(512, 2, 64, 2, 6e-3), "S": Size(8192, 4, 128, 4, 3e-3)}
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The same on both sides, under rlchat's names."""
+    """The hyperparameters of both sides, under rlchat's names."""
 
     learning_rate: float
     iterations: int = 40
@@ -72,7 +72,7 @@ class Hyperparameters:
 
 
 def gpt2_config(size: Size) -> GPT2Config:
-    """Without dropout: what was sampled is what is trained."""
+    """The configuration, without dropout, so that the sampled and the trained distribution are the same."""
     return GPT2Config(
         vocab_size=size.vocabulary,
         n_positions=LONGEST_PROMPT + REPLY,
@@ -88,7 +88,7 @@ def gpt2_config(size: Size) -> GPT2Config:
 
 
 def initial_model(size: Size, seed: int) -> GPT2LMHeadModel:
-    """Random weights, the same for a seed wherever the versions of torch and transformers agree."""
+    """Random weights, the same for a seed with equal versions of torch and transformers."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(gpt2_config(size))
 
@@ -102,12 +102,12 @@ def make_prompts(size: Size, seed: int, count: int) -> list[list[int]]:
 
 
 def reward(reply: Sequence[int], size: Size) -> float:
-    """Share of the ids of ``reply`` that are in the first eighth of the vocabulary: 0..1, about 1/8 at random."""
+    """The fraction of the ids of ``reply`` in the first eighth of the vocabulary: 0..1, about 1/8 for random ids."""
     return sum(token < size.vocabulary // 8 for token in reply) / len(reply)
 
 
 def digest(model: GPT2LMHeadModel, prompts: list[list[int]]) -> str:
-    """Tells whether two runs began with the same weights and read the same prompts."""
+    """A hash of initial weights and prompts; runs with the same hash can be compared."""
     sha = hashlib.sha256(repr(prompts).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha.update(name.encode())
@@ -116,7 +116,7 @@ def digest(model: GPT2LMHeadModel, prompts: list[list[int]]) -> str:
 
 
 class Record:
-    """A run's curve, written after each iteration, so that a run that is cut short leaves what it had."""
+    """The curve of a run, written after each iteration, so that an interrupted run leaves a partial curve."""
 
     def __init__(self, path: Path, **about: Any) -> None:
         self.path = path
@@ -124,12 +124,12 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Training begins: both clocks at zero, one thread, so that CPU seconds are work and not waiting."""
+        """Starts both clocks, and limits PyTorch to one thread so that CPU seconds measure work."""
         torch.set_num_threads(1)
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def add(self, episodes: int, reward: float, kl: float) -> None:
-        """One iteration is over; ``reward`` is the mean of the replies that it sampled, before it learnt from them."""
+        """Adds an iteration; ``reward`` is the mean over the sampled responses, before the update."""
         row = {
             "episodes": episodes,
             "reward": round(reward, 5),
@@ -145,13 +145,13 @@ class Record:
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of both sides."""
+    """The command-line options of both sides."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="S")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the prompts and the sampling")
-    parser.add_argument("--out", type=Path, required=True, help="the file that the curve is written to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights, the prompts and the sampling")
+    parser.add_argument("--out", type=Path, required=True, help="output file for the curve")
     parser.add_argument(
-        "--set", nargs="*", type=_setting, default=[], metavar="NAME=VALUE", help="hyper-parameters of this run's own"
+        "--set", nargs="*", type=_setting, default=[], metavar="NAME=VALUE", help="hyperparameters for this run only"
     )
     return parser
 

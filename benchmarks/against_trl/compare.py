@@ -1,28 +1,28 @@
-"""rlchat's PPO against TRL's: reward against episodes and against CPU seconds, over the seeds.
+"""Compares rlchat's PPO with TRL's: reward against episodes and against CPU seconds, over several seeds.
 
     make against_trl
 
-makes TRL's environment, runs both sides for each size and seed, and ends with
+creates TRL's environment, runs both sides for each size and seed, and then runs
 
     python benchmarks/against_trl/compare.py benchmarks/.against_trl
 
-which reads the curves that `trl_side.py` and `rlchat_side.py` wrote, refuses those that did not begin alike, prints a
-table a size, and writes `docs/against_trl.png` and `benchmarks/against_trl/results.json`. Intervals are Student's, 95%,
-over the seeds; differences are taken seed by seed, since a seed's runs share initial weights and prompts. Exits with 1
-where a final reward of rlchat's is below TRL's by more than its seeds can explain.
+which reads the curves that `trl_side.py` and `rlchat_side.py` wrote, checks that they started from the same state,
+prints one table per size, and writes `docs/against_trl.png` and `benchmarks/against_trl/results.json`. Intervals are
+95% Student's t intervals over the seeds. Differences are paired by seed, because runs with the same seed share initial
+weights and prompts. The exit code is 1 if a final reward of rlchat is significantly below TRL's.
 
-Both sides have: GPT-2 with random weights, tied embeddings, no dropout; a reference that is the initial model; k1 KL in
-the per-token reward, the score on the last token; GAE; whitened advantages; clipped policy and value losses; a critic
-that begins as a copy of the policy's trunk under a head of zeros (or is a head on that trunk, `shared`); AdamW; a
-learning rate that falls linearly over the iterations; no clipping of gradients, of which TRL's PPO has none; special
-ids that cannot be said. Three differences are left; `same_replies.py` shows that there is no other:
+Common to both sides: GPT-2 with random weights, tied embeddings, no dropout; the initial model as the reference; k1 KL
+in the per-token reward, the score on the last token; GAE; whitened advantages; clipped policy and value losses; a
+critic initialized as a copy of the policy's backbone with a zero head (`shared`: a head on the policy's backbone);
+AdamW; a learning rate that falls linearly over the iterations; no gradient clipping, which TRL's PPO does not do;
+special ids that cannot be sampled. Three differences remain; `same_replies.py` shows that there are no others:
 
-- What is sampled and how it is shuffled: TRL draws from torch's and numpy's generators, rlchat by address.
-- TRL whitens with the unbiased variance of 1,024 tokens, rlchat with the biased one: 0.05%.
-- rlchat's value head has a bias, TRL's has none.
+- The random numbers for sampling and shuffling: TRL uses torch's and numpy's generators, rlchat addressed numbers.
+- TRL whitens with the unbiased variance of 1,024 tokens, rlchat with the biased one, a difference of 0.05%.
+- rlchat's value head has a bias, TRL's does not.
 
-CPU seconds of one thread are of the whole program, sampling and logging included; unlike seconds on the wall they mean
-something on a machine that does other work too.
+CPU seconds are those of the whole program on one thread, including sampling and logging; unlike wall-clock seconds,
+they are meaningful on a machine that also runs other programs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from common import SIZES
 HERE = Path(__file__).parent
 LABELS = {"trl": "TRL 1.12", "separate": "rlchat, critic: separate", "shared": "rlchat, critic: shared"}
 COLOURS = {"trl": "#666666", "separate": "#1f6fb4", "shared": "#d1700f"}
-LAST = 5  # iterations whose mean is the final reward
+LAST = 5  # the final reward is the mean over this many iterations
 GOAL = 0.8
 # Student's t, 97.5%, by degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -60,7 +60,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Over at least two seeds, at most ten."""
+    """The mean and interval of two to ten values."""
     half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(statistics.fmean(values), half)
 
@@ -82,7 +82,7 @@ class Run:
         return statistics.fmean(self.columns["reward"][-LAST:])
 
     def reaches(self, column: str) -> float:
-        """``column`` at the end of the first iteration whose replies earned :data:`GOAL`; nan where none did."""
+        """``column`` at the end of the first iteration with a reward of at least :data:`GOAL`; NaN if there is none."""
         places = (i for i, reward in enumerate(self.columns["reward"]) if reward >= GOAL)
         return next((self.columns[column][i] for i in places), math.nan)
 
@@ -94,7 +94,7 @@ Table = dict[str, dict[str, Estimate]]
 def read_runs(folder: Path, size: str) -> Runs:
     """The runs of ``size``.
 
-    Raises SystemExit where the contestants do not have the same seeds, or a seed's runs did not begin alike.
+    Raises SystemExit if the contestants have different seeds, or if runs with the same seed started differently.
     """
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     runs = {name: [Run(c) for c in contents if c["size"] == size and c["contestant"] == name] for name in LABELS}
@@ -104,15 +104,15 @@ def read_runs(folder: Path, size: str) -> Runs:
         raise SystemExit(f"{folder}: fewer than two runs of TRL at size {size}; run trl_side.py for each seed first")
     for name, found in runs.items():
         if [run.seed for run in found] != seeds:
-            raise SystemExit(f"{folder}: {name}, size {size}: other seeds than TRL's {seeds}; run what is missing")
+            raise SystemExit(f"{folder}: {name}, size {size}: the seeds differ from TRL's {seeds}; run the others")
         for run, peer in zip(found, runs["trl"], strict=True):
             which = f"{name}, size {size}, seed {run.seed}"
             if run.about["digest"] != peer.about["digest"]:
-                raise SystemExit(f"{which}: other initial weights or prompts than TRL's; run both anew")
+                raise SystemExit(f"{which}: initial weights or prompts differ from TRL's; run both again")
             if len(run.columns["reward"]) != run.about["hyperparameters"]["iterations"]:
                 raise SystemExit(f"{which}: the run is not finished")
             if name != "shared" and run.about["hyperparameters"] != peer.about["hyperparameters"]:
-                raise SystemExit(f"{which}: other hyper-parameters than TRL's; run both anew")
+                raise SystemExit(f"{which}: hyperparameters differ from TRL's; run both again")
     return runs
 
 
@@ -134,7 +134,7 @@ def make_table(runs: Runs) -> Table:
 
 
 def print_table(size: str, seeds: int, table: Table) -> None:
-    """As Markdown."""
+    """Prints the table as Markdown."""
     names = list(table["trl"])
     print(f"\n| {describe(size, seeds)} |", " | ".join(names), "|")
     print("|---" * (len(names) + 1) + "|")
@@ -144,13 +144,13 @@ def print_table(size: str, seeds: int, table: Table) -> None:
 
 
 def describe(size: str, seeds: int) -> str:
-    """In words."""
+    """A description of the size and the number of seeds."""
     shape = SIZES[size]
     return f"{size}: vocabulary {shape.vocabulary:,}, {shape.layers} layers × {shape.width}, {seeds} seeds"
 
 
 def draw(runs_of_size: dict[str, Runs], path: Path) -> None:
-    """A row a size: mean, interval and every seed's reward, against episodes and against CPU seconds."""
+    """One row per size: mean, interval and the reward of every seed, against episodes and against CPU seconds."""
     figure, grid = plt.subplots(
         len(runs_of_size), 2, figsize=(9.5, 3.4 * len(runs_of_size)), sharey=True, squeeze=False, layout="constrained"
     )
@@ -168,7 +168,7 @@ def draw(runs_of_size: dict[str, Runs], path: Path) -> None:
 
 
 def draw_contestant(axis: Any, name: str, found: list[Run], column: str) -> None:
-    """The seeds are brought to common places on the ``column``, as far as all of them go."""
+    """Draws one contestant, with its seeds interpolated at common values of ``column``."""
     first = max(run.columns[column][0] for run in found)
     last = min(run.columns[column][-1] for run in found)
     places = np.linspace(first, last, 200)
@@ -181,7 +181,7 @@ def draw_contestant(axis: Any, name: str, found: list[Run], column: str) -> None
 
 
 def write_results(runs_of_size: dict[str, Runs], tables: dict[str, Table], path: Path) -> None:
-    """Tables, and a line for each run with its curve, hyper-parameters and versions."""
+    """Writes the tables, and for each run its curve, hyperparameters and versions."""
     rounded = {
         size: {name: {k: [round(x, 4) for x in v] for k, v in row.items()} for name, row in table.items()}
         for size, table in tables.items()
@@ -195,7 +195,7 @@ def write_results(runs_of_size: dict[str, Runs], tables: dict[str, Table], path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("curves", type=Path, help="the folder that holds the curves")
+    parser.add_argument("curves", type=Path, help="folder of the curves")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--figure", type=Path, default=HERE.parent.parent / "docs" / "against_trl.png")
     parser.add_argument("--json", type=Path, default=HERE / "results.json")

@@ -1,8 +1,8 @@
-"""rlchat's side: its PPOModule under Lightning's Trainer, on what :mod:`common` gives both.
+"""rlchat's side of the comparison: PPOModule under Lightning's Trainer, with the setup of :mod:`common`.
 
     python benchmarks/against_trl/rlchat_side.py --size S --seed 0 --out benchmarks/.against_trl/separate-S-0.json
 
-runs it with a critic of its own, ``--critic shared`` with a value head on the policy's trunk.
+uses a separate critic; ``--critic shared`` uses a value head on the policy's backbone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TUNED = {("shared", "S"): {"learning_rate": 5e-3}}
 
 
 class InSet(ReplyFactor):
-    """The benchmark's reward, on a reply whose text is its ids."""
+    """The benchmark's reward, for responses whose text is a list of ids."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class InSet(ReplyFactor):
 
 
 class IdPPO(PPOModule):
-    """PPO as it is, but for two things: a reply's text is its ids, and the end of the turn cannot be said."""
+    """PPO with two changes: the text of a response is a list of ids, and the end of a turn cannot be sampled."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -74,7 +74,7 @@ class IdPPO(PPOModule):
 
 
 class Recorder(L.Callback):
-    """Hands what Lightning logged to the record."""
+    """Passes the logged metrics to the record."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -85,12 +85,12 @@ class Recorder(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if logged["train/response_length"] != REPLY:
-            raise RuntimeError("a reply ended early: the replies are not of one length any more")
+            raise RuntimeError("a response ended early, so the responses no longer have the same length")
         self.record.add(int(logged["train/episodes"]), logged["train/reward"], logged["train/kl"])
 
 
 def make_tokenizer(size: Size, folder: Path) -> ChatTokenizer:
-    """An encoding of the right size, whose markers are the last ids; no text is ever encoded."""
+    """An encoding of the right size, with markers as the last ids; it never encodes text."""
     ranks = {bytes([token]) if token < 256 else b"w%d" % token: token for token in range(size.sayable)}
     path = folder / "ids.tiktoken"
     path.write_bytes(format_ranks(ranks))
@@ -98,7 +98,7 @@ def make_tokenizer(size: Size, folder: Path) -> ChatTokenizer:
 
 
 def save_initial(initial: GPT2LMHeadModel, size: Size, path: Path) -> None:
-    """The bundle of a chat model with the weights of ``initial`` and a value head that is zero."""
+    """Saves a model file with the weights of ``initial`` and a value head of zeros."""
     tokenizer = make_tokenizer(size, path.parent)
     config = gpt2_config(size)
     backbone = Backbone.from_config_json(config.to_json_string(use_diff=False))
@@ -107,7 +107,7 @@ def save_initial(initial: GPT2LMHeadModel, size: Size, path: Path) -> None:
 
 
 def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> list[PromptBatch]:
-    """The prompts in their order, as rlchat's data module would give them."""
+    """The prompts in their order, in the batches that rlchat's data module would return."""
     return [
         PromptBatch(
             *pad(rows, size.pad_id, "left"),
@@ -120,7 +120,7 @@ def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> l
 def options_of(
     h: Hyperparameters, size: Size, seed: int, critic: str, initial: GPT2LMHeadModel, folder: Path
 ) -> dict[str, Any]:
-    """The options of :class:`IdPPO`; ``folder`` will hold the initial model."""
+    """The options of :class:`IdPPO`; the initial model is saved in ``folder``."""
     save_initial(initial, size, folder / "initial.pt")
     return {
         "init_from": str(folder / "initial.pt"),
@@ -146,7 +146,7 @@ def options_of(
 
 
 def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback) -> None:
-    """Trains on the batches in their order, and leaves nothing on the disk."""
+    """Trains on the batches in their order, without writing files."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")

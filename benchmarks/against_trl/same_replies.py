@@ -1,10 +1,10 @@
-"""Both sides on the same replies, cut into the same minibatches: they must end with the same weights.
+"""Trains both sides on the same responses in the same minibatches: the final weights must be equal.
 
     .venv-trl/bin/python benchmarks/against_trl/same_replies.py
 
-TRL trains first; what it sampled and how it shuffled is given to rlchat's PPOModule in place of its own. Two small
-differences are evened out, so that what is left is rounding: TRL's whitening takes the biased variance as rlchat's
-does, and rlchat's value head keeps a bias of zero, as TRL's has none. Exits with 1 where the weights differ.
+TRL trains first; rlchat's PPOModule then uses TRL's responses and permutations instead of its own. Two small
+differences are removed, so that only rounding remains: TRL's whitening uses the biased variance as rlchat's
+does, and rlchat's value head keeps a bias of zero, because TRL's has no bias. The exit code is 1 if the weights differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEARNING_RATE = 1e-3
 
 
 class Listener:
-    """In place of a record: keeps what TRL sampled and how it shuffled."""
+    """Used in place of a record: keeps TRL's responses and permutations."""
 
     def __init__(self) -> None:
         self.replies: list[Tensor] = []
@@ -42,7 +42,7 @@ class Listener:
         self.permutation = np.random.permutation
 
     def start(self) -> None:
-        """From here on, permutations are those of the update."""
+        """Marks the start of training: from here on, all permutations belong to updates."""
         ppo_trainer.batch_generation = self.generate
         np.random.permutation = self.permute
         ppo_trainer.masked_var = partial(ppo_trainer.masked_var, unbiased=False)
@@ -62,7 +62,7 @@ class Listener:
 
 
 class Follower(rlchat_side.IdPPO):
-    """Says what TRL said, and learns from it in the same order."""
+    """Uses TRL's responses instead of sampling, and trains on them in the same order."""
 
     def __init__(self, listener: Listener, **options: Any) -> None:
         super().__init__(**options)
@@ -86,7 +86,7 @@ class Follower(rlchat_side.IdPPO):
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
-    """Euclidean, over all weights."""
+    """The Euclidean distance over all weights."""
     other = b.state_dict()
     return sum(float(((weight - other[name]) ** 2).sum()) for name, weight in a.state_dict().items()) ** 0.5
 

@@ -1,10 +1,10 @@
-"""TRL's side: its PPOTrainer, unchanged, on what :mod:`common` gives both.
+"""TRL's side of the comparison: the unchanged PPOTrainer with the setup of :mod:`common`.
 
     python3 -m venv .venv-trl
     .venv-trl/bin/pip install -e . trl==1.12.0 accelerate==1.15.0
     .venv-trl/bin/python benchmarks/against_trl/trl_side.py --size S --seed 0 --out benchmarks/.against_trl/trl-S-0.json
 
-The environment is one of its own, so that rlchat's stays free of what only TRL needs.
+It needs a separate environment, so that rlchat's environment does not contain TRL's dependencies.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 def make_policy(initial: GPT2LMHeadModel, size: Size) -> GPT2LMHeadModel:
-    """A copy of ``initial`` that cannot say the special ids: rlchat's policies cannot either, and TRL takes a sampled
-    padding id for the end of the reply."""
+    """A copy of ``initial`` that cannot sample the special ids: rlchat's policies cannot either, and to TRL, a sampled
+    padding id is the end of the response."""
 
     def silence(_: nn.Module, __: Any, output: Any) -> None:
         output.logits[..., size.sayable :] = -1e30
@@ -53,7 +53,7 @@ def make_policy(initial: GPT2LMHeadModel, size: Size) -> GPT2LMHeadModel:
 
 
 class RewardRule(nn.Module):
-    """What TRL takes for a reward model: a backbone whose hidden states are the ids, and a rule as its head."""
+    """The rule as a reward model for TRL: the hidden states of its backbone are the ids, and its head is the rule."""
 
     base_model_prefix = "backbone"
 
@@ -69,7 +69,7 @@ class RewardRule(nn.Module):
 
 
 class Recorded(PPOTrainer):
-    """TRL's trainer, which hands its log to a record and takes the prompts in their order, without a shuffle."""
+    """TRL's trainer, which passes its metrics to a record and uses the prompts in their order, without shuffling."""
 
     def __init__(self, record: Record, **options: Any) -> None:
         super().__init__(**options)
@@ -83,12 +83,12 @@ class Recorded(PPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if logs["val/num_eos_tokens"]:
-            raise RuntimeError("an end marker was sampled: the replies are not of one length any more")
+            raise RuntimeError("an end marker was sampled, so the responses no longer have the same length")
         self.record.add(logs["episode"], logs["objective/scores"], logs["objective/kl"])
 
 
 def make_tokenizer(size: Size) -> PreTrainedTokenizerFast:
-    """TRL wants one for its padding and end ids; no text is ever encoded."""
+    """A tokenizer with padding and end ids, which TRL requires; it never encodes text."""
     words = {f"w{token}": token for token in range(size.sayable)}
     words |= {"<pad>": size.pad_id, "<system>": size.pad_id + 1, "<user>": size.pad_id + 2}
     words |= {"<assistant>": size.pad_id + 3, "<end>": size.end_id}
@@ -101,7 +101,7 @@ def make_tokenizer(size: Size) -> PreTrainedTokenizerFast:
 
 
 def make_critic(initial: GPT2LMHeadModel, size: Size) -> GPT2ForSequenceClassification:
-    """The initial model's trunk under a head that is zero."""
+    """The backbone of the initial model with a head of zeros."""
     config = gpt2_config(size)
     config.num_labels = 1
     config.pad_token_id = size.pad_id
@@ -114,7 +114,7 @@ def make_critic(initial: GPT2LMHeadModel, size: Size) -> GPT2ForSequenceClassifi
 def make_trainer(
     record: Record, h: Hyperparameters, size: Size, seed: int, initial: GPT2LMHeadModel, prompts: list[list[int]]
 ) -> Recorded:
-    """TRL's trainer with the common hyper-parameters."""
+    """TRL's trainer with the common hyperparameters."""
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(),
         seed=seed,
