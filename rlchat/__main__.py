@@ -24,7 +24,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0, 2 after an error (one sentence on stderr that names the fix), or 130 after Ctrl-C.
+    The exit code is 0, 2 after an error (one sentence on stderr that names the fix), or 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
         from rlchat.cli.recipes import describe_recipes
 
         print(
-            f"rlchat {command}: set --config to a recipe or to a file of your own:\n\n{describe_recipes()}",
+            f"rlchat {command}: set --config to a recipe or to your own file:\n\n{describe_recipes()}",
             file=sys.stderr,
         )
         return 2

@@ -1,7 +1,7 @@
-"""Conversations and messages: the data type that all packages exchange.
+"""Conversations and messages: the data types that all packages share.
 
-Readers create them, the tokenizer renders them, rewards score them, the chat extends them. Everything here is frozen,
-holds plain values, and imports nothing large.
+Readers create them, the tokenizer renders them, rewards score them, the chat extends them. All types are frozen,
+contain plain values, and import nothing large.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Message:
     """One turn of a conversation, with its human labels.
 
     Attributes:
-        role: who speaks.
+        role: the speaker.
         text: the content.
         quality: the human label in 0..1; None if there is none.
-        rank: the place among the responses to the same message, 0 the best; None if unranked.
-        learn: False if SFT must not learn this message, although it is part of the context.
+        rank: the rank among the responses to the same message, 0 for the best; None if unranked.
+        learn: False if SFT must not train on this message and only uses it as context.
     """
 
     role: Role
@@ -58,14 +58,14 @@ class Check:
 class Conversation:
     """Messages in their order.
 
-    A *prompt* is a conversation that ends on a user message.
+    A *prompt* is a conversation that ends with a user message.
 
     Attributes:
         messages: the turns.
         references: of a prompt: the human responses to it, with labels and ranks.
-        check: of a prompt: how to tell a correct response, if the data says so.
+        check: of a prompt: what identifies a correct response, if the data contains it.
         tree_id: the tree that it belongs to; training, validation and test split by tree.
-        later: of the first prompt of a conversation that is to be answered as a whole: its later prompts.
+        later: of the first prompt of a conversation in which the policy answers several turns: its later prompts.
     """
 
     messages: tuple[Message, ...]
@@ -80,7 +80,7 @@ class Conversation:
         return bool(self.messages) and self.messages[-1].role == "user"
 
     def say(self, role: Role, text: str) -> Conversation:
-        """This conversation with one more message; references and check, which belong to its old end, are removed."""
+        """This conversation with one more message, without the references and the check of its last message."""
         return self.with_reply(Message(role, text))
 
     def with_reply(self, reply: Message) -> Conversation:

@@ -13,7 +13,7 @@ class NonFiniteError(UserError):
 
 
 def at_least_one(owner: str, option: str, value: int) -> int:
-    """``value`` of the ``option`` of a class named ``owner``. Raises :class:`UserError` where it is below 1."""
+    """``value`` of the ``option`` of a class named ``owner``. Raises :class:`UserError` if it is below 1."""
     if value < 1:
-        raise UserError(f"{owner}: {option} is {value}, it must be at least 1")
+        raise UserError(f"invalid value {value} for {owner}.{option}: expected a positive integer")
     return value

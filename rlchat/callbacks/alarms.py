@@ -1,4 +1,4 @@
-"""Warns when a PPO run goes wrong in a way that its training reward does not show."""
+"""Warns about problems of a PPO run that its training reward does not show."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ _USUAL_KL_PER_TOKEN, _USUAL_KL = 0.5, 10.0
 
 
 def reward_hacking(history: Sequence[Mapping[str, float]]) -> str | None:
-    """What a rising held-out reward has made worse, as a clause; None if nothing.
+    """What has become worse while the held-out reward rose, as a clause; None if nothing has.
 
-    The newest validation is compared with the earlier one in which the other quantity was at its best. The reward must
+    The latest validation is compared with the earlier one in which the other quantity was best. The reward must
     have risen since then. The quantities are the answer accuracy, the perplexity on conversations, and each factor of
     the reward.
 
     Args:
-        history: the metrics of each validation under their names without ``val/``: ``reward``, and what is known of
+        history: the metrics of each validation by name without ``val/``: ``reward``, and if available
             ``answer_accuracy``, ``perplexity`` and ``reward_<factor>``.
     """
     now, before = history[-1], history[:-1]
 
     def since(name: str, best: Callable[..., Mapping[str, float]]) -> Mapping[str, float] | None:
-        """The validation in which ``name`` was at its ``best``, if the reward has risen since."""
+        """The validation with the ``best`` value of ``name``, if the reward has risen since."""
         known = [metrics for metrics in before if name in metrics]
         if name not in now or not known:
             return None
@@ -69,27 +69,27 @@ def reward_hacking(history: Sequence[Mapping[str, float]]) -> str | None:
 class Alarms(Callback):
     """Watches PPO and warns once about each problem, with advice.
 
-    It warns of reward hacking: the training reward rises while the held-out reward falls, or the held-out reward rises
+    It warns about reward hacking: the training reward rises while the held-out reward falls, or the held-out reward
     while answer accuracy, perplexity or another factor of the reward worsens. It also warns when the responses become
     identical, the KL to the reference model exceeds a bound, the explained variance stays negative, most responses are
     truncated, or a reward factor is constant.
 
     Args:
-        kl_bound: KL to the reference model, in nats per response, above which to warn. By default half a nat per token
-            of the mean response, and at least 10.
-        min_distinct: smallest fraction of distinct responses in an iteration.
-        max_truncated: largest fraction of responses truncated at ``max_new_tokens``.
-        patience: consecutive iterations that a noisy problem must last.
+        kl_bound: warn above this KL to the reference model, in nats per response. By default 0.5 nats per token
+            at the mean response length, and at least 10.
+        min_distinct: warn below this fraction of distinct responses in an iteration.
+        max_truncated: warn above this fraction of responses truncated at ``max_new_tokens``.
+        patience: the number of consecutive iterations that a problem must last.
     """
 
     def __init__(
         self, kl_bound: float | None = None, min_distinct: float = 0.1, max_truncated: float = 0.5, patience: int = 20
     ) -> None:
         if kl_bound is not None and not kl_bound > 0:
-            raise UserError(f"Alarms: kl_bound is {kl_bound}, it must be above 0")
+            raise UserError(f"invalid value {kl_bound} for Alarms.kl_bound: expected a positive number")
         for name, share in (("min_distinct", min_distinct), ("max_truncated", max_truncated)):
             if not 0 <= share <= 1:
-                raise UserError(f"Alarms: {name} is {share}, it must be a fraction from 0 to 1")
+                raise UserError(f"invalid value {share} for Alarms.{name}: expected a fraction from 0 to 1")
         self.kl_bound = kl_bound
         self.min_distinct = min_distinct
         self.max_truncated = max_truncated
@@ -186,7 +186,7 @@ class Alarms(Callback):
             )
 
     def _check_held_out(self, trainer: Trainer) -> None:
-        """Warns where the held-out reward has risen at the expense of what it should stand for."""
+        """Warns if the held-out reward has risen while another held-out measure has become worse."""
         names = ("val/reward", "val/answer_accuracy", "val/perplexity")
         metrics = {
             name.removeprefix("val/"): float(value)

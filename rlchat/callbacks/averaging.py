@@ -1,4 +1,4 @@
-"""Lightning's weight averaging callbacks: what was measured is what is saved."""
+"""Support for Lightning's weight averaging callbacks: the weights that were validated are saved."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 
 @contextmanager
 def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """The module with the weights that a validation measures: the average where a ``WeightAveraging`` is used.
+    """A context in which the module has the weights that are validated: the average if a ``WeightAveraging`` is used.
 
-    The hooks of a validation's beginning and end swap the weights, and there are no other public ones.
+    The hooks at the beginning and the end of a validation swap the weights; there are no other public hooks.
     """
     with ExitStack() as stack:
         for callback in _averaging(trainer):
@@ -24,9 +24,9 @@ def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
 
 
 def keep_measured_buffers(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Gives the averaged model the buffers that its validation has computed, such as the mean of all scores.
+    """Copies buffers that a validation has computed (for example the mean of all scores) to the averaged model.
 
-    Lightning swaps the weights back before the module computes them, so they are in the model that is trained. Call it
+    Lightning swaps the weights back before the module computes them, so they are in the trained model. Call it
     after each validation.
     """
     if not _averaging(trainer):
@@ -38,7 +38,7 @@ def keep_measured_buffers(trainer: L.Trainer, module: L.LightningModule) -> None
 
 
 def ends_with_an_unmeasured_average(trainer: L.Trainer) -> bool:
-    """Whether the weights at the end of the run are an average that no validation has measured."""
+    """Whether the weights at the end of the run are an average that has not been validated."""
     return any(isinstance(callback, StochasticWeightAveraging) for callback in _all_callbacks(trainer))
 
 

@@ -29,28 +29,28 @@ BEST = "best.ckpt"
 class BestModel(ModelCheckpoint):
     """Saves the model that is best on the validation split, as a model file and as a checkpoint.
 
-    Whenever the module's ``monitor`` (PPO: ``val/reward``) improves, ``folder/<bundle_name>`` becomes the current model
-    and Lightning's ``best.ckpt`` is written to the run's own folder. A model file that an earlier run left there is
-    first renamed after its date. Without validation, the model file is the model at the end of the run.
+    Whenever the module's ``monitor`` (PPO: ``val/reward``) improves, the model is written to ``folder/<bundle_name>``
+    and Lightning's ``best.ckpt`` to the run's folder. A model file from an earlier run is renamed first, with its
+    date. Without validation, the model file is written at the end of the run.
 
     ``last.ckpt`` is written every ``save_last_every`` batches, before and after each validation, and at the end, so
     that an interrupted run resumes with ``--ckpt_path last``. Ctrl-C and SIGTERM let the current batch finish and then
-    write ``last.ckpt``; a second Ctrl-C stops at once.
+    write ``last.ckpt``; a second Ctrl-C stops immediately.
 
     A score that is not finite is never the best, and a model with weights that are not finite is never saved.
 
-    With one of Lightning's callbacks for weight averaging, validation measures the averaged model. It is the averaged
-    model that all files hold then.
+    With one of Lightning's callbacks for weight averaging, the averaged model is validated, and all files contain this
+    model.
 
     Args:
-        folder: where the model files are written.
-        save_last_every: training batches between two writes of ``last.ckpt``; 0: around validations and at the end
+        folder: the folder for the model files.
+        save_last_every: write ``last.ckpt`` after this many training batches; 0: around validations and at the end
             only.
-        select_by: what the best model is best in: a validation metric such as ``val/answer_accuracy``, or
+        select_by: the metric that selects the best model: a validation metric like ``val/answer_accuracy``, or
             ``reward-kl`` for ``val/reward`` − β · ``val/kl``. By default the module's ``monitor``.
         kl_weight: β of ``reward-kl``. By default ``--model.kl_coef``.
-        keep_runs: of how many runs of this stage the checkpoints are kept, this one included; those of older runs are
-            deleted at the end of this one. Model files and logs stay. By default all are kept.
+        keep_runs: the number of runs of this stage, including this one, whose checkpoints are kept; older ones are
+            deleted at the end of this run. Model files and logs stay. By default all are kept.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class BestModel(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The same key for all options, so that a run resumed with other options finds its state."""
+        """The same key for all options, so that a run that is resumed with different options finds its state."""
         return "rlchat.BestModel"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Decides what selects the best model. Raises :class:`UserError` where ``folder`` cannot be written."""
+        """Determines the selection metric. Raises :class:`UserError` if ``folder`` cannot be written."""
         if stage == "fit" and not is_fast_dev_run(trainer):
             _require_writable(Path(self.folder))
         self._selection = selection_of(self.select_by, self.kl_weight, pl_module)
@@ -113,7 +113,7 @@ class BestModel(ModelCheckpoint):
             self._save_last(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes ``last.ckpt`` where that is due since the last batch."""
+        """Writes ``last.ckpt`` if that is due."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._due:
             self._save_last(trainer, pl_module)
@@ -121,7 +121,7 @@ class BestModel(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stops the run here, where the batch before is saved and its metrics are logged."""
+        """Stops the run if a signal came: at this point, the previous batch is saved and its metrics are logged."""
         if self._stop:
             self._signals.stop(self._stop)
 
@@ -144,7 +144,7 @@ class BestModel(ModelCheckpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stops the run where a signal came; the state before the validation is saved."""
+        """Stops the run if a signal came; the state before the validation has been saved."""
         if _is_part_of_training(trainer) and (number := self._signals.agreed(pl_module)):
             self._signals.stop(number)
 
@@ -181,7 +181,7 @@ class BestModel(ModelCheckpoint):
             self._signals.stop(number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes ``last.ckpt`` where the run has trained since the last write, and restores the signal handlers."""
+        """Writes ``last.ckpt`` if the run has trained since the last write, and restores the signal handlers."""
         super().on_train_end(trainer, pl_module)
         if self._batches_saved != batches_seen(trainer) or ends_with_an_unmeasured_average(trainer):
             self._save_last(trainer, pl_module)
@@ -198,9 +198,9 @@ class BestModel(ModelCheckpoint):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the model at the end of a run without a model file, and an average that was never measured.
 
-        A run has no model file if it was never validated, or if it was resumed where the file is missing.
+        A run has no model file if it was never validated, or if it was resumed without its file.
 
-        Raises :class:`UserError` where the weights are not finite, so that no model file is written.
+        Raises :class:`UserError` if the weights are not finite; then no model file is written.
         """
         unmeasured = ends_with_an_unmeasured_average(trainer)
         if not trainer.global_step or is_fast_dev_run(trainer):
@@ -220,7 +220,7 @@ class BestModel(ModelCheckpoint):
             self._save_average(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """ModelCheckpoint's state, the path of the model file, and what selected the best model."""
+        """ModelCheckpoint's state, the path of the model file, and the selection metric."""
         return {**super().state_dict(), "bundle_path": self.bundle_path, "selected_by": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -228,7 +228,7 @@ class BestModel(ModelCheckpoint):
         self.bundle_path = state_dict["bundle_path"]
         selected_by = state_dict.get("selected_by", self.monitor)  # version 0.1 did not save it
         if selected_by != self.monitor:
-            rank_zero_warn(f"the run before selected its best model by {selected_by}; this one starts anew")
+            rank_zero_warn(f"the previous run selected its best model by {selected_by}; the selection starts again")
             return
         self.current_score = state_dict["current_score"]
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
@@ -241,7 +241,7 @@ class BestModel(ModelCheckpoint):
             self._batches_saved = batches_seen(trainer)
 
     def _save_bundle(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not hasattr(pl_module, "save_bundle"):  # a module that is not of rlchat has checkpoints only
+        if not hasattr(pl_module, "save_bundle"):  # other modules than rlchat's have checkpoints only
             return
         path = Path(self.folder) / pl_module.bundle_name  # type: ignore[operator]
         if trainer.is_global_zero and path.exists() and self.bundle_path != str(path):  # left by an earlier run
@@ -250,17 +250,17 @@ class BestModel(ModelCheckpoint):
         self.bundle_path = str(path)
 
     def _save_average(self, pl_module: L.LightningModule) -> None:
-        """Saves the final average of StochasticWeightAveraging beside the best model, which was measured."""
+        """Saves the final average of StochasticWeightAveraging next to the validated best model."""
         if not hasattr(pl_module, "save_bundle"):
             return
         best = Path(str(self.bundle_path))
         path = best.with_name(f"{best.stem}_averaged{best.suffix}")
         pl_module.save_bundle(path)  # type: ignore[operator]
-        rank_zero_warn(f"{path} is the final average of StochasticWeightAveraging, which no validation has measured")
+        rank_zero_warn(f"{path} is the final average of StochasticWeightAveraging, which has not been validated")
 
 
 def _require_writable(folder: Path) -> None:
-    """Raises :class:`UserError` before training, instead of after hours of it."""
+    """Raises :class:`UserError` before the training instead of after hours of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -280,7 +280,7 @@ def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether the run validates after the training batch ``batch_idx`` of its epoch, which is not the epoch's last.
 
     Lightning has no public method for this, so its rule is repeated with the trainer's public attributes. With
-    ``val_check_interval`` as a time the answer is False; then ``last.ckpt`` is written twice in a row.
+    ``val_check_interval`` as a time, this returns False; then ``last.ckpt`` is written twice in a row.
     """
     epochs = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or not sum(trainer.num_val_batches):

@@ -1,4 +1,4 @@
-"""How much a run writes to the disk, and the removal of the checkpoints of old runs."""
+"""Disk usage of a run, and the deletion of checkpoints of old runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 _log = logging.getLogger("rlchat")
 
 WORTH_A_MESSAGE = 10**9
-"""Bytes above which a run says how much it will write."""
+"""A run that will write more bytes than this prints a message."""
 
 
 def bytes_of_run(module: nn.Module, checkpoints: int = 2) -> tuple[int, int]:
     """Bytes of one checkpoint and of all files of a run: ``checkpoints`` checkpoints and the model file.
 
-    A checkpoint holds all weights and, for each trained weight, the two moments of AdamW. The model file is at most
+    A checkpoint contains all weights and, for each trained weight, the two moments of AdamW. The model file is at most
     as large as all weights.
     """
     weights = _bytes(module.state_dict().values())
@@ -27,7 +27,7 @@ def bytes_of_run(module: nn.Module, checkpoints: int = 2) -> tuple[int, int]:
 
 
 def announce_size(module: nn.Module, folder: Path) -> None:
-    """Logs how much a run will write, if that is more than :data:`WORTH_A_MESSAGE`; warns where it does not fit."""
+    """Logs how much a run will write if it is more than :data:`WORTH_A_MESSAGE`; warns if it does not fit."""
     checkpoint, total = bytes_of_run(module)
     if total <= WORTH_A_MESSAGE:
         return
@@ -53,7 +53,7 @@ def delete_checkpoints(folders: Iterable[Path], names: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
         if found:
             _log.info(
-                "deleted %s in %s (%.1f GB), as best_model.keep_runs says",
+                "deleted %s in %s (%.1f GB), because of best_model.keep_runs",
                 " and ".join(path.name for path in found),
                 folder,
                 size / 1e9,

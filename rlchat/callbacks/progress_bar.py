@@ -22,7 +22,7 @@ class OneLineProgressBar(RichProgressBar):
         self._numbers = _Numbers()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Keeps the metrics for our own column and returns none for Lightning's, which wraps."""
+        """Keeps the metrics for rlchat's column and returns none for Lightning's column, which wraps."""
         metrics = super().get_metrics(trainer, pl_module)
         self._numbers.shown = {name: value for name, value in metrics.items() if isinstance(value, float)}
         return {}

@@ -15,7 +15,7 @@ from rlchat.errors import at_least_one
 from rlchat.ppo.module import PPOModule
 from rlchat.utils.files import append_lines
 
-_LARGEST = 1e19  # within the bins of TensorBoard's histograms
+_LARGEST = 1e19  # still within the bins of TensorBoard's histograms
 
 
 class RolloutLog(Callback):
@@ -26,7 +26,7 @@ class RolloutLog(Callback):
     the same numbers, and of the advantages, under ``rollout/``.
 
     Args:
-        every_n_iterations: PPO iterations between two logged rollouts; the first iteration is logged.
+        every_n_iterations: log the first rollout, then one every this many PPO iterations.
         max_replies: maximum number of responses written per logged rollout.
     """
 
@@ -65,9 +65,9 @@ class RolloutLog(Callback):
 
 
 def _drawable(values: Sequence[float]) -> torch.Tensor | None:
-    """The finite ``values``, clipped to what TensorBoard can draw; None if there is no finite value.
+    """The finite ``values``, clipped to the range that TensorBoard can draw; None if there is no finite value.
 
-    TensorBoard's own bins end at ±1e20 and it raises an error where no value falls into them.
+    TensorBoard's bins end at ±1e20, and it raises an error if no value falls into them.
     """
     numbers = torch.tensor(values, dtype=torch.float64)
     finite = numbers[numbers.isfinite()]

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 def batches_seen(trainer: Trainer) -> int:
     """The number of training batches that the run has begun, over all epochs and resumes.
 
-    ``trainer.global_step`` counts optimizer steps instead, several per batch where a module optimizes manually.
+    ``trainer.global_step`` counts optimizer steps instead; with manual optimization, there are several per batch.
     """
     return trainer.fit_loop.total_batch_idx + 1
 

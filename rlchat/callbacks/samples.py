@@ -29,15 +29,15 @@ class SampleResponses(Callback):
     """Samples responses to the same prompts after each validation and shows them.
 
     The responses go to TensorBoard (tab *Text*, under ``samples``), to ``samples.jsonl`` in the run's log folder (one
-    line per response), and as a table to the terminal. Where the module has a reward, each factor is shown. Modules
+    line per response), and as a table to the terminal. If the module has a reward, each factor is shown. Modules
     without ``respond``, such as a reward model, are skipped.
 
     Args:
         prompts: user messages to respond to. By default the first validation prompts of the data module are used.
-        every_n_validations: validations between two samples.
-        count: number of validation prompts where ``prompts`` is not set.
+        every_n_validations: sample after every this many validations.
+        count: number of validation prompts if ``prompts`` is not set.
         max_rows: maximum number of rows of the table in the terminal; 0 prints no table.
-        max_characters: length at which the table truncates a prompt or response. The file has the whole text.
+        max_characters: the table truncates prompts and responses to this length. The file contains the whole text.
 
     Raises:
         UserError: for an invalid option.
@@ -57,7 +57,7 @@ class SampleResponses(Callback):
         self.every_n_validations = at_least_one("SampleResponses", "every_n_validations", every_n_validations)
         self.count = at_least_one("SampleResponses", "count", count)
         if max_rows < 0:
-            raise UserError(f"SampleResponses: max_rows is {max_rows}, it must be 0 (no table) or more")
+            raise UserError(f"invalid value {max_rows} for SampleResponses.max_rows: expected 0 (no table) or more")
         self.max_rows = max_rows
         self.max_characters = at_least_one("SampleResponses", "max_characters", max_characters)
         self._validations = 0
@@ -81,7 +81,7 @@ class SampleResponses(Callback):
                 return
         prompts = self._chosen_prompts(trainer)
         if not prompts:
-            rank_zero_warn("SampleResponses has no prompts; set sample_responses.prompts, or use our data module")
+            rank_zero_warn("SampleResponses has no prompts; set sample_responses.prompts, or use rlchat's data module")
             return
         # Only one process writes, but every process calls these, because each may be a collective.
         with trainer.precision_plugin.val_step_context():
@@ -127,7 +127,7 @@ class SampleResponses(Callback):
         return rows
 
     def _table(self, samples: Sequence[_Sample]) -> Table:
-        """Text of the model and the data goes in as ``Text``, which rich does not interpret as markup."""
+        """A table for the terminal. Text is passed as ``Text``, which rich does not interpret as markup."""
         has_reward = bool(samples[0].factors)
         title = f"Samples after {self._iteration:,} training batches"
         table = Table(title=title, title_justify="left", title_style="bold", expand=True)
@@ -154,7 +154,7 @@ class SampleResponses(Callback):
 class _Sample:
     prompt: Conversation
     reply: Reply
-    factors: Mapping[str, float]  # empty where the module has no reward
+    factors: Mapping[str, float]  # empty if the module has no reward
 
     @property
     def reward(self) -> float:
@@ -170,7 +170,7 @@ def _samples(prompts: Sequence[Conversation], replies: Sequence[Reply], factors:
 
 
 def _markdown(samples: Sequence[_Sample]) -> str:
-    """A table whose cells show their text as it is, whatever it would mean in Markdown or HTML."""
+    """A Markdown table whose cells show their text literally, even if it contains Markdown or HTML."""
     names = list(samples[0].factors)
     header = ["prompt", "reply", "tokens", "ended", *(["reward", *names] if names else [])]
     rows = [[_markdown_cell(cell) for cell in header], ["---"] * len(header)]

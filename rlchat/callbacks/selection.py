@@ -20,7 +20,7 @@ _LOWER_IS_BETTER = ("loss", "perplexity", "nll", "kl", "error", "truncated_fract
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """How a validation becomes one number, of which the best model has the largest or the smallest."""
+    """Computes the score of a validation; the best model has the largest or the smallest score."""
 
     metric: str
     """A metric such as ``val/reward``, or :data:`REWARD_MINUS_KL`."""
@@ -31,7 +31,7 @@ class Selection:
     """Whether the user asked for this metric, so that its absence is an error."""
 
     def score(self, metrics: Mapping[str, Tensor]) -> Tensor | None:
-        """The score of a validation with ``metrics``, None where it lacks the metric.
+        """The score of a validation with ``metrics``; None if the metric is absent.
 
         Raises :class:`UserError` for an absent metric that the user asked for.
         """
@@ -51,11 +51,11 @@ class Selection:
 
 
 def selection_of(select_by: str | None, kl_weight: float | None, module: Any) -> Selection | None:
-    """The selection that the options ask for: by default the module's ``monitor``; None where it has none.
+    """The selection according to the options: by default the module's ``monitor``; None if it has none.
 
     Args:
         select_by: a metric such as ``val/answer_accuracy``, :data:`REWARD_MINUS_KL`, or None.
-        kl_weight: β; None takes the ``kl_coef`` of the module.
+        kl_weight: β; None uses the ``kl_coef`` of the module.
         module: the LightningModule that is trained.
     """
     if select_by is None:

@@ -29,7 +29,7 @@ class Curve:
         return self.steps[np.isnan(self.values)]
 
     def smoothed(self, is_log: bool = False) -> Array:
-        """[points] Local linear regression, Gaussian kernel as wide as 3% of the curve; outliers are clipped first.
+        """[points] Local linear regression, with a Gaussian kernel as wide as 3% of the curve, after clipping outliers.
 
         Unlike a running mean it has no lag and no bias at the ends (Fan 1992). NaN stays NaN and does not spread.
         """
@@ -72,7 +72,7 @@ def fence(finite: Array) -> tuple[float, float]:
 
 
 def limits(finite: Array, may_be_log: bool) -> tuple[float, float, bool]:
-    """(low, high, logarithmic) of the axis: logarithmic where allowed and where the values span a factor of 20."""
+    """(low, high, logarithmic) of the axis: logarithmic if allowed and if the values span a factor of 20."""
     if not len(finite):
         return 0.0, 1.0, False
     if may_be_log and finite.min() > 0:

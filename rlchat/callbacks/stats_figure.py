@@ -107,7 +107,7 @@ def draw_stats(
 
 
 class _Page:
-    """Positions axes in inches, so that panels have the same size whatever their number."""
+    """Positions axes in inches, so that the size of a panel does not depend on the number of panels."""
 
     def __init__(self, figure: Figure, height: float, row_count: int) -> None:
         self.figure, self.height, self.row_count = figure, height, row_count

@@ -28,7 +28,7 @@ _SCREEN_DPI = 80  # of the image in TensorBoard
 class StatsPlot(Callback):
     """Plots the metrics of a run into one image, ``checkpoints/<name of the model file>_stats.png``.
 
-    It records what the module logs after each training batch and each validation. It draws the plot during the run, at
+    It records the metrics of each training batch and each validation. It draws the plot during the run, at
     its end, and when an exception ends it. TensorBoard shows the same plot in its tab *Images*. The history is saved in
     the checkpoint, so that the plot of a resumed run is complete. Long runs are stored at a lower resolution: at most
     1,024 points per metric, each a mean of batches.
@@ -36,7 +36,7 @@ class StatsPlot(Callback):
     Args:
         path: the image file, ``.png``, ``.svg`` or ``.pdf``. By default it is next to the model file, in the folder of
             :class:`~rlchat.callbacks.best_model.BestModel`, and named after the module's ``bundle_name``.
-        every_n_batches: training batches after which the numbers are fetched from the device and the plot may be
+        every_n_batches: fetch the numbers from the device after this many training batches; then the plot may be
             drawn again.
         min_seconds: minimum time between two drawings.
         dpi: dots per inch; the image is 11 inches wide.
@@ -54,7 +54,7 @@ class StatsPlot(Callback):
         self, path: str | None = None, every_n_batches: int = 10, min_seconds: float = 10.0, dpi: int = 150
     ) -> None:
         if path is not None and Path(path).suffix not in (".png", ".svg", ".pdf"):
-            raise UserError(f"StatsPlot: path is {path!r}, it must end in .png, .svg or .pdf")
+            raise UserError(f"invalid value {path!r} for StatsPlot.path: expected a .png, .svg or .pdf file")
         self.path = path
         self.every_n_batches = at_least_one("StatsPlot", "every_n_batches", every_n_batches)
         self.min_seconds = min_seconds
@@ -65,7 +65,7 @@ class StatsPlot(Callback):
         self._batch_metrics: set[str] = set()
         self._picture: Path | None = None
         self._next_drawing = 0.0
-        self._shown_at = 0  # training batches at which TensorBoard got the last image
+        self._shown_at = 0  # the number of training batches when TensorBoard got its last image
 
     def state_dict(self) -> dict[str, Any]:
         self._fetch()
@@ -114,7 +114,7 @@ class StatsPlot(Callback):
     def _take_fresh(self, trainer: Trainer) -> dict[str, Tensor]:
         """The metrics logged since the last call.
 
-        ``callback_metrics`` also holds the last value of everything logged before. A newly logged value is a new
+        ``callback_metrics`` also contains the last value of all metrics logged before. A newly logged value is a new
         tensor at a new address: ``_seen`` keeps the old tensor alive, so that its memory is not reused. Every process
         has to call this, because Lightning may reduce a metric over the processes when it is read.
         """

@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM: the run stops where it can be resumed, on all processes at the same batch."""
+"""Handles Ctrl-C and SIGTERM: the run stops where it can be resumed, on all processes after the same batch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _STOPPED = "stopped; the run is saved. Resume it with `rlchat fit --ckpt_path la
 
 
 class StopSignals:
-    """Turns Ctrl-C and SIGTERM into a request to stop, which the run follows where it can be resumed.
+    """Turns Ctrl-C and SIGTERM into a request to stop, which the run follows when it can be resumed.
 
-    A second Ctrl-C stops at once. Signals reach processes during different batches, or only one of them, so the
+    A second Ctrl-C stops immediately. Signals reach processes during different batches, or only one of them, so the
     processes agree on a batch by a collective. Lightning's own handler would communicate inside the signal handler,
     while another process may be in the middle of another collective.
     """
@@ -60,7 +60,7 @@ class StopSignals:
         if not self.requested:
             self.requested, self._came_at = number, time.monotonic()
             if number == signal.SIGINT and is_first():
-                print("\nstopping after this batch; Ctrl-C again stops at once", file=sys.stderr)
+                print("\nstopping after this batch; press Ctrl-C again to stop immediately", file=sys.stderr)
         elif number == signal.SIGINT and time.monotonic() - self._came_at > self._SECOND_AFTER_SECONDS:
             self.release()
             raise KeyboardInterrupt

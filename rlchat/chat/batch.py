@@ -23,9 +23,9 @@ def generate_rows(
 ) -> tuple[list[dict[str, Any]], list[Reply]]:
     """One row for each of ``prompts``, in their order, and the responses.
 
-    ``prompt`` is the last user message, and ``messages`` the conversation if it has more than that. ``reply`` is the
-    response, ``tokens`` its length, and ``ended`` False if it was truncated. ``time``, ``model`` and ``sampling`` say
-    how it was generated. :func:`add_rewards` adds the reward.
+    ``prompt`` is the last user message, and ``messages`` the conversation if it has more messages. ``reply`` is the
+    response, ``tokens`` its length, and ``ended`` False if it was truncated. ``time``, ``model`` and ``sampling``
+    record how it was generated. :func:`add_rewards` adds the reward.
     """
     started = now()
     replies = chat.batch_replies(prompts, **asdict(sampling))
@@ -49,10 +49,10 @@ def generate_rows(
 def add_rewards(
     chat: ChatInterface, prompts: Sequence[Conversation], replies: Sequence[Reply], rows: Sequence[dict[str, Any]]
 ) -> str:
-    """Add ``reward`` and ``factors`` to ``rows`` if the model file describes a reward; return what was not scored.
+    """Add ``reward`` and ``factors`` to ``rows`` if the model file contains a reward; return the reasons if not.
 
-    ``unscored`` names the factors that are not part of the reward because they cannot be used here. Rows whose reward
-    cannot be computed at all stay as they are.
+    ``unscored`` names the factors that are left out of the reward because they cannot be used. Rows whose reward
+    cannot be computed at all stay unchanged.
     """
     if not chat.bundle.about.get("reward"):
         return ""

@@ -29,9 +29,9 @@ Run = Callable[["Session", str], bool | None]
 class Command:
     """One command and its names.
 
-    ``run`` takes the session and the text after the name, and returns True to end the chat. ``argument`` is how help
-    shows the argument. ``arguments`` is a pattern of the arguments with which a line is a command without a leading
-    slash; with any other argument such a line is a message. ``completes`` is what the tab key offers after the name.
+    ``run`` takes the session and the text after the name, and returns True to end the chat. ``argument`` is the
+    argument as shown in help. ``arguments`` is a pattern of the arguments with which a line is a command without a
+    leading slash; with any other argument, the line is a message. ``completes`` lists the completions after the name.
     """
 
     names: tuple[str, ...]
@@ -190,7 +190,7 @@ def _bad(session: Session, _: str) -> None:
     session.add_feedback("bad")
 
 
-@command("edit", help="replace the last response by the one it should have been", argument="<text>")
+@command("edit", help="correct the last response", argument="<text>")
 def _edit(session: Session, text: str) -> None:
     turn = session.chat.last_turn
     if not text and turn is not None and session.terminal is not None:
@@ -198,7 +198,7 @@ def _edit(session: Session, text: str) -> None:
         if not text.strip():
             session.note("not saved")
             return
-    session.add_feedback(Correction(_required(text, "a text", "/edit Anna lives in Rome.")))
+    session.add_feedback(Correction(_required(text, "a response", "/edit Anna lives in Rome.")))
 
 
 @command("reward", help="show the reward of the last response, its factors and the critic's value")

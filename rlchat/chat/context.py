@@ -16,8 +16,8 @@ class FittedPrompt:
     """A prompt that leaves room for a response.
 
     ``dropped_messages`` counts the oldest user and assistant messages that were left out, ``cut_tokens`` the tokens cut
-    from the start of a last message that is too long by itself. ``dropped_system`` is True if the system message and
-    the last message do not fit together.
+    from the beginning of a last message that is too long on its own. ``dropped_system`` is True if the system message
+    and the last message do not fit together.
     """
 
     ids: list[int]
@@ -32,9 +32,10 @@ def fit_prompt(
 ) -> FittedPrompt:
     """Render ``prompt`` so that prompt and response together have at most ``max_length`` tokens.
 
-    With ``max_new_tokens``, the oldest messages make room for that many tokens, until half of the context is left to
-    the prompt. With None, the prompt keeps all that fits and the response may use what is left. The system message is
-    kept before older turns. For example, with ``max_length`` 96 and None the prompt may have 96 - 96 // 16 = 90 tokens.
+    With ``max_new_tokens``, the oldest messages are dropped to make room for that many tokens, until half of the
+    context is left for the prompt. With None, the prompt keeps everything that fits, and the response may use the rest.
+    The system message is kept in preference to older turns. Example: with ``max_length`` 96 and None, the prompt may
+    have 96 - 96 // 16 = 90 tokens.
     """
     largest = max_length - max(1, max_length // _OPEN_RESPONSE_SHARE)
     room = largest if max_new_tokens is None else max(max_length - max_new_tokens, max_length // 2)
@@ -64,7 +65,7 @@ def fit_continuation(
 ) -> FittedPrompt | None:
     """Like :func:`fit_prompt`, for a response that begins with the text ``begun`` and is continued.
 
-    Returns None if ``begun`` leaves less than an eighth of the context to the prompt and the rest of the response.
+    Returns None if ``begun`` leaves less than an eighth of the context for the prompt and the rest of the response.
     """
     ids = tokenizer.encode(begun)
     if max_length - len(ids) < max(4, max_length // 8):

@@ -1,11 +1,11 @@
-"""Feedback on responses, kept as training data: one JSONL line per verdict.
+"""Feedback on responses, saved as training data: one JSONL line per verdict.
 
 A line is an OASST tree: the conversation, and below it the response with a quality label, or a corrected response
-ranked above the model's own. The file can be trained on as it is::
+ranked above the model's response. The file can be used as training data directly::
 
     rlchat fit --config reward --data.path feedback.jsonl
 
-A response has one verdict per client: the terminal is one client, each browser that shows the page another. The file
+A response has one verdict per client: the terminal is one client, and each browser is another. The file
 is append-only: every line has a ``feedback_id``, a hash of the conversation, the response and the client, and
 :func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
 """
@@ -45,7 +45,7 @@ class Correction:
 
 
 Verdict = Literal["good", "bad", "none"] | Correction
-"""``none`` withdraws the verdict that was given before."""
+"""``none`` withdraws the previous verdict."""
 
 
 def append_feedback(
@@ -55,13 +55,13 @@ def append_feedback(
 
     ``good`` and ``bad`` become the quality labels 1 and 0. A :class:`Correction` becomes a pair: the correction with
     rank 0, the response with rank 1. ``none`` withdraws the verdict. A later verdict on the same response to the same
-    prompt by the same ``client`` replaces an earlier one when the file is read; verdicts of different clients are all
-    kept. ``model`` is the name of the model that gave the response.
+    prompt by the same ``client`` replaces an earlier one when the file is read; verdicts by different clients are all
+    kept. ``model`` is the name of the model that generated the response.
     Several processes may append at once; a line is written as a whole or not at all.
 
     Raises:
-        UserError: the message, the response or its correction is empty; the correction equals the response; the file
-            cannot be written.
+        UserError: the message, the response or its correction is empty; the correction is identical to the response;
+            the file cannot be written.
     """
     row = feedback_row(prompt, reply, verdict, model=model, client=client)
     line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -102,7 +102,7 @@ def feedback_row(
         if not correction.strip():
             raise UserError("the correction is empty: enter the response that the model should have given")
         if correction == response:
-            raise UserError("the correction equals the response: rate it good, or enter another text")
+            raise UserError("the correction is identical to the response: rate it good, or enter a different text")
         replies = [{**_message("assistant", correction), "rank": 0}]
         replies += [{**_message("assistant", response), "rank": 1, "model_name": model}] if response.strip() else []
     elif verdict == "none":
@@ -139,7 +139,7 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 
 def _context(prompt: Conversation) -> list[Message]:
-    """The messages of ``prompt`` that a reader keeps: the newest, starting at a user message, and the system message.
+    """The messages of ``prompt`` that a reader keeps: the newest, starting with a user message, and the system message.
 
     Readers drop everything below an empty message, so the context starts after the last empty one.
     """
@@ -158,12 +158,12 @@ def _context(prompt: Conversation) -> list[Message]:
 
 
 def _clean(text: str) -> str:
-    """``text`` without characters that a UTF-8 data file may not hold: NUL and lone surrogates become U+FFFD."""
+    """``text`` without characters that a UTF-8 data file cannot contain: NUL and lone surrogates become U+FFFD."""
     return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append ``line`` to ``path`` under an exclusive lock. If the disk is full, remove what was written of it."""
+    """Append ``line`` to ``path`` under an exclusive lock. If the disk is full, remove the incomplete line."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
         _lock(descriptor)

@@ -30,7 +30,7 @@ _SAMPLES = (
 
 
 class ResponseGenerator:
-    """The model of one chat, its random generator, and the KV cache that lasts from turn to turn."""
+    """The model of one chat, its random generator, and the KV cache that is reused between turns."""
 
     def __init__(self, bundle: PolicyBundle, device: torch.device, generator: torch.Generator) -> None:
         self.model = bundle.model
@@ -89,7 +89,7 @@ class ResponseGenerator:
         return [replies[i] for i in range(len(prompts))]
 
     def _reuse_cache(self, prompt: list[int]) -> tuple[int, Cache]:
-        """The number of leading ids of ``prompt`` that the returned cache holds.
+        """The number of leading ids of ``prompt`` that are in the returned cache, and the cache.
 
         At least the last id is computed again, because its hidden state gives the first new token. For example, cached
         ids [1, 2, 3, 4] and prompt [1, 2, 9] share [1, 2]: the cache is shortened to 2, and 9 is computed.
@@ -126,7 +126,7 @@ def _chunks(prompts: Sequence[FittedPrompt], batch_size: int) -> list[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class TokenizationCheck:
-    """The number of tokens of ``text``, and whether decoding them, at once and one by one, restores it."""
+    """The number of tokens of ``text``, and whether decoding them (all together and one by one) restores it."""
 
     text: str
     tokens: int

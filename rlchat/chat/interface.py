@@ -38,16 +38,16 @@ from rlchat.utils.devices import choose_device, choose_dtype
 class ChatInterface:
     """One conversation with the model in ``model_path``.
 
-    ``device`` defaults to CUDA, then MPS, then the CPU. ``dtype`` defaults to bfloat16 on CUDA devices that support it,
-    else float32. ``seed`` makes the responses repeatable; None draws a fresh seed. Raises :class:`UserError` for a
-    model, device, dtype or seed that cannot be used.
+    ``device`` defaults to CUDA if available, else MPS, else the CPU. ``dtype`` defaults to bfloat16 on CUDA devices
+    that support it, else float32. ``seed`` makes the responses repeatable; None draws a fresh seed. Raises
+    :class:`UserError` for a model, device, dtype or seed that cannot be used.
 
     ``system`` is the system message (None: none). After each response, ``dropped_messages``, ``dropped_system`` and
-    ``cut_tokens`` say what did not fit into the model's context: the number of oldest messages, whether the system
-    message was left out, and the number of tokens cut from a message that was too long by itself.
+    ``cut_tokens`` describe what did not fit into the model's context: the number of oldest messages, whether the system
+    message was left out, and the number of tokens cut from a message that was too long on its own.
 
-    An interface generates one response at a time. Starting another response, or changing the conversation, while a
-    stream is open or another thread generates raises :class:`UserError`.
+    A ChatInterface generates one response at a time. Starting another response or changing the conversation while a
+    stream is open or another thread is generating raises :class:`UserError`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ChatInterface:
         self._busy = threading.Lock()
         self._generator = ResponseGenerator(self.bundle, self.device, generator)
         self._messages: list[SavedMessage] = []
-        self._undone: list[SavedMessage] = []  # what the last undo removed, until the next response
+        self._undone: list[SavedMessage] = []  # the messages that the last undo removed, until the next response
         # Per message that was rated: the model's own response, the verdict, and the file that holds it.
         self._ratings: list[tuple[SavedMessage, Reply, Verdict, Path]] = []
         self._last: Reply | None = None  # the last message, if it was generated here
@@ -135,7 +135,7 @@ class ChatInterface:
             return self._undone[0].text
 
     def redo(self) -> None:
-        """Restore what :meth:`undo` removed last, unless a response was generated since."""
+        """Restore the messages that :meth:`undo` removed last, unless a response was generated since."""
         with self._exclusive():
             self._messages += self._undone
             self._undone = []
@@ -172,7 +172,7 @@ class ChatInterface:
     def add_feedback(self, verdict: Verdict, path: str | Path) -> bool:
         """Append a verdict on the last response to the feedback file ``path``; False if it is the current verdict.
 
-        A response has one verdict: the last one replaces those before it, in the file too. A correction also replaces
+        A response has one verdict: a new one replaces the previous one, also in the file. A correction also replaces
         the response in the conversation. Raises :class:`UserError` if there is no response, if a correction is rated,
         or if the file cannot be written; see :func:`rlchat.chat.feedback.append_feedback`.
         """
@@ -200,14 +200,14 @@ class ChatInterface:
     def score_last_response(self) -> tuple[dict[str, float], float | None]:
         """The reward factors of the last response, and the critic's value of its prompt; see :class:`RewardScorer`.
 
-        Raises :class:`UserError` if there is no response, or the model file describes no reward.
+        Raises :class:`UserError` if there is no response, or if the model file contains no reward.
         """
         prompt, reply = self._required_turn()
         return self.reward.breakdown([prompt], [reply])[0], self.reward.value(prompt)
 
     @cached_property
     def reward(self) -> RewardScorer:
-        """The reward that the model was trained with. Raises :class:`UserError` if the file describes none."""
+        """The reward that the model was trained with. Raises :class:`UserError` if the file contains none."""
         return RewardScorer(self.bundle, self.model_path)
 
     def _required_turn(self) -> tuple[Conversation, Reply]:
@@ -243,7 +243,7 @@ class ChatInterface:
     ) -> Generator[str, None, None]:
         """The response to ``text`` in pieces of whole characters, as they are generated; no special tokens.
 
-        ``temperature`` 0 always takes the most likely token. ``top_k`` 0 or -1, and ``top_p`` 1, exclude no token.
+        ``temperature`` 0 always selects the most likely token. ``top_k`` 0 or -1, and ``top_p`` 1, exclude no token.
         Without ``use_history``, the model sees only the system message and ``text``, and neither ``text`` nor the
         response is added to the history. Closing the iterator stops the response; its text so far is kept.
 
@@ -289,7 +289,7 @@ class ChatInterface:
         if isinstance(prompts, str | Conversation):
             raise UserError("invalid prompts: expected a list of prompts, got a single one")
         if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise UserError(f"invalid value {batch_size!r} for batch_size: expected an integer of at least 1")
+            raise UserError(f"invalid value {batch_size!r} for batch_size: expected a positive integer")
         sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
         with self._exclusive():
             self._sampling = sampling
@@ -340,7 +340,7 @@ class ChatInterface:
         return prompt
 
     def _fit(self, prompt: Conversation, sampling: Sampling) -> FittedPrompt:
-        """Fit ``prompt`` into the context, and add what did not fit to the totals."""
+        """Fit ``prompt`` into the context, and add the dropped messages and tokens to the totals."""
         fitted = fit_prompt(self.tokenizer, prompt, self.max_length, sampling.max_new_tokens)
         self.dropped_messages += fitted.dropped_messages
         self.dropped_system |= fitted.dropped_system
@@ -352,7 +352,7 @@ class ChatInterface:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Hold the model, its cache and the messages. Raises :class:`UserError` if someone else holds them."""
+        """Lock the model, its cache and the messages. Raises :class:`UserError` if they are locked already."""
         if not self._busy.acquire(blocking=False):
             raise UserError(
                 "this ChatInterface is generating another response: finish or close that stream first, or use one "

@@ -56,13 +56,13 @@ def main(args: list[str]) -> int:
 
 
 def _discard_output() -> None:
-    """Redirect standard output to nowhere: at exit, Python would write its buffer once more and fail again."""
+    """Redirect standard output to the null device: at exit, Python would flush its buffer and fail again."""
     with contextlib.suppress(OSError, ValueError):  # standard output may not be a real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_output(text: str, end: str = "") -> None:
-    """Print ``text`` at once. Raises :class:`UserError` if standard output cannot be written, as on a full disk."""
+    """Print ``text`` without buffering. Raises :class:`UserError` if that fails, for example on a full disk."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.7,
         metavar="T",
-        help="0 takes the most likely token, 1 samples as trained (default: %(default)s)",
+        help="0: always the most likely token; 1: sample from the model's distribution (default: %(default)s)",
     )
     parser.add_argument(
         "--max_new_tokens",
@@ -231,7 +231,7 @@ class Session:
     def _handle(self, text: str) -> bool:
         """Run the command in ``text``, or respond to it; return True to end the chat.
 
-        In a pipe only a line with a leading slash is a command, because its lines may be anybody's text.
+        In a pipe, only a line with a leading slash is a command, because its lines may be arbitrary text.
         """
         try:
             if (found := commands.find(text, slash_only=self.terminal is None)) is not None:
@@ -295,7 +295,7 @@ class Session:
             write(out)
         try:
             unscored = add_rewards(self.chat, prompts, replies, rows)
-        finally:  # with Ctrl-C while scoring, the responses are printed nevertheless
+        finally:  # after Ctrl-C during scoring, the responses are still printed
             if out is None:
                 write_output(as_json(rows))
         if out is not None:
@@ -312,7 +312,7 @@ class Session:
             self.note(f"wrote {len(prompts)} responses to {out}")
 
     def _report_dropped(self) -> None:
-        """Say what the model did not see; for older messages only once, when the first is dropped."""
+        """Report which messages the model did not see; older messages only once, when the first is dropped."""
         if self.chat.cut_tokens:
             self.note(f"(message too long: the model did not see its first {self.chat.cut_tokens} tokens)")
         if self.chat.dropped_system:

@@ -9,8 +9,8 @@
      ]
     }
 
-A system message, if there is one, is the first message. Two other layouts are read too: OpenAI's
-``{"messages": […]}``, whose contents may be lists of text parts, and that of older programs,
+A system message, if there is one, is the first message. Two other layouts can be loaded: OpenAI's
+``{"messages": […]}``, whose contents may be lists of text parts, and an older one,
 ``{"conversation_history": [{"user": …, "assistant": …, "timestamp": …}]}``.
 """
 
@@ -112,7 +112,7 @@ def conversation_to_dict(conversation: SavedConversation) -> dict[str, Any]:
 
 
 def conversation_from_dict(content: object, source: str) -> SavedConversation:
-    """The conversation in a file's JSON values. Raises :class:`UserError` that names ``source`` and what is wrong."""
+    """The conversation in a file's JSON values. Raises :class:`UserError` that names ``source`` and the problem."""
     try:
         if isinstance(content, dict) and "conversation_history" in content:
             return _from_older(content)
@@ -122,7 +122,7 @@ def conversation_from_dict(content: object, source: str) -> SavedConversation:
         if not is_openai and content.get("format") != FORMAT:
             raise _InvalidError("its format is neither rlchat's nor OpenAI's")
         if not is_openai and content.get("version") != VERSION:
-            raise _InvalidError(f"its version is {_shown(content.get('version'))}; this rlchat reads {VERSION}")
+            raise _InvalidError(f"its version is {_shown(content.get('version'))}: expected {VERSION}")
         messages = tuple(_message(row, number) for number, row in enumerate(_a_list(content, "messages"), 1))
         if any(message.role == "system" for message in messages[1:]):
             raise _InvalidError("a system message is not the first message")
@@ -131,7 +131,7 @@ def conversation_from_dict(content: object, source: str) -> SavedConversation:
             raise _InvalidError(f"model is {_shown(model)}: expected a string")
         return SavedConversation(messages, model, _sampling(content.get("sampling", {})))
     except _InvalidError as error:
-        raise UserError(f"{source} is not a conversation that can be loaded: {error}") from None
+        raise UserError(f"{source} cannot be loaded: {error}") from None
 
 
 class _InvalidError(Exception):

@@ -18,20 +18,20 @@ from rlchat.rewards.learned import LearnedQuality
 
 
 class RewardScorer:
-    """The reward that the model file ``path`` describes, and the value head (critic) of its model.
+    """The reward in the model file ``path``, and the value head (critic) of its model.
 
     ``bundle.about["reward"]`` describes the factors: ``[{"class_path": …, "init_args": {…}}, …]``. Their classes are
-    found by :func:`rlchat.rewards.described.find_factor`. A reward model is searched at the path it had in training,
-    then beside the chat model.
+    found by :func:`rlchat.rewards.described.find_factor`. A reward model is searched at the path that it had in
+    training, then next to the chat model.
 
-    ``left_out`` maps what cannot be scored to the reason. Raises :class:`UserError` if the file describes no reward, or
+    ``left_out`` maps unusable factors to the reason. Raises :class:`UserError` if the file contains no reward, or
     if no factor can be used.
     """
 
     def __init__(self, bundle: PolicyBundle, path: str | Path) -> None:
         described = bundle.about.get("reward")
         if not described:
-            raise UserError(f"{path}: the model file describes no reward; only models trained with PPO have one")
+            raise UserError(f"{path}: the model file contains no reward; only models trained with PPO have one")
         self._bundle = bundle
         self._path = Path(path)
         self._device = str(bundle.model.backbone.head_weight.device)
@@ -61,7 +61,7 @@ class RewardScorer:
             try:
                 ((_, scores),) = Reward([factor]).breakdown(prompts, replies).items()
                 columns[name] = scores.tolist()
-            except Exception as error:  # a factor may be anybody's code, and one that fails must not hide the others
+            except Exception as error:  # a factor can be any code; if one fails, the others are still shown
                 self.left_out[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 del self.reward.factors[name]
         if not columns:
@@ -73,7 +73,7 @@ class RewardScorer:
     ) -> tuple[dict[str, float], float | None]:
         """The factors of one response whose tokens are not known, and the critic's value of its prompt.
 
-        ``ended`` is False for a response that was cut by a limit.
+        ``ended`` is False for a truncated response.
         """
         tokens = len(self._bundle.tokenizer.encode(text)) + ended  # the end marker counts
         return self.breakdown([prompt], [Reply(text, tokens, ended)])[0], self.value(prompt)
@@ -94,7 +94,7 @@ class RewardScorer:
     def _checked(self, row: Any) -> tuple[str, dict[str, Any]]:
         init_args = row.get("init_args", {}) if isinstance(row, dict) else None
         if not isinstance(init_args, dict) or not isinstance(row.get("class_path"), str):
-            raise UserError(f"{self._path}: the description of the reward is damaged; train or export the model again")
+            raise UserError(f"{self._path}: the reward in this model file is damaged; train the model again")
         return row["class_path"], init_args
 
     def _factor(self, class_path: str, init_args: dict[str, Any]) -> Factor:

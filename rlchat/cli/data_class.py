@@ -1,4 +1,4 @@
-"""`--data my.DataModule`: data modules of the user instead of rlchat's own."""
+"""`--data my.DataModule`: the user's data module instead of rlchat's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _BATCHES = {"sft": (SequenceBatch,), "reward": (RankedBatch,), "ppo": (PromptBat
 
 
 def with_data_class(argv: Sequence[str], scratch: Path) -> tuple[list[str], type[L.LightningDataModule] | None]:
-    """``argv`` for the data module that it specifies, and the class of that data module; None for rlchat's own.
+    """``argv`` for the data module that it specifies, and its class; None for rlchat's data module.
 
-    A class comes from ``--data CLASS`` or from ``data.class_path`` in a configuration; the last one counts. Options of
-    the data in configurations that specify no class are those of :class:`OASST2DataModule`: a subclass gets them too,
-    and they are left out for any other class. Configurations that change are written to ``scratch``.
+    The class comes from ``--data CLASS`` or from ``data.class_path`` in a configuration; the last one is used. Options
+    of the data in configurations that specify no class are those of :class:`OASST2DataModule`: a subclass gets them
+    too, and other classes do not. Changed configurations are written to ``scratch``.
 
-    Raises :class:`UserError` for what is not the import path of a LightningDataModule.
+    Raises :class:`UserError` if the class is not the import path of a LightningDataModule.
     """
     words, chosen, place = _without_class(argv)
     configs = [index for index, word in enumerate(words) if index and words[index - 1] == "--config"]
@@ -77,21 +77,23 @@ def _arguments(data: Any, found: type, chosen: str) -> dict[str, Any]:
         return dict(data.get("init_args") or {}) if data["class_path"] == chosen else {}
     if issubclass(found, OASST2DataModule):
         return dict(data)
-    _log.info("%s takes the place of rlchat's data module, so %s of the recipe do not apply", chosen, ", ".join(data))
+    _log.info(
+        "%s replaces rlchat's data module, so these options of the recipe are ignored: %s", chosen, ", ".join(data)
+    )
     return {}
 
 
 def check_data_needs(module: type, data: type[L.LightningDataModule]) -> None:
-    """Raises :class:`UserError` for a module that does not tell rlchat's data module what it needs."""
+    """Raises :class:`UserError` for a module without ``data_needs`` if the data module is rlchat's."""
     if issubclass(data, OASST2DataModule) and not hasattr(module, "data_needs"):
         raise UserError(
-            f"{module.__name__} has no data_needs, from which rlchat's data module learns what to serve; derive it "
-            f"from rlchat.SFTModule, RewardModelModule or PPOModule, or set --data to a data module of your own"
+            f"{module.__name__} has no data_needs attribute, which rlchat's data module requires; derive it "
+            f"from rlchat.SFTModule, RewardModelModule or PPOModule, or set --data to your own data module"
         )
 
 
 class BatchCheck(L.Callback):
-    """Checks that a data module of the user serves what the stage expects."""
+    """Checks that the user's data module returns the batches that the stage expects."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -124,7 +126,7 @@ def _check_batch(module: L.LightningModule, batch: Any) -> None:
     expected = _BATCHES[module.data_needs.task]
     if not isinstance(batch, expected):
         raise UserError(
-            f"the data module serves batches of the type {type(batch).__name__}, but {type(module).__name__} expects "
+            f"the data module returns batches of type {type(batch).__name__}, but {type(module).__name__} expects "
             f"rlchat.data.batches.{expected[0].__name__}; derive your data module from rlchat.OASST2DataModule, or "
             f"change --model"
         )

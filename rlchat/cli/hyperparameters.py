@@ -1,4 +1,4 @@
-"""Logs all options of a run, and its final metrics beside them."""
+"""Logs all options of a run together with its final metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlchat.callbacks.run_state import is_fast_dev_run
 
 
 class HyperparameterLog(L.Callback):
-    """Logs the options that the module's own hyper-parameters lack: those of the data and of the reward.
+    """Logs the options that are not among the module's hyperparameters: those of the data and of the reward.
 
     They go to every logger. At the end of a fit, TensorBoard's tab *HParams* shows all options with the final metrics.
 
@@ -29,7 +29,7 @@ class HyperparameterLog(L.Callback):
             logger.log_hyperparams(self.options)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs all options again, with the final metrics, where TensorBoard shows both together."""
+        """Logs all options again, with the final metrics, for TensorBoard's tab *HParams*."""
         if is_fast_dev_run(trainer) or not trainer.is_global_zero:
             return
         final = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -58,7 +58,7 @@ def _factors(reward: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _number(index: int, reward: Mapping[str, Any]) -> str:
-    """A suffix that tells apart the factors of one class: none for the first, then _2, _3, …"""
+    """A suffix that distinguishes factors of the same class: none for the first, then _2, _3, …"""
     factors = _factors(reward)
     same = sum(factor["class_path"] == factors[index]["class_path"] for factor in factors[: index + 1])
     return "" if same == 1 else f"_{same}"

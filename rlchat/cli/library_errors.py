@@ -1,4 +1,4 @@
-"""Turns what Lightning and PyTorch raise about the user's options into one sentence."""
+"""Turns exceptions of Lightning and PyTorch about the user's options into errors of one sentence."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PARTS = (
 
 
 def user_error_in(error: BaseException) -> UserError | None:
-    """The error for the user in ``error``, or None where it is not about something that the user can fix.
+    """``error`` as an error for the user, or None if the user cannot fix it.
 
-    It is a :class:`UserError` that a library has wrapped, or one made from what a library itself refused.
+    The result is a :class:`UserError` that a library has wrapped, or a new one for an error of a library.
     """
     inner: BaseException | None = error
     while inner is not None:
@@ -37,16 +37,18 @@ def user_error_in(error: BaseException) -> UserError | None:
     # that only the text tells them apart.
     if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict"):
         return UserError(
-            "ckpt_path: the checkpoint is of a model of another shape than the options describe; leave out --config "
+            "ckpt_path: the shape of the model in the checkpoint differs from the options; leave out --config "
             "to use the configuration of the checkpoint, or train a new model"
         )
     if "val_check_interval" in text and "number of the training batches" in text:
         return UserError(
-            "trainer.val_check_interval is more than the number of training batches per epoch; set a fraction of the "
-            "epoch, as --trainer.val_check_interval 1.0, or lower --data.batch_size"
+            "trainer.val_check_interval exceeds the number of training batches per epoch; set a fraction of the "
+            "epoch (for example --trainer.val_check_interval 1.0), or lower --data.batch_size"
         )
     if isinstance(error, RuntimeError) and "Connection closed by peer" in text:
-        return UserError("another process of this run has stopped, so this one stops too; see the error of the other")
+        return UserError(
+            "another process of this run has stopped, so this one stops too; see the error of that process"
+        )
     if "No supported gpu backend" in text:
         return UserError("trainer.accelerator gpu: torch finds no GPU on this machine; set --trainer.accelerator auto")
     if isinstance(error, OSError) and error.filename is not None:
@@ -68,5 +70,5 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _is_lightning(module: str) -> bool:
-    """Whether Lightning itself refused an option, as opposed to a call from a module, such as ``self.log``."""
+    """Whether Lightning rejected an option, as opposed to a call from a module, for example ``self.log``."""
     return module.startswith("lightning.") and "logger_connector" not in module and "pytorch.core" not in module

@@ -87,12 +87,12 @@ class RLChatCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds each callback under its own key, so that a user's ``trainer.callbacks`` does not replace it."""
+        """Adds each callback under a separate key, so that a user's ``trainer.callbacks`` does not replace it."""
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Raises :class:`UserError` where jsonargparse would show the usage and exit."""
+        """Raises :class:`UserError` instead of showing the usage and exiting, as jsonargparse does."""
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -107,9 +107,9 @@ class RLChatCLI(LightningCLI):
         return [flag for flag in flags if not flag.endswith("+")] + [f"--model.{name}" for name in of_modules]
 
     def _parse_ckpt_path(self) -> None:
-        """Replaces ``best`` and ``last`` by the path of a file; the options stay as the command line sets them.
+        """Replaces ``best`` and ``last`` by the path of a file; the options of the command line are unchanged.
 
-        LightningCLI's own method would let the hyper-parameters in the checkpoint override the flags silently.
+        LightningCLI's method would silently override the flags with the hyperparameters in the checkpoint.
         """
         options = self.config[self.config["subcommand"]]
         wanted = options.get("ckpt_path")
@@ -145,7 +145,7 @@ class RLChatCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds both loggers in one folder, our progress bar and atomic checkpoints, unless others are configured."""
+        """Adds both loggers in one folder, a progress bar and atomic checkpoints, unless others are configured."""
         options = self.config[self.config["subcommand"]]
         given = self._get(self.config_init, "trainer")
         stage = _stage_of(import_object(str(options["model"]["class_path"])))
@@ -181,7 +181,7 @@ class RLChatCLI(LightningCLI):
         return {**kwargs, "weights_only": True}
 
     def after_fit(self) -> None:
-        """Reports a resumed run that had no training left to do."""
+        """Reports if a resumed run was already complete."""
         if self._get(self.config, "ckpt_path") and not self.trainer.callback_metrics:
             epochs = self.trainer.max_epochs
             _log.info("the run is already complete after %s epochs; raise --trainer.max_epochs to continue it", epochs)
@@ -229,7 +229,7 @@ def main(args: ArgsType = None) -> int:
 
 
 def run(argv: list[str]) -> RLChatCLI:
-    """Runs ``[command, *options]``; the result holds the trainer, the module and the data module."""
+    """Runs ``[command, *options]``; the result has the trainer, the module and the data module."""
     configure_messages(argv[0] if argv else "")
     _integers_first()
     here = str(Path.cwd())
@@ -263,9 +263,9 @@ def run(argv: list[str]) -> RLChatCLI:
 
 
 def with_recipes(argv: list[str]) -> list[str]:
-    """``argv`` in the form that jsonargparse reads.
+    """``argv`` in the form that jsonargparse expects.
 
-    Recipes become the paths of their files, and several values after ``--data.path`` become one list. Where the command
+    Recipes become the paths of their files, and several values after ``--data.path`` become one list. If the command
     line sets a checkpoint and no configuration, the configuration of the checkpoint's run is added.
     """
     result: list[str] = []

@@ -1,4 +1,4 @@
-"""Which messages of libraries reach the terminal, and how."""
+"""Selects and formats the messages of libraries that reach the terminal."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def configure_messages(command: str) -> None:
 
 
 class _BesideProgressBar(logging.Handler):
-    """Looks up standard error for each record: rich replaces it while a progress bar is drawn, to keep both intact."""
+    """Looks up standard error for each record, because rich replaces it while a progress bar is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)

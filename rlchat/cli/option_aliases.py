@@ -1,4 +1,4 @@
-"""Names that other RLHF libraries use for our options, so that an error can say "did you mean --model.clip_eps?".
+"""Names of rlchat's options in other RLHF libraries, so that an error can say "did you mean --model.clip_eps?".
 
 The names come from TRL, OpenRLHF, verl, cleanrl, Stable Baselines 3, RLlib and the Hugging Face Trainer.
 """
@@ -69,4 +69,4 @@ def _by_alias() -> dict[str, tuple[str, ...]]:
 
 
 ALIASES = _by_alias()
-"""Another library's name → the options that do the same here, the likeliest first; without the leading ``--``."""
+"""Another library's name → the equivalent options here, the most likely first; without the leading ``--``."""

@@ -1,8 +1,8 @@
-"""Explains in one sentence why the command line or a configuration file was refused.
+"""Explains in one sentence why the command line or a configuration file is invalid.
 
-jsonargparse raises every refusal as an ``ArgumentError`` that holds prose of up to twenty lines and no fields. So this
-module does not read that text. It walks through the settings once more, compares each with the signatures of the
-classes that take them, and reports the first that does not fit: which option, of which class, and what would be valid.
+jsonargparse raises an ``ArgumentError`` with up to twenty lines of prose and without fields. This
+module does not parse that text. It goes through the settings again, compares each with the signatures of the
+classes that take them, and reports the first invalid one: the option, its class, and the valid values.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ class Setting:
     keys: tuple[str, ...]
     """The path to the value, without ``init_args``."""
     value: Any
-    """As YAML reads it; ``None`` where a flag has no value."""
+    """The value as parsed by YAML; ``None`` if a flag has no value."""
 
 
 def explain(argv: Sequence[str], groups: Mapping[str, type], options: Iterable[str], detail: str) -> UserError:
-    """The first setting in ``argv`` (the command and its options) that does not fit, as an error for the user.
+    """An error for the first invalid setting in ``argv`` (the command and its options).
 
     Args:
         argv: the command line, with every ``--config`` as the path of an existing file.
         groups: the class that takes the options of a group, such as ``trainer`` or ``data``.
         options: all flags of the command, with those of the classes in ``groups``.
-        detail: what the parser says. It is shown where no setting explains the refusal.
+        detail: the parser's message. It is shown if no invalid setting is found.
     """
     known = set(options)
     words = list(argv[1:])
@@ -88,7 +88,7 @@ def _configs(words: Sequence[str]) -> list[str]:
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(flag, its value) for each flag of the command line; a positional word comes with no value."""
+    """(flag, value) for each flag of the command line; a positional word has the value None."""
     rest = list(words)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -129,7 +129,7 @@ def _of_file(path: str) -> Iterator[Setting]:
 
 
 def _class_path(setting: Setting) -> Any:
-    """The class that ``model`` names, or None where ``setting`` names none."""
+    """The class path of the model in ``setting``, or None if it contains none."""
     value = setting.value
     if setting.keys == ("model", "class_path"):
         return value
@@ -142,7 +142,7 @@ def _class_path(setting: Setting) -> Any:
 
 
 def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], model: Any) -> UserError | None:
-    """What is wrong with ``setting``, None where nothing is."""
+    """The problem with ``setting``; None if it is valid."""
     group, flag = setting.keys[0], "--" + ".".join(setting.keys)
     if group == "model" and setting.keys[1:] != ("class_path",):
         if len(setting.keys) == 1:
@@ -151,14 +151,14 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
             base = imported_class("model", model, LightningModule) if options_only else LightningModule
             return _class_problem(setting.place, setting.value, base) if isinstance(base, type) else base
         if setting.value is None and setting.place.startswith("--"):
-            return UserError(f"{setting.place}: expected a value, as {setting.place} VALUE")
+            return UserError(f"{setting.place}: expected a value: {setting.place} VALUE")
         found = imported_class("model", model, LightningModule)
         if found is None or isinstance(found, UserError):
             return found
         return _option_problem(setting.place, setting.keys[1], _nested(setting), found)
     if group in _OWN_OPTIMIZER:
         return UserError(
-            f"{setting.place} is not supported: the stages use AdamW with a schedule of their own; set "
+            f"{setting.place} is not supported: each stage uses AdamW with its own schedule; set "
             f"--model.learning_rate, schedule, warmup and weight_decay, or override configure_optimizers in a subclass "
             f"of the stage and set --model to it"
         )
@@ -169,14 +169,14 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
     ):
         return _no_such_option(flag, known)
     if setting.value is None and setting.place.startswith("--"):
-        return UserError(f"{setting.place}: expected a value, as {setting.place} VALUE")
+        return UserError(f"{setting.place}: expected a value: {setting.place} VALUE")
     if group in groups and len(setting.keys) > 1:
         return _option_problem(setting.place, setting.keys[1], _nested(setting), groups[group])
     return None
 
 
 def _nested(setting: Setting) -> Any:
-    """The value of the option itself where a flag sets something inside of it, as ``--model.reward.factors`` does."""
+    """The value of the whole option, if a flag sets a part of it, for example ``--model.reward.factors``."""
     value = setting.value
     for key in reversed(setting.keys[2:]):
         value = {key: value}
@@ -184,7 +184,7 @@ def _nested(setting: Setting) -> Any:
 
 
 def _option_problem(place: str, name: str, value: Any, owner: type) -> UserError | None:
-    """What is wrong with ``value`` as the option ``name`` of the class ``owner``."""
+    """The problem with ``value`` as the option ``name`` of the class ``owner``."""
     hints = _hints(owner)
     if name not in hints:
         return _no_such_option_of_class(place, name, owner)
@@ -212,7 +212,7 @@ def _value_problem(place: str, value: Any, hint: Any) -> UserError | None:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether jsonargparse takes ``value`` for an option of the type ``hint``."""
+    """Whether jsonargparse accepts ``value`` for an option of the type ``hint``."""
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=hint)
@@ -225,7 +225,7 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 def _class_problem(place: str, value: Any, base: type) -> UserError | None:
-    """What is wrong with ``value``, which specifies an object of the class ``base`` or of one derived from it."""
+    """The problem with ``value``, which specifies an instance of ``base`` or of a subclass."""
     if isinstance(value, dict) and "class_path" not in value:
         found: Any = base
         init_args = value
@@ -243,7 +243,7 @@ def _class_problem(place: str, value: Any, base: type) -> UserError | None:
 
 
 def imported_class(place: str, class_path: Any, base: type) -> Any:
-    """The class at ``class_path``, or the error that says why it is not a class derived from ``base``."""
+    """The class at ``class_path``, or an error with the reason why it is not a subclass of ``base``."""
     if not isinstance(class_path, str):
         return None if class_path is None else _wrong_type(place, [str], class_path)
     if "." not in class_path:
@@ -348,7 +348,7 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _class_of(hint: Any) -> type | None:
-    """``hint`` where it is a class of which a configuration specifies an instance; None for plain values."""
+    """``hint`` if it is a class whose instances a configuration specifies; None for plain values."""
     plain = (*_NAMES, type(None), object)
     if not isinstance(hint, type) or hint in plain or get_origin(hint) is not None:
         return None

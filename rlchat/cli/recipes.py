@@ -32,7 +32,7 @@ def find_recipe(name: str) -> Path:
 
 
 def checked_recipe(name: str) -> Path:
-    """As :func:`find_recipe`. Raises :class:`UserError` also for a file that is not a YAML mapping of options."""
+    """As :func:`find_recipe`. Also raises :class:`UserError` for a file that is not a YAML mapping of options."""
     path = find_recipe(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

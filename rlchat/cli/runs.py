@@ -24,7 +24,7 @@ _RECORD = Path(LOGS, "checkpoint_folders.json")
 class CheckpointRecord(L.Callback):
     """Records the checkpoint folder of each run in ``lightning_logs/checkpoint_folders.json`` of the working directory.
 
-    ``--ckpt_path best`` and ``last`` read this file, so that they find a run whatever its logger or
+    ``--ckpt_path best`` and ``last`` read this file, so that they find a run with any logger or
     ``default_root_dir``. The checkpoints themselves stay where the logger puts them.
     """
 
@@ -44,9 +44,9 @@ class CheckpointRecord(L.Callback):
         write_atomically(_RECORD, lambda file: file.write(text.encode()))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Deletes the checkpoints of older runs of this stage where ``best_model.keep_runs`` says so.
+        """Deletes the checkpoints of older runs of this stage if ``best_model.keep_runs`` is set.
 
-        This happens after ``last.ckpt`` of this run is written, which may be the continuation of the run before.
+        This happens after ``last.ckpt`` of this run is written, because this run may be a continuation of an older one.
         """
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestModel)), None)
         if best is None or best.keep_runs is None or not trainer.is_global_zero or is_fast_dev_run(trainer):
@@ -56,7 +56,7 @@ class CheckpointRecord(L.Callback):
 
 
 def _recorded() -> dict[str, list[str]]:
-    """Stage → checkpoint folders of its runs; empty where no run has been recorded."""
+    """Stage → checkpoint folders of its runs; empty if no run has been recorded."""
     try:
         return dict(json.loads(_RECORD.read_text(encoding="utf-8")))
     except (OSError, ValueError):  # not there, or damaged: the folders of lightning_logs are searched all the same
@@ -100,7 +100,7 @@ def check_checkpoint(path: Path, module: Any) -> None:
         raise UserError(f"{path}: damaged, or not a checkpoint; specify another, or `best` or `last`") from error
     if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
         raise UserError(
-            f"{path}: not a checkpoint of a run, which are in {LOGS}/<stage>/version_N/checkpoints; use model files "
+            f"{path}: not a checkpoint; checkpoints are in {LOGS}/<stage>/version_N/checkpoints; pass model files "
             f"(checkpoints/*.pt) with --model.init_from"
         )
     class_path = content.get("hyper_parameters", {}).get("_class_path")

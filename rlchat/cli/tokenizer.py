@@ -26,7 +26,7 @@ def main(args: list[str]) -> int:
     """Runs ``rlchat tokenizer`` with ``args``; returns the exit code.
 
     Raises :class:`UserError` for a vocabulary size out of range, data that cannot be read, and an output file that
-    already exists (without ``--force``), cannot be written, or has another suffix than ``.tiktoken``.
+    already exists (without ``--force``), cannot be written, or has a suffix other than ``.tiktoken``.
     """
     try:
         options = _parser().parse_args(args)

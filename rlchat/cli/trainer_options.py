@@ -1,4 +1,4 @@
-"""Refuses trainer options that the stages do not support, and names what to set instead."""
+"""Rejects trainer options that the stages do not support; the errors name alternatives."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_trainer_for_ppo(options: Mapping[str, Any]) -> None:
 
 
 def check_checkpoint_keyword(wanted: str) -> None:
-    """Raises :class:`UserError` for Lightning's other keywords of ``--ckpt_path`` beside ``best`` and ``last``."""
+    """Raises :class:`UserError` for Lightning's keywords for ``--ckpt_path`` other than ``best`` and ``last``."""
     if wanted == "hpc":
         raise UserError(
             "ckpt_path hpc is not supported: rlchat writes last.ckpt when SLURM sends SIGTERM; set --ckpt_path last"

@@ -1,4 +1,4 @@
-"""Conversation files as training batches: readers, tokenized corpus, the LightningDataModule."""
+"""Turns conversation files into training batches: readers, tokenized corpus, the LightningDataModule."""
 
 from __future__ import annotations
 

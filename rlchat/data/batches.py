@@ -1,8 +1,8 @@
 """Batches: their tensors, and the order in which rows become batches.
 
-The order of an epoch is a list of *global batches*, made from (seed, epoch) alone. Row ``i`` of a global batch goes to
-rank ``i % world``. So one process with batches of 2N rows and two processes with N each see the same rows at every
-step, and a resumed run sees the rows that the uninterrupted run would have seen.
+The order of an epoch is a list of *global batches* that depends only on (seed, epoch). Row ``i`` of a global batch goes
+to rank ``i % world``. One process with batches of 2N rows therefore sees the same rows at every step as two processes
+with N rows each, and a resumed run sees the rows that the uninterrupted run would have seen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger("rlchat")
 # keep the order random.
 BATCHES_PER_WINDOW = 32
 
-# A row of a dataset; in PPO with mixed-in sequences, a prompt and a thread.
+# The index of a row in a dataset; in PPO with mixed-in sequences, the indices of a prompt and a thread.
 Row = int | tuple[int, int]
 R = TypeVar("R", bound=Row)
 Plan = Callable[[int], Sequence[Sequence[Row]]]  # epoch -> the global batches, in order
@@ -66,8 +66,8 @@ class RankedBatch(NamedTuple):
 class PromptBatch:
     """Prompts to respond to, padded on the left.
 
-    Not a tuple, because Lightning casts the elements of tuples (``precision: bf16-true``) and fails on the frozen
-    conversations.
+    This is not a tuple, because Lightning casts the elements of tuples (``precision: bf16-true``) and fails on the
+    frozen conversations.
     """
 
     __slots__ = ("attention_mask", "conversations", "ids", "sequences")
@@ -79,7 +79,7 @@ class PromptBatch:
         conversations: tuple[Conversation, ...],
         sequences: SequenceBatch | None = None,
     ) -> None:
-        self.ids = ids  # Long [B, P], each row ends on the marker that opens the response
+        self.ids = ids  # Long [B, P], each row ends with the marker that opens the response
         self.attention_mask = attention_mask  # Bool [B, P], False on padding
         self.conversations = conversations  # [B]
         self.sequences = sequences  # B threads for the SFT loss that is mixed in, if the module asked for them
@@ -194,10 +194,10 @@ def bucketed_plan(lengths: Sequence[int], batch_size: int, world: int, seed: int
 
 
 def full_batches_plan(rows: int, batch_size: int, world: int, seed: int, mixed_rows: int = 0) -> Plan:
-    """Shuffled global batches, all of them full: the rows left over are not used in this epoch.
+    """Shuffled global batches, all of them full: rows that do not fill a batch are not used in this epoch.
 
-    Fewer rows than one global batch are repeated to fill it. With ``mixed_rows``, each row is paired with one of
-    ``mixed_rows`` other rows, drawn without replacement until all are used.
+    If there are fewer rows than one global batch needs, they are repeated. With ``mixed_rows``, each row is paired with
+    one of ``mixed_rows`` other rows, drawn without replacement until all are used.
     """
 
     def plan(epoch: int) -> Sequence[Sequence[Row]]:
@@ -214,7 +214,7 @@ def full_batches_plan(rows: int, batch_size: int, world: int, seed: int, mixed_r
 
 
 def fixed_plan(order: Sequence[int], batch_size: int, world: int) -> Plan:
-    """Global batches of ``order`` without shuffling: every row exactly once, the same in every epoch."""
+    """Global batches of ``order`` without shuffling: every row exactly once, in the same order in every epoch."""
     batches = _in_batches(list(order), batch_size * world, world)
     return lambda epoch: batches
 
@@ -228,7 +228,7 @@ def _in_batches(order: list[R], size: int, world: int) -> list[list[R]]:
     """``order`` cut into global batches of ``size``. The last may be smaller, but has a row for each rank."""
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if len(batches) > 1 and len(batches[-1]) < world:
-        # A rank without rows would take one step fewer than the others, which would wait for it forever.
+        # A rank without rows would take one step less than the others, and they would wait for it forever.
         batches[-2:] = [batches[-2] + batches[-1]]
     return batches
 
@@ -263,7 +263,7 @@ class RankSampler(DistributedSampler[Any]):
 class SameBatchesSampler(RankSampler, SequentialSampler):
     """The batches of the plan's first epoch in every epoch, for ``--trainer.overfit_batches``.
 
-    Derived from SequentialSampler because Lightning replaces every other sampler by one that yields single rows.
+    A subclass of SequentialSampler, because Lightning replaces any other sampler by one that yields single rows.
     """
 
     def __iter__(self) -> Iterator[Sequence[Row]]:  # type: ignore[override]
@@ -273,15 +273,15 @@ class SameBatchesSampler(RankSampler, SequentialSampler):
 
 
 class BatchLoader(DataLoader[Any]):
-    """A DataLoader over a dataset that returns whole batches. It resumes in the middle of an epoch.
+    """A DataLoader over a dataset that returns whole batches. It can resume in the middle of an epoch.
 
     Lightning calls ``state_dict`` when it saves and ``load_state_dict`` when it resumes.
     """
 
     def __init__(self, dataset: Dataset[Any], *, num_workers: int = 0, **kwargs: Any) -> None:
         # With batch_size None, the dataset receives the sampler's lists of rows. A batch_sampler would do the same, but
-        # Lightning would not see that it is already distributed, and would replace it. Keyword arguments only, and any
-        # of them, because Lightning builds the loader again from them for prediction.
+        # Lightning would not see that it is already distributed, and would replace it. The constructor accepts any
+        # keyword arguments, because Lightning uses them to build the loader again for prediction.
         given = {"collate_fn": _as_is, "persistent_workers": num_workers > 0, **kwargs, "batch_size": None}
         super().__init__(dataset, num_workers=num_workers, **given)
         self._epoch = 0

@@ -1,4 +1,4 @@
-"""Tokenized corpora on disk, each in a file named by a hash of everything that it depends on."""
+"""Tokenized corpora on disk. The name of each file is a hash of everything that its content depends on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from rlchat.utils.files import write_atomically
 
 _log = logging.getLogger("rlchat")
 
-# The code that decides what a corpus holds: how rows are read, selected, rendered and stored. Relative to the package.
+# The code that determines the content of a corpus: how rows are read, selected, rendered and stored. Paths are relative
+# to the package.
 _CODE = ("conversation.py", "data", "data/readers", "tokenizer")
 
 
@@ -44,7 +45,7 @@ class CorpusCache:
         if not path.is_file():
             return None
         try:
-            # torch.load does not notice changed bytes; the archive's own checksums do.
+            # torch.load does not detect changed bytes; the archive's checksums do.
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:
                     raise ValueError(f"bad checksum of {broken}")
@@ -62,17 +63,17 @@ class CorpusCache:
             return None
 
     def write(self, key: str, corpus: Corpus) -> None:
-        """Keep ``corpus``. Only warns if the folder cannot be written, because a run does not need the cache."""
+        """Stores ``corpus``. Only warns if the folder cannot be written, because a run works without the cache."""
         try:
             write_atomically(self.path(key), lambda file: torch.save(_corpus_to_state(corpus), file))
         except UserError as error:
-            _log.warning("could not keep the tokenized data: %s", error)
+            _log.warning("could not cache the tokenized data: %s", error)
 
 
 def cache_key(files: Sequence[DataFile], needs: DataNeeds, options: dict[str, Any]) -> str:
     """A hash of the bytes of ``files``, the encoding, the lengths, the reading ``options`` and the code that reads.
 
-    The code is part of it so that a new or changed reader never gets what an older one produced.
+    The code is included so that a new or changed reader never uses a corpus that an older one produced.
 
     Raises:
         UserError: a file cannot be read.
@@ -87,7 +88,7 @@ def cache_key(files: Sequence[DataFile], needs: DataNeeds, options: dict[str, An
 
 @cache
 def code_hash() -> str:
-    """A hash of the source of all modules that decide what a corpus holds."""
+    """A hash of the source code of all modules that determine the content of a corpus."""
     package = Path(rlchat.__file__).parent
     digest = hashlib.sha256()
     for place in _CODE:

@@ -1,4 +1,4 @@
-"""What the data of one task is once it is tokenized: flat tensors with offsets."""
+"""The tokenized data of one task, as flat tensors with offsets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlchat.conversation import Conversation, Message, conversation_from_dict
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
-# Chat markers leave no room for text in fewer tokens.
+# With fewer tokens, the chat markers leave no room for text.
 MIN_PROMPT_LENGTH = 8
 
 Task = Literal["sft", "reward", "ppo"]
@@ -21,15 +21,15 @@ Task = Literal["sft", "reward", "ppo"]
 
 @dataclass(frozen=True)
 class DataNeeds:
-    """What a LightningModule asks of the data; every module has one as ``data_needs``.
+    """What a LightningModule needs from the data; every module has this as ``data_needs``.
 
     Attributes:
         task: the stage.
         tokenizer: renders conversations.
         max_length: the largest number of tokens in a row.
-        max_new_tokens: room for the response: prompts are truncated to ``max_length - max_new_tokens``.
-        mix_sequences: whether PPO's training batches also carry SFT sequences.
-        whole_conversations: whether a prompt carries the later user messages of its conversation.
+        max_new_tokens: tokens reserved for the response: prompts are truncated to ``max_length - max_new_tokens``.
+        mix_sequences: whether PPO's training batches also contain SFT sequences.
+        whole_conversations: whether a prompt contains the later user messages of its conversation.
     """
 
     task: Task
@@ -41,7 +41,7 @@ class DataNeeds:
 
     @property
     def prompt_length(self) -> int:
-        """The largest number of tokens in a prompt. Raises :class:`UserError` if it is too small for a text."""
+        """The maximum number of tokens in a prompt. Raises :class:`UserError` if it leaves no room for text."""
         room = self.max_length - self.max_new_tokens
         if room < MIN_PROMPT_LENGTH:
             raise UserError(
@@ -75,7 +75,7 @@ class Sequences:
     """Rendered threads: what SFT trains on."""
 
     ids: Ragged  # Int, the tokens of each thread
-    loss_mask: Ragged  # Bool, True on the tokens of assistant messages that are to be learned
+    loss_mask: Ragged  # Bool, True on the tokens of the assistant messages to train on
     tree: Tensor  # Long [threads], index into Corpus.tree_ids
 
 
@@ -84,7 +84,7 @@ class RankedReplies:
     """Prompts with their ranked or labelled responses: what a reward model trains on. A row is a prompt."""
 
     ids: Ragged  # Int, the tokens of each prompt with one response
-    replies: Tensor  # Long [rows + 1]: row i has the replies replies[i]..replies[i + 1]
+    replies: Tensor  # Long [rows + 1]: row i has the responses replies[i]..replies[i + 1]
     rank: Tensor  # Long [replies], 0 the best, -1 unranked
     quality: Tensor  # Float [replies] in 0..1, nan unlabelled
     right: Tensor  # Long [replies], 1 or 0 by the prompt's check, -1 without one
@@ -95,16 +95,16 @@ class RankedReplies:
 class Prompts:
     """Rendered prompts with their conversations: what PPO generates responses to."""
 
-    ids: Ragged  # Int, each ending on the marker that opens the response
+    ids: Ragged  # Int, each ending with the marker that opens the response
     conversations: Sequence[Conversation]
     tree: Tensor  # Long [prompts]
 
 
 class StoredConversations(Sequence[Conversation]):
-    """Conversations as JSON, parsed on access, so that a large corpus loads at once and workers share its memory.
+    """Conversations as JSON, parsed on access, so that a large corpus loads instantly and workers share its memory.
 
-    Each message is stored once with the index of the message before it, so the size is linear in the length of a
-    conversation although each of its beginnings may be a prompt.
+    Each message is stored once, with the index of the previous message. The size is therefore linear in the length of a
+    conversation, although each of its prefixes may be a prompt.
     """
 
     def __init__(self, rows: Ragged, messages: Ragged, parents: Tensor) -> None:
@@ -138,10 +138,10 @@ class StoredConversations(Sequence[Conversation]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What one task needs of some files, as tensors. Sections that the task does not need are empty.
+    """The data that one task needs from a set of files, as tensors. Parts that the task does not need are empty.
 
-    ``split_ids`` decide the split, one per tree: :attr:`rlchat.data.formats.Tree.opening_id`. ``report`` is one line
-    about what was read, ``warnings`` are sentences that the user should see in every run.
+    ``split_ids`` (one per tree, :attr:`rlchat.data.formats.Tree.opening_id`) determine the split. ``report`` is a
+    one-line summary of what was read. ``warnings`` are shown in every run.
     """
 
     tree_ids: list[str]

@@ -1,4 +1,4 @@
-"""The data of all three stages: conversation files in, batches out.
+"""The data module of all three stages: it turns conversation files into batches.
 
     rlchat fit --config sft --data.path trees.jsonl.gz
 
@@ -52,31 +52,31 @@ _log = logging.getLogger("rlchat")
 class OASST2DataModule(LightningDataModule):
     """Conversations from files in OASST2's format, or any other in :mod:`rlchat.data.readers`.
 
-    Trees are split into train, validation and test by a hash of the seed and the first user message, so that a tree
-    stays on its side when the data grows, in every stage, and feedback on a held-out prompt is held out too. Among
-    trees with a row for the stage, from three on, no split that was asked for is empty. Fewer cannot be split: all of
-    them are then used for training and validation, with a warning.
+    Trees are split into train, validation and test by a hash of the seed and the first user message. A tree therefore
+    stays in its split in every stage and when data is added, and feedback on a held-out prompt is held out too. Only
+    trees with a row for the stage count. If there are at least three, every split with a fraction above 0 gets one.
+    Fewer cannot be split: all of them are then used for training and validation, with a warning.
 
     Args:
-        path: The data file, or several.
+        path: One or more data files.
         batch_size: Rows in a training batch on each device: threads in SFT, prompts in the other stages.
-        val_batch_size: The same for validation, test and prediction; null: as batch_size.
+        val_batch_size: The batch size in validation, test and prediction; null: same as batch_size.
         lang: The language of the OASST trees to keep; null keeps all.
-        on_bad_line: Stop at a line that cannot be read, or skip and count it.
-        keep_synthetic: Whether to keep OASST messages that a model wrote.
-        split_text: Whether to split text rows in the markup of a chat (### Human:, ChatML) into turns.
-        min_quality: SFT does not learn responses labelled lower than this, from 0 to 1; null ignores labels.
-        best_rank_only: SFT does not learn responses that are ranked below another one.
-        loss_on: SFT learns all assistant messages of a thread, or only the last.
-        contrast: For a reward model on data without ranks and labels: the response to a turn is better than the
+        on_bad_line: Stop at an invalid line, or skip and count it.
+        keep_synthetic: Whether to keep OASST messages that were written by a model.
+        split_text: Whether to split text rows with chat markup (### Human:, ChatML) into turns.
+        min_quality: SFT skips responses labelled lower than this, from 0 to 1; null ignores labels.
+        best_rank_only: Whether SFT skips responses that are ranked below another one.
+        loss_on: Whether SFT trains on all assistant messages of a thread, or only on the last.
+        contrast: For a reward model on data without ranks and labels: treat the response to a turn as better than the
             response to another turn of the same conversation.
-        val_fraction: The fraction of trees for validation; 0 turns validation off.
-        test_fraction: The fraction of trees for `rlchat test`.
-        seed: Decides the split and the order of training.
-        max_val_prompts: Generate responses to at most this many validation prompts, always the same; null: all.
-        num_workers: Processes that prepare batches ahead of time.
+        val_fraction: The fraction of trees in the validation split; 0 turns validation off.
+        test_fraction: The fraction of trees in the held-out test split, for `rlchat test`.
+        seed: The seed of the split and of the training order.
+        max_val_prompts: The maximum number of validation prompts to respond to, always the same ones; null: all.
+        num_workers: The number of processes that prepare batches ahead of time.
         cache_dir: The folder for tokenized data; null: `rlchat` in the user's cache folder.
-        predict_path: The prompts of `rlchat predict`: JSONL, or a .txt file with one prompt per line.
+        predict_path: The prompts for `rlchat predict`: JSONL, or a .txt file with one prompt per line.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class OASST2DataModule(LightningDataModule):
         counts = {"batch_size": batch_size, "val_batch_size": val_batch_size, "max_val_prompts": max_val_prompts}
         for name, count in counts.items():
             if count is not None and count < 1:
-                raise UserError(f"invalid value {count} for data.{name}: expected an integer of at least 1")
+                raise UserError(f"invalid value {count} for data.{name}: expected a positive integer")
         if num_workers < 0:
-            raise UserError(f"invalid value {num_workers} for data.num_workers: expected 0 or more")
+            raise UserError(f"invalid value {num_workers} for data.num_workers: expected a non-negative integer")
         if min_quality is not None and not 0 <= min_quality <= 1:
-            raise UserError(f"invalid value {min_quality} for data.min_quality: expected null or a number in 0..1")
+            raise UserError(f"invalid value {min_quality} for data.min_quality: expected null or a number from 0 to 1")
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction} leave nothing to train on; "
@@ -140,7 +140,7 @@ class OASST2DataModule(LightningDataModule):
 
     @property
     def needs(self) -> DataNeeds:
-        """What the batches must hold: set explicitly, or the ``data_needs`` of the trainer's LightningModule."""
+        """What the batches must contain: set explicitly, or the ``data_needs`` of the trainer's LightningModule."""
         if self._needs is not None:
             return self._needs
         module = getattr(self.trainer, "lightning_module", None)
@@ -153,16 +153,16 @@ class OASST2DataModule(LightningDataModule):
         self._needs = needs
 
     def prepare_data(self) -> None:
-        """Tokenize in one process, so that the others find the result in the cache."""
+        """Tokenizes in one process, so that the others find the result in the cache."""
         if self.paths and not getattr(self.trainer, "predicting", False):
             self._load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the tokenized data and split it. ``predict`` needs none: it reads ``predict_path`` later."""
+        """Reads the tokenized data and splits it. For ``predict`` it does nothing: ``predict_path`` is read later."""
         if stage == "predict":
             return
         if not self.paths:
-            raise UserError("no data file is given; pass a file of conversations with --data.path FILE")
+            raise UserError("no data file is specified; pass a file of conversations with --data.path FILE")
         corpus = self._load()
         places = self._used_split_ids(corpus)
         splits = split_trees(places, self.val_fraction, self.test_fraction, self.seed)
@@ -171,7 +171,7 @@ class OASST2DataModule(LightningDataModule):
             if not self.val_fraction:
                 _log.warning("validation is off, because data.val_fraction is 0: no model is selected as the best")
             elif not any("val" in self._split_of_tree[tree] for tree in self._task_trees(corpus)):
-                _log.warning("validation is off, because no tree has a row for this stage to validate on")
+                _log.warning("validation is off, because the validation split has no rows for this stage")
 
     def _task_trees(self, corpus: Corpus) -> list[int]:
         """The tree of each row that the stage trains on."""
@@ -179,7 +179,7 @@ class OASST2DataModule(LightningDataModule):
         return rows[self.needs.task].tolist()
 
     def _used_split_ids(self, corpus: Corpus) -> list[str]:
-        """The split ids of the trees with a row for the stage; of all trees if there is none."""
+        """The split ids of the trees that have a row for the stage; of all trees if none has one."""
         return [corpus.split_ids[tree] for tree in self._task_trees(corpus)] or corpus.split_ids
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class OASST2DataModule(LightningDataModule):
         return self._resumed(self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed)))
 
     def val_dataloader(self) -> list[BatchLoader]:
-        """One loader in SFT and for the reward model; in PPO the prompts and then the sequences. Each row once."""
+        """One loader for SFT and the reward model, two for PPO: prompts, then sequences. Each row occurs once."""
         return self._held_out("val") if self.val_fraction else []
 
     def test_dataloader(self) -> list[BatchLoader]:
@@ -213,7 +213,7 @@ class OASST2DataModule(LightningDataModule):
     def predict_dataloader(self) -> BatchLoader:
         """All prompts of ``predict_path``, in their order."""
         if self.predict_path is None:
-            raise UserError("no prompts are given; pass a file of prompts with --data.predict_path FILE")
+            raise UserError("no prompts are specified; pass a file of prompts with --data.predict_path FILE")
         conversations = read_prompts(self.predict_path, on_bad_line=self.on_bad_line)
         prompts = PromptRows(render_prompts(conversations, self.needs), range(len(conversations)), self._pad_id)
         return self._loader(prompts, self._fixed(len(prompts), f"prompts of {self.predict_path}"))
@@ -225,20 +225,20 @@ class OASST2DataModule(LightningDataModule):
         return self._loader(sample, fixed_plan(at_least(list(range(len(sample))), world), self.val_batch_size, world))
 
     def sample_prompts(self, count: int, split: Split = "val") -> list[Conversation]:
-        """``count`` prompts of a split (all, if it has fewer), evenly spread over it, always the same."""
+        """``count`` evenly spaced prompts of a split, always the same; all prompts if the split has fewer."""
         corpus = self._loaded()
         rows = self._rows(corpus.prompts.tree, split)
         spread = [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
         return [corpus.prompts.conversations[row] for row in spread]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of training in its epoch, for a checkpoint."""
-        # Lightning also saves this and restores it in the loader, but only if nothing used the loader before the loops
-        # are restored, and the length of a learning-rate schedule needs the loader.
+        """The position in the training epoch, for a checkpoint."""
+        # Lightning also saves and restores the state of the loader, but only if the loader was not used before the
+        # loops are restored. The length of the learning rate schedule needs the loader earlier.
         return {} if self._training is None else {"training": self._training.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the training loader, or the next one, continue at the position in the checkpoint."""
+        """Makes the training loader, or the next one, continue at the position in the checkpoint."""
         self._position = state.get("training")
         if self._training is not None:  # FSDP2 creates the optimizer, and so the loader, before it restores
             self._resumed(self._training)
@@ -280,7 +280,7 @@ class OASST2DataModule(LightningDataModule):
     def _fixed(self, rows: int, what: str) -> Plan:
         _, world = self._rank_and_world()
         if 0 < rows < world:
-            # Repeated rows would count twice, and the other processes would wait for one without a batch.
+            # Repeated rows would count twice, and processes would wait for a process that has no batch.
             raise UserError(f"{rows} {what} cannot be distributed over {world} processes; use fewer devices")
         return fixed_plan(range(rows), self.val_batch_size, world)
 
@@ -294,10 +294,10 @@ class OASST2DataModule(LightningDataModule):
         return [row for row, tree in enumerate(tree_of_row.tolist()) if split in self._split_of_tree[tree]]
 
     def _rows_in_fixed_order(self, tree_of_row: Tensor, split: Split) -> list[int]:
-        """The rows of ``split`` in a fixed random order, so that the first batches are a fair sample of all.
+        """The rows of ``split`` in a fixed random order, so that the first batches are an unbiased sample.
 
-        The order depends on the tree of a row and its place in it, so that most of the first rows stay the first when
-        the data grows.
+        The order depends on the tree of a row and its place in the tree, so most of the first rows stay first when data
+        is added.
         """
         nth_of_tree: dict[int, int] = {}
         priority: dict[int, float] = {}
@@ -366,7 +366,7 @@ class OASST2DataModule(LightningDataModule):
         return self._files
 
     def _refuse_pipes(self) -> None:
-        """Raises :class:`UserError` for a pipe under several processes: each would get a part of what it holds."""
+        """Raises :class:`UserError` for a pipe under several processes: each would get only a part of the data."""
         world = self._rank_and_world()[1]
         for path in self.paths if world > 1 else []:
             if is_pipe(file := data_file(path)):
@@ -377,7 +377,7 @@ class OASST2DataModule(LightningDataModule):
 
 
 def _losses(corpus: Corpus, needs: DataNeeds) -> str:
-    """What did not fit, in one clause."""
+    """How many rows were truncated or left out, as a clause."""
     dropped, cut, closed, left_out = (corpus.facts[name] for name in ("dropped", "cut", "response_cut", "left_out"))
     text = f"to fit {needs.max_length:,} tokens"
     if needs.max_new_tokens:

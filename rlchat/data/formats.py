@@ -1,6 +1,6 @@
-"""JSONL files in, trees of conversations out.
+"""Reads JSONL files into trees of conversations.
 
-Each row says by its keys which format it has, so a file may mix formats; :mod:`rlchat.data.readers` holds them.
+The keys of a row identify its format, so a file may mix formats. The readers are in :mod:`rlchat.data.readers`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SHOWN_KEYS = 8
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What must stay on one side of a split: an OASST tree, or all rows with the same first user message.
+    """What must not be divided between splits: an OASST tree, or all rows with the same first user message.
 
-    ``threads`` are the conversations to imitate, each ending on an assistant message. In an OASST tree, none is the
-    beginning of another. ``prompts`` are the conversations to answer, each ending on a user message, with its usable
-    human responses as ``references``. A lone response has no prompt: its entry in ``prompts`` has no messages, is not
-    :attr:`Conversation.is_prompt`, and has the response as its only reference.
+    ``threads`` are the conversations to imitate, each ending with an assistant message. In an OASST tree, none is a
+    prefix of another. ``prompts`` are the conversations to answer, each ending with a user message, with its usable
+    human responses as ``references``. A response without a prompt has an entry in ``prompts`` without messages, for
+    which :attr:`Conversation.is_prompt` is False and whose only reference is the response.
     """
 
     id: str
@@ -41,19 +41,19 @@ class Tree:
 
     @property
     def opening_id(self) -> str:
-        """:func:`tree_id_of` its first messages: equal for an OASST tree and feedback that starts with its prompt."""
+        """:func:`tree_id_of` its first messages; an OASST tree and feedback that starts with its prompt share it."""
         first = (*self.threads, *self.prompts)[0]
         return tree_id_of(first.messages or first.references)
 
 
 @dataclass(slots=True)
 class ReadReport(LineReport):
-    """What was read and what was not.
+    """Counts of what was read and what was left out.
 
     Attributes:
-        dropped: why something was left out, in the plural → how often.
-        warnings: what the user should know of some rows → the number of rows.
-        unread: a key that has no influence → the number of rows.
+        dropped: the reason for leaving something out, as a plural noun → how often.
+        warnings: a warning about some rows → the number of rows.
+        unread: a key that has no effect → the number of rows.
     """
 
     trees: int = 0
@@ -74,7 +74,7 @@ class ReadReport(LineReport):
         return "; ".join(filter(None, (totals, self.losses())))
 
     def losses(self) -> str:
-        """What was dropped and why, the most frequent reason first, bad lines and unread keys; empty if nothing was."""
+        """What was dropped and why (most frequent reason first), bad lines and unused keys; may be empty."""
         parts = []
         if self.dropped:
             parts.append("dropped " + ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.most_common()))
@@ -87,7 +87,7 @@ class ReadReport(LineReport):
         return "; ".join(parts)
 
     def warning_lines(self) -> list[str]:
-        """What the user should know, a sentence each."""
+        """The warnings, one sentence each."""
         return [f"{n:,} rows have {what}" for what, n in self.warnings.most_common()]
 
     def count(self, trees: Sequence[Tree]) -> None:
@@ -109,24 +109,24 @@ def read_trees(
     split_text: bool = False,
     progress: bool = True,
 ) -> tuple[list[Tree], ReadReport]:
-    """Every usable conversation of some files, as trees.
+    """Every usable conversation in ``paths``, as trees.
 
-    OASST trees are selected as :class:`rlchat.data.readers.oasst.OasstReader` describes. A preference pair gives its
-    chosen conversation as the thread, and its prompt with both responses, ranked 0 and 1. The ``quality`` of a row
-    holds for every assistant message that has none of its own.
+    OASST trees are selected as :class:`rlchat.data.readers.oasst.OasstReader` describes. A preference pair becomes a
+    thread (the chosen conversation) and a prompt with both responses, ranked 0 and 1. The ``quality`` of a row applies
+    to every assistant message that has no ``quality``.
 
-    Rows other than OASST's have no tree id: theirs is a hash of the first user message (ignoring case and white space),
-    so rows with the same first message are one tree and never on both sides of a split. Trees of equal id are merged:
-    equal conversations are kept once, and the responses to one prompt are gathered unless they are ranked, since ranks
-    of different rows cannot be compared.
+    Only OASST's rows have a tree id. For other rows it is a hash of the first user message (ignoring case and white
+    space), so rows with the same first message belong to one tree and are never in different splits. Trees with the
+    same id are merged: equal conversations are kept once, and the responses to one prompt are collected unless they are
+    ranked, because ranks of different rows cannot be compared.
 
     Args:
         paths: plain or compressed files of JSON lines or of one JSON array.
         lang: the language of the OASST trees to keep; None keeps all.
-        on_bad_line: stop at a line that cannot be used (not JSON, no known format, a wrong type, longer than
-            ``max_line_bytes``), with the advice ``cure``, or count it and continue.
-        keep_synthetic: whether to keep OASST messages that a model wrote.
-        split_text: whether to split ``text`` rows in the markup of a chat into turns.
+        on_bad_line: stop at an invalid line (not JSON, no known format, a wrong type, longer than ``max_line_bytes``),
+            with the advice ``cure``, or count it and continue.
+        keep_synthetic: whether to keep OASST messages that were written by a model.
+        split_text: whether to split ``text`` rows with chat markup into turns.
         progress: show a progress bar on standard error when reading takes longer than two seconds.
 
     Raises:
@@ -135,7 +135,7 @@ def read_trees(
     """
     files = [data_file(path) for path in ([paths] if isinstance(paths, str | Path | DataFile) else paths)]
     if not files:
-        raise UserError("no data file is given; pass at least one .jsonl or .jsonl.gz file")
+        raise UserError("no data file is specified; pass at least one .jsonl or .jsonl.gz file")
     report = ReadReport()
     forest = _Forest(report, ReadOptions(lang, keep_synthetic, split_text=split_text))
     take_lines(
@@ -161,16 +161,17 @@ def read_trees(
 def read_prompts(
     path: str | Path, *, on_bad_line: Literal["error", "skip"] = "error", cure: str = CURE
 ) -> list[Conversation]:
-    """One prompt for every row of a file, in the order of the file; duplicates stay, so that responses match rows.
+    """One prompt per row of a file, in the order of the file. Duplicates are kept, so that responses match rows.
 
-    A conversation gives its beginning up to the last user message, and a preference pair the prompt of both responses.
-    An OASST message gives the thread down to it if a user wrote it, whatever the state and language of its tree;
-    messages that are deleted, empty, below such a message, or whose id came before give none. A ``.txt`` file has one
-    prompt per line that is not blank. References and checks come with a prompt as in :func:`read_trees`.
+    The prompt of a conversation is its beginning up to the last user message. The prompt of a preference pair is the
+    common prompt of both responses. The prompt of an OASST user message is the thread up to it, whatever the state and
+    language of its tree. OASST messages that are deleted, empty, below such a message, or whose id occurred before have
+    no prompt. In a ``.txt`` file, each line that is not blank is a prompt. References and checks are read as in
+    :func:`read_trees`.
 
-    Any other row without a prompt, such as a lone response, is a bad line: skipping it silently would leave responses
-    that no longer match the file. With ``on_bad_line="skip"``, a warning says what was left out. ``cure`` is the advice
-    of :func:`rlchat.data.jsonl.take_lines`.
+    Any other row without a prompt, for example a response alone, is a bad line: if it were skipped silently, the
+    responses would no longer match the file. With ``on_bad_line="skip"``, a warning reports the skipped rows. ``cure``
+    is the advice of :func:`rlchat.data.jsonl.take_lines`.
 
     Raises:
         UserError: the file is missing, a directory, damaged or of an unsupported kind; a bad line; no prompt at all.
@@ -178,7 +179,7 @@ def read_prompts(
     file = data_file(path)
     report = ReadReport()
     readers = Readers(ReadOptions(keep_synthetic=True, any_state=True), report.dropped)
-    # The message of an OASST row stands here as its id until all rows are read.
+    # A message of an OASST row is represented by its id until all rows are read.
     found: list[Conversation | str] = []
 
     def take(line: bytes) -> None:
@@ -192,7 +193,7 @@ def read_prompts(
         elif row.message_ids or not (row.opening or row.flaw):
             found.extend(row.message_ids)
         else:
-            raise BadLineError("no prompt to reply to")
+            raise BadLineError("the row has no prompt")
 
     take_lines([file], take, report, on_bad_line=on_bad_line, cure=cure)
     of_message = {message_id: prompt for tree in readers.linked() for message_id, prompt in tree.prompts.items()}
@@ -201,7 +202,7 @@ def read_prompts(
     losses = report.losses()
     if not usable:
         raise UserError(
-            f"{file}: no prompts in it{losses and f' ({losses})'}; "
+            f"{file}: contains no prompts{losses and f' ({losses})'}; "
             "use JSONL rows, or a .txt file with one prompt per line"
         )
     if losses:
@@ -210,7 +211,7 @@ def read_prompts(
 
 
 def ranked_pairs(prompt: Conversation) -> list[tuple[Message, Message]]:
-    """(better, worse) for every two references of different rank, best first. Unranked references form no pair."""
+    """(better, worse) for every two references with different ranks, best first. Unranked references are ignored."""
     ranked = sorted(
         ((reply.rank, reply) for reply in prompt.references if reply.rank is not None), key=lambda entry: entry[0]
     )
@@ -218,7 +219,7 @@ def ranked_pairs(prompt: Conversation) -> list[tuple[Message, Message]]:
 
 
 def tree_id_of(opening: Iterable[Message]) -> str:
-    """A stable name for all rows with the same first user message (or, if no user speaks, the same first message)."""
+    """A stable id for all rows with the same first user message (without user messages: the same first message)."""
     messages = tuple(opening)
     text = next((message.text for message in messages if message.role == "user"), messages[0].text)
     return "row-" + hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()[:20]
@@ -226,7 +227,7 @@ def tree_id_of(opening: Iterable[Message]) -> str:
 
 @dataclass(slots=True)
 class _Growing:
-    """A tree that more rows may still join."""
+    """A tree to which more rows can be added."""
 
     rows: int = 0
     threads: list[Conversation] = field(default_factory=list)
@@ -234,7 +235,7 @@ class _Growing:
 
 
 class _Forest:
-    """Takes rows one by one, and gives the trees once all rows are in."""
+    """Takes rows one by one, and returns the trees after the last row."""
 
     def __init__(self, report: ReadReport, options: ReadOptions) -> None:
         self.report = report
@@ -245,7 +246,7 @@ class _Forest:
         self._options = options
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take what is usable of ``row``. Raises :class:`BadLineError`, having kept nothing of it."""
+        """Adds the usable parts of ``row``. Raises :class:`BadLineError`, in which case nothing is added."""
         if isinstance(feedback_id := row.get("feedback_id"), str):
             Readers(self._options, Counter()).read(row)  # raises for a bad line
             self.dropped["replaced or withdrawn verdicts"] += feedback_id in self.feedback
@@ -261,7 +262,7 @@ class _Forest:
             self._grow(tree_id_of(read.opening), read.threads, read.prompts)
 
     def trees(self) -> list[Tree]:
-        """All that was added, linked, selected and merged."""
+        """The trees of all rows, after linking, selection and merging."""
         for row in self.feedback.values():
             if row.get("verdict") == "none":
                 self.dropped["replaced or withdrawn verdicts"] += 1
@@ -297,7 +298,7 @@ class _Forest:
 
 
 def _gathered(prompts: list[Conversation]) -> list[Conversation]:
-    """The distinct prompts. Unranked responses to the same prompt with the same check are gathered in one."""
+    """The distinct prompts. Unranked responses to the same prompt with the same check are collected in one."""
     gathered: dict[Any, Conversation] = {}
     for prompt in prompts:
         ranked = any(reply.rank is not None for reply in prompt.references)

@@ -1,4 +1,4 @@
-"""Which assistant messages SFT learns."""
+"""Selects the assistant messages that SFT trains on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlchat.conversation import Message
 
 @dataclass
 class MessageTree:
-    """Numbers messages so that equal beginnings of conversations share their numbers, from ``first`` on."""
+    """Numbers messages from ``first`` on, so that conversations with an equal beginning share its numbers."""
 
     first: int = 0
     nodes: dict[tuple[int, Message], int] = field(default_factory=dict)  # (number of the message before, message)
@@ -29,7 +29,10 @@ class MessageTree:
 
 @dataclass
 class ImitationCounts:
-    """How many assistant messages are learned, and why others are not. ``learned`` are those of the current tree."""
+    """Counts the assistant messages that are trained on, and the others by reason.
+
+    ``learned`` are those of the current tree.
+    """
 
     learned: set[int] = field(default_factory=set)
     left_out: dict[int, str] = field(default_factory=dict)
@@ -37,25 +40,25 @@ class ImitationCounts:
     total_left_out: Counter[str] = field(default_factory=Counter)
 
     def finish_tree(self) -> None:
-        """Add up the current tree and begin another."""
+        """Adds the counts of the current tree and begins another."""
         self.total_learned += len(self.learned)
         self.total_left_out.update(reason for node, reason in self.left_out.items() if node not in self.learned)
         self.learned, self.left_out = set(), {}
 
     def summary(self) -> str:
-        """One clause: what is imitated and what is not."""
+        """A clause that describes what is imitated and what is not."""
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.total_left_out.most_common())
         return f"imitating {self.total_learned:,} responses" + (f" and not {reasons}" if reasons else "")
 
 
 @dataclass(frozen=True)
 class Imitation:
-    """Which assistant messages SFT learns. The others stay in the context, without loss.
+    """Selects the assistant messages that SFT trains on. The others stay in the context, without loss.
 
     Attributes:
-        min_quality: not those labelled lower; None ignores labels.
-        best_rank_only: not those that are ranked below another response to the same message.
-        loss_on: all assistant messages of a thread, or only its last message.
+        min_quality: skip messages labelled lower than this; None ignores labels.
+        best_rank_only: skip messages that are ranked below another response to the same message.
+        loss_on: train on all assistant messages of a thread, or only on its last message.
     """
 
     min_quality: float | None = None
@@ -63,7 +66,7 @@ class Imitation:
     loss_on: Literal["all", "last"] = "all"
 
     def chosen(self, messages: Sequence[Message], nodes: Sequence[int], counts: ImitationCounts) -> tuple[Message, ...]:
-        """``messages`` of a thread with ``learn`` set. A message that another thread of the tree learns is not again.
+        """``messages`` of a thread with ``learn`` set. A message is learned in only one thread of a tree.
 
         ``nodes`` number the messages, see :class:`MessageTree`.
         """

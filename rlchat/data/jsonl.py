@@ -15,16 +15,16 @@ from rlchat.utils.progress import DelayedProgress
 
 MAX_LINE_BYTES = 8_000_000
 
-# What a user can do about a bad line, in the words of the data module's options.
+# Advice for a bad line, in terms of the data module's options.
 CURE = "fix the line or set data.on_bad_line=skip"
 
 _SHOWN_BAD_LINES = 5
 
 
 class BadLineError(Exception):
-    """Why a line cannot be used; :func:`take_lines` adds the file and the line number.
+    """The reason why a line is invalid; :func:`take_lines` adds the file and the line number.
 
-    ``cure`` replaces the general advice to skip the line, where it would be wrong.
+    ``cure`` replaces the general advice to skip the line if that advice would be wrong.
     """
 
     def __init__(self, reason: str, cure: str | None = None) -> None:
@@ -34,7 +34,7 @@ class BadLineError(Exception):
 
 @dataclass(slots=True)
 class LineReport:
-    """How many lines were read, blank ones not counted, and which of them could not be used."""
+    """How many lines were read (without blank ones), and which of them were invalid."""
 
     lines: int = 0
     bad_lines: int = 0
@@ -51,13 +51,13 @@ def take_lines(
     max_line_bytes: int = MAX_LINE_BYTES,
     progress: bool = True,
 ) -> None:
-    """Call ``take`` with every line that is not blank, and count in ``report``.
+    """Calls ``take`` with every line that is not blank, and counts lines in ``report``.
 
-    A file that is one JSON array of objects gives its elements instead. A line is bad if ``take`` raises
-    :class:`BadLineError`, or if it is longer than ``max_line_bytes`` without its line break; such a line is never in
-    memory as a whole. ``on_bad_line`` decides whether a bad line stops the reading, with the advice ``cure``, or is
-    counted and skipped. Compression is recognised by the first bytes of a file, whatever its name; a byte order mark
-    is ignored. With ``progress``, a bar appears on standard error when reading takes longer than two seconds.
+    If a file is one JSON array of objects, its elements are used as lines. A line is bad if ``take`` raises
+    :class:`BadLineError`, or if it is longer than ``max_line_bytes`` without its line break; such a line is never held
+    in memory as a whole. ``on_bad_line`` decides whether a bad line stops the reading, with the advice ``cure``, or is
+    counted and skipped. Compression is detected from the first bytes of a file, not from its name. A byte order mark is
+    ignored. With ``progress``, a bar appears on standard error when reading takes longer than two seconds.
 
     Raises:
         UserError: a file is missing, a directory, damaged or of an unsupported kind; a bad line.
@@ -77,7 +77,7 @@ def take_lines(
                 report.lines += 1
                 try:
                     if line is None:
-                        raise BadLineError(f"longer than {max_line_bytes:,} bytes")
+                        raise BadLineError(f"the line is longer than {max_line_bytes:,} bytes")
                     take(line)
                 except BadLineError as error:
                     place = f"{source}:{number}: {error}"
@@ -90,14 +90,14 @@ def take_lines(
 
 
 def decode_line(line: bytes) -> str:
-    """The text of a line. Raises :class:`BadLineError` if it is not UTF-8 or holds a NUL character."""
+    """The text of a line. Raises :class:`BadLineError` if it is not UTF-8 or contains a NUL character."""
     if b"\0" in line:
-        raise BadLineError("a NUL character")
+        raise BadLineError("the line contains a NUL character")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        # One such byte usually means that the whole file is in another encoding: skipping would lose every accent.
-        raise BadLineError(f"not UTF-8 (byte {error.start + 1} of the line)", to_utf8("LATIN1")) from None
+        # Usually the whole file has another encoding. Skipping such lines would lose all text with accents.
+        raise BadLineError(f"the line is not UTF-8 (byte {error.start + 1})", to_utf8("LATIN1")) from None
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -115,5 +115,5 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def _position(raw: IO[bytes]) -> int:
-    """Bytes read from ``raw`` so far, compressed ones if it is compressed; 0 for a pipe."""
+    """The number of (compressed) bytes read from ``raw`` so far; 0 for a pipe."""
     return raw.tell() if raw.seekable() else 0

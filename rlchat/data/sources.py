@@ -1,8 +1,8 @@
-"""Data files: opened whatever their compression, and refused by name if they are not text.
+"""Opens data files, plain or compressed. A file that is not text is an error that names its type.
 
-A file is recognised by its first bytes, whatever its name. gzip, xz, bzip2 and zstd (with the package ``zstandard``)
-are decompressed while they are read. Archives, other encodings and binary table formats are refused with the command
-that converts them.
+The type of a file is detected from its first bytes, not from its name. gzip, xz, bzip2 and zstd (with the package
+``zstandard``) are decompressed while they are read. For archives, other text encodings and binary tables, the error
+shows how to convert the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BOM = codecs.BOM_UTF8
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file to read. Errors show ``name``, which is what the user passed; ``path`` is what is opened."""
+    """A file to read. Errors show ``name``, the path that the user passed; ``path`` is the file that is opened."""
 
     name: str
     path: Path
@@ -41,7 +41,7 @@ class DataFile:
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether the name says that a line is text and not JSON: ``.txt`` in any case, perhaps compressed."""
+        """Whether lines are text and not JSON: the name ends in ``.txt`` perhaps with a compression suffix."""
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
             suffixes.pop()
@@ -79,7 +79,7 @@ def readable_twice(file: DataFile, folder: Path) -> DataFile:
 
 
 def cannot_read(file: DataFile, error: Exception) -> UserError:
-    """The error for a file that the operating system does not let us read."""
+    """The error for a file that cannot be read."""
     reason = getattr(error, "strerror", None) or error
     return UserError(f"cannot read {file}: {reason}; check the path and its permissions")
 
@@ -99,10 +99,10 @@ def file_size(file: DataFile) -> int:
 def numbered_lines(
     file: DataFile, max_bytes: int, show_progress: Callable[[IO[bytes]], None]
 ) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, the line) of a text file, None in place of a line longer than ``max_bytes``.
+    """Yields (line number from 1, line) of a text file; the line is None if it is longer than ``max_bytes``.
 
-    A file that holds one JSON array of objects gives its elements, each with the number of the line on which it starts.
-    ``show_progress`` is called after each with the open file, whose position is in compressed bytes.
+    For a file that is one JSON array of objects, it yields the elements, each with the number of the line on which it
+    starts. ``show_progress`` is called after each with the open file, whose position is in compressed bytes.
 
     Raises:
         UserError: the file is missing, damaged, or of a kind that cannot be read.
@@ -192,7 +192,7 @@ class _TextWindow:
         self.line = 1
 
     def grow(self, characters: int) -> bool:
-        """Whether there was more to read."""
+        """Reads up to ``characters`` more. Returns whether there was anything left to read."""
         more = self._text.read(characters)
         self.buffer += more
         return bool(more)
@@ -214,11 +214,11 @@ class _TextWindow:
 
 
 def to_utf8(encoding: str) -> str:
-    """What a user can do about a file in another encoding."""
+    """Advice for a file in another text encoding."""
     return f"convert the file to UTF-8, for example with `iconv -f {encoding} -t UTF-8 FILE > NEW_FILE`"
 
 
-# ---- what the first bytes say ----------------------------------------------------------------------------------------
+# ---- detection by the first bytes ------------------------------------------------------------------------------------
 
 _COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -246,7 +246,7 @@ def _opened(file: DataFile) -> Iterator[tuple[IO[bytes], io.BufferedReader]]:
         handle = raw if packing is None else io.BufferedReader(_decompressor(packing, file)(raw))
         head = handle.peek(512)[:512]
         if packing is not None and (inner := _packing(head)) is not None:
-            raise UserError(f"{file} is {inner} inside {packing}, compressed twice; decompress it once")
+            raise UserError(f"{file} is compressed twice ({inner} inside {packing}); decompress it once")
         for magic, (kind, cure) in _REFUSED.items():
             if head.startswith(magic):
                 raise UserError(f"{file} is {kind}, which is not supported; {cure}")

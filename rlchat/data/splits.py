@@ -1,4 +1,4 @@
-"""Training, validation and test split, by hash."""
+"""Splits trees into training, validation and test by a hash."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 def split_trees(
     tree_ids: Iterable[str], val_fraction: float, test_fraction: float, seed: int
 ) -> dict[Split, frozenset[str]]:
-    """Assign trees to splits. A tree's split depends only on ``seed`` and its id, so it stays when trees are added.
+    """Assigns trees to splits. A tree's split depends only on ``seed`` and its id, so it stays when trees are added.
 
-    That can leave a split of a small file empty. From three trees on, such a split then gets a tree from the largest
-    one, if its fraction is above 0. Fewer trees are in all splits, with a warning.
+    In a small file, this can leave a split empty. If there are at least three trees, an empty split with a fraction
+    above 0 gets a tree from the largest split. With fewer trees, all trees are in all splits, with a warning.
     """
     place = {tree: unit_hash(seed, tree) for tree in tree_ids}
     if len(place) < 3:
@@ -43,6 +43,6 @@ def split_trees(
 
 
 def unit_hash(seed: int, name: str) -> float:
-    """A hash of ``seed`` and ``name``, uniform in 0..1."""
+    """A hash of ``seed`` and ``name``, uniform in [0, 1)."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,6 +1,6 @@
-"""Trees of conversations → token ids.
+"""Tokenizes trees of conversations.
 
-:func:`tokenize_trees` renders what one task needs (threads, prompts or ranked responses) into flat tensors.
+:func:`tokenize_trees` renders the data of one task (threads, prompts or ranked responses) into flat tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _RaggedBuilder:
 
 @dataclass
 class _Tally:
-    """Rows that were shortened to fit, those among them whose response was cut, and rows that were left out."""
+    """Counts rows that were truncated, those among them with a truncated response, and rows that were left out."""
 
     dropped: int = 0
     cut: int = 0
@@ -69,10 +69,10 @@ def tokenize_trees(
     contrast: bool = False,
     progress: bool = False,
 ) -> Corpus:
-    """Everything that ``needs.task`` asks of ``trees``, rendered and truncated.
+    """The data for ``needs.task`` in ``trees``, rendered and truncated.
 
-    ``imitation`` decides what SFT learns (default: every assistant message once), ``contrast`` is that of
-    :func:`contrasted`.
+    ``imitation`` selects the messages that SFT trains on (default: every assistant message once). With ``contrast``,
+    :func:`contrasted` adds responses.
     """
     tally, counts = _Tally(), ImitationCounts()
     sequences = _SequenceBuilder(needs, imitation or Imitation(), counts)
@@ -83,7 +83,7 @@ def tokenize_trees(
             prompts_of_tree = [p for p in tree.prompts if p.is_prompt]
             if needs.whole_conversations:
                 prompts_of_tree = whole_conversations(prompts_of_tree)
-            # SFT uses prompts for samples only: one per tree is enough, and what is cut from it does not matter.
+            # SFT uses prompts for samples only: one per tree is enough, and its truncation does not matter.
             count = 1 if needs.task == "sft" else None
             prompts.add(prompts_of_tree[:count], index, tally if needs.task == "ppo" else _Tally())
         if needs.task == "reward":
@@ -105,10 +105,9 @@ def tokenize_trees(
 
 
 def contrasted(prompts: Sequence[Conversation]) -> list[Conversation]:
-    """The prompts of one tree; an unranked and unlabelled one gets, as a worse response, the response to another turn.
+    """The prompts of one tree. Prompts without ranks and labels get the response to another turn as a worse response.
 
-    The better response is its own. The other is from the same tree, so that it is on the same side of the split and on
-    the same subject.
+    The worse response is from the same tree, so that it is in the same split and on the same subject.
     """
     result = []
     for index, prompt in enumerate(prompts):
@@ -123,15 +122,15 @@ def contrasted(prompts: Sequence[Conversation]) -> list[Conversation]:
 
 
 def whole_conversations(prompts: Sequence[Conversation]) -> list[Conversation]:
-    """Of the prompts of one tree, the first of each conversation, with its later prompts as ``later``.
+    """The first prompt of each conversation in one tree, with the later prompts of the conversation as ``later``.
 
-    A conversation is a path through the tree to a user message after which no user spoke again. Conversations that
-    begin alike and diverge later are separate.
+    A conversation is a path through the tree to a user message without later user messages. Conversations that begin
+    alike and diverge later are separate.
     """
     by_messages = {prompt.messages: prompt for prompt in prompts}
     before: dict[tuple[Message, ...], tuple[Message, ...]] = {}
     for messages in by_messages:
-        # Usually the prompt two messages earlier, so a long conversation is not compared with all of its beginnings.
+        # Usually the prompt two messages earlier, so a long conversation is not compared with all its prefixes.
         earlier = next((messages[:end] for end in range(len(messages) - 1, 0, -1) if messages[:end] in by_messages), ())
         before[messages] = earlier
     continued = set(before.values())
@@ -147,7 +146,7 @@ def whole_conversations(prompts: Sequence[Conversation]) -> list[Conversation]:
 
 
 def render_prompts(conversations: Sequence[Conversation], needs: DataNeeds) -> Prompts:
-    """``conversations``, each of which ends on a user message, in their order."""
+    """``conversations``, each of which ends with a user message, in their order."""
     ids = _RaggedBuilder("i")
     for conversation in conversations:
         ids.add(needs.tokenizer.render_prompt(conversation, needs.prompt_length).ids)
@@ -157,15 +156,15 @@ def render_prompts(conversations: Sequence[Conversation], needs: DataNeeds) -> P
 def recent_messages(conversation: Conversation, room: int, tokens_of: Callable[[str], int]) -> Conversation:
     """``conversation`` without old messages that cannot fit in ``room`` tokens, so that they need not be encoded.
 
-    Messages are kept from the end until their texts alone exceed ``room``, and a leading system message is kept, so
-    that truncation to ``room`` gives what it gives for the whole conversation.
+    Messages are kept from the end until their texts alone exceed ``room``. A leading system message is kept.
+    Truncation to ``room`` tokens then gives the same result as for the whole conversation.
     """
     messages = conversation.messages
     start, used = len(messages), 0
     while start > 0 and used <= room:
         start -= 1
         used += tokens_of(messages[start].text)
-    while start > 0 and messages[start].role == "system":  # it would be taken for the leading one
+    while start > 0 and messages[start].role == "system":  # it would be mistaken for the leading one
         start -= 1
     pinned = messages[:1] if start > 0 and messages[0].role == "system" else ()
     return replace(conversation, messages=pinned + messages[start:])
@@ -266,7 +265,7 @@ class _RankedBuilder:
 
 
 def _is_judged(prompt: Conversation) -> bool:
-    """Whether a reward model can learn from ``prompt``: two references of different rank, or any labelled one.
+    """Whether a reward model can learn from ``prompt``: it has two references with different ranks, or a labelled one.
 
     A labelled response without a prompt counts: it is a prompt without messages.
     """

@@ -2,7 +2,7 @@
 
 Under DDP every process holds every network. Under FSDP2 (Zhao et al. 2023, arXiv 2304.11277; ``fully_shard`` of
 PyTorch) each process holds a part of every parameter, and a forward pass gathers the parts from all processes. All
-processes must therefore make the same forward passes in the same order. Where one could stop earlier than another, they
+processes must therefore make the same forward passes in the same order. If one could stop earlier than another, they
 agree first (:func:`anywhere`).
 """
 
@@ -64,7 +64,7 @@ def take_turns(parts: Sequence[Sequence[T]], block: int = 1) -> list[T]:
 
 
 def is_first() -> bool:
-    """Whether this process writes files: it has rank 0, or there are no others."""
+    """Whether this is the process that writes files: it has rank 0, or it is the only one."""
     return not _joined() or dist.get_rank() == 0
 
 
@@ -78,7 +78,7 @@ def _joined() -> bool:
 def shard_networks(module: L.LightningModule) -> None:
     """Shards each network of ``module`` under the strategy ``fsdp2``; does nothing if they are sharded already.
 
-    Networks are sharded separately, so that they can run in any order. Called by ``LightningModule.configure_model``.
+    Networks are sharded separately, so that they can run in any order. ``LightningModule.configure_model`` calls this.
     """
     if module.device_mesh is None:
         return
@@ -92,7 +92,7 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
     Each block of a ``ModuleList`` is gathered when it runs, and freed afterwards. The other parameters (embeddings,
     heads) stay gathered from the network's forward pass to the end of its backward pass, so that heads can be called on
-    the hidden states that forward returned. Registered as forward methods of their own, heads would make FSDP2 reduce
+    the hidden states that forward returned. If heads were registered as separate forward methods, FSDP2 would reduce
     the gradients of the embeddings before they are complete.
     """
     from torch.distributed.fsdp import fully_shard  # slow to import, and not needed for chat

@@ -36,7 +36,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
 
     def setup_environment(self) -> None:
-        """Sets the number of processes to shard over, which is known only now."""
+        """Sets the number of processes to shard over, which is only known here."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             UserError: it cannot be written; an existing file at ``path`` is unchanged.
-            TypeError: ``storage_options`` are given, which local files do not have.
+            TypeError: ``storage_options`` is set, which local files do not support.
         """
         if storage_options is not None:
             raise TypeError("storage options are not supported: checkpoints are local files")

@@ -1,9 +1,9 @@
 """A transformers backbone that is causal and has a key-value cache.
 
 Decoders (GPT-2, Llama, Qwen, GPT-NeoX, …) are causal and cached by transformers itself. Encoders (DistilBERT, BERT,
-RoBERTa, ELECTRA; see :mod:`rlchat.models.families`) attend in both directions by design: their attention is replaced
-by one that is masked to the past and appends to a cache. Every new backbone is probed (:mod:`rlchat.models.probe`); one
-that lacks a property that training or chat relies on is refused by name.
+RoBERTa, ELECTRA; see :mod:`rlchat.models.families`) attend in both directions: their attention is replaced
+by causal attention with a cache. Every new backbone is probed (:mod:`rlchat.models.probe`). If it lacks a property
+that training or chat relies on, an error names the model family and the property.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from rlchat.models.probe import probe
 
 
 class Backbone(nn.Module):
-    """Token ids to hidden states, causally.
+    """Maps token ids to hidden states, causally.
 
     ``base_model`` is a hub name, a folder, or an inline configuration (``{"model_type": "llama", "hidden_size": 128,
-    …}``, random weights). A pretrained embedding is resized to ``vocab_size``, the tokenizer's; its first ``kept_rows``
-    rows are kept (see :func:`rlchat.models.vocabulary.kept_rows`), the others initialized anew. Raises
+    …}``, random weights). A pretrained embedding is resized to the tokenizer's ``vocab_size``; its first ``kept_rows``
+    rows are kept (see :func:`rlchat.models.vocabulary.kept_rows`), the others are initialized randomly. Raises
     :class:`UserError` for a model that cannot be loaded, has too few positions, or fails the probe.
     """
 
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
     def _fit_vocabulary(self, head: nn.Linear | None, vocab_size: int, kept_rows: int) -> None:
         """Resizes embeddings and head to the tokenizer's ids.
 
-        The first ``kept_rows`` rows are kept and the others initialized anew.
+        The first ``kept_rows`` rows are kept, the others are initialized randomly.
         """
         config = self.transformer.config
         self.transformer.resize_token_embeddings(vocab_size, mean_resizing=False)
@@ -121,20 +121,20 @@ class Backbone(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocabulary, hidden]: the policy head's weight, the embedding matrix itself where the backbone ties them."""
+        """[vocabulary, hidden]: the policy head's weight, which is the embedding matrix if the backbone ties them."""
         if self.head is not None:
             return self.head.weight
         return _embedding_weight(self.transformer)
 
     def new_cache(self) -> Cache:
-        """An empty cache, for the ``cache`` of :meth:`forward`; one for each batch of conversations."""
+        """An empty cache for :meth:`forward`; each batch of conversations needs its own."""
         return EncoderCache() if self.is_encoder else DynamicCache(config=self.transformer.config)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states [batch, time, hidden] of ``ids`` [batch, time].
 
         ``attention_mask`` [batch, cached + time] is True on real tokens, cached ones included; padding may be on either
-        side. Positions count real tokens only, so padding changes no result.
+        side. Positions count real tokens only, so padding does not affect the result.
         """
         time = ids.shape[1]
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
@@ -173,12 +173,12 @@ def _embedding_weight(model: PreTrainedModel) -> Tensor:
 
 
 def _trim(model: PreTrainedModel) -> None:
-    """Removes what would never be trained."""
+    """Removes parts that would never be trained."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None  # the row that it names gets no gradient, and here it is that of a real token
+        embedding.padding_idx = None  # this row would get no gradient, but here it belongs to a real token
     if getattr(model, "pooler", None) is not None:
-        model.register_module("pooler", None)  # BERT's sentence summary; DDP fails on a parameter without a gradient
+        model.register_module("pooler", None)  # unused, and DDP fails on parameters without gradients
 
 
 def _initial_std(config: PretrainedConfig) -> float:

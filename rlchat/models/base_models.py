@@ -26,7 +26,7 @@ T = TypeVar("T")
 def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length: int) -> PretrainedConfig:
     """The configuration of ``base_model``; an inline one gets ``vocab_size`` and enough positions.
 
-    Raises :class:`UserError` where it cannot be loaded, has too few positions, or has unknown options.
+    Raises :class:`UserError` if it cannot be loaded, has too few positions, or has unknown options.
     """
     if isinstance(base_model, str):
         config = _fetch(base_model, lambda: AutoConfig.from_pretrained(base_model))
@@ -55,7 +55,7 @@ def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length:
 
 
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
-    """An untrained model of the shape of ``config``. Raises :class:`UserError` where it cannot be built."""
+    """An untrained model with the shape of ``config``. Raises :class:`UserError` if it cannot be built."""
     try:
         model = AutoModel.from_config(config, attn_implementation=attention_name(config))
     except (TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def pretrained(name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.Linear | None]:
-    """The model without its head, and the output layer where it is a matrix of its own (not tied to the embeddings)."""
+    """The model without its head, and the output layer if it is not tied to the embeddings."""
     attention = attention_name(config)
     if config.model_type in encoder_families() or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         model = _fetch(
@@ -87,7 +87,7 @@ def config_from_json(text: str) -> PretrainedConfig:
     """The configuration that ``PretrainedConfig.to_json_string`` wrote.
 
     transformers writes an infinite value as ``{"__float__": "Infinity"}``. Raises KeyError for a ``model_type`` that
-    the installed transformers does not have, ValueError and TypeError for other damage.
+    the installed transformers does not have, ValueError and TypeError for other invalid content.
     """
 
     def restore(values: dict[str, Any]) -> Any:
@@ -98,7 +98,7 @@ def config_from_json(text: str) -> PretrainedConfig:
 
 
 def attention_name(config: PretrainedConfig) -> str:
-    """The attention implementation to ask transformers for."""
+    """The attention implementation to request from transformers."""
     return ATTENTION_NAME if config.model_type in encoder_families() else "sdpa"
 
 
@@ -116,7 +116,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of ``error`` on one line; its class where it has none."""
+    """The message of ``error`` on one line, or the name of its class if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -136,7 +136,7 @@ def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> 
         positions -= family.first_position(config)
     if positions < max_length:
         raise UserError(
-            f"max_length {max_length} is more than the {positions} positions of base_model {name}; lower max_length, "
+            f"max_length {max_length} exceeds the {positions} positions of base_model {name}; lower max_length, "
             f"or choose a base model with more positions"
         )
 
@@ -147,7 +147,7 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         if Path(name).is_dir():
             raise UserError(
-                f"base_model {name}: the folder holds no model that transformers can load: {one_line(error)}"
+                f"base_model {name}: the folder contains no model that transformers can load: {one_line(error)}"
             ) from error
         raise UserError(
             f"base_model {name} is neither a folder nor a model that could be downloaded; connect to the network, pass "

@@ -1,4 +1,4 @@
-"""Causal attention for encoders: they attend in both directions by design; here they see only the past."""
+"""Causal attention for encoders, which attend in both directions by default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 def causal_mask(attention_mask: Tensor, time: int) -> Tensor:
-    """Bool [batch, 1, time, total]: which columns each of the last ``time`` columns of a row attends to.
+    """Bool [batch, 1, time, total]: the columns that each of the last ``time`` columns of a row attends to.
 
     ``attention_mask`` [batch, total] is True on real tokens. A token attends to real tokens up to itself. Padding
     attends to itself too, because a softmax over nothing is NaN on some devices. Example: with total 3, time 2 and the
@@ -43,7 +43,7 @@ def _causal_attention(
 ) -> tuple[Tensor, None]:
     """Attention [batch, heads, time, width] under a mask [batch, 1, time, cached + time], appending to a cache.
 
-    Raises NotImplementedError where the family asks for more than plain attention.
+    Raises NotImplementedError if the family requests more than plain attention.
     """
     for name in _NOT_SUPPORTED:
         if other.get(name) is not None:

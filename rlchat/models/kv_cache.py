@@ -1,7 +1,7 @@
-"""Operations on key-value caches: shorten them when a conversation changes, add and remove rows of a batch.
+"""Operations on key-value caches: shortening, and adding and removing rows of a batch.
 
 Keys and values are [batch, heads, columns, width], the newest token in the last column. Rows of different lengths share
-a cache: the shorter ones begin with padding, which the attention mask hides and positions do not count.
+a cache: shorter rows begin with padding, which the attention mask hides and positions do not count.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class EncoderCache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
 
 
 Cache = DynamicCache | EncoderCache
-"""transformers' own cache for decoders, ours for encoders that were made causal."""
+"""transformers' cache for decoders, rlchat's cache for encoders."""
 
 
 def is_empty(cache: Cache) -> bool:
-    """Whether no layer has stored anything in ``cache``."""
+    """Whether ``cache`` contains no state of any layer."""
     if isinstance(cache, EncoderCache):
         return not cache
     return not any(_holds_state(layer) for layer in cache.layers)
@@ -39,7 +39,7 @@ def _holds_state(layer: object) -> bool:
 
 
 def can_append(cache: Cache) -> bool:
-    """Whether rows can be added: every layer keeps all columns, unlike sliding windows and recurrent states."""
+    """Whether rows can be added. That requires all columns; sliding windows and recurrent states do not keep them."""
     return isinstance(cache, EncoderCache) or all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
@@ -75,9 +75,9 @@ def append_rows(cache: Cache, other: Cache) -> None:
 
 
 def shorten(cache: Cache, length: int) -> bool:
-    """Cuts ``cache`` to its first ``length`` tokens. Returns False if a layer cannot be cut.
+    """Shortens ``cache`` to its first ``length`` tokens. Returns False if a layer cannot be shortened.
 
-    Recurrent layers and full sliding windows cannot be cut: they no longer hold the earlier state.
+    Recurrent layers and full sliding windows cannot be shortened: they no longer contain the earlier state.
     """
     if isinstance(cache, EncoderCache):
         cache.update({module: (key[:, :, :length], value[:, :, :length]) for module, (key, value) in cache.items()})

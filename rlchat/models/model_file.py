@@ -1,6 +1,6 @@
-"""Model files: one `.pt` file with everything that chatting with a model, or scoring with it, needs.
+"""Model files: one `.pt` file with everything that is needed to chat with a model or to score with it.
 
-A model file holds tensors and plain values, loads with ``weights_only=True``, and needs no network and no other file.
+It contains tensors and plain values, and is loaded with ``weights_only=True``, without a network or other files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 class PolicyBundle:
     """A chat model with its tokenizer. ``about`` describes its origin in plain values.
 
-    ``critic`` is set where PPO trained a separate network for values; otherwise the model's value head estimates them.
+    ``critic`` is set if PPO trained a separate critic; otherwise the model's value head estimates values.
     """
 
     model: RLChatModel
@@ -149,15 +149,15 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds something other than tensors and plain values, or is damaged; it was not opened"
+            f"{path}: contains something other than tensors and plain values, or is damaged; it was not loaded"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: damaged, or not a model file of rlchat; create it again") from error
+        raise UserError(f"{path}: damaged, or not an rlchat model file; create it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a model file of rlchat; `rlchat fit` writes them to checkpoints/*.pt")
+        raise UserError(f"{path}: not an rlchat model file; `rlchat fit` writes them to checkpoints/*.pt")
     if content.get("version") != VERSION:
         found = content.get("version")
-        raise UserError(f"{path}: a model file of version {found}, this rlchat reads {VERSION}; update rlchat")
+        raise UserError(f"{path}: unsupported model file version {found}, expected {VERSION}; update rlchat")
     if missing := sorted(_TYPES.keys() - content.keys()):
         raise UserError(f"{path}: incomplete model file, {', '.join(missing)} missing; create it again")
     _check_types(content, _TYPES, path)
@@ -169,14 +169,14 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """torch.save stores without compression; a compressed archive could ask for any amount of memory."""
+    """torch.save does not compress; a compressed archive could need any amount of memory."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return  # torch.load reports what is wrong with it
+        return  # torch.load reports the problem
     if size > path.stat().st_size:
-        raise UserError(f"{path}: expands to {size:,} bytes, more than the file has; not a model file of rlchat")
+        raise UserError(f"{path}: expands to {size:,} bytes, more than the size of the file; not an rlchat model file")
 
 
 def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Path) -> None:
@@ -188,13 +188,13 @@ def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Pa
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: damaged model file, weight {name} is {_shown(tensor)}, expected a tensor")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: damaged model file, weight {name} is larger than what is stored for it")
+            raise UserError(f"{path}: damaged model file, weight {name} is larger than its stored data")
         if not _is_finite(tensor):
             raise UserError(f"{path}: weight {name} has NaN or infinite values; training diverged, use another file")
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. The sum is quick to take, and finite only if all values are."""
+    """Whether no value is NaN or infinite. The sum is fast to compute, and finite only if all values are."""
     if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
@@ -224,8 +224,8 @@ def _backbone(part: dict[str, Any]) -> Backbone:
 def _load(path: str | Path, part: dict[str, Any], build: Callable[[dict[str, Any]], M]) -> M:
     """``build(part)`` with the weights of ``part``.
 
-    It is first built without memory (on the device ``meta``) and compared with the weights, because the shape that a
-    small damaged file claims may need any amount of memory.
+    The model is first built without memory (on the device ``meta``) and compared with the weights: the shape in a
+    small damaged file may need any amount of memory.
     """
     state = part["state"]
     try:

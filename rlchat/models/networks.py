@@ -32,10 +32,10 @@ class TokenStats(NamedTuple):
 class RLChatModel(nn.Module):
     """A causal backbone with a policy head and a value head.
 
-    The policy head is the embedding matrix where the backbone ties them. It gives no probability to ``unsayable`` ids
-    (padding, role markers, ids without text); sampling, training and evaluation use the same distribution. The value
+    If the backbone ties them, the policy head is the embedding matrix. ``unsayable`` ids have probability 0
+    (padding, role markers, ids without text). Sampling, training and evaluation use the same distribution. The value
     head starts at zero: linear, or with one hidden layer of ``hidden_dim`` units. Logits and values are computed in
-    float32 whatever the precision of the backbone.
+    float32, whatever the precision of the backbone.
     """
 
     unsayable: Tensor
@@ -80,7 +80,7 @@ class RLChatModel(nn.Module):
         )
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Values [...] in float32: the return expected after each of ``hidden`` [..., hidden]."""
+        """Values [...] in float32: the expected return after each of ``hidden`` [..., hidden]."""
         return _head_fp32(self.value_head, hidden).squeeze(-1)
 
 
@@ -88,7 +88,7 @@ class RewardModel(nn.Module):
     """A causal backbone with a scalar head, read at the end of the response.
 
     ``mean`` and ``std`` of the scores of human responses are stored with it, so that :meth:`standardised` scores have
-    the same scale in every training run. Scores are computed in float32 whatever the precision of the backbone.
+    the same scale in every training run. Scores are computed in float32, whatever the precision of the backbone.
     """
 
     mean: Tensor
@@ -114,18 +114,18 @@ class RewardModel(nn.Module):
 
 
 class Critic(nn.Module):
-    """A separate causal backbone with a value head, for a policy whose backbone learns from the policy loss only."""
+    """A separate causal backbone with a value head; the policy's backbone then learns from the policy loss only."""
 
     def __init__(self, backbone: Backbone, hidden_dim: int = 0) -> None:
         super().__init__()
-        backbone.head = None  # values do not use an untied policy head, and DDP fails on a parameter without a gradient
+        backbone.head = None  # unused if untied, and DDP fails on parameters without gradients
         self.backbone = backbone
         self.hidden_dim = hidden_dim
         self.value_head = value_head(backbone.hidden_size, hidden_dim)
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> Critic:
-        """A critic whose first values are the reward model's standardized scores of the text so far."""
+        """A critic whose initial values are the reward model's standardized scores of the text so far."""
         critic, score_head = cls(reward_model.backbone), reward_model.score_head
         assert isinstance(critic.value_head, nn.Linear)
         assert isinstance(score_head, nn.Linear)
@@ -135,7 +135,7 @@ class Critic(nn.Module):
         return critic
 
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [batch, time] in float32: the return expected after each token of ``ids``."""
+        """Values [batch, time] in float32: the expected return after each token of ``ids``."""
         hidden = self.backbone(ids, attention_mask)
         return torch.squeeze_copy(_head_fp32(self.value_head, hidden), -1)  # FSDP2 wants no view to leave here
 
@@ -152,7 +152,7 @@ def _head_fp32(head: nn.Module, hidden: Tensor) -> Tensor:
         weight = next(head.parameters())
         if weight.dtype == torch.float32:
             output: Tensor = head(hidden.float())
-        else:  # a model that was converted as a whole
+        else:  # the whole model was converted to another data type
             output = head(hidden.to(weight.dtype)).float()
         return output
 

@@ -1,7 +1,7 @@
-"""Checks of what a backbone must do, made with a few short forward passes when it is built.
+"""Checks the properties of a backbone with a few short forward passes when it is constructed.
 
-A property that fails is named in one sentence. The tolerance is relative: rounding of the hidden states, plus a
-hundredth of what a change of the token before the last does to the last hidden state.
+If a check fails, the error names the property. The tolerance is relative: rounding of the hidden states, plus a
+hundredth of the effect of the second-to-last token on the last hidden state.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def probe(backbone: Backbone, max_length: int) -> None:
-    """Raises :class:`UserError` naming the first property that ``backbone`` lacks; ``max_length`` limits the rows.
+    """Raises :class:`UserError` that names the first property that ``backbone`` lacks; ``max_length`` limits the rows.
 
     The properties: hidden states of the declared width; no leak from later tokens; the cache is used; cached equals
     full over several steps; left-padded equals unpadded, with and without a cache; rows of a batch can be reordered in
-    the cache; a row longer than the sliding window gives the same with and without a cache.
+    the cache; a row longer than the sliding window gives the same results with and without a cache.
     """
     training = backbone.training
     backbone.eval()
@@ -46,9 +46,9 @@ def probe(backbone: Backbone, max_length: int) -> None:
 
 @torch.no_grad()
 def check_cache_is_used(backbone: Backbone) -> None:
-    """Raises :class:`UserError` where a forward pass of one token leaves the cache empty.
+    """Raises :class:`UserError` if a forward pass of one token leaves the cache empty.
 
-    For model files, whose backbone was probed when it was made, perhaps with another version of transformers.
+    For model files: their backbone was probed when it was created, perhaps with another version of transformers.
     """
     training = backbone.training
     backbone.eval()
@@ -86,7 +86,7 @@ def _probe(backbone: Backbone, max_length: int) -> None:
             lambda: _in_steps(backbone, ids, mask, backbone.new_cache(), window - 1),
         )
         if not _equal(cached, full, tolerance):
-            _refuse(backbone, "gives other results with a cache than without when a row is longer than its window")
+            _refuse(backbone, "gives different results with and without a cache when a row is longer than its window")
 
 
 def _check_no_leak(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor, tolerance: float) -> None:
@@ -102,11 +102,11 @@ def _check_cache(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor, to
     if is_empty(cache):
         _refuse(backbone, "ignores the cache argument")
     if not _equal(cached, full, tolerance):
-        _refuse(backbone, "gives other results with a cache than without")
+        _refuse(backbone, "gives different results with and without a cache")
 
 
 def _check_left_padding(backbone: Backbone, ids: Tensor, mask: Tensor, full: Tensor, tolerance: float) -> None:
-    """The row itself beside a copy without its first tokens, left-padded with some other token."""
+    """Checks a batch of the row and a copy whose first tokens are replaced by padding."""
     padding = min(_PADDING, ids.shape[1] - 2)
     batch, batch_mask = ids.repeat(2, 1), mask.repeat(2, 1)
     batch[1, :padding] = batch[1, -1]
@@ -120,7 +120,7 @@ def _check_left_padding(backbone: Backbone, ids: Tensor, mask: Tensor, full: Ten
     for name, run in runs:
         hidden = _attempt(backbone, f"on a left-padded row {name}", run)
         if not (_equal(hidden[1:, padding:], short, tolerance) and _equal(hidden[:1], full, tolerance)):
-            _refuse(backbone, f"gives other results for a left-padded row than for an unpadded one ({name})")
+            _refuse(backbone, f"gives different results for a left-padded row and an unpadded one ({name})")
     _attempt(backbone, "when rows of a cached batch are removed", lambda: keep_rows(cache, torch.tensor([1])))
 
 
@@ -154,7 +154,7 @@ def _equal(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 
 def _window(backbone: Backbone) -> int | None:
-    """The sliding window in tokens, or None where every layer attends to the whole row."""
+    """The sliding window in tokens, or None if every layer attends to the whole row."""
     config = backbone.transformer.config
     if getattr(config, "use_sliding_window", True) is False:
         return None

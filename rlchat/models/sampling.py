@@ -1,4 +1,4 @@
-"""`sample()`: the only token loop in the program; rollouts, validation, chat and serving all use it."""
+"""`sample()`: the only sampling loop in rlchat; rollouts, validation, chat and server all use it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Uniforms = Callable[[int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn.
+    """Options for drawing the next token.
 
-    ``temperature`` 0 takes the most likely token. ``top_k`` 0 and ``top_p`` 1 leave the distribution as it is, which
-    rollouts need: the policy's log-probs are those of the distribution that was sampled.
+    ``temperature`` 0 selects the most likely token. ``top_k`` 0 and ``top_p`` 1 do not change the distribution, which
+    rollouts require: the policy's log-probs are those of the distribution that was sampled from.
     """
 
     max_new_tokens: int = 100
@@ -35,19 +35,23 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        # Beyond these, float32 logits overflow to NaN, or what has no probability gets some.
+            raise ValueError(f"invalid value {self.max_new_tokens} for max_new_tokens: expected a positive integer")
+        # Outside of this range, float32 logits overflow to NaN, or tokens with probability 0 become possible.
         if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or from 1e-6 to 1e6")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k is {self.top_k} and top_p {self.top_p}; they must be >= 0 and in (0, 1]")
+            raise ValueError(
+                f"invalid value {self.temperature} for temperature: expected 0 (greedy) or a number from 1e-6 to 1e6"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"invalid value {self.top_k} for top_k: expected a non-negative integer")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"invalid value {self.top_p} for top_p: expected a number above 0 and at most 1")
 
 
 class Step(NamedTuple):
-    """One token of every row."""
+    """One new token for every row."""
 
     tokens: Tensor  # Long [batch]
-    logprobs: Tensor  # [batch] of the distribution that was drawn from; 0 where greedy
+    logprobs: Tensor  # [batch] under the distribution that was sampled from; 0 if greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class Change:
     continue to count from the first token of the batch.
     """
 
-    keep: Sequence[int]  # the rows that stay, by their number in the batch as it was
+    keep: Sequence[int]  # the rows that stay, by their number in the old batch
     prompts: Sequence[Sequence[int]]  # the rows that join: ids, two or more each
     sampling: Sequence[Sampling]
     uniforms: Uniforms
@@ -71,7 +75,7 @@ class Generated:
     ids: Tensor  # Long [batch, response], padding where mask is False
     mask: Tensor  # Bool [batch, response]
     ended: Tensor  # Bool [batch]: the response ended with the end marker; False where it was truncated
-    logprobs: Tensor  # [batch, response] of the distributions that were drawn from; 0 where mask is False
+    logprobs: Tensor  # [batch, response] under the distributions that were sampled from; 0 where mask is False
 
 
 @torch.no_grad()
@@ -92,7 +96,7 @@ def sample(
 
     ``ids`` [batch, prompt] are left-padded prompts, ``attention_mask`` True on their real tokens. ``sampling`` is one
     for all rows, or one for each. A row that has ended yields ``pad_id``. The caller may stop at any token. The model
-    should be in eval mode: dropout would sample from another distribution than the one that is trained. ``goes_on``
+    should be in eval mode: with dropout, the distribution would differ from the one that is trained. ``goes_on``
     decides from the unfinished rows ``alive`` [batch] whether there is another step; processes that hold a sharded
     model have to agree on it.
 
@@ -161,7 +165,7 @@ def _change_rows(
         width = max(mask.shape[1], theirs.shape[1])
         step = torch.cat([step, ids[:, -1:]])
         mask = torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (mask, theirs)])
-    unused = int(mask.any(0).int().argmax())  # columns that only rows which left had filled
+    unused = int(mask.any(0).int().argmax())  # columns that only the removed rows used
     drop_columns(cache, unused)
     return step, mask[:, unused:]
 
@@ -187,13 +191,13 @@ def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Ten
     """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1).
 
     ``sampling`` is one for all rows, or one for each. Of tokens with equal logits, ``top_k`` keeps the first. Raises
-    :class:`NonFiniteError` where a row of logits holds a NaN or an infinity: the weights have diverged.
+    :class:`NonFiniteError` if a row of logits contains a NaN or an infinity, because the weights have diverged.
     """
     if not isinstance(sampling, Sampling):
         return _choose_each(logits, sampling, uniform)
     if not logits.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
         raise NonFiniteError(
-            "the model's logits are NaN or infinite; its weights have diverged, use an earlier model file"
+            "the model's logits are NaN or infinite, because its weights have diverged; use an earlier model file"
         )
     if sampling.temperature == 0 or sampling.top_k == 1:
         return Step(logits.argmax(-1), torch.zeros_like(logits[:, 0]))
@@ -223,7 +227,7 @@ def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) 
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The first token at which the cumulative probability passes ``uniform`` [batch]; never one of probability 0."""
+    """The first token whose cumulative probability exceeds ``uniform`` [batch]; never a token with probability 0."""
     cumulative = _cumsum(probabilities)
     if cumulative.is_cuda:  # a parallel sum may decrease by rounding; a token of probability 0 could be hit
         cumulative = cumulative.cummax(-1).values
@@ -234,10 +238,10 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def addressed_uniforms(seed: int | Tensor, stream: int, rows: Tensor, start: int | Tensor = 0) -> Uniforms:
-    """Uniform numbers that are addressed, not consumed: one for each (seed, stream, row, position).
+    """Uniform random numbers with addresses: one for each (seed, stream, row, position).
 
     ``stream`` is the iteration; ``rows`` Long [batch] are global row numbers. The same address always gives the same
-    number, on any device, in any order, in any number of processes. Where rows joined a batch one after another,
+    number, on any device, in any order, in any number of processes. If rows joined a batch one after another,
     ``seed`` and ``start`` (each row's first position) are Long [batch].
     """
     base = _mix(_mix(_mix(torch.as_tensor(seed)) ^ stream) ^ rows.cpu())
@@ -249,7 +253,7 @@ def addressed_uniforms(seed: int | Tensor, stream: int, rows: Tensor, start: int
 
 
 def generator_uniforms(generator: torch.Generator, batch: int) -> Uniforms:
-    """Uniform numbers drawn from ``generator``, for a chat that need not be reproducible token by token."""
+    """Uniform random numbers drawn from ``generator``, for a chat, where tokens need no addresses."""
     return lambda _: torch.rand(batch, generator=generator)
 
 
@@ -257,7 +261,7 @@ def _cumsum(probabilities: Tensor) -> Tensor:
     """Cumulative sums [batch, vocabulary], also under ``torch.use_deterministic_algorithms``.
 
     PyTorch has no deterministic float ``cumsum`` on CUDA and raises there. Its result is used for a comparison with a
-    random number only, so the check is switched off for this one operation.
+    random number only, so the check is disabled for this operation.
     """
     if not (probabilities.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return probabilities.cumsum(-1)

@@ -1,7 +1,7 @@
-"""Whether the rows of a base model's embedding stand for the same tokens as the ids of an encoding.
+"""Checks whether the rows of a base model's embedding represent the same tokens as the ids of an encoding.
 
-Equal counts prove nothing: two vocabularies of 32,000 tokens share hardly any id. The base model's tokenizer files are
-compared with the encoding token by token.
+An equal number of tokens is not enough: two vocabularies of 32,000 tokens hardly agree on any id. The base model's
+tokenizer files are compared with the encoding, token by token.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, from_byte_letters
 
 log = logging.getLogger("rlchat")
 
-_FILES = ("tokenizer.json", "vocab.json")  # what transformers writes now, and GPT-2's own layout
+_FILES = ("tokenizer.json", "vocab.json")  # the format of transformers, and the older one of GPT-2
 _GPT2_TOKENS = 50257
 _GPT2_NAMES = ("gpt2", "r50k_base")  # two names of one encoding
 
 
 def kept_rows(base_model: str | dict[str, Any], tokenizer: ChatTokenizer) -> int:
-    """How many leading rows of the embedding of ``base_model`` to keep under ``tokenizer``: all of them or none.
+    """The number of rows of the embedding of ``base_model`` to keep with ``tokenizer``: all of them or none.
 
-    All are kept where every id of the encoding has the same bytes in the base model's tokenizer. Without tokenizer
-    files that can be compared, only GPT-2's 50,257 rows are kept, and only under its own encoding. Raises
-    :class:`UserError` where the base model's configuration cannot be loaded.
+    All are kept if every id of the encoding has the same bytes in the base model's tokenizer. Without tokenizer
+    files that can be compared, only GPT-2's 50,257 rows are kept, and only with the encoding gpt2. Raises
+    :class:`UserError` if the base model's configuration cannot be loaded.
     """
     if isinstance(base_model, dict):
         return 0  # random weights
@@ -67,7 +67,7 @@ def kept_rows(base_model: str | dict[str, Any], tokenizer: ChatTokenizer) -> int
 
 
 def _base_vocabulary(base_model: str) -> dict[int, bytes] | None:
-    """The bytes of each token by id; None where no file tells, or where it is not a byte-level vocabulary."""
+    """The bytes of each token by id; None if there is no such file or if its vocabulary is not byte-level."""
     for name in _FILES:
         try:
             path = cached_file(
@@ -86,7 +86,7 @@ def _base_vocabulary(base_model: str) -> dict[int, bytes] | None:
 
 
 def _vocabulary(content: dict[str, Any]) -> dict[int, bytes]:
-    """From the JSON of a ``tokenizer.json`` or ``vocab.json``. Raises KeyError for a token that is not byte-level."""
+    """The bytes of each token in a tokenizer file. Raises KeyError for a token that is not byte-level."""
     added = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens", [])}
     if "model" in content:
         content = content["model"]["vocab"]

@@ -17,11 +17,11 @@ LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 def accumulate_gradients(module: StageModule, losses: Sequence[Callable[[], LossAndMetrics]]) -> dict[str, float]:
     """Adds the gradient of the sum of ``losses`` to the parameters; returns the sums of their metrics. A collective.
 
-    Each function computes a loss and its metrics, already divided by the process's share of the global tokens (global
+    Each function computes a loss and its metrics, already divided by the number of tokens per process (global
     tokens / processes). DDP and FSDP2 average gradients over processes, so the result is the gradient of the global
     mean.
 
-    Processes exchange gradients once, with the last loss, which must reach every parameter.
+    Processes exchange gradients once, with the last loss, which must depend on every parameter.
     """
     totals: dict[str, Tensor] = {}
     for compute in losses:
@@ -35,6 +35,6 @@ def accumulate_gradients(module: StageModule, losses: Sequence[Callable[[], Loss
 
 
 def _gradient_exchange(module: StageModule, on: bool) -> AbstractContextManager[Any]:
-    """A context in which a backward pass exchanges gradients with the other processes, or does not."""
+    """A context in which backward passes exchange gradients with the other processes if ``on`` is True."""
     block = getattr(module.trainer.strategy, "block_backward_sync", nullcontext)
     return nullcontext() if on else block()

@@ -1,7 +1,7 @@
 """Rewards and advantages of PPO, as pure functions of tensors, and the registry of advantage estimators.
 
-``mask`` is the response mask, Bool [B, R], True where a token was sampled. Every mean goes through it, so that prompts,
-user turns and padding change no number.
+``mask`` is the response mask, Bool [B, R], True where a token was sampled. Every mean uses it, so that prompts,
+user turns and padding do not affect any result.
 
 To add an estimator, write one function at the end of this file and decorate it with :func:`advantage_estimator`. The
 option ``--model.advantage``, its checks and its error messages follow from the registry.
@@ -23,11 +23,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce = lambda t: t) -> Tensor:
-    """``(x - μ) / sqrt(σ² + 1e-8)`` inside the mask, 0 outside, whatever ``x`` holds there (NaN included).
+    """``(x - μ) / sqrt(σ² + 1e-8)`` inside the mask, 0 outside, whatever the values of ``x`` there (even NaN).
 
     Args:
         x: values of any shape.
-        mask: Bool, of the shape of ``x``; μ and σ², the biased variance, are those of the entries where it is True.
+        mask: Bool, same shape as ``x``; μ and σ² (the biased variance) are computed over the entries where it is True.
         shift_mean: False adds μ back, so that only the scale changes (lm-human-preferences).
         reduce: sums over all processes, so that μ and σ² are global.
     """
@@ -44,7 +44,7 @@ def shape_rewards(
 ) -> Tensor:
     """Per-token rewards [B, R]: ``-kl_coef · KL`` on each sampled token, plus the score on the last one (InstructGPT).
 
-    The score belongs on one token. On every token, it would reward length.
+    The score is added to one token only. On every token, it would reward length.
 
     Args:
         scores: [B], one for the response in each row; or [B, R], already placed by :func:`place_scores`.
@@ -89,7 +89,7 @@ def place_scores(scores: Tensor, response_index: Tensor) -> Tensor:
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, R], 0 outside the mask (generalized advantage estimation, Schulman et al. 2015).
 
-    δ = r + γ·V_next - V and A = δ + γλ·A_next. *Next* is the next token inside the mask, whatever lies between (a user
+    δ = r + γ·V_next - V and A = δ + γλ·A_next. *Next* is the next token inside the mask, even after a gap (a user
     turn). After the last token, V_next and A_next are 0. The returns are A + V.
 
     Args:
@@ -129,7 +129,7 @@ def rloo(scores: Tensor, group_size: int) -> Tensor:
 def grpo(scores: Tensor, group_size: int) -> Tensor:
     """Scores [B] standardized within their group (Shao et al. 2024, DeepSeekMath, section 4.1.2).
 
-    The standard deviation is the sample's, plus 1e-4. Equal scores give exactly 0.
+    The divisor is the sample standard deviation plus 1e-4. Equal scores give exactly 0.
 
     Args:
         scores: [B]; rows i·group_size … (i + 1)·group_size - 1 are responses to one prompt.
@@ -142,8 +142,8 @@ def grpo(scores: Tensor, group_size: int) -> Tensor:
 def _shifted_groups(scores: Tensor, group_size: int) -> Tensor:
     """Scores [groups, group_size] minus the first score of their group.
 
-    No estimator here depends on the level of a group. The mean of n equal floats can differ from them by a rounding
-    error, which a division by the standard deviation would blow up; the mean of n zeros is 0.
+    Adding a constant to all scores of a group does not change the advantages. Without the shift, the mean of n equal
+    floats can differ from them by a rounding error, which a division by the standard deviation would amplify.
     """
     groups = scores.view(-1, group_size)
     return groups - groups[:, :1]
@@ -154,7 +154,7 @@ def _shifted_groups(scores: Tensor, group_size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class EstimatorInputs:
-    """What an advantage estimator may use."""
+    """The inputs of an advantage estimator."""
 
     rewards: Tensor  # [B, R] per-token rewards, 0 outside the mask
     values: Tensor  # [B, R] of the critic; 0 without one
@@ -174,7 +174,7 @@ class Advantages(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdvantageEstimator:
-    """A registered estimator and what it requires of the other options."""
+    """A registered estimator and its requirements for the other options."""
 
     name: str
     compute: Callable[[EstimatorInputs], Advantages]
@@ -185,7 +185,7 @@ class AdvantageEstimator:
 
 
 ESTIMATORS: dict[str, AdvantageEstimator] = {}
-"""All advantage estimators by the name that ``--model.advantage`` takes."""
+"""All advantage estimators, by their name in ``--model.advantage``."""
 
 
 def advantage_estimator(
@@ -198,13 +198,13 @@ def advantage_estimator(
 ) -> Callable[[Callable[[EstimatorInputs], Advantages]], Callable[[EstimatorInputs], Advantages]]:
     """Registers the decorated function as the advantage estimator ``name``.
 
-    ``needs_critic`` gives it values, and a value loss on the returns that it computes. ``needs_group`` requires
+    With ``needs_critic`` it gets values, and the critic is trained on its returns. ``needs_group`` requires
     ``group_size`` of 2 or more. ``allows_turns`` is for estimators that handle several responses in one row;
-    ``allows_whiten_rewards`` for those that do not sum the rewards of a response. An estimator whitens its advantages
-    itself if it wants to, with :func:`masked_whiten`.
+    ``allows_whiten_rewards`` is for those that do not sum the rewards of a response. An estimator can whiten its
+    advantages with :func:`masked_whiten`; nothing else whitens them.
 
     Raises (from the decorator):
-        ValueError: for a name that is taken.
+        ValueError: the name is already registered.
     """
 
     def register(compute: Callable[[EstimatorInputs], Advantages]) -> Callable[[EstimatorInputs], Advantages]:

@@ -18,7 +18,7 @@ CriticKind = Literal["shared", "separate", "none"]
 
 @dataclass(kw_only=True)
 class PPOConfig(StageOptions):
-    """The arguments of :class:`rlchat.ppo.module.PPOModule`, which its docstring describes, apart from the reward.
+    """The arguments of :class:`rlchat.ppo.module.PPOModule` without the reward; its docstring describes them.
 
     Raises:
         UserError: for an option that is out of range or contradicts another.
@@ -98,7 +98,7 @@ class PPOConfig(StageOptions):
 
     @property
     def critic_kind(self) -> CriticKind:
-        """Where values come from; ``none`` if the estimator needs no critic."""
+        """The kind of critic; ``none`` if the estimator does not use one."""
         return self.critic if self.estimator.needs_critic else "none"
 
     @property
@@ -113,7 +113,7 @@ class PPOConfig(StageOptions):
     def _check_kl(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError(
-                "kl_target adapts kl_coef by factors, so kl_coef 0 would stay 0; set --model.kl_coef above 0"
+                "kl_target adapts kl_coef by multiplication, so kl_coef 0 would stay 0; set --model.kl_coef above 0"
             )
         if (self.kl_in, self.kl_estimator) == ("loss", "k1"):
             _log.warning(
@@ -141,11 +141,11 @@ class PPOConfig(StageOptions):
                 f"advantage {self.advantage} has no critic; leave out critic, critic_init and critic_warmup, or use gae"
             )
         if self.critic_init is not None and self.critic != "separate":
-            raise UserError("critic_init needs a critic that is a network of its own; set --model.critic separate")
+            raise UserError("critic_init requires a separate critic; set --model.critic separate")
 
 
 def refuse_max_steps(max_steps: int) -> None:
-    """Raises :class:`UserError` if a trainer limits the optimizer steps, of which an iteration takes many."""
+    """Raises :class:`UserError` if a trainer limits the number of optimizer steps; an iteration takes many of them."""
     if max_steps > 0:
         raise UserError(
             "trainer.max_steps is not supported by PPO, which takes many optimizer steps per iteration; set "

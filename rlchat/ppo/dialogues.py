@@ -1,4 +1,4 @@
-"""Conversations between the policy and the recorded users of the data, token by token, while they are generated.
+"""Conversations in which the policy replies to recorded user messages of the data, represented as tokens.
 
 Shapes: B rows (conversations), N responses (one per row, or more if the policy answers several turns), T tokens in the
 longest row.
@@ -23,27 +23,27 @@ NOT_SAMPLED = -1
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """Generated conversations, before any network has evaluated them."""
+    """Generated conversations, before the networks evaluate them."""
 
     conversations: Sequence[Conversation]  # [N] the prompt of each response
     replies: Sequence[Reply]  # [N] the responses as text
     ids: Tensor  # Long [B, T] prompts, responses and user turns, padded on the right
     attention_mask: Tensor  # Bool [B, T]
-    response_at: Tensor  # Long [B, T] the number (0 to N - 1) of the response that a token was sampled for, or -1
+    response_at: Tensor  # Long [B, T] the number (0 to N - 1) of the response that a sampled token is part of, or -1
     sampling_logprobs: Tensor  # [B, T] of the distributions that tokens were sampled from; 0 elsewhere
 
 
 @dataclass(slots=True)
 class Dialogue:
-    """One conversation while it is generated."""
+    """A conversation that is being generated."""
 
-    prompt: Conversation  # up to now; it ends on a user message
+    prompt: Conversation  # the conversation so far; it ends with a user message
     later_prompts: tuple[Conversation, ...]  # what the data holds after it: longer and longer prefixes
     ids: list[int]
-    recorded_messages: int = 0  # messages of the data's own conversation that have been used
+    recorded_messages: int = 0  # number of messages of the data's conversation that have been used
     response_at: list[int] = field(default_factory=list)  # as in Transcript
     logprobs: list[float] = field(default_factory=list)
-    reply: Reply | None = None  # the policy's last one
+    reply: Reply | None = None  # the policy's last response
 
     def __post_init__(self) -> None:
         self.recorded_messages = len(self.prompt.messages)
@@ -58,9 +58,9 @@ class Dialogue:
         self.logprobs += logprobs
 
     def add_user_turn(self, tokenizer: ChatTokenizer, most_ids: int) -> bool:
-        """Appends the user's next message from the data, although it answers another reply than the policy's.
+        """Appends the user's next message from the data, which was written in reply to a different response.
 
-        Returns False, and changes nothing, if the data holds no further turn or the ids would exceed ``most_ids``.
+        Returns False, and changes nothing, if the data has no further turn or the ids would exceed ``most_ids``.
         """
         if not self.later_prompts:
             return False

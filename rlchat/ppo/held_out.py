@@ -20,12 +20,12 @@ class HeldOutModule(RolloutModule):
     """The validation, test and prediction loops of PPO."""
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets the responses of the last validation."""
+        """Discards the responses of the last validation."""
         self.held_out_replies: list[str] = []
         self.held_out_prompts = 0
 
     def validation_step(self, batch: PromptBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Conversations give accuracy and perplexity; prompts are answered, and the responses get their reward."""
+        """Measures accuracy and perplexity on conversations, and the reward of responses to prompts."""
         if isinstance(batch, SequenceBatch):
             self.tally_sequences(batch)
         else:
@@ -52,7 +52,7 @@ class HeldOutModule(RolloutModule):
             self.tally_answers("answer_accuracy_greedy", transcript.conversations, transcript.replies)
 
     def tally_answers(self, name: str, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> None:
-        """Adds the fraction of correct replies, among the prompts whose answer can be checked."""
+        """Adds the fraction of correct responses, among the prompts that have a check."""
         correct = [float(p.check.passes(r.text)) for p, r in zip(prompts, replies, strict=True) if p.check]
         if correct:
             self.tally.add(name, torch.tensor(correct))

@@ -1,7 +1,7 @@
 """The losses of PPO, as pure functions of tensors, each with its source.
 
-``mask`` is the response mask, Bool [B, R], True where a token was sampled. Every mean goes through it, so that prompts,
-user turns and padding change no number.
+``mask`` is the response mask, Bool [B, R], True where a token was sampled. Every mean uses it, so that prompts,
+user turns and padding do not affect any result.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def value_loss(
 
 
 class AdaptiveKL:
-    """A KL coefficient that follows a target KL, in nats per response (Ziegler et al. 2019, section 2.2)."""
+    """A KL coefficient that adapts to reach a target KL, in nats per response (Ziegler et al. 2019, section 2.2)."""
 
     def __init__(self, initial: float, target: float, horizon: int) -> None:
         self.coef = initial
@@ -144,7 +144,7 @@ class AdaptiveKL:
         """Returns the new coefficient.
 
         Args:
-            kl: mean KL of the last episodes, in nats per response.
+            kl: mean KL of the latest episodes, in nats per response.
             episodes: the number of these episodes.
         """
         error = min(max(kl / self.target - 1, -0.2), 0.2)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Seconds of the parts of an iteration, by name."""
+    """Measures the time of each part of an iteration, in seconds by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -33,9 +33,9 @@ class Stopwatch:
 
 
 def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps that were taken; ``ratio_residual`` is that of the first step.
+    """Means over the optimizer steps that were not skipped; ``ratio_residual`` is that of the first step.
 
-    A step with a value that is not finite was skipped, and does not count.
+    A step with a value that is not finite was skipped.
     """
     taken = [step for step in steps if all(map(math.isfinite, step.values()))]
     means = {name: sum(step[name] for step in taken) / len(taken) for name in steps[0] if taken}

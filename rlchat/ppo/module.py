@@ -45,10 +45,10 @@ from rlchat.training.options import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """The rollout of one iteration on this process and what follows from it, for the update and for callbacks."""
+    """The rollout of one iteration on this process and the values computed from it, for the update and callbacks."""
 
     rollout: Rollout
-    factors: dict[str, Tensor]  # [N] each: the terms of the reward, weights included
+    factors: dict[str, Tensor]  # [N] each: the weighted terms of the reward
     scores: Tensor  # [N] the reward of each response: the sum of the factors
     advantages: Tensor  # [B, R], 0 outside the response mask
     returns: Tensor  # [B, R], the targets of the critic; 0 without one
@@ -65,8 +65,8 @@ class PPOModule(HeldOutModule):
         init_from: the model file of an SFT model to start from instead of base_model.
         reward: scores the responses; by default the rule factors of :class:`rlchat.rewards.Reward`.
         max_new_tokens: the maximum number of tokens in a response.
-        turns: the number of user turns of a conversation that the policy answers, one after the other, each response
-            with its own reward; 1 makes every prefix that ends on a user message a prompt of its own.
+        turns: the number of user turns per conversation that the policy answers, one after the other; each response
+            gets a reward. With 1, every prefix that ends with a user message is a separate prompt.
         group_size: the number of responses to each prompt.
         temperature: the sampling temperature, which also applies to all log-probs.
         learning_rate: the peak learning rate of AdamW.
@@ -78,30 +78,30 @@ class PPOModule(HeldOutModule):
             stages.
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
-        micro_batch_size: rows in one forward pass on each device; gradients accumulate over a minibatch. None: all.
-        advantage: the advantage estimator: gae with a critic; rloo or grpo, which compare the responses of a group,
-            without one.
-        critic: a value head on the policy's backbone (shared), or a network of its own (separate).
-        critic_init: the model file of a reward model from which a separate critic starts; by default it starts from the
+        micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all rows.
+        advantage: the advantage estimator: gae uses a critic; rloo and grpo compare the responses to the same prompt
+            instead.
+        critic: a value head on the policy's backbone (shared), or a separate network (separate).
+        critic_init: the model file of a reward model that initializes a separate critic; by default it is a copy of the
             policy's backbone.
-        critic_warmup: the number of first iterations in which only the critic is trained.
+        critic_warmup: the number of initial iterations in which only the critic is trained.
         clip_eps: ε, the clip range of the ratio: 1 ± ε.
         clip_eps_high: the upper clip range, if it differs from clip_eps.
-        dual_clip: the upper bound on the ratio where the advantage is negative, above 1; None sets no bound.
-        value_clip: the clip range of new values around the old ones, in the value loss.
+        dual_clip: an upper bound (above 1) on the ratio where the advantage is negative; None: no bound.
+        value_clip: the clip range of the values around the old values, in the value loss.
         value_coef: the weight of the value loss.
         entropy_coef: the weight of the entropy bonus.
-        kl_coef: β, the coefficient of the KL penalty; the initial one if kl_target is set.
-        kl_in: where the KL penalty applies: in the reward of each token, or as a term of the loss.
+        kl_coef: β, the coefficient of the KL penalty; its initial value if kl_target is set.
+        kl_in: where to apply the KL penalty: subtract it from the reward of each token, or add it to the loss.
         kl_kind: the KL estimator: k1, k2 or k3. None: k1 in the reward, k3 in the loss.
-        kl_target: the KL in nats per response to which kl_coef adapts; None keeps kl_coef fixed.
-        kl_horizon: the number of episodes over which the adaptive kl_coef can change by about its own size.
+        kl_target: kl_coef adapts to reach this KL, in nats per response; None keeps kl_coef fixed.
+        kl_horizon: the number of episodes in which the adaptive kl_coef can change by about 20 %.
         gamma: γ, the discount per token.
         lam: λ of generalized advantage estimation.
-        whiten_rewards: scale per-token rewards to unit variance; their mean stays.
-        target_kl: stop the passes over a rollout if approx_kl to the old policy exceeds this; None never stops.
-        max_grad_norm: the norm to which gradients are clipped.
-        sft_coef: the weight of an SFT loss on human conversations (PPO-ptx of InstructGPT).
+        whiten_rewards: scale the per-token rewards to unit variance, without changing their mean.
+        target_kl: stop training on a rollout when approx_kl, the KL to the old policy, exceeds this; None: never.
+        max_grad_norm: the maximum norm of the gradients, which are clipped to it.
+        sft_coef: the weight of an additional SFT loss on human conversations (PPO-ptx of InstructGPT).
         seed: the seed of sampling and of the order of minibatches.
     """
 
@@ -166,10 +166,10 @@ class PPOModule(HeldOutModule):
         self.last_iteration: Iteration | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuses ``max_steps``, also of a Trainer in a script. ``fast_dev_run`` N runs N iterations.
+        """Rejects ``max_steps``, also of a Trainer in a script. ``fast_dev_run`` N runs N iterations.
 
         Raises:
-            UserError: if the trainer counts optimizer steps, of which an iteration takes many.
+            UserError: if the trainer limits the number of optimizer steps; an iteration takes many of them.
         """
         if stage != "fit":
             return
@@ -290,7 +290,8 @@ class PPOModule(HeldOutModule):
     ) -> list[Callable[[], LossAndMetrics]]:
         """Functions that compute the losses of a minibatch: SFT losses, then one PPO loss per microbatch.
 
-        Each loss is a sum over tokens, divided by this process's share: global tokens of the minibatch / processes.
+        Each loss is a sum over tokens, divided by the number of tokens per process (global tokens of the minibatch /
+        processes).
         """
         rows = torch.cat(minibatch).to(self.device)
         tokens = self.global_sum(iteration.rollout.response_mask[rows].sum()) / self.trainer.world_size
@@ -302,14 +303,14 @@ class PPOModule(HeldOutModule):
         return [*(partial(self.sft_loss, part, targets) for part in parts), *losses]
 
     def sft_loss(self, sequences: SequenceBatch, tokens: Tensor) -> LossAndMetrics:
-        """``sft_coef`` times the negative log-prob of the human replies in ``sequences``, divided by ``tokens``."""
+        """``sft_coef`` times the negative log-prob of the human responses in ``sequences``, divided by ``tokens``."""
         loss = -self.token_stats(sequences).logprobs.sum() / tokens
         return self.options.sft_coef * loss, {"sft_loss": loss.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradients, which are unscaled here in every precision.
+        """Clips the gradients, which are already unscaled here.
 
-        During the critic's warm-up, the policy has no gradient, so that its weights, momentum and weight decay wait.
+        During the critic's warm-up, the policy has no gradients, so its weights and optimizer state do not change.
         """
         if self.iterations < self.options.critic_warmup:
             for name, parameter in self.named_parameters():
@@ -343,7 +344,7 @@ class PPOModule(HeldOutModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Prompts; with them conversations for the SFT loss, if there is one."""
+        """Prompts, and conversations for the SFT loss if there is one."""
         return DataNeeds(
             task="ppo",
             tokenizer=self.tokenizer,
@@ -354,7 +355,7 @@ class PPOModule(HeldOutModule):
         )
 
     def bundle(self) -> PolicyBundle:
-        """As in every stage, with the critic and a description of the reward."""
+        """The chat model as in every stage, with the critic and a description of the reward."""
         bundle = super().bundle()
         bundle.critic = self.critic
         bundle.about |= {"critic": self.critic_kind, "reward": self.reward.describe()}

@@ -39,10 +39,10 @@ class Rollout:
     replies: Sequence[Reply]  # [N] the responses as text
     ids: Tensor  # Long [B, T]
     attention_mask: Tensor  # Bool [B, T]
-    sampled: Tensor  # Bool [B, T] True where ids holds a sampled token
+    sampled: Tensor  # Bool [B, T] True where the token in ids was sampled
     response_index: Tensor  # Long [B, R] the number (0 to N - 1) of the response that a token belongs to, or -1
     response_mask: Tensor  # Bool [B, R] True where a token was sampled; False on user turns between responses
-    old_logprobs: Tensor  # [B, R] of the policy that sampled, computed as the update computes them
+    old_logprobs: Tensor  # [B, R] of the policy that sampled, computed in the same way as in the update
     ref_logprobs: Tensor  # [B, R] of the reference model
     values: Tensor  # [B, R] of the critic, before each token; 0 without a critic
     sampling_logprobs: Tensor  # [B, R] of the same policy, as computed during sampling
@@ -77,7 +77,7 @@ class Rollout:
 
 
 def pack(response_at: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns of [B, T] that become [B, R]: from the first to the last sampled token of each row.
+    """The columns of [B, T] that are kept in [B, R]: from the first to the last sampled token of each row.
 
     Args:
         response_at: Long [B, T], -1 where a token was not sampled.
@@ -86,7 +86,7 @@ def pack(response_at: Tensor) -> tuple[Tensor, Tensor]:
         columns: Long [B, R], for ``gather`` on a tensor [B, T].
         inside: Bool [B, R], False beyond the last sampled token of a row.
 
-    Example: p are prompt tokens, u a user turn between two responses, _ is padding, digits are response numbers:
+    Example: p is a prompt token, u a user turn between two responses, _ padding; digits are response numbers:
 
         [B, T]   p p 0 0 u 2 2        columns  2 3 4 5 6      packed [B, R]   0 0 u 2 2
                  p p p 1 1 _ _                 3 4 5 6 6                      1 1
@@ -101,7 +101,7 @@ def pack(response_at: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TokenEvaluation(NamedTuple):
-    """What the networks compute for sampled tokens; [B, R], 0 where no token was sampled."""
+    """The outputs of the networks for sampled tokens; [B, R], 0 where no token was sampled."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -138,7 +138,7 @@ class RolloutModule(PolicyModule):
         Args:
             batch: B prompts.
             rows: Long [B], the global row numbers, which address the random numbers together with ``stream``.
-            stream: the iteration, or a stream of its own for an evaluation.
+            stream: the iteration, or a separate stream for an evaluation.
         """
         return self.evaluate_transcript(self.sample_transcript(batch, rows, stream))
 
@@ -178,7 +178,7 @@ class RolloutModule(PolicyModule):
     def evaluate_transcript(self, transcript: Transcript) -> Rollout:
         """Log-probs and values of ``transcript``, from the same forward pass that an update uses.
 
-        The old log-probs are not those of sampling, which differ in low precision, so that the first ratio would not
+        The old log-probs are not those of sampling: these differ in low precision, and the first ratio would not
         be 1.
         """
         ids, attention_mask = transcript.ids, transcript.attention_mask
@@ -187,7 +187,7 @@ class RolloutModule(PolicyModule):
         response_index = torch.where(inside, transcript.response_at.gather(1, columns), NOT_SAMPLED)
         mask = response_index >= 0
         for network in filter(None, (self.model, self.reference, self.critic)):
-            network.eval()  # also during the update: dropout would make another policy
+            network.eval()  # also during the update: dropout would change the policy
         policy = self.evaluate_tokens(self.model, ids, attention_mask, sampled, mask)
         reference = self.evaluate_tokens(self.reference, ids, attention_mask, sampled, mask)
         return Rollout(
@@ -209,7 +209,7 @@ class RolloutModule(PolicyModule):
     ) -> TokenEvaluation:
         """Log-probs, entropies and values [B, R] of the sampled tokens; values only if ``model`` is the policy.
 
-        Logits are computed for these tokens alone, because the vocabulary is by far the widest layer.
+        Logits are computed for these tokens only, because the vocabulary is by far the widest layer.
 
         Args:
             model: the policy or the reference model.
@@ -235,17 +235,17 @@ class RolloutModule(PolicyModule):
 
 
 def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
-    """A separate critic: the reward model ``critic_init``, the model file's own, or a copy of the policy's backbone.
+    """A separate critic, initialized from the reward model ``critic_init``, the model file, or the policy's backbone.
 
     Raises:
-        UserError: for a reward model that cannot read everything the policy can generate.
+        UserError: the reward model has a different encoding, or a smaller ``max_length`` than the policy.
     """
     if critic_init is not None:
         reward_model = load_reward_model(critic_init)
         if reward_model.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
             raise UserError(
-                f"critic_init {critic_init} has another encoding than the policy; use a reward model that was trained "
-                f"with the policy's encoding, or leave out --model.critic_init"
+                f"critic_init {critic_init} and the policy have different encodings; use a reward model that was "
+                f"trained with the policy's encoding, or leave out --model.critic_init"
             )
         if reward_model.max_length < bundle.max_length:
             raise UserError(

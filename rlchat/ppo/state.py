@@ -1,4 +1,4 @@
-"""What PPO saves beside tensors: counters in checkpoints, and a report if the run stops."""
+"""The state that PPO saves in addition to tensors: counters in checkpoints, and a report if the run stops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def saved_counters(module: PPOModule) -> dict[str, Any]:
 
 
 def restore_counters(module: PPOModule, saved: dict[str, Any]) -> None:
-    """The inverse of :func:`saved_counters`. A fixed kl_coef stays that of the options.
+    """The inverse of :func:`saved_counters`. A fixed kl_coef is taken from the options.
 
     Version 0.1 also saved ``tokens``, which nothing uses.
     """
@@ -44,16 +44,16 @@ def save_last_good(module: PPOModule) -> Path:
 
 @contextmanager
 def saving_last_good(module: PPOModule) -> Iterator[None]:
-    """Saves the last good weights if the code in the context finds that the present ones have diverged.
+    """Saves the last good weights if the code in the context finds that the current ones have diverged.
 
     Raises:
-        UserError: in that case; it names the file.
+        UserError: in this case; the error names the file.
     """
     try:
         yield
     except NonFiniteError as error:
         raise UserError(
-            f"iteration {module.iterations + 1}: the policy's logits are not finite, because the last update destroyed "
+            f"iteration {module.iterations + 1}: the policy's logits are not finite, because the last update corrupted "
             f"its weights; the last good weights are in {save_last_good(module)}; lower --model.learning_rate, or "
             f"check the rewards"
         ) from error

@@ -1,6 +1,6 @@
-"""Rewards: text in, numbers out. :class:`Reward` is a weighted sum of factors.
+"""Rewards score text. :class:`Reward` is a weighted sum of factors.
 
-Every public class in a module of this folder is exported from here, so a new factor is one new module.
+Every public class in a module of this folder is exported from here, so adding a factor means adding one module.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FUNCTIONS = {
 
 @cache
 def _homes() -> dict[str, str]:
-    """Public name → its module. Sources are searched and not imported, because some modules import PyTorch."""
+    """Public name → its module. Source files are searched instead of imported, because some import PyTorch."""
     homes = dict(_FUNCTIONS)
     for entry in pkgutil.iter_modules(__path__):
         module = f"{__name__}.{entry.name}"

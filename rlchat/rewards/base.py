@@ -1,15 +1,15 @@
 """The base classes of reward factors.
 
 A :class:`rlchat.rewards.Reward` is a weighted sum of factors. A factor scores what the model generated, never the human
-responses in the data. Your own factor is a class anywhere on the import path, named by ``class_path`` in the
-configuration::
+responses in the data. Your own factor can be any class on the import path; the configuration refers to it by
+``class_path``::
 
     class Polite(ReplyFactor):
         def score(self, prompt: Conversation, reply: Reply) -> float:
             return float("please" in words(reply.text))
 
-By convention a bonus scores 0..1, a penalty -1..0 and a measure of quality -1..1. The weight is positive: it is the
-most that the factor can add to the reward of a response or take from it.
+By convention, a bonus is in 0..1, a penalty in -1..0 and a measure of quality in -1..1. The weight is positive: it is
+the largest amount that the factor can add to the reward of a response or subtract from it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Reply:
 
 
 class Factor(abc.ABC):
-    """One term of a reward. Subclass it directly to score a whole batch at once, as a reward model does.
+    """One term of a reward. Subclass it directly to score a whole batch at once, for example with a reward model.
 
     Attributes:
         weight: the contribution of a score of 1; :class:`rlchat.rewards.Reward` multiplies by it.
@@ -66,8 +66,8 @@ class Factor(abc.ABC):
     def describe(self) -> dict[str, Any]:
         """Plain values from which the factor can be created again: ``class_path``, and ``init_args`` by name.
 
-        An argument is read from the attribute of the same name. It is left out if there is none, or if the attribute is
-        None or neither a string, a number, nor a list or dict of these.
+        Each argument is read from the attribute with the same name. It is omitted if that attribute is missing or None,
+        or if it is not a string, a number, or a list or dict of these.
         """
         names = inspect.signature(type(self)).parameters
         given = {name: getattr(self, name, None) for name in names}
@@ -86,7 +86,7 @@ class Factor(abc.ABC):
 
 
 class ReplyFactor(Factor):
-    """A factor that scores one response at a time: the easy way to write your own.
+    """A factor that scores one response at a time: the simplest base class for your own factor.
 
     Raises (from the call):
         UserError: :meth:`score` returned something other than a real number.

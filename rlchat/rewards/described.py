@@ -1,4 +1,4 @@
-"""Rewards as plain values: what a checkpoint stores, and the reward that is rebuilt from it."""
+"""Rewards as plain values, for checkpoints, and their reconstruction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("rlchat")
 
 
 def describe_fully(reward: Reward) -> list[dict[str, Any]]:
-    """``reward.describe()`` with the arguments that it leaves out, by factor, under ``unknown``.
+    """``reward.describe()`` with the names of the arguments that it omits, under ``unknown``.
 
     An argument is unknown if the factor has no attribute of that name, or one that is neither a plain value nor the
     argument's default. A subclass of Reward is described as one row, all of whose arguments are unknown.
@@ -62,7 +62,7 @@ def find_factor(class_path: str) -> type[Factor]:
         try:
             # Only the top module is searched: to search a submodule, Python would import the modules above it.
             if module and importlib.util.find_spec(module.partition(".")[0]) is None:
-                raise UserError(f"cannot import {module}: it is not on the import path, add its folder to PYTHONPATH")
+                raise UserError(f"cannot import {module}: it is not on the import path; add its folder to PYTHONPATH")
             found = getattr(importlib.import_module(module), name, None) if module else None
         except UserError:
             raise
@@ -85,5 +85,5 @@ def _unknown_arguments(factor: Factor) -> list[str]:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Whether an attribute that is no plain value is the default of its argument."""
+    """Whether an attribute that is not a plain value equals the default of its argument."""
     return value is default or (isinstance(value, list | tuple | dict) and bool(value == default))

@@ -19,8 +19,8 @@ _LOOP = re.compile(r"(\S.{0,19}?)\1{3,}", re.DOTALL)
 class DistinctNgrams(ReplyFactor):
     """Bonus for varied words: the fraction of distinct n-grams, averaged over n = 1..``max_n``. 0..1.
 
-    A single word is always distinct. So that it earns little, a response with fewer than ``min_words`` words is
-    measured against the number of n-grams that ``min_words`` words have.
+    A single word is always distinct. To keep its bonus small, a response with fewer than ``min_words`` words is
+    measured relative to the number of n-grams in ``min_words`` words.
     """
 
     def __init__(self, weight: float = 1.0, max_n: int = 2, min_words: int = 8) -> None:
@@ -41,8 +41,8 @@ class Repetition(ReplyFactor):
 
     - n-grams of ``n`` words that occurred earlier in the response (seq-rep-n of Welleck et al. 2020);
     - sentences or lines that occurred earlier in the response;
-    - characters in a loop after its first period: a unit of up to 20 characters, four times or more in a row, as in
-      ``!!!!!!`` or ``hahahahaha``, which the other two do not see because they compare words.
+    - characters in a loop after its first period: a unit of up to 20 characters, repeated four or more times, as in
+      ``!!!!!!`` or ``hahahahaha``; the other two fractions miss these because they compare words.
     """
 
     def __init__(self, weight: float = 1.0, n: int = 3) -> None:

@@ -1,4 +1,4 @@
-"""A penalty for responses that were cut off."""
+"""A penalty for truncated responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`LearnedQuality`: the score of a trained reward model as a factor. Needs no Lightning, so a chat can use it."""
+"""`LearnedQuality`: the score of a trained reward model as a factor. It works without Lightning, for the chat."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _log = logging.getLogger("rlchat")
 class LearnedQuality(Factor):
     """The standardized score of a trained reward model.
 
-    The model sees every response closed with the end marker, those that were cut too, as in its own training. A
-    response that exceeds the reward model's ``max_length`` is cut to it; a warning counts them, at the first and then
+    To the model, every response ends with the end marker, even if it was truncated, as in its training. A response
+    that exceeds the reward model's ``max_length`` is truncated to it; a warning counts these, at the first and then
     at each power of ten.
 
     Args:
-        bundle: the reward model's file, such as ``checkpoints/reward_model.pt``.
+        bundle: the reward model's file, for example ``checkpoints/reward_model.pt``.
         weight: of the factor.
-        clip: scores are clipped to ± this many standard deviations, which bounds what an error of the model can earn.
+        clip: scores are clipped to ± this many standard deviations, which limits the effect of the model's errors.
         batch_size: responses per forward pass.
         device: of the reward model; ``auto`` is the device of the policy that is trained or evaluated.
     """
@@ -48,7 +48,7 @@ class LearnedQuality(Factor):
         self.scored = 0
         """Responses scored so far."""
         self.cut = 0
-        """Those among them that were cut to the reward model's ``max_length``."""
+        """Responses among them that were truncated to the reward model's ``max_length``."""
 
     def to(self, device: torch.device) -> None:
         """Moves the reward model to ``device``, unless the configuration sets another."""
@@ -78,7 +78,8 @@ class LearnedQuality(Factor):
         self.cut += cut
         if self.cut and len(str(self.cut)) > digits:
             _log.warning(
-                "LearnedQuality: %d of %d responses exceed max_length %d of the reward model %s and were cut to it",
+                "LearnedQuality: %d of %d responses were longer than max_length %d of the reward model %s and were "
+                "truncated",
                 self.cut,
                 self.scored,
                 self.reward_model.max_length,

@@ -29,7 +29,9 @@ class QualitySimilarity(ReplyFactor):
     def __init__(self, weight: float = 1.0, temperature: float = 0.1) -> None:
         super().__init__(weight)
         if temperature <= 0:
-            raise UserError(f"invalid value {temperature} for QualitySimilarity.temperature: expected a number above 0")
+            raise UserError(
+                f"invalid value {temperature} for QualitySimilarity.temperature: expected a positive number"
+            )
         self.temperature = temperature
 
     def score(self, prompt: Conversation, reply: Reply) -> float:

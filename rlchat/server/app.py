@@ -60,10 +60,10 @@ def create_api(
     """The application behind its :class:`Guard`.
 
     ``file`` is the name of the model file, as in feedback and saved conversations; the API's name of the model is
-    ``file`` without its suffix. ``feedback`` is the file to which feedback is appended. ``hosts`` are the allowed host
-    names beside localhost and addresses, ``origins`` the allowed web origins beside the server's own. ``scorer`` loads
-    the model's reward when the first response is to be scored; None if the model file describes none. The application
-    closes ``engine`` at shutdown.
+    ``file`` without its suffix. Feedback is appended to the file ``feedback``. ``hosts`` are the allowed host names in
+    addition to localhost and addresses, ``origins`` the web origins in addition to the server's. ``scorer`` loads the
+    model's reward when the first response is scored; None if the model file contains no reward. The application closes
+    ``engine`` at shutdown.
     """
     limits = limits or Limits()
 
@@ -155,9 +155,9 @@ def _add_reward(app: FastAPI, load: Callable[[], RewardScorer] | None) -> None:
 
     @app.post("/reward")
     def reward(body: RewardRequest) -> RewardReply:
-        """The reward of a response, which the model was trained with, and its factors."""
+        """The reward of a response and its factors, from the reward that the model was trained with."""
         if load is None:
-            raise APIError(400, "the model file describes no reward: only models trained with PPO have one")
+            raise APIError(400, "the model file contains no reward: only models trained with PPO have one")
         try:
             with lock:
                 if not loaded:

@@ -130,6 +130,6 @@ def _logprobs(tokenizer: ChatTokenizer, found: Sequence[TokenLogprob]) -> Choice
 
 
 def finish_reason(finish: Finish | None) -> Literal["stop", "length"]:
-    """Why a complete response ended, in OpenAI's words."""
+    """The reason why a response ended, in OpenAI's terms."""
     assert finish in ("stop", "length"), finish
     return finish

@@ -1,8 +1,8 @@
 """`/v1/completions`: OpenAI's older completions, which continue a raw text.
 
-The model sees the prompt as the beginning of a response without a question, as it is trained on ``{"text": …}`` rows:
+To the model, the prompt is the beginning of a response without a user message, as in training on ``{"text": …}`` rows:
 after the marker that opens a response. A prompt of token ids that starts with a control token is used as it is. With
-``echo`` and ``logprobs`` the prompt itself is scored, which programs such as lm_eval use to compare answers.
+``echo`` and ``logprobs``, the prompt is scored, which programs like lm_eval use to compare answers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CompletionRequest(GenerationRequest):
         | Ids
         | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
-    ) = Field(description="A text, token ids of this model, or a list of either.")
+    ) = Field(description="A string, token ids of this model, or a list of either.")
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description=f"Maximum number of tokens per response. Default: {_USUAL_MAX_TOKENS}."
     )
@@ -67,13 +67,13 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _check_prompt(cls, prompt: Any) -> Any:
-        """Checked before the union of types, whose error would name the type that was tried first."""
+        """Runs before pydantic checks the union of types, whose error would name the type that was tried first."""
         if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
             raise ValueError(f"expected at most {MAX_PROMPTS} prompts, got {len(prompt)}")
         many = prompt if isinstance(prompt, list) and prompt else [prompt]
         is_texts, is_lists = (all(map(kind, many)) for kind in (lambda one: isinstance(one, str), _is_ids))
         if not (is_texts or is_lists or _is_ids(prompt)):
-            raise ValueError("expected a text, a list of token ids, or a list of either")
+            raise ValueError("expected a string, a list of token ids, or a list of either")
         return prompt
 
     @property
@@ -89,7 +89,7 @@ def _is_ids(value: Any) -> bool:
 
 
 class CompletionLogprobs(BaseModel):
-    """The log-probs of tokens; null for a first token that nothing precedes."""
+    """The log-probs of tokens; null for a first token without context."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -117,7 +117,7 @@ class Completion(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """A prompt: what the client sent as text, its ids, and the ids that precede it."""
+    """A prompt: its text, its ids, and the ids before it."""
 
     text: str
     ids: list[int]
@@ -162,7 +162,7 @@ def add_completions(app: FastAPI, service: Service) -> None:
 
 
 def _read_prompts(service: Service, body: CompletionRequest, new_tokens: int) -> list[_Raw]:
-    """The prompts as ids. Raises :class:`APIError` for one that is empty, too long or holds unknown ids."""
+    """The prompts as ids. Raises :class:`APIError` for a prompt that is empty, too long or contains unknown ids."""
     if not new_tokens and (not body.echo or body.stream):
         raise APIError(400, "max_tokens: expected at least 1, or 0 with echo and without stream", param="max_tokens")
     tokenizer, max_length = service.engine.tokenizer, service.model.max_length
@@ -179,7 +179,7 @@ def _read_prompts(service: Service, body: CompletionRequest, new_tokens: int) ->
         if len(before + ids) + new_tokens > max_length:
             raise APIError(
                 400,
-                f"prompt: {len(ids)} tokens are too long for the model's context of {max_length} tokens",
+                f"prompt: {len(ids)} tokens do not fit into the model's context of {max_length} tokens",
                 param="prompt",
                 code="context_length_exceeded",
             )

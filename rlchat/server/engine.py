@@ -3,7 +3,7 @@
 One thread owns the model and runs one batch. A request joins the batch at the next token and leaves it when its
 response ends, so no request waits for another's long response. Tokens come from
 :func:`rlchat.models.sampling.sample`, as in training. Each response has its own random numbers, so a seed gives the
-same response alone and in a batch, up to floating-point rounding: the logits of a row depend on the batch in their
+same response alone and in a batch, up to floating-point rounding: the batch affects the logits of a row in their
 last digits, which rarely changes a token.
 """
 
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
     text: str
     tokens: int  # sampled so far, the end marker included
-    finish: Finish | None = None  # None if more follows
+    finish: Finish | None = None  # None if more pieces follow
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens of this piece, if the ticket asks for them
 
 
@@ -187,7 +187,7 @@ class Engine:
         return described
 
     def _generate(self, rows: list[_Row]) -> None:
-        """Run one batch until it is empty. ``rows`` always holds the rows in the batch."""
+        """Run one batch until it is empty. ``rows`` always contains the rows of the batch."""
         ids, mask = pad([row.ticket.prompt for row in rows], self.tokenizer.pad_id, "left")
         steps = sample(
             self.model,

@@ -1,8 +1,8 @@
 """`Guard`: ASGI middleware that checks requests before the application sees them.
 
-Every web page in the user's browser can reach a server on the user's machine. So the Host header must be an address or
-an allowed name (against DNS rebinding); an Origin header must be the server's own or an allowed one; and the API key
-must match if there is one. Bodies are read here, up to a size and within a time.
+Any web page in the user's browser can reach a server on the user's machine. Therefore the Host header must be an
+address or an allowed name (against DNS rebinding); an Origin header must be the server's own or an allowed one; and the
+API key must match if there is one. Bodies are read here, up to a size and within a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HEADERS = (
 
 
 class Guard:
-    """The middleware. Refused requests get an error of the API.
+    """The middleware. Rejected requests get an API error.
 
     ``origins`` are the web origins, such as ``http://localhost:3000``, whose pages may use the API; ``*`` allows all.
     ``observe`` is called with the path, the status and the seconds until the response was complete.
@@ -107,7 +107,7 @@ class Guard:
         return [*plain, *cors, (b"cross-origin-resource-policy", b"cross-origin"), (b"vary", b"Origin")]
 
     def _is_preflight(self, scope: Scope) -> bool:
-        """Whether a browser asks if a page of an allowed origin may send a request; that question carries no key."""
+        """Whether this is a CORS preflight request for a page of an allowed origin; it contains no key."""
         headers = dict(scope["headers"])
         asks = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         known = self.knows(headers.get(b"host", b"").decode("latin-1"))

@@ -14,7 +14,7 @@ from rlchat.tokenizer.chat_tokenizer import MARKERS, ChatTokenizer
 
 MAX_TOP = 20  # as in OpenAI's API
 _SMALLEST = -9999.0  # JSON has no infinity; this is OpenAI's value for "very unlikely"
-_POSITIONS_AT_A_TIME = 256  # bounds the memory of the logits [positions, vocabulary]
+_POSITIONS_AT_A_TIME = 256  # limits the memory of the logits [positions, vocabulary]
 
 
 class TokenLogprob(NamedTuple):
@@ -68,7 +68,7 @@ def prompt_logprobs(model: RLChatModel, ids: Sequence[int], top: int) -> list[To
 
 
 def token_text(tokenizer: ChatTokenizer, token: int) -> str:
-    """A name for ``token``, different for different tokens: its text, ``bytes:\\xe2`` for a part of a character."""
+    """A unique name for ``token``: its text, or for example ``bytes:\\xe2`` for a part of a character."""
     raw = tokenizer.token_bytes(token)
     if not raw:
         marker = token - tokenizer.base_size

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Idle connections are closed after this time. It is longer than the limit of common clients, so that the server does
 # not close a connection just when a client uses it again.
 _IDLE_SECONDS = 75
-_SHUTDOWN_SECONDS = 30  # after which uvicorn cancels what still runs; the engine aborts its responses before
+_SHUTDOWN_SECONDS = 30  # then uvicorn cancels requests that still run; the engine aborts its responses earlier
 
 
 def main(args: list[str]) -> int:
@@ -54,7 +54,7 @@ def main(args: list[str]) -> int:
 
 
 def _install_command() -> str:
-    """The command that installs the packages of this module: in a clone from the clone, else by their names."""
+    """The command that installs the packages of this module: from the clone in a clone, else by name."""
     clone = Path(__file__).parents[2]
     if (clone / "pyproject.toml").is_file():
         return f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{clone}[serve]')}"
@@ -209,7 +209,7 @@ def _integer(text: str, low: int, high: float, what: str) -> int:
 
 
 def _positive(text: str) -> int:
-    return _integer(text, 1, math.inf, "an integer of at least 1")
+    return _integer(text, 1, math.inf, "a positive integer")
 
 
 def _port(text: str) -> int:

@@ -103,14 +103,14 @@ class ResponseRequest(GenerationRequest):
     )
     truncation: Literal["auto", "disabled"] | None = Field(
         default=None,
-        description="What to do with an input that does not fit: disabled refuses it. The default, auto, leaves out "
+        description="What to do with an input that does not fit: disabled rejects it. The default, auto, drops "
         "the oldest messages.",
     )
 
     @field_validator("input", mode="before")
     @classmethod
     def _check_input(cls, items: Any) -> Any:
-        """Checked before the union of types, whose error would name the type that was tried first."""
+        """Runs before pydantic checks the union of types, whose error would name the type that was tried first."""
         if not isinstance(items, str | list):
             raise ValueError("expected a string or a list of messages")
         for number, item in enumerate(items if isinstance(items, list) else []):

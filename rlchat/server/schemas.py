@@ -25,7 +25,7 @@ MAX_STOPS = 16
 
 
 def _check_stop(value: Any) -> Any:
-    """Checked before the union of types, whose error would name the type that was tried first."""
+    """Runs before pydantic checks the union of types, whose error would name the type that was tried first."""
     strings = value if isinstance(value, list) else [value]
     if len(strings) > MAX_STOPS:
         raise ValueError(f"expected at most {MAX_STOPS} stop strings, got {len(strings)}")
@@ -125,13 +125,13 @@ def ends_with_user(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 class GenerationRequest(BaseModel):
-    """Options that all requests for text have in common."""
+    """Options that all generation requests have in common."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = Field(default=None, description="As listed by /v1/models. Optional.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        default=None, description="0 takes the most likely token, 1 samples as trained. Default: 0.7."
+        default=None, description="0: always the most likely token; 1: the model's distribution. Default: 0.7."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="Sample from the most likely tokens with this total probability."
@@ -152,7 +152,7 @@ class GenerationRequest(BaseModel):
     stream_options: StreamOptions | None = None
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
-    hints: ClassVar[dict[str, str]] = {}  # what to do instead of an option that is not supported
+    hints: ClassVar[dict[str, str]] = {}  # alternatives to options that are not supported
 
     @property
     def unsupported_option(self) -> str | None:
@@ -191,7 +191,7 @@ class ChatRequest(GenerationRequest):
         description="Return the log-prob of each token, under the model before temperature, top_k and top_p.",
     )
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = Field(
-        default=None, description="Return the log-probs of this many of the most likely tokens; needs logprobs."
+        default=None, description="Return the log-probs of this many of the most likely tokens; requires logprobs."
     )
 
     @field_validator("messages")
@@ -208,12 +208,12 @@ class ChatRequest(GenerationRequest):
     @classmethod
     def _check_top_logprobs(cls, top: int | None, info: ValidationInfo) -> int | None:
         if top and not info.data.get("logprobs"):
-            raise ValueError("needs logprobs: true")
+            raise ValueError("requires logprobs: true")
         return top
 
     @property
     def tokens_asked(self) -> int | None:
-        """The maximum number of tokens per response; None if it is left open."""
+        """The maximum number of tokens per response; None if it is not set."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -350,7 +350,7 @@ class FeedbackRequest(RatedReply):
     verdict: Literal["good", "bad", "none"] | None = None
     correction: str | None = None
     client: Annotated[str, Field(max_length=64)] = Field(
-        default="", description="Who gives the verdict. A later verdict replaces an earlier one of the same client."
+        default="", description="The author of the verdict. A later verdict by the same client replaces an earlier one."
     )
 
     @model_validator(mode="after")
@@ -367,7 +367,7 @@ class FeedbackKept(BaseModel):
 class RewardRequest(RatedReply):
     """A response to score."""
 
-    ended: StrictBool = Field(default=True, description="False if the response was cut by a limit.")
+    ended: StrictBool = Field(default=True, description="False if the response was truncated by a limit.")
 
 
 class RewardReply(BaseModel):

@@ -44,7 +44,7 @@ class StageModule(L.LightningModule):
     """A LightningModule with rlchat's options, optimizer, held-out metrics and model file.
 
     Subclasses set the class attributes and implement ``training_step``, ``validation_step``, ``data_needs`` and
-    ``bundle``. The test loop does what the validation loop does, on the held-out test split.
+    ``bundle``. The test loop is the validation loop on the held-out test split.
 
     Args:
         model: the network of the stage, in training mode.
@@ -75,14 +75,14 @@ class StageModule(L.LightningModule):
     @property
     @abstractmethod
     def data_needs(self) -> DataNeeds:
-        """What the data module serves to this stage."""
+        """What this stage needs from the data module."""
 
     @abstractmethod
     def bundle(self) -> PolicyBundle | RewardBundle:
-        """The model in its present state, with all that is needed to use it."""
+        """The model in its current state, with everything that is needed to use it."""
 
     def about(self) -> dict[str, Any]:
-        """Where the model file comes from: plain values."""
+        """The origin of the model file, as plain values."""
         return {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
 
     def save_bundle(self, path: str | Path) -> None:
@@ -90,7 +90,7 @@ class StageModule(L.LightningModule):
         save_bundle(path, self.bundle())
 
     def configure_model(self) -> None:
-        """Shards the networks if the strategy says so."""
+        """Shards the networks if the strategy is FSDP2."""
         shard_networks(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -112,10 +112,10 @@ class StageModule(L.LightningModule):
         """The loss to return from ``training_step``: its gradient is that of the global mean over a whole batch.
 
         With ``accumulate_grad_batches`` N, the batch of an optimizer step is N microbatches, and the mean is over all
-        their terms. Lightning divides each returned loss by N and adds the gradients, so all microbatches are divided
-        by the count of the first one here, and :meth:`on_before_optimizer_step` corrects the sum.
+        their terms. Lightning divides each returned loss by N and adds the gradients. Here, each microbatch is divided
+        by the count of the first one, and :meth:`on_before_optimizer_step` corrects the sum.
 
-        Example: 2 microbatches with 1 and 3 tokens, whose losses sum to a and b. Returned are a/1 and b/1, Lightning
+        Example: 2 microbatches with 1 and 3 tokens and summed losses a and b. This returns a/1 and b/1, Lightning
         accumulates (a + b)/2, and the factor 2·1/(1 + 3) makes it (a + b)/4.
 
         Args:
@@ -153,7 +153,7 @@ class StageModule(L.LightningModule):
             )
 
     def check_gradients(self) -> Tensor:
-        """The norm of all gradients, which are unscaled here in every precision; the guard looks for a culprit."""
+        """The norm of all gradients, which are already unscaled here; the guard finds the one that is not finite."""
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         # In fp16 an overflow is usual: the gradient scaler skips the step and lowers its scale.
@@ -164,15 +164,15 @@ class StageModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds PyTorch's generator for this batch and process.
 
-        Dropout draws from it, and a checkpoint does not hold its state. With this seed, a resumed run drops what the
-        uninterrupted run would have dropped.
+        Dropout uses it, and a checkpoint does not contain its state. With this seed, a resumed run drops the same units
+        as the uninterrupted run.
         """
         seed = os.environ.get("PL_GLOBAL_SEED", "0")  # of seed_everything
         address = f"{seed}/{self.trainer.fit_loop.total_batch_idx}/{self.global_rank}/dropout"
         torch.manual_seed(int.from_bytes(hashlib.sha256(address.encode()).digest()[:7], "big"))
 
     def held_out_metrics(self) -> dict[str, float]:
-        """The metrics of the validation or test that ends, over all processes. A collective."""
+        """The metrics of the current validation or test, over all processes. A collective."""
         return self.tally.means(self.device)
 
     def on_validation_epoch_end(self) -> None:
@@ -181,7 +181,7 @@ class StageModule(L.LightningModule):
             self.log(f"val/{name}", value, prog_bar=self.automatic_optimization and f"val/{name}" == self.monitor[0])
 
     def on_train_end(self) -> None:
-        """Raises :class:`UserError` where the monitor is not finite and no model was selected as the best."""
+        """Raises :class:`UserError` if the monitored metric is not finite and no best model was selected."""
         score = self.trainer.callback_metrics.get(self.monitor[0])
         selected = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if score is not None and not selected and not score.isfinite():
@@ -241,13 +241,13 @@ class PolicyModule(StageModule):
         return self.model.token_stats(hidden[:, :-1][targets], batch.ids[:, 1:][targets])
 
     def tally_sequences(self, batch: SequenceBatch) -> None:
-        """Adds held-out conversations to the tally: token accuracy, and nats per token for the perplexity."""
+        """Adds token accuracy and nats per token (for the perplexity) on held-out conversations to the tally."""
         stats = self.token_stats(batch)
         self.tally.add("accuracy", stats.correct)
         self.tally.add("nll", -stats.logprobs)
 
     def generate(self, ids: Tensor, attention_mask: Tensor, sampling: Sampling, uniforms: Uniforms) -> Generated:
-        """Samples responses to left-padded prompts in eval mode, because dropout would change the distribution.
+        """Samples responses to left-padded prompts, in eval mode because dropout would change the distribution.
 
         If the processes hold the model in shards, all of them continue until the last response has ended.
         """
@@ -292,14 +292,14 @@ class PolicyModule(StageModule):
         ]
 
     def predicted_rewards(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:
-        """What a stage with a reward adds to each row of a prediction."""
+        """The rewards that a stage with a reward adds to each row of a prediction."""
         return [{} for _ in replies]
 
     def global_rows(self, count: int, first: int = 0, copies: int = 1) -> Tensor:
-        """Global numbers of this process's rows, which address their random numbers; Long [count · copies].
+        """The global row numbers of this process's rows, which address their random numbers; Long [count · copies].
 
         With N processes, row i of process r is global row i·N + r. With ``copies`` rows per prompt, the copies of a
-        prompt are neighbours.
+        prompt are adjacent.
 
         Example: 2 processes, 2 prompts each, 2 copies: process 0 has rows 0 1 4 5, process 1 has rows 2 3 6 7.
         """
@@ -307,12 +307,12 @@ class PolicyModule(StageModule):
         return (prompts[:, None] * copies + torch.arange(copies)).flatten()
 
     def respond(self, prompts: Sequence[Conversation]) -> list[Reply]:
-        """Responses with the same random numbers at each call, so that differences come from the model."""
+        """Responses with the same random numbers in each call, so that differences come from the model."""
         rows = [self.tokenizer.render_prompt(p, self.max_length - self.sampling.max_new_tokens).ids for p in prompts]
         ids, mask = pad(rows, self.tokenizer.pad_id, "left")
         uniforms = addressed_uniforms(self.seed, VALIDATION_STREAM, torch.arange(len(prompts)))
         return self.decode(self.generate(ids.to(self.device), mask.to(self.device), self.sampling, uniforms))
 
     def bundle(self) -> PolicyBundle:
-        """The chat model in its present state, with all that is needed to chat with it."""
+        """The chat model in its current state, with everything that is needed to chat with it."""
         return PolicyBundle(self.model, self.tokenizer, self.max_length, self.about())

@@ -1,4 +1,4 @@
-"""The guard against losses and gradients that are not finite: skip the step, count it, stop after three in a row."""
+"""Guards against non-finite losses and gradients: skips the step, counts it, stops the run after three in a row."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class NonFiniteGuard:
     """
 
     MOST_IN_A_ROW = 3
-    """The run stops after this number of skipped steps in a row."""
+    """The run stops after this many consecutive skipped steps."""
 
     def __init__(self) -> None:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.culprit: str | None = None
-        """The name of the loss or gradient that is not finite in the present step; None if all are finite."""
+        """The name of the loss or gradient that is not finite in the current step; None if all are finite."""
         self.last_culprit: str | None = None
         """The culprit of the last skipped step."""
 
@@ -69,8 +69,8 @@ class NonFiniteGuard:
 class LastGoodWeights:
     """A copy on the CPU of the last trained weights that gave finite losses and gradients.
 
-    An optimizer step can destroy weights that stay finite numbers, which shows in the losses that follow. So
-    :meth:`remember` keeps weights as a candidate, and :meth:`confirm` accepts them once a step on them was finite.
+    An optimizer step can corrupt the weights although they stay finite, which only the next losses show. Therefore
+    :meth:`remember` keeps weights as a candidate, and :meth:`confirm` accepts them after a finite step with them.
     Under FSDP2 each process keeps its own shards.
     """
 
@@ -83,7 +83,7 @@ class LastGoodWeights:
         self._candidate = {name: local.detach().cpu().clone() for name, local in _local_weights(network)}
 
     def confirm(self) -> None:
-        """Accepts the candidate, if there is a new one."""
+        """Accepts the candidate if there is a new one."""
         if self._candidate:
             self._good, self._candidate = self._candidate, {}
 

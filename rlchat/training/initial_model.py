@@ -1,4 +1,4 @@
-"""The chat model that a stage starts from: new over a base model, or from the model file of an earlier stage."""
+"""The initial chat model of a stage: new with a base model, or from the model file of an earlier stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_policy(
     hidden_dim: int | None,
     init_from: str | None,
 ) -> PolicyBundle:
-    """A chat model from the model file ``init_from``, or a new one over ``base_model``.
+    """A chat model from the model file ``init_from``, or a new one with the backbone ``base_model``.
 
     Raises:
         UserError: if the other options contradict the model file.
@@ -36,7 +36,7 @@ def open_policy(
         return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
     if base_model is not None:
         raise UserError(
-            f"base_model and init_from {init_from} exclude each other, because the model file holds its own backbone; "
+            f"base_model and init_from {init_from} cannot be combined, because the model file contains a backbone; "
             f"set --model.base_model null, or leave out --model.init_from"
         )
     bundle = load_policy(init_from)
@@ -54,7 +54,7 @@ def open_policy(
 
 
 def _check_encoding(path: str, tokenizer: ChatTokenizer, requested: str | None) -> None:
-    """Raises :class:`UserError` if ``requested`` is another encoding than the model file's own."""
+    """Raises :class:`UserError` if ``requested`` differs from the encoding of the model file."""
     if requested is not None and ChatTokenizer(requested).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"init_from {path} was trained with the encoding {tokenizer.name}, not {requested}; "

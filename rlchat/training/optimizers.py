@@ -1,4 +1,4 @@
-"""AdamW and learning rate schedules, as all stages use them."""
+"""AdamW and the learning rate schedules of all stages."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: floa
         optimizer: its learning rate is the peak.
         schedule: ``constant``, or ``linear`` or ``cosine`` decay to zero at the end.
         warmup: fraction of the steps in which the learning rate rises linearly from 0.
-        steps: math.inf for a run without an end, which can only have the schedule ``constant``.
+        steps: the length of the run; math.inf is only possible with the schedule ``constant``.
 
     Raises:
-        UserError: for a schedule that needs an end, in a run without one.
+        UserError: for a schedule other than ``constant`` in a run of unlimited length.
     """
     if not math.isfinite(steps):
         if schedule != "constant":
             raise UserError(
-                f"invalid value '{schedule}' for --model.schedule: it needs a run with an end; "
+                f"invalid value '{schedule}' for --model.schedule: the length of the run is unlimited; "
                 f"set --trainer.max_epochs, or use --model.schedule constant"
             )
         return get_scheduler("constant", optimizer)

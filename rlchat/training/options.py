@@ -16,7 +16,7 @@ T = TypeVar("T", bound="StageOptions")
 class StageOptions:
     """The options of a stage, which are the arguments of its LightningModule by the same names.
 
-    The module's docstring describes them. Lightning keeps them as hyper-parameters, as plain values: an object of a
+    The module's docstring describes them. Lightning stores them as hyperparameters, in plain values: an instance of a
     class would need an unpickler.
 
     Raises:
@@ -43,28 +43,28 @@ class StageOptions:
         not_negative(learning_rate=self.learning_rate, weight_decay=self.weight_decay, adam_eps=self.adam_eps)
         fractions(warmup=self.warmup)
         if not 0 <= self.adam_beta2 < 1:
-            raise UserError(f"invalid value {self.adam_beta2} for adam_beta2: expected a number from 0 to below 1")
+            raise UserError(f"invalid value {self.adam_beta2} for adam_beta2: expected a number in [0, 1)")
 
 
 def positive_integers(**options: int | None) -> None:
     """Raises :class:`UserError` for an option below 1; None is allowed."""
     for name, value in options.items():
         if value is not None and value < 1:
-            raise UserError(f"invalid value {value} for {name}: expected an integer of at least 1")
+            raise UserError(f"invalid value {value} for {name}: expected a positive integer")
 
 
 def not_negative(**options: float | None) -> None:
     """Raises :class:`UserError` for an option that is negative or NaN; None is allowed."""
     for name, value in options.items():
         if value is not None and not value >= 0:
-            raise UserError(f"invalid value {value} for {name}: expected a number of at least 0")
+            raise UserError(f"invalid value {value} for {name}: expected a non-negative number")
 
 
 def positive(**options: float | None) -> None:
     """Raises :class:`UserError` for an option that is not above 0; None is allowed."""
     for name, value in options.items():
         if value is not None and not value > 0:
-            raise UserError(f"invalid value {value} for {name}: expected a number above 0")
+            raise UserError(f"invalid value {value} for {name}: expected a positive number")
 
 
 def fractions(**options: float) -> None:

@@ -50,8 +50,8 @@ def ranking_loss(scores: Tensor, batch: RankedBatch) -> RankingLoss:
     """Bradley–Terry loss on ranked responses, and regression on quality labels.
 
     The pair loss is that of Bradley and Terry 1952, and of Ouyang et al. 2022 (eq. 1): the pairs of a prompt are
-    averaged, so a prompt weighs the same whatever its number of responses. K responses with different ranks have
-    K(K-1)/2 pairs.
+    averaged, so all prompts have the same weight, whatever their number of responses. K responses with different ranks
+    have K(K-1)/2 pairs.
 
     Args:
         scores: [N], of the rows of ``batch``.
@@ -75,7 +75,7 @@ def _mean_per_group(values: Tensor, group: Tensor) -> Tensor:
 
 
 class RewardModelModule(StageModule):
-    """A scalar score at the end of a reply, trained on human ranks and quality labels.
+    """A reward model: a scalar score at the end of a response, trained on human ranks and quality labels.
 
     The model keeps the mean and the standard deviation of its scores of the validation split, by which
     :class:`rlchat.LearnedQuality` standardizes scores. Until a validation was run, they are those of its scores of a
@@ -84,9 +84,9 @@ class RewardModelModule(StageModule):
     Args:
         base_model: a transformers model by name or path, or an inline configuration (random weights).
         tiktoken_encoding: a tiktoken or packaged encoding by name, or the path of a rank file.
-        max_length: the maximum number of tokens in a conversation, replies included.
-        init_from: the model file of an SFT model whose backbone to start from instead of base_model.
-        label_coef: the weight of the regression on quality labels beside the ranks.
+        max_length: the maximum number of tokens in a conversation, responses included.
+        init_from: the model file of an SFT model whose backbone initializes the reward model, instead of base_model.
+        label_coef: the weight of the regression loss on quality labels, relative to the ranking loss.
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
@@ -125,7 +125,7 @@ class RewardModelModule(StageModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Replies with ranks or labels, grouped by prompt."""
+        """Responses with ranks or labels, grouped by prompt."""
         return DataNeeds(task="reward", tokenizer=self.tokenizer, max_length=self.max_length)
 
     def training_step(self, batch: RankedBatch, batch_idx: int) -> Tensor:
@@ -232,10 +232,10 @@ class RewardModelModule(StageModule):
         super().on_test_epoch_end()
 
     def bundle(self) -> RewardBundle:
-        """The reward model in its present state, with its tokenizer."""
+        """The reward model in its current state, with its tokenizer."""
         return RewardBundle(self.model, self.tokenizer, self.max_length, self.about())
 
 
 def _known(x: Tensor) -> Tensor:
-    """``x`` as float, NaN where it is negative, which means unranked or without a check."""
+    """``x`` as float, with NaN for negative values, which mean unranked or without a check."""
     return torch.where(x >= 0, x.float(), torch.nan)

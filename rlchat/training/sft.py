@@ -30,9 +30,9 @@ class SFTModule(PolicyModule):
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
         weight_decay: the weight decay of AdamW, on matrices only.
-        max_new_tokens: the maximum number of tokens in a response of `rlchat predict` and the samples; by default 100,
+        max_new_tokens: the maximum number of tokens in a response of `rlchat predict` or a sample; by default 100,
             or half of max_length if that is less. Training does not sample.
-        temperature: the sampling temperature of these responses; 0 takes the most likely token.
+        temperature: the sampling temperature of these responses; 0 selects the most likely token.
         seed: the seed of sampling.
     """
 
@@ -69,7 +69,7 @@ class SFTModule(PolicyModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Whole conversations; for predictions, prompts that leave room for a response."""
+        """Whole conversations; for predictions, prompts truncated to leave room for a response."""
         room = self.sampling.max_new_tokens if getattr(self._trainer, "predicting", False) else 0
         return DataNeeds(task="sft", tokenizer=self.tokenizer, max_length=self.max_length, max_new_tokens=room)
 

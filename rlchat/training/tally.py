@@ -12,7 +12,7 @@ from rlchat.distributed.collectives import gather_objects
 class Tally:
     """Means over all values of an evaluation, on all processes. Each value has the same weight, whatever its batch.
 
-    A mean with a NaN in it is NaN, so that it is seen and never selected as the best.
+    A mean that includes a NaN is NaN, so that the NaN is visible and the model is never selected as the best.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Tally:
     def means(self, device: torch.device) -> dict[str, float]:
         """The means by name, over every process, and empties the tally. ``nll`` becomes ``perplexity`` = exp(nll).
 
-        A collective: every process must call it, even if it has counted nothing.
+        A collective: every process must call it, even without values.
         """
         names = sorted({name for names in gather_objects(list(self._means)) for name in names})
         result: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The default device and number format of a model."""
+"""The device and data type of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlchat.errors import UserError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``; with None CUDA, then MPS, then the CPU.
+    """The device called ``name``; by default CUDA if available, else MPS, else the CPU.
 
     Raises :class:`UserError` for a device that this machine does not have.
     """
@@ -18,11 +18,11 @@ def choose_device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise UserError(f"the device {name!r} is not available on this machine; use another, such as cpu") from error
+        raise UserError(f"device {name!r} is not available on this machine; use another, for example cpu") from error
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The number format called ``name``; with None bfloat16 on a GPU that supports it, else float32.
+    """The data type called ``name``; by default bfloat16 on a GPU that supports it, else float32.
 
     Raises :class:`UserError` for a name that is not supported.
     """

@@ -17,9 +17,9 @@ _log = logging.getLogger("rlchat")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls ``write`` with a temporary file beside ``path`` and renames it; on failure ``path`` is unchanged.
+    """Calls ``write`` with a temporary file in the folder of ``path`` and renames it; on failure ``path`` is unchanged.
 
-    Raises :class:`UserError` where the file cannot be written.
+    Raises :class:`UserError` if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Renames the file that an earlier run left at ``path`` after its date, so that it is not overwritten."""
+    """Renames a file that an earlier run left at ``path``, adding its date, so that it is not overwritten."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
     older, number = path.with_name(f"{path.stem}.{stamp}{path.suffix}"), 1
     while older.exists():

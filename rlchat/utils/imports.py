@@ -1,4 +1,4 @@
-"""Imports that cost nothing until a name is used, and large imports that take less time."""
+"""Lazy imports, and faster imports of large packages."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
 def no_garbage_collection() -> Iterator[None]:
     """Switches the garbage collector off during large imports.
 
-    They create a million objects that live until the end of the program. The collector would scan these objects again
-    and again while they grow in number: a fifth of the time that the import of torch and transformers takes. The
+    They create a million objects that live until the end of the program. The collector would scan these objects
+    repeatedly, which takes a fifth of the time of importing torch and transformers. The
     objects are frozen afterwards, so that they are not scanned at exit either.
     """
     was_on = gc.isenabled()

@@ -1,4 +1,4 @@
-"""Pads rows of token ids to one tensor."""
+"""Pads rows of token ids into one tensor."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class DelayedProgress:
-    """A progress bar that appears once the work has taken ``PROGRESS_AFTER_SECONDS``, and disappears at the end.
+    """A progress bar that appears after ``PROGRESS_AFTER_SECONDS`` of work and disappears at the end.
 
     Args:
         what: the label of the bar.
         total: the amount of work, in any unit.
-        show: whether to show the bar at all. It is never shown where standard error is not a terminal.
+        show: whether to show the bar. It is never shown if standard error is not a terminal.
     """
 
     def __init__(self, what: str, total: int, show: bool) -> None:
@@ -41,7 +41,7 @@ class DelayedProgress:
 
     @property
     def due(self) -> bool:
-        """Whether :meth:`update` would draw now, so that a caller can skip computing what is done."""
+        """Whether :meth:`update` would draw now, so that a caller can skip computing the progress."""
         return self._show and time.monotonic() >= self._next_update
 
     def update(self, done: int) -> None:
@@ -64,7 +64,7 @@ class DelayedProgress:
 
 
 def with_progress(items: Sequence[T], what: str, show: bool) -> Iterator[T]:
-    """``items``, with a :class:`DelayedProgress` over them."""
+    """Iterates over ``items`` with a :class:`DelayedProgress`."""
     with DelayedProgress(what, len(items), show) as progress:
         for done, item in enumerate(items):
             progress.update(done)

@@ -9,11 +9,11 @@ from torch import nn
 
 
 def fastest_threads(rounds: int = 8) -> int:
-    """1, or PyTorch's default number of threads where that is clearly faster. Does not set it.
+    """1, or PyTorch's default number of threads if that is clearly faster. It does not set the number.
 
-    Threads that share a small matrix synchronize thousands of times per second. That pays off on idle cores. But if
+    Threads that share a small matrix synchronize thousands of times per second. This is efficient on idle cores. But if
     another program occupies a core, all threads wait for it each time, and training becomes ten times slower than with
-    one thread. So this is measured, on layers as small as the demo's.
+    one thread. Therefore this function measures it, on layers as small as the demo's.
     """
     usual = torch.get_num_threads()
     if usual == 1:

@@ -232,7 +232,16 @@ def test_a_real_run_without_kl_penalty(encoding: str, caplog: pytest.LogCaptureF
     assert sum(record.name == "rlchat" for record in caplog.records) == len(alarms.raised)
 
 
-@pytest.mark.parametrize("option", [{"kl_bound": 0.0}, {"min_distinct": 2.0}, {"max_truncated": -0.1}, {"patience": 0}])
-def test_invalid_options_are_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"Alarms: {next(iter(option))} is"):
-        Alarms(**option)
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("kl_bound", 0.0, "a positive number"),
+        ("min_distinct", 2.0, "a fraction from 0 to 1"),
+        ("max_truncated", -0.1, "a fraction from 0 to 1"),
+        ("patience", 0, "a positive integer"),
+    ],
+)
+def test_invalid_options_are_errors(name: str, value: float, expected: str) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(UserError, match=rf"^invalid value {value} for Alarms\.{name}: expected {expected}$"):
+        Alarms(**options)

@@ -158,8 +158,8 @@ def test_the_model_file_is_the_best_model(
     assert counts(checkpoints(tmp_path) / "last.ckpt") == [3, 6]
 
 
-@pytest.mark.filterwarnings("ignore:the run before selected:UserWarning")
-def test_a_resumed_run_with_another_selection_starts_its_comparison_anew(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:the previous run selected:UserWarning")
+def test_a_resumed_run_with_another_selection_metric_starts_its_comparison_again(tmp_path: Path) -> None:
     """The best score was 3 by val/score; by another metric the first validation after the resume is the best."""
     run(tmp_path, Scripted([3.0]), BestModel(str(tmp_path / "a")), epochs=1)
     module = Scripted([3.0, 1.0])

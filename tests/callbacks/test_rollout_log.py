@@ -74,6 +74,6 @@ def test_an_enormous_reward_does_not_stop_the_run(encoding: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("option", ["every_n_iterations", "max_replies"])
-def test_invalid_options_are_refused(option: str) -> None:
-    with pytest.raises(UserError, match=f"RolloutLog: {option} is 0"):
+def test_invalid_options_are_errors(option: str) -> None:
+    with pytest.raises(UserError, match=rf"^invalid value 0 for RolloutLog\.{option}: expected a positive integer$"):
         RolloutLog(**{option: 0})

@@ -146,7 +146,7 @@ def test_a_directory_is_refused_as_output(force: list[str], capsys: pytest.Captu
     ("name", "content", "why"),
     [
         ("asked.txt", None, "no such data file: asked.txt"),
-        ("asked.txt", "\n \n", "asked.txt: no prompts in it"),
+        ("asked.txt", "\n \n", "asked.txt: contains no prompts"),
         ("asked.jsonl", "Hello\n", "asked.jsonl:1: not JSON (Expecting value at column 1); fix the line"),
     ],
 )

@@ -24,7 +24,7 @@ from rlchat.rewards.learned import LearnedQuality
 
 
 def asked(*texts: str, system: str | None = None) -> Conversation:
-    """A conversation of user and assistant in turn that ends on a question."""
+    """A conversation of user and assistant in turn that ends with a question."""
     assert len(texts) % 2 == 1
     turns = [Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
     return Conversation((*([Message("system", system)] if system else []), *turns))
@@ -195,7 +195,7 @@ def test_every_written_line_can_be_read(
     [
         (" \n", "good", "the response is empty"),
         ("a", Correction("  "), "the correction is empty"),
-        ("a", Correction("a"), "the correction equals the response"),
+        ("a", Correction("a"), "the correction is identical to the response"),
     ],
 )
 def test_invalid_feedback_is_refused(tmp_path: Path, reply: str, verdict: Correction, why: str) -> None:

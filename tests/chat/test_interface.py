@@ -659,8 +659,8 @@ def test_a_message_that_is_not_text_is_refused(chat: ChatInterface) -> None:
         ("abc", {}, "invalid prompts: expected a list of prompts, got a single one"),
         (Conversation((Message("user", "Hi"),)), {}, "invalid prompts: expected a list of prompts"),
         (["Hi", None], {}, "invalid prompt 2: expected a string or a Conversation, got None"),
-        (["Hi"], {"batch_size": 0}, "invalid value 0 for batch_size: expected an integer of at least 1"),
-        (["Hi"], {"batch_size": "2"}, "invalid value '2' for batch_size: expected an integer of at least 1"),
+        (["Hi"], {"batch_size": 0}, "invalid value 0 for batch_size: expected a positive integer"),
+        (["Hi"], {"batch_size": "2"}, "invalid value '2' for batch_size: expected a positive integer"),
         (["Hi"], {"temperature": "hot"}, "invalid value 'hot' for temperature: expected a number"),
     ],
 )

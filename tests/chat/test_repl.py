@@ -150,7 +150,7 @@ def test_user_errors_are_one_sentence(
     assert pipe(monkeypatch, "Hi\n", str(tmp_path / "nope.pt")) == 2
     assert re.fullmatch(r"rlchat: .*nope\.pt: no such model file; .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--temperature", "-1") == 2
-    assert re.fullmatch(r"rlchat: temperature is -1\.0; .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"rlchat: invalid value -1\.0 for temperature: .*\n", capsys.readouterr().err)
     assert pipe(monkeypatch, "Hi\n", polite, "--seed", "-5") == 2
     assert re.fullmatch(
         r"rlchat: invalid value -5 for seed: expected an integer from 0 to .*\n", capsys.readouterr().err
@@ -163,9 +163,12 @@ def test_user_errors_are_one_sentence(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"PK\x03\x04 and no more", "damaged, or not a model file of rlchat; create it again"),
-        (b"", "damaged, or not a model file of rlchat; create it again"),
-        (pickle.dumps(print), "holds something other than tensors and plain values, or is damaged; it was not opened"),
+        (b"PK\x03\x04 and no more", "damaged, or not an rlchat model file; create it again"),
+        (b"", "damaged, or not an rlchat model file; create it again"),
+        (
+            pickle.dumps(print),
+            "contains something other than tensors and plain values, or is damaged; it was not loaded",
+        ),
     ],
 )
 def test_an_invalid_model_file(
@@ -415,7 +418,7 @@ def test_a_loaded_conversation_is_sampled_as_it_was(
     assert asked == [("Hi", {"history": 0, "max_new_tokens": 3, "temperature": 0.9, "top_k": 5, "top_p": 0.5})]
     assert capsys.readouterr().err.splitlines() == [
         "loaded 0 messages from talk.json",
-        "temperature stays 0.9: temperature is -1; it must be 0 (greedy) or from 1e-6 to 1e6",
+        "temperature stays 0.9: invalid value -1 for temperature: expected 0 (greedy) or a number from 1e-6 to 1e6",
         f"seed stays 4: invalid value {2**64} for seed: expected an integer from 0 to 2**63 - 1",
         "settings: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
     ]
@@ -485,7 +488,7 @@ def test_a_failed_command_does_not_end_the_chat(
         "/load folder": "folder is a directory, a pipe or a device: expected a file",
         "/save folder": "folder is a directory: specify a file name",
         "/save damaged.json/x": "damaged.json/x: cannot be written: File exists; specify a path that can be written",
-        "/set temperature -1": "temperature is -1.0; it must be 0 (greedy) or from 1e-6 to 1e6",
+        "/set temperature -1": "invalid value -1.0 for temperature: expected 0 (greedy) or a number from 1e-6 to 1e6",
         "/set max_new_tokens 0.5": "invalid value '0.5' for max_new_tokens: expected an integer, as in: set max_new",
         "/set seed -3": "invalid value -3 for seed: expected an integer from 0 to 2**63 - 1",
         "/set seed -1e9": "invalid value '-1e9' for seed: expected an integer, as in: set seed 1",
@@ -502,8 +505,8 @@ def test_a_failed_command_does_not_end_the_chat(
     assert len(said) == len(mistakes)
     for sentence, expected in zip(said, mistakes.values(), strict=True):
         assert sentence.startswith(expected)
-    assert no_reward.endswith("polite.pt: the model file describes no reward; only models trained with PPO have one")
-    assert no_text.startswith("this command needs a text")
+    assert no_reward.endswith("polite.pt: the model file contains no reward; only models trained with PPO have one")
+    assert no_text.startswith("this command needs a response, for example: ")
     assert undone == "removed: Hi"
 
 
@@ -551,7 +554,7 @@ def test_the_reward_and_its_factors(
     pipe(monkeypatch, "Hi\n/reward\n/set max_new_tokens 4\n/retry\n/reward\n", "rl.pt")
     lines = capsys.readouterr().err.splitlines()
     left_out = (
-        "  not included: mine.Polite (cannot import mine: it is not on the import path, add its folder to PYTHONPATH)"
+        "  not included: mine.Polite (cannot import mine: it is not on the import path; add its folder to PYTHONPATH)"
     )
     critic = "  no trained critic"
     # Two words of four, and an end; then one of four, and none.

@@ -125,7 +125,7 @@ def test_optional_and_unknown_keys() -> None:
         (None, "it is not a JSON object"),
         ({"format": "other", "messages": [ROW]}, "its format is neither rlchat's nor OpenAI's"),
         ({"format": None}, "its format is neither"),
-        (file(version=2), "its version is 2; this rlchat reads 1"),
+        (file(version=2), "its version is 2: expected 1"),
         (file(messages={}), "messages is {}: expected a list"),
         (file(messages=["a"]), "message 1 is 'a': expected an object"),
         (file(messages=[ROW, {**ROW, "role": "god"}]), "the role of message 2 is 'god': expected one of system, user"),
@@ -148,7 +148,7 @@ def test_optional_and_unknown_keys() -> None:
 def test_a_damaged_file_is_a_user_error(content: object, why: str, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"talk\.json is not a conversation that can be loaded: {why}.*$") as caught:
+    with pytest.raises(UserError, match=rf"talk\.json cannot be loaded: {why}.*$") as caught:
         load_conversation(path)
     assert "\n" not in str(caught.value)
 

@@ -103,7 +103,7 @@ class NotAFactor:
     assert list(scorer.left_out) == others
     assert list(scorer.reward.factors) == ["missing_end"]
     assert scorer.left_out["nowhere.Factor"] == (
-        "cannot import nowhere: it is not on the import path, add its folder to PYTHONPATH"
+        "cannot import nowhere: it is not on the import path; add its folder to PYTHONPATH"
     )
     assert scorer.left_out["mine_scoring.NotAFactor"] == "mine_scoring.NotAFactor is not a reward factor"
     with pytest.raises(UserError, match=r"no factor of the reward can be used: nowhere\.Factor \(cannot import"):
@@ -115,12 +115,15 @@ class NotAFactor:
 @pytest.mark.parametrize(
     ("described", "why"),
     [
-        ([], "the model file describes no reward; only models trained with PPO have one"),
-        ([3], "the description of the reward is damaged"),
-        ([{"init_args": {}}], "the description of the reward is damaged"),
-        ([{"class_path": "rlchat.rewards.TooShort", "init_args": 3}], "the description of the reward is damaged"),
+        ([], "the model file contains no reward; only models trained with PPO have one"),
+        ([3], "the reward in this model file is damaged; train the model again"),
+        ([{"init_args": {}}], "the reward in this model file is damaged; train the model again"),
+        ([{"class_path": "rlchat.rewards.TooShort", "init_args": 3}], "the reward in this model file is damaged;"),
         ([{**TOO_SHORT, "init_args": {"length": 1}}], r"TooShort \(cannot be constructed: .*'length'"),
-        ([{**TOO_SHORT, "init_args": {"min_words": 0}}], "min_words is 0"),
+        (
+            [{**TOO_SHORT, "init_args": {"min_words": 0}}],
+            r"invalid value 0 for TooShort\.min_words: expected a positive integer",
+        ),
     ],
 )
 def test_an_invalid_description_of_the_reward(byte_tokenizer: ChatTokenizer, described: list[Any], why: str) -> None:

@@ -91,7 +91,7 @@ def metrics(run: Path, name: str) -> list[float]:
         (["--model.reward", "Foo"], r"--model.reward: Foo is not a known class; specify its import path"),
         (["--trainer.callbacks+=Foo"], r"--trainer.callbacks: Foo is not a known class; specify its import path"),
         (["--model", "rlchat.PPOModul"], r"--model: rlchat has no PPOModul;"),
-        (["--trainer.devices"], r"--trainer.devices: expected a value, as --trainer.devices VALUE$"),
+        (["--trainer.devices"], r"--trainer.devices: expected a value: --trainer.devices VALUE$"),
         (["words"], r"'words' is not an option; options are written --group.name VALUE$"),
         (["--config"], r"no file and no recipe named ''; the recipes are demo/ppo"),
         (["--config", "nope"], r"no file and no recipe named 'nope'; the recipes are demo/ppo"),
@@ -133,7 +133,7 @@ def factor(text: str) -> str:
         ),
         (
             factor("{class_path: rlchat.rewards.TooShort, init_args: {min_words: 0}}"),
-            r"TooShort: min_words is 0, it must be at least 1$",
+            r"invalid value 0 for TooShort.min_words: expected a positive integer$",
         ),
         (
             factor("{class_path: rlchat.rewards.TooShrt}"),
@@ -188,12 +188,12 @@ def test_an_invalid_configuration(text: str, answer: str, here: Path, capsys: py
         (["--trainer.max_epochs", "-5"], r"trainer: `max_epochs` must be a non-negative integer or -1"),
         (
             ["--trainer.val_check_interval", "99"],
-            r"trainer.val_check_interval is more .*--trainer.val_check_interval 1.0",
+            r"trainer.val_check_interval exceeds .*--trainer.val_check_interval 1.0",
         ),
         (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; specify a path"),
         (["--best_model.folder", "talk.jsonl/x"], r"best_model.folder talk.jsonl/x: cannot be written \(Not a dir"),
         (["--model.base_model", "no-such-folder/model"], r"base_model no-such-folder/model is neither a folder nor"),
-        (["--model.base_model", "."], r"base_model .: the folder holds no model"),
+        (["--model.base_model", "."], r"base_model .: the folder contains no model"),
         (["--model.base_model", "{model_type: foo}"], r"base_model: unknown model_type 'foo'; expected a model family"),
         (["--model.base_model", "{model_type: llama, hidden_sice: 8}"], r"base_model: llama has no option 'hidden_si"),
         (["--model.tiktoken_encoding", "foo"], r"unknown encoding 'foo'; choose one of rlchat_1k, gpt2"),
@@ -204,16 +204,16 @@ def test_an_invalid_configuration(text: str, answer: str, here: Path, capsys: py
         ),
         (["--model.max_new_tokens", "96"], r"invalid value 96 for max_new_tokens: it leaves no room"),
         (["--model.temperature", "0"], r"invalid value 0.0 for temperature: expected a number from 1e-6"),
-        (["--model.clip_eps", "-1"], r"invalid value -1.0 for clip_eps: expected a number of at least 0"),
-        (["--model.minibatches", "0"], r"invalid value 0 for minibatches: expected an integer of at least 1"),
-        (["--model.learning_rate", "-1"], r"invalid value -1.0 for learning_rate: expected a number of at l"),
-        (["--data.batch_size", "0"], r"invalid value 0 for data.batch_size: expected an integer of at least 1"),
+        (["--model.clip_eps", "-1"], r"invalid value -1.0 for clip_eps: expected a non-negative number"),
+        (["--model.minibatches", "0"], r"invalid value 0 for minibatches: expected a positive integer"),
+        (["--model.learning_rate", "-1"], r"invalid value -1.0 for learning_rate: expected a non-negative number"),
+        (["--data.batch_size", "0"], r"invalid value 0 for data.batch_size: expected a positive integer"),
         (["--data.val_fraction", "2"], r"data.val_fraction 2.0 and data.test_fraction 0.05 leave nothing to train on"),
         (
             ["--data.lang", "fr", "--data.path", "tree.jsonl"],
             r"no usable conversation in tree.jsonl: .*1 trees in an",
         ),
-        (["--model.init_from", "m.pt"], r"base_model and init_from m.pt exclude each other, .*_model null"),
+        (["--model.init_from", "m.pt"], r"base_model and init_from m.pt cannot be combined, .*_model null"),
         (["--ckpt_path", "no.ckpt"], r"no.ckpt: no such checkpoint; specify a file, or `best` or `last`"),
         (["--ckpt_path", "best"], r"no best.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
         (["--ckpt_path", "last"], r"no last.ckpt under lightning_logs/ppo; train first with `rlchat fit`"),
@@ -256,7 +256,7 @@ def offline(words: list[str]) -> Any:
         ('{"messages": [', r"not JSON"),
         ('{"foo": 1}', r"no known format: it has the keys \['foo'\]"),
         ('{"text": 5}', r"text is not a string: got 5"),
-        ('{"text": "a\\u0000b"}', r"text holds a NUL character"),
+        ('{"text": "a\\u0000b"}', r"text contains a NUL character"),
         ('{"text": "  "}', r".*empty"),
         ('["text"]', r".*not an object|.*object"),
     ],
@@ -285,7 +285,7 @@ def test_a_path_with_a_number_sign_is_not_a_yaml_comment(words: list[str], expec
 
 
 def test_missing_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no data file is given; pass a file of conversations with --data.path FILE" in error_message(
+    assert "no data file is specified; pass a file of conversations with --data.path FILE" in error_message(
         capsys, "fit", "--config", "smoke"
     )
     assert re.search(r"no such data file: no.jsonl; ", error_message(capsys, *SMOKE, "--data.path", "no.jsonl"))
@@ -298,19 +298,22 @@ def test_missing_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "answer"),
     [
         (["--model.init_from", "no.pt"], r"no.pt: no such model file; train one with"),
-        (["--model.init_from", "evil.pt"], r"evil.pt: holds something other than tensors.*; it was not opened$"),
-        (["--model.init_from", "half.pt"], r"half.pt: (damaged|holds something other)"),
-        (["--model.init_from", "other.pt"], r"other.pt: not a model file of rlchat"),
+        (["--model.init_from", "evil.pt"], r"evil.pt: contains something other than tensors.*; it was not loaded$"),
+        (["--model.init_from", "half.pt"], r"half.pt: (damaged|contains something other)"),
+        (["--model.init_from", "other.pt"], r"other.pt: not an rlchat model file"),
         (["--model.init_from", "checkpoints/reward_model.pt"], r".*: contains a reward model, expected a chat model"),
         (["--model.tiktoken_encoding", "mine.tiktoken"], r".* was trained with the encoding rlchat_1k, not mine.tikto"),
         (["--model.max_length", "4096"], r"invalid value 4096 for max_length: the model file \S+ has 64"),
         (
             ["--ckpt_path", "checkpoints/sft_model.pt"],
-            r"checkpoints/sft_model.pt: not a checkpoint of a run.*init_",
+            r"checkpoints/sft_model.pt: not a checkpoint; .*init_",
         ),
         (["--ckpt_path", "evil.pt"], r"evil.pt: contains something other than tensors.*; it was not loaded$"),
         (["--ckpt_path", "sft.ckpt"], r"sft.ckpt: a checkpoint of SFTModule, but the configuration is for RewardModel"),
-        (["--ckpt_path", "reward.ckpt", "--model.init_from", "wide.pt"], r"ckpt_path: .* model of another shape"),
+        (
+            ["--ckpt_path", "reward.ckpt", "--model.init_from", "wide.pt"],
+            r"ckpt_path: the shape of the model in the checkpoint",
+        ),
     ],
 )
 def test_a_model_file_or_checkpoint_that_does_not_match(
@@ -571,7 +574,7 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
 
 def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_message(capsys, "predict", "--ckpt_path", "best")
-    assert "no prompts are given; pass a file of prompts with --data.predict_path FILE" in message
+    assert "no prompts are specified; pass a file of prompts with --data.predict_path FILE" in message
     assert "no.txt" in error_message(capsys, "predict", "--ckpt_path", "best", "--data.predict_path", "no.txt")
     message = error_message(capsys, "predict", "--config", str(newest(trained, "reward") / "config.yaml"))
     assert "RewardModelModule does not generate responses; set --config to the configuration of a chat model" in message
@@ -601,7 +604,7 @@ def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -
     assert signal.getsignal(signal.SIGINT) in (handler, signal.SIG_IGN)  # Lightning leaves it ignored
     signal.signal(signal.SIGINT, handler)
     err = capsys.readouterr().err
-    assert "stopping after this batch; Ctrl-C again stops at once" in err
+    assert "stopping after this batch; press Ctrl-C again to stop immediately" in err
     assert "rlchat: stopped; the run is saved. Resume it with `rlchat fit --ckpt_path last`" in err
     assert "Traceback" not in err
 

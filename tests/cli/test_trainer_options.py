@@ -66,11 +66,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--data", "rlchat.PPOModule"], r"--data: rlchat.PPOModule is not a LightningDataModule"),
         (
             ["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"],
-            r".*the data module serves batches of the type Tensor, but PPOModule expects rlchat.data.batches",
+            r".*the data module returns batches of type Tensor, but PPOModule expects rlchat.data.batches",
         ),
         (
             ["--model", "lightning.pytorch.demos.boring_classes.BoringModel"],
-            r"BoringModel has no data_needs, .* or set --data to a data module of your own",
+            r"BoringModel has no data_needs attribute, .* or set --data to your own data module",
         ),
     ],
 )

@@ -664,7 +664,7 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, sft: DataNeed
     (tmp_path / "c").write_text("a file where the folder should be")
     data = module(path, sft, tmp_path / "c")
     assert not was_cached(data, heard)  # tokenised once, not once for prepare_data and once for setup
-    assert "could not keep" in heard.text
+    assert "could not cache the tokenized data" in heard.text
     assert len(contents(data)[0]) == 7  # of ten trees, three are held out
 
 
@@ -750,7 +750,7 @@ def test_rows_of_an_oasst_sample(tmp_path: Path, tokenizer: ChatTokenizer) -> No
 
     trees, report = read_trees([OASST], progress=False)
     assert (report.trees, len(trees)) == (43, 43)
-    # Of 84 threads, 42 end on a response that is ranked below another and are not imitated.
+    # Of 84 threads, 42 end with a response that is ranked below another and are not imitated.
     assert report.threads == 84
     assert count(DataNeeds("sft", tokenizer, 512)) == {"SequenceRows": 42}
     assert count(DataNeeds("ppo", tokenizer, 512, 128))["PromptRows"] == report.prompts

@@ -95,7 +95,7 @@ def test_ranked_pairs() -> None:
     [
         ({"question": "1 + 1?", "answer": "2"}, "no known format.*question"),
         ({}, "no known format"),
-        ({"prompt": "Hi", "chosen": "A"}, "chosen and rejected belong together"),
+        ({"prompt": "Hi", "chosen": "A"}, "chosen and rejected are both required"),
     ],
 )
 def test_row_of_no_known_format_stops_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
@@ -111,11 +111,11 @@ def test_only_the_first_bad_lines_are_told(read: RowReader) -> None:
 
 
 def test_line_longer_than_the_limit_is_counted(read: RowReader) -> None:
-    check_bad_line(read, {"text": "x" * 2000}, "longer than 1,000 bytes", max_line_bytes=1000)
+    check_bad_line(read, {"text": "x" * 2000}, "the line is longer than 1,000 bytes", max_line_bytes=1000)
 
 
 def test_files_without_a_conversation(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data file is given"):
+    with pytest.raises(UserError, match="no data file is specified"):
         read_trees([])
     with pytest.raises(UserError, match=r"no usable conversation in .*empty.jsonl"):
         read_trees([write(tmp_path / "empty.jsonl", b"")])
@@ -188,15 +188,15 @@ def test_prompts_of_pairs_that_nothing_can_be_learned_from(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "A good answer."}, "no prompt to reply to"),
-        ({"messages": [{"role": "assistant", "content": "Hello!"}]}, "no prompt to reply to"),
+        ({"text": "A good answer."}, "the row has no prompt"),
+        ({"messages": [{"role": "assistant", "content": "Hello!"}]}, "the row has no prompt"),
         (
             {"chosen": "\n\nHuman: A\n\nAssistant: C", "rejected": "\n\nHuman: B\n\nAssistant: C"},
-            "no prompt to reply to",
+            "the row has no prompt",
         ),
-        ({"chosen": "\n\nHuman:\n\nAssistant: C", "rejected": "\n\nHuman:\n\nAssistant: D"}, "no prompt to reply to"),
+        ({"chosen": "\n\nHuman:\n\nAssistant: C", "rejected": "\n\nHuman:\n\nAssistant: D"}, "the row has no prompt"),
         ({"chosen": "\n\nAssistant: C", "rejected": "\n\nAssistant: D"}, "share no Human turn"),
-        ({"prompt": "Hi", "chosen": "A"}, "chosen and rejected belong together"),
+        ({"prompt": "Hi", "chosen": "A"}, "chosen and rejected are both required"),
         ({"question": "1 + 1?"}, "no known format"),
         ({"prompt": {"text": "Hi", "role": "prompter"}}, "without message_id"),
         (b"{", "not JSON"),
@@ -209,7 +209,7 @@ def test_row_without_a_prompt_is_a_bad_line(
         asked({"prompt": "Hi"}, row)
     assert asked({"prompt": "Hi"}, row, {"prompt": "Bye"}, on_bad_line="skip") == ["u:Hi", "u:Bye"]
     assert "rows.jsonl: skipped 1 bad lines (" in caplog.text
-    with pytest.raises(UserError, match=r"rows\.jsonl: no prompts in it \(skipped 1 bad lines .*\); use JSONL rows"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: contains no prompts \(skipped 1 bad lines .*\); use JSONL rows"):
         asked(row, on_bad_line="skip")
 
 
@@ -250,14 +250,14 @@ def test_prompts_of_a_text_file(tmp_path: Path) -> None:
     expected = ["u:Who are you?", "u:{}", "u:Who are you?", "u:Größe?"]
     assert [words(prompt) for prompt in read_prompts(path)] == expected
     path.write_bytes(b"Hi\n\xff\nBye")
-    with pytest.raises(UserError, match=r"prompts\.txt:2: not UTF-8"):
+    with pytest.raises(UserError, match=r"prompts\.txt:2: the line is not UTF-8"):
         read_prompts(path)
     assert [words(prompt) for prompt in read_prompts(path, on_bad_line="skip")] == ["u:Hi", "u:Bye"]
 
 
 def test_files_without_a_prompt(tmp_path: Path) -> None:
     for name in ("empty.txt", "empty.jsonl"):
-        with pytest.raises(UserError, match=f"{name}: no prompts in it; use JSONL rows"):
+        with pytest.raises(UserError, match=f"{name}: contains no prompts; use JSONL rows"):
             read_prompts(write(tmp_path / name, b""))
     with pytest.raises(UserError, match=r"no such data file: .*missing\.txt"):
         read_prompts(tmp_path / "missing.txt")

@@ -38,8 +38,8 @@ def write(path: Path, *lines: bytes) -> Path:
         (b"9" * 5000, "not usable as JSON"),
         (b"[1, 2]", r"expected a JSON object, got \[1, 2\]"),
         (b"null", "expected a JSON object, got None"),
-        (b'{"text": "\xff"}', r"not UTF-8 \(byte 11 of the line\)"),
-        (b'{"text": "a\0b"}', "a NUL character"),
+        (b'{"text": "\xff"}', r"the line is not UTF-8 \(byte 11\)"),
+        (b'{"text": "a\0b"}', "the line contains a NUL character"),
     ],
 )
 def test_a_line_that_is_no_object(line: bytes, reason: str) -> None:
@@ -49,7 +49,7 @@ def test_a_line_that_is_no_object(line: bytes, reason: str) -> None:
 
 def test_decode_line() -> None:
     assert decode_line("größer\r\n".encode()) == "größer\r\n"
-    with pytest.raises(BadLineError, match=r"^not UTF-8 \(byte 3 of the line\)"):
+    with pytest.raises(BadLineError, match=r"^the line is not UTF-8 \(byte 3\)"):
         decode_line(b"ab\xe9")
 
 
@@ -77,7 +77,7 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path) -> None:
     for ending in (b"", b"\n"):
         path.write_bytes(line + ending)
         assert len(read(path, max_line_bytes=len(line))[0]) == 1
-        with pytest.raises(UserError, match=f"rows.jsonl:1: longer than {len(line) - 2} bytes"):
+        with pytest.raises(UserError, match=f"rows.jsonl:1: the line is longer than {len(line) - 2} bytes"):
             read(path, max_line_bytes=len(line) - 2)
 
 

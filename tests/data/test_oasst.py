@@ -38,7 +38,7 @@ def read(tmp_path: Path) -> RowReader:
 def check_small(trees: list[Tree]) -> None:
     (tree,) = trees
     assert tree.id == "q1"
-    # a1 is the end of a thread cut at q3, but it is already the beginning of the thread that ends on a3.
+    # a1 is the end of a thread cut at q3, but it is already the beginning of the thread that ends with a3.
     assert sorted(threads_of(trees)) == ["u:q1 a:a1 u:q2 a:a3", "u:q1 a:a2"]
     references = {words(prompt): [(reply.text, reply.rank) for reply in prompt.references] for prompt in tree.prompts}
     assert references == {

@@ -222,8 +222,8 @@ def test_the_head_fits_the_vocabulary(family: str) -> None:
         ({"hidden_size": 16}, "unknown model_type"),
         ({"model_type": "llama", "hidden_size": 15}, "invalid configuration for llama"),
         ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 3}, "cannot build a gpt2 model"),
-        ({"model_type": "gpt2", **FAMILIES["gpt2"], "max_position_embeddings": 8}, "more than the 8 positions"),
-        ({"model_type": "roberta", **LAYERS, "max_position_embeddings": 16}, "more than the 15 positions"),
+        ({"model_type": "gpt2", **FAMILIES["gpt2"], "max_position_embeddings": 8}, "exceeds the 8 positions"),
+        ({"model_type": "roberta", **LAYERS, "max_position_embeddings": 16}, "exceeds the 15 positions"),
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
 )
@@ -334,12 +334,12 @@ def test_half_precision_weights_are_trained_in_full(tmp_path: Path) -> None:
 
 
 def test_too_few_positions_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="max_length 17 is more than the 16 positions"):
+    with pytest.raises(UserError, match="max_length 17 exceeds the 16 positions"):
         Backbone(saved(llama(), tmp_path / "llama"), 35, POSITIONS + 1)
     roberta = RobertaModel(RobertaConfig(vocab_size=30, max_position_embeddings=18, **LAYERS))
     folder = saved(roberta, tmp_path / "roberta")  # its padding id 1 takes the first two positions
     assert Backbone(folder, 35, 16).hidden_size == 16
-    with pytest.raises(UserError, match="max_length 17 is more than the 16 positions"):
+    with pytest.raises(UserError, match="max_length 17 exceeds the 16 positions"):
         Backbone(folder, 35, 17)
 
 
@@ -347,7 +347,7 @@ def test_too_few_positions_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_folder_is_said(tmp_path: Path, file: str) -> None:
     folder = saved(llama(), tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:300])
-    with pytest.raises(UserError, match="the folder holds no model that transformers can load"):
+    with pytest.raises(UserError, match="the folder contains no model that transformers can load"):
         Backbone(folder, 35, POSITIONS)
 
 
@@ -355,7 +355,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at import
     with pytest.raises(UserError, match="no-such-owner/no-such-model is neither a folder nor a model"):
         Backbone("no-such-owner/no-such-model", 35, POSITIONS)
-    with pytest.raises(UserError, match="the folder holds no model"):
+    with pytest.raises(UserError, match="the folder contains no model that transformers can load"):
         Backbone(str(tmp_path), 35, POSITIONS)
 
 

@@ -293,9 +293,9 @@ def refusal(path: Path, content: object | None = None) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"version": 2}, "a model file of version 2, this rlchat reads 1; update rlchat"),
-        ({"version": None}, "a model file of version None, this rlchat reads 1; update rlchat"),
-        ({"format": "other"}, "not a model file of rlchat; `rlchat fit` writes them to checkpoints/*.pt"),
+        ({"version": 2}, "unsupported model file version 2, expected 1; update rlchat"),
+        ({"version": None}, "unsupported model file version None, expected 1; update rlchat"),
+        ({"format": "other"}, "not an rlchat model file; `rlchat fit` writes them to checkpoints/*.pt"),
         ({"kind": "critic"}, "unknown kind of model 'critic'; update rlchat or create the file again"),
         ({"kind": 3}, "damaged model file, kind is 3, expected str"),
         ({"backbone": None}, "damaged model file, backbone is None, expected str"),
@@ -438,12 +438,14 @@ def test_an_archive_that_expands_is_refused(byte_tokenizer: ChatTokenizer, tmp_p
         for name, data in entries.items():
             archive.writestr(name, data)
     assert path.stat().st_size < 10**6
-    assert re.match(r"expands to 10,\d{3},\d{3} bytes, more than the file has", refusal(path))
+    assert re.match(
+        r"expands to 10,\d{3},\d{3} bytes, more than the size of the file; not an rlchat model file", refusal(path)
+    )
 
 
 def test_a_weight_that_claims_more_than_is_stored_is_refused(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     """A view of stride 0 stores one number and claims a million million."""
     content = damaged(tmp_path / "model.pt", byte_tokenizer)
     content["state"]["backbone.head.weight"] = torch.ones(1).expand(10**6, 10**6)
-    expected = "damaged model file, weight backbone.head.weight is larger than what is stored for it"
+    expected = "damaged model file, weight backbone.head.weight is larger than its stored data"
     assert refusal(tmp_path / "model.pt", content) == expected

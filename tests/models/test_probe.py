@@ -57,7 +57,7 @@ def test_a_declared_encoder_whose_layers_share_modules_is_refused(declare: Any) 
 
 
 def test_other_numbers_under_left_padding_are_refused() -> None:
-    with pytest.raises(UserError, match="'recurrent_gemma' gives other results for a left-padded row"):
+    with pytest.raises(UserError, match="'recurrent_gemma' gives different results for a left-padded row"):
         Backbone(
             {
                 "model_type": "recurrent_gemma",
@@ -123,8 +123,8 @@ def test_a_swallowed_cache_argument_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     ("fault", "reason"),
     [
         ("leak", "sees later tokens"),
-        ("cache", "other results with a cache than without"),
-        ("padding", "other results for a left-padded row"),
+        ("cache", "different results with and without a cache"),
+        ("padding", "different results for a left-padded row"),
         ("width", "gives hidden states of width 15, expected 16"),
         ("nan", "hidden states that are not finite"),
         ("error", "fails on a short row .RuntimeError: broken"),

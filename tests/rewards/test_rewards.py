@@ -354,7 +354,7 @@ reward:
     assert list(longer.factors) == ["too_short", "missing_end", "repetition"]
 
     config.write_text(config.read_text().replace("min_words: 2", "min_words: 0"))
-    with pytest.raises(UserError, match="TooShort: min_words is 0"):
+    with pytest.raises(UserError, match=r"invalid value 0 for TooShort\.min_words: expected a positive integer"):
         reward_from(str(config))
 
     config.write_text("reward: {class_path: rlchat.rewards.Reward}\n")

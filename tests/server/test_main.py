@@ -106,9 +106,12 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("words", "sentence"),
     [
         (["nothing.pt"], r"nothing\.pt: no such model file; train one with `rlchat demo`"),
-        (["foreign.pt"], r"foreign\.pt: not a model file of rlchat"),
-        (["damaged.pt"], r"damaged\.pt: damaged, or not a model file of rlchat"),
-        (["parrot.pt", "--device", "abacus"], "the device 'abacus' is not available"),
+        (["foreign.pt"], r"foreign\.pt: not an rlchat model file"),
+        (["damaged.pt"], r"damaged\.pt: damaged, or not an rlchat model file"),
+        (
+            ["parrot.pt", "--device", "abacus"],
+            "device 'abacus' is not available on this machine; use another, for example cpu",
+        ),
         (["parrot.pt", "--feedback", "."], r"cannot write feedback to \.: Is a directory; choose another file"),
         (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "cannot write feedback to parrot.pt/kept/f: Not a dir"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
@@ -152,8 +155,8 @@ def test_a_missing_package_after_an_installation(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--max-rows", "0"], "argument --max-rows: invalid value '0': expected an integer of at least 1"),
-        (["--max-rows", "1.5"], "argument --max-rows: invalid value '1.5': expected an integer of at least 1"),
+        (["--max-rows", "0"], "argument --max-rows: invalid value '0': expected a positive integer"),
+        (["--max-rows", "1.5"], "argument --max-rows: invalid value '1.5': expected a positive integer"),
         (["--port", "x"], "argument --port: invalid value 'x': expected an integer from 0 to 65535"),
         (
             ["--allow-origin", "localhost"],

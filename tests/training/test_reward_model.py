@@ -323,7 +323,7 @@ def test_learned_quality_standardises_and_clips(bundle: RewardBundle, tmp_path: 
     raw = []
     for prompt, text in zip(ASKED, SAID, strict=True):
         ids = bundle.tokenizer.render(prompt.say("assistant", text), 32).ids
-        ids[-1] = bundle.tokenizer.end_id  # a cut response too ends on it
+        ids[-1] = bundle.tokenizer.end_id  # truncated responses also end with it
         raw.append(float(bundle.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))))
     standardised = [(score - 0.5) / 2 for score in raw]
     limit = sorted(abs(x) for x in standardised)[3]  # so that some are clipped and some are not
@@ -350,8 +350,8 @@ def test_a_response_cut_by_max_length_and_one_cut_by_max_new_tokens_are_scored_a
     assert (factor.scored, factor.cut) == (2, 1)
     factor([prompt] * 9, [Reply("x" * 26, 26, True)] * 9)
     assert [record.getMessage().partition(" of the")[0] for record in caplog.records] == [
-        "LearnedQuality: 1 of 2 responses exceed max_length 32",
-        "LearnedQuality: 10 of 11 responses exceed max_length 32",
+        "LearnedQuality: 1 of 2 responses were longer than max_length 32",
+        "LearnedQuality: 10 of 11 responses were longer than max_length 32",
     ]
 
 

@@ -172,7 +172,7 @@ def test_options_that_contradict_the_bundle_are_refused(encoding: str, tmp_path:
     trainer().fit(module, serve([sequences(module.tokenizer, TALK)]))
     path = str(tmp_path / "sft.pt")
     module.save_bundle(path)
-    with pytest.raises(UserError, match="the model file holds its own backbone"):
+    with pytest.raises(UserError, match="cannot be combined, because the model file contains a backbone"):
         SFTModule(LLAMA, init_from=path)
     with pytest.raises(UserError, match="trained with the encoding bytes, not rlchat_1k"):
         SFTModule(tiktoken_encoding="rlchat_1k", init_from=path)
@@ -230,7 +230,9 @@ def test_learning_rates_by_hand() -> None:
     assert rates("linear", 0.5, 4) == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert rates("cosine", 0.0, 4) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
     assert rates("constant", 0.5, math.inf) == [1, 1, 1, 1, 1]
-    with pytest.raises(UserError, match=r"invalid value 'cosine' for --model\.schedule: it needs a run with an end"):
+    with pytest.raises(
+        UserError, match=r"invalid value 'cosine' for --model\.schedule: the length of the run is unlimited"
+    ):
         rates("cosine", 0.0, math.inf)
 
 

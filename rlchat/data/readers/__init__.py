@@ -1,4 +1,4 @@
-"""One module per family of file formats; :class:`Readers` finds them and reads a row with the one that recognises it.
+"""One module per family of file formats. :class:`Readers` reads a row with the reader that recognises it.
 
 A new format is a module in this folder with a subclass of :class:`rlchat.data.readers.base.Reader`.
 """
@@ -18,7 +18,7 @@ from rlchat.data.readers.fields import shown
 
 __all__ = ["LinkedTree", "ReadOptions", "Reader", "Readers", "Row", "reader_classes"]
 
-# Keys that usually change what a row means: a reader that does not understand one says so, as a warning.
+# Keys that usually change the meaning of a row. If a reader does not support one of them, there is a warning.
 _MEANINGFUL = frozenset(
     {
         "weight",
@@ -51,7 +51,7 @@ _MEANINGFUL = frozenset(
 
 @cache
 def reader_classes() -> tuple[type[Reader], ...]:
-    """The readers of all modules in this folder, in the order in which they are asked."""
+    """The readers of all modules in this folder, in the order in which they are tried."""
     found = set()
     for module in pkgutil.iter_modules(__path__):
         members = vars(import_module(f"{__name__}.{module.name}")).values()
@@ -60,10 +60,9 @@ def reader_classes() -> tuple[type[Reader], ...]:
 
 
 class Readers:
-    """Reads rows of all formats, and counts what of them is not used.
+    """Reads rows of all formats, and counts what is left out.
 
-    ``dropped`` counts what is left out, ``warnings`` and ``unread`` count rows: by what the user should know of them,
-    and by key that has no influence.
+    ``dropped`` counts by reason. ``warnings`` counts rows by warning, ``unread`` counts rows by key without effect.
     """
 
     def __init__(self, options: ReadOptions, dropped: Counter[str]) -> None:
@@ -73,7 +72,7 @@ class Readers:
         self._readers = [reader(options, dropped) for reader in reader_classes()]
 
     def read(self, row: dict[str, Any]) -> Row:
-        """What ``row`` holds. Raises :class:`BadLineError` if no reader recognises it, or if it cannot be used."""
+        """The content of ``row``. Raises :class:`BadLineError` if no reader recognises it or if it is invalid."""
         for reader in self._readers:
             if reader.recognises(row):
                 result = reader.read(row)
@@ -83,7 +82,7 @@ class Readers:
         raise BadLineError(f"no known format: it has the keys {shown(list(row))}; expected one of: {known}")
 
     def linked(self) -> list[LinkedTree]:
-        """The trees of rows that are linked to one another. To be called once, after the last row."""
+        """The trees of rows that are linked to each other. Call it once, after the last row."""
         return [tree for reader in self._readers for tree in reader.linked()]
 
     def _count(self, row: dict[str, Any], reader: Reader, result: Row) -> None:

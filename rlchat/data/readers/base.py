@@ -1,4 +1,4 @@
-"""What a reader of a file format is, and what it makes of a row.
+"""The interface of the readers of file formats.
 
 A format is one module in this folder with a subclass of :class:`Reader`; nothing else has to change::
 
@@ -25,9 +25,9 @@ from rlchat.data.jsonl import BadLineError
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """What the user asked for. ``any_state`` keeps OASST trees that were not exported or reviewed, for prediction.
+    """Options of reading. ``any_state`` keeps OASST trees that were not exported or reviewed, for prediction.
 
-    ``split_text`` splits ``text`` rows that hold the markup of a chat into turns.
+    ``split_text`` splits ``text`` rows with chat markup into turns.
     """
 
     lang: str | None = None
@@ -38,17 +38,17 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one row of a file holds, in any format.
+    """The content of one row of a file, in any format.
 
     Attributes:
-        opening: the messages that decide the tree: rows with the same first user message are one tree.
-        threads: conversations to imitate, each ending on an assistant message.
-        prompts: conversations to answer, each ending on a user message. A lone response is one without messages and
-            with the response as its only reference.
-        prompt: the one to answer if the file is one of prompts; None if the row has none.
-        flaw: why the row cannot be learned from, in the plural, for the report; None if it can.
-        message_ids: of a row that is linked to others: the ids of its messages. :meth:`Reader.linked` gives the rest.
-        notes: what the user should know of rows like this one; each is reported once with the number of rows.
+        opening: the messages that determine the tree: rows with the same first user message are one tree.
+        threads: conversations to imitate, each ending with an assistant message.
+        prompts: conversations to answer, each ending with a user message. For a response without a prompt, there is one
+            without messages, with the response as its only reference.
+        prompt: the prompt to answer if the file is used as a file of prompts; None if the row has none.
+        flaw: why the row cannot be trained on, as a plural noun for the report; None if it can.
+        message_ids: the ids of the messages of a row that is linked to others; :meth:`Reader.linked` returns the rest.
+        notes: warnings about rows like this one; each is reported once, with the number of rows.
     """
 
     opening: tuple[Message, ...] = ()
@@ -62,9 +62,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class LinkedTree:
-    """A tree that several rows make up.
+    """A tree that consists of several rows.
 
-    ``threads`` end on an assistant message, and none is the beginning of another. ``prompts`` end on a user message and
+    ``threads`` end with an assistant message, and none is a prefix of another. ``prompts`` end with a user message and
     are keyed by the id of that message, with the responses to it as references.
     """
 
@@ -77,11 +77,11 @@ class Reader(abc.ABC):
     """Reads the rows of one format. One instance reads all files of a run.
 
     Class attributes:
-        name: what the format is called in errors.
-        required: keys of which none may be missing or null; they identify the format.
-        optional: further keys that the reader understands.
-        ignored: keys that have no influence and are not worth a word, such as copies of others.
-        priority: readers of higher priority are asked first, then those that require more keys.
+        name: the name of the format in errors.
+        required: keys that must be present and not null; they identify the format.
+        optional: further keys that the reader uses.
+        ignored: keys that have no effect and are not reported, for example copies of others.
+        priority: readers with a higher priority are tried first, then those that require more keys.
     """
 
     name: ClassVar[str]
@@ -92,19 +92,19 @@ class Reader(abc.ABC):
 
     def __init__(self, options: ReadOptions, dropped: Counter[str]) -> None:
         self.options = options
-        self.dropped = dropped  # why something was left out, in the plural → how often
+        self.dropped = dropped  # the reason for leaving something out, as a plural noun → how often
 
     @classmethod
     def recognises(cls, row: dict[str, Any]) -> bool:
-        """Whether the keys of ``row`` say that it is of this format."""
+        """Whether ``row`` has the keys of this format."""
         return all(row.get(key) is not None for key in cls.required)
 
     @abc.abstractmethod
     def read(self, row: dict[str, Any]) -> Row:
-        """What ``row`` holds. Raises :class:`BadLineError` if it cannot be used, having kept nothing of it."""
+        """The content of ``row``. Raises :class:`BadLineError` if it is invalid; then nothing of it is kept."""
 
     def linked(self) -> list[LinkedTree]:
-        """The trees of rows that are linked to one another. Called once, after the last row."""
+        """The trees of rows that are linked to each other. Called once, after the last row."""
         return []
 
 
@@ -113,11 +113,11 @@ def conversation_row(
 ) -> Row:
     """A row that is one conversation: a thread up to the last assistant message, a prompt up to each user message.
 
-    The assistant message behind a prompt is its reference, unless it is not to be learned.
-    ``checks`` belong to ``messages``, one each, or are absent.
+    The assistant message after a prompt is its reference, unless it is excluded from training.
+    ``checks`` has one entry per message, or is empty.
 
     Raises:
-        BadLineError: neither a user nor an assistant speaks.
+        BadLineError: there is no user or assistant message.
     """
     if all(message.role == "system" for message in messages):
         raise BadLineError("no user or assistant message")

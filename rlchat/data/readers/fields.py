@@ -1,4 +1,4 @@
-"""The fields of a row, each checked: a :class:`BadLineError` says which field is wrong, and how."""
+"""Reads and checks the fields of a row. If a field is invalid, a :class:`BadLineError` names it and the reason."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from rlchat.conversation import Check, Role
 from rlchat.data.jsonl import BadLineError
 
-# Every prefix of a thread that ends on a user message is a prompt, so the number of prompts grows with its length.
+# Every prefix of a thread that ends with a user message is a prompt, so the number of prompts grows with its length.
 MAX_MESSAGES = 1000
-# tiktoken's regular expressions fail with a panic on about a million white-space characters in a row.
+# tiktoken's regular expressions panic on about a million consecutive white-space characters.
 MAX_SPACES = 100_000
 
 _ROLES: dict[str, Role] = {
@@ -25,7 +25,7 @@ _ROLES: dict[str, Role] = {
     "developer": "system",
 }
 _TOOL_ROLES = ("tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation")
-# A fraction is not supported: a message is learned or it is not.
+# Fractions are not supported: a message is either trained on or not.
 _LEARN_KEYS = ("weight", "loss_weight", "train", "loss_mask")
 
 
@@ -35,18 +35,18 @@ def shown(value: object) -> str:
 
 
 def text_field(value: object, name: str, may_be_empty: bool = False) -> str:
-    """``value``, which must be a string that UTF-8 can hold, with more than white space in it."""
+    """``value``, which must be a string that UTF-8 can encode and that does not consist of white space only."""
     if not isinstance(value, str):
         raise BadLineError(f"{name} is not a string: got {shown(value)}")
     if "\0" in value:
-        raise BadLineError(f"{name} holds a NUL character")
+        raise BadLineError(f"{name} contains a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadLineError(f"{name} holds a lone surrogate, which UTF-8 cannot encode") from None
+        raise BadLineError(f"{name} contains a lone surrogate, which UTF-8 cannot encode") from None
     if len(value) > MAX_SPACES and (longest := max(map(len, re.findall(r"\s+", value)), default=0)) > MAX_SPACES:
         raise BadLineError(
-            f"{name} holds {longest:,} white-space characters in a row, more than the {MAX_SPACES:,} that can be "
+            f"{name} contains {longest:,} white-space characters in a row, more than the {MAX_SPACES:,} that can be "
             "tokenized"
         )
     if not may_be_empty and not value.strip():
@@ -85,7 +85,7 @@ def id_field(row: dict[str, Any], key: str) -> str | None:
 
 
 def role_field(value: object) -> Role:
-    """The role that ``value`` names, in any case, by OASST's, ShareGPT's or OpenAI's name."""
+    """The role that ``value`` stands for: OASST's, ShareGPT's or OpenAI's name, in upper or lower case."""
     name = value.strip().lower() if isinstance(value, str) else ""
     if name in _TOOL_ROLES:
         raise BadLineError(f"role {shown(value)} is not supported: tool calls cannot be trained on")
@@ -95,25 +95,25 @@ def role_field(value: object) -> Role:
 
 
 def quality_field(value: object, name: str = "quality") -> float | None:
-    """The ``value`` of the key ``name``: a number in 0..1, or None."""
+    """The ``value`` of the key ``name``: a number from 0 to 1, or None."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadLineError(f"{name} is not a number: got {shown(value)}")
     if not 0 <= value <= 1:
-        raise BadLineError(f"{name} {shown(value)} is not in 0..1")
+        raise BadLineError(f"{name} {shown(value)} is not between 0 and 1")
     return float(value)
 
 
 def row_quality(row: dict[str, Any]) -> float | None:
-    """The ``quality`` of a row; without one, 1 or 0 for a KTO ``label`` of true or false."""
+    """The ``quality`` of a row, or 1 or 0 for a KTO ``label`` of true or false."""
     if row.get("quality") is None and isinstance(row.get("label"), bool):
         return float(row["label"])
     return quality_field(row.get("quality"))
 
 
 def learn_field(row: dict[str, Any]) -> bool:
-    """Whether a message or a row is to be learned: False if a weight, ``train`` or ``loss_mask`` says 0 or false."""
+    """Whether to train on a message or a row: False if a weight, ``train`` or ``loss_mask`` is 0 or false."""
     for key in _LEARN_KEYS:
         value = row.get(key)
         if isinstance(value, bool | int | float) and not value:
@@ -122,7 +122,7 @@ def learn_field(row: dict[str, Any]) -> bool:
 
 
 def unread_weights(row: dict[str, Any]) -> set[str]:
-    """The keys of ``row`` that ask for what :func:`learn_field` cannot give: a fraction, a list."""
+    """The keys of ``row`` whose values :func:`learn_field` does not support: fractions and lists."""
     return {key for key in _LEARN_KEYS if key in row and row[key] not in (None, 0, 1)}
 
 

@@ -16,7 +16,7 @@ class MessagesReader(Reader):
     name = "messages"
     required = frozenset({"messages"})
     optional = WHOLE_ROW
-    # Copies of what the messages hold, in UltraChat and others.
+    # Copies of parts of the messages, in UltraChat and others.
     ignored = frozenset({"prompt", "prompt_id"})
     key: ClassVar[str] = "messages"
 

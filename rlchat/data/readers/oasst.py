@@ -1,4 +1,4 @@
-"""OASST: trees of messages, in either layout of its files.
+"""OASST: trees of messages, in both file layouts.
 
 A row of the trees layout nests all its messages under ``prompt``. A row of the messages layout is one message, linked
 to another by ``parent_id``, in any order and any file, or with its own ``replies`` nested. Both have the same fields.
@@ -28,7 +28,7 @@ from rlchat.data.readers.fields import (
 
 @dataclass(slots=True)
 class _Node:
-    """A message that is not linked yet. ``unusable`` is why it is dropped, in the plural, for the report."""
+    """A message that is not linked yet. ``unusable`` is the reason for dropping it, as a plural noun for the report."""
 
     id: str
     parent_id: str | None
@@ -43,9 +43,9 @@ class _Node:
 class OasstReader(Reader):
     """Links the messages of all rows, and selects as the official loader does (``oasst_data`` in Open-Assistant).
 
-    A tree is kept if it was exported and its prompt was reviewed positively and is in ``lang`` (None: any language);
-    with ``any_state``, export and review do not matter. A message is dropped if it is deleted, empty or, without
-    ``keep_synthetic``, synthetic; everything below it is dropped too. A key that a file does not have excludes nothing.
+    A tree is kept if it was exported, its prompt was reviewed positively, and its prompt is in ``lang`` (None: any
+    language). With ``any_state``, export and review do not matter. A message is dropped if it is deleted, empty or,
+    without ``keep_synthetic``, synthetic. Everything below it is dropped too. A missing key excludes nothing.
     """
 
     name = "OASST message"
@@ -95,7 +95,7 @@ class OasstReader(Reader):
         return isinstance(row.get("prompt"), dict) or "message_id" in row or "parent_id" in row
 
     def read(self, row: dict[str, Any]) -> Row:
-        """The ids of the messages in ``row``; those that came before, in another row, are left out."""
+        """The ids of the messages in ``row``, without those that occurred in an earlier row."""
         root = row["prompt"] if isinstance(row.get("prompt"), dict) else row
         tree_id = id_field(row, "message_tree_id")
         tree_state = optional_field(row, "tree_state", str) if "tree_state" in row else "ready_for_export"
@@ -128,7 +128,7 @@ class OasstReader(Reader):
             elif node.parent_id in self.nodes:
                 self.nodes[node.parent_id].children.append(node)
         trees = [self._tree(root) for root in roots]
-        # The other messages are below one that no file holds, or form a cycle.
+        # The other messages are below a message that is in no file, or form a cycle.
         self._drop("messages that lead to no root", len(self.nodes) - sum(map(_size, roots)))
         return [tree for tree in trees if tree.threads or tree.prompts]
 
@@ -163,7 +163,7 @@ class OasstReader(Reader):
         return _Node(message_id, parent_id, tree_id, message, check, unusable, rejected_as_root)
 
     def _tree(self, root: _Node) -> LinkedTree:
-        """What is usable below ``root``."""
+        """The usable messages below ``root``."""
         if root.rejected_as_root is not None:
             self._drop(root.rejected_as_root)
             return LinkedTree(root.tree_id, [], {})
@@ -180,7 +180,7 @@ class OasstReader(Reader):
             stack.extend((child, messages, len(usable)) for child in reversed(node.children))
             usable.append((node, messages, parent_index))
 
-        # Children come after their parents, so going backwards reaches every reply before the message that it answers.
+        # Children come after their parents, so a backward pass reaches every reply before its parent.
         answered_below = [False] * len(usable)
         for i in range(len(usable) - 1, 0, -1):
             node, _, parent_index = usable[i]
@@ -213,7 +213,7 @@ def _size(node: _Node) -> int:
 
 
 def _label_quality(labels: object) -> float | None:
-    """The label ``quality`` of either layout of labels: ``{name: [...], value: [...]}`` or ``{name: {value: …}}``."""
+    """The label ``quality`` in either layout: ``{name: [...], value: [...]}`` or ``{name: {value: …}}``."""
     if labels is None:
         return None
     if not isinstance(labels, dict):

@@ -32,7 +32,7 @@ class PairReader(Reader):
 
     def read(self, row: dict[str, Any]) -> Row:
         if not super().recognises(row):
-            raise BadLineError("chosen and rejected belong together, and one of them is missing")
+            raise BadLineError("chosen and rejected are both required, and one of them is missing")
         if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
             return _of_message_lists(row)
         return _of_responses(row) if row.get("prompt") is not None else _of_hh_texts(row)
@@ -70,13 +70,13 @@ def _of_message_lists(row: dict[str, Any]) -> Row:
     if not before or before[-1].role != "user":
         raise BadLineError("chosen and rejected share no user message to reply to, and there is no prompt")
     if better.role != "assistant" or worse.role != "assistant":
-        return Row(prompt=Conversation(tuple(before), (), check), flaw="pairs that end on a user message")
+        return Row(prompt=Conversation(tuple(before), (), check), flaw="pairs that end with a user message")
     return _pair(row, tuple(before), better.text, worse.text, check, notes)
 
 
 def _of_hh_texts(row: dict[str, Any]) -> Row:
     chosen, rejected = (hh_turns(text_field(row[key], key), key) for key in ("chosen", "rejected"))
-    # Consecutive turns of one speaker are joined, so what is before the last reply ends on Human, or is empty.
+    # Consecutive turns of one speaker are joined, so the text before the last reply ends with a Human turn or is empty.
     messages, others = (turns if turns[-1].role == "user" else turns[:-1] for turns in (chosen, rejected))
     prompt = None
     if messages and messages == others and all(turn.text for turn in messages):
@@ -84,7 +84,7 @@ def _of_hh_texts(row: dict[str, Any]) -> Row:
     if chosen == rejected:
         return Row(prompt=prompt, flaw="identical pairs")
     if "user" in (chosen[-1].role, rejected[-1].role):
-        return Row(prompt=prompt, flaw="pairs that end on Human")
+        return Row(prompt=prompt, flaw="pairs that end with Human")
     if messages != others:
         return Row(flaw="pairs that differ before the last reply")
     if any(not turn.text for turn in messages):

@@ -15,7 +15,8 @@ from rlchat.data.readers.turns import Turns, for_whole_row, hh_turns, is_hh_text
 def prompt_turns(row: dict[str, Any]) -> Turns:
     """The ``prompt`` of a row: a text, a conversation as hh-rlhf writes it, or a list of messages.
 
-    The check is that of the row, or of the last message. Raises :class:`BadLineError` if an assistant speaks last.
+    The check comes from the row or from the last message. Raises :class:`BadLineError` if the last message is an
+    assistant's.
     """
     value = row["prompt"]
     if isinstance(value, list):
@@ -31,7 +32,7 @@ def prompt_turns(row: dict[str, Any]) -> Turns:
     else:
         messages, check, notes = (Message("user", text_field(value, "prompt")),), None, frozenset()
     if messages[-1].role != "user":
-        raise BadLineError("prompt does not end on a user message")
+        raise BadLineError("prompt does not end with a user message")
     check = check_field(row.get("check")) or check
     return Turns(messages, (*(None for _ in messages[1:]), check), notes)
 
@@ -85,7 +86,7 @@ class InstructionReader(Reader):
     name = "instruction and output"
     required = frozenset({"instruction", "output"})
     optional = WHOLE_ROW | {"input", "check"}
-    ignored = frozenset({"text"})  # the same as one text, in the original file
+    ignored = frozenset({"text"})  # the original file has the whole row as one text
 
     def read(self, row: dict[str, Any]) -> Row:
         asked = text_field(row["instruction"], "instruction")

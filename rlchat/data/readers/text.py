@@ -1,4 +1,4 @@
-"""Rows that are one text: a response without a prompt, or a whole chat in the markup of another program."""
+"""Rows that are one text: a response without a prompt, or a whole chat with the markup of another program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlchat.data.readers.base import Reader, Row, conversation_row
 from rlchat.data.readers.fields import learn_field, role_field, row_quality, text_field
 from rlchat.data.readers.turns import Turns, for_whole_row, joined_turns
 
-# The markup of a chat → what opens a turn; the group is the speaker.
+# The name of a chat markup → a regular expression for the beginning of a turn; its group is the speaker.
 _MARKUP = {
     "### Human:": re.compile(r"\s*###\s*(Human|User|Assistant|System):"),
     "### Instruction:": re.compile(r"\s*###\s*(Instruction|Response):"),
@@ -26,7 +26,7 @@ _END = re.compile(r"\s*(?:<\|im_end\|>|</s>|<\|end\|>|<\|endoftext\|>)?\s*$")
 class TextReader(Reader):
     """``{"text": …}``: a response without a prompt, for language modelling and the reward model.
 
-    With ``data.split_text``, a text in the markup of a chat (``### Human:``, ChatML, …) is split into turns.
+    With ``data.split_text``, a text with chat markup (``### Human:``, ChatML, …) is split into turns.
     """
 
     name = "text"
@@ -55,7 +55,7 @@ class TextReader(Reader):
 def _split(text: str, markup: str, row: dict[str, Any]) -> Row:
     before, *pieces = _MARKUP[markup].split(_END.sub("", text))
     speakers = [role_field(_SPEAKERS.get(speaker.lower(), speaker)) for speaker in pieces[::2]]
-    if before.strip():  # what comes before the first speaker instructs both
+    if before.strip():  # text before the first speaker is a system message
         speakers, pieces = ["system", *speakers], ["", before, *pieces]
     turns = joined_turns(zip(speakers, pieces[1::2], strict=True), "text")
     if any(not turn.text for turn in turns[:-1]):

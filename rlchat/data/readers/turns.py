@@ -1,4 +1,4 @@
-"""Messages inside a row: lists of objects, and text that marks the speakers."""
+"""Reads the messages in a row: lists of objects, and text with speaker names."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ class Turns:
 
 
 def note_of_unread(key: str) -> str:
-    """The note on a key that no reader honours."""
+    """The warning about a key that no reader supports."""
     return f"`{key}`, which is not supported"
 
 
 def message_list(rows: object, name: str = "messages", row: dict[str, Any] | None = None) -> Turns:
     """The messages of a list of objects: OpenAI's layout (``role``, ``content``) or ShareGPT's (``from``, ``value``).
 
-    Without roles, the speakers alternate from the user. ``quality``, ``check``, ``weight`` and ``train`` are optional.
-    ``row`` is the row around the list; its ``quality`` (or KTO ``label``), ``system`` and ``weight`` hold for all
-    messages that have none of their own.
+    Without roles, the speakers alternate, starting with the user. ``quality``, ``check``, ``weight`` and ``train`` are
+    optional. ``row`` is the row that contains the list; its ``quality`` (or KTO ``label``), ``system`` and ``weight``
+    apply to all messages without such a key.
     """
     if not isinstance(rows, list) or not rows:
-        raise BadLineError(f"{name} is not a list with a message in it")
+        raise BadLineError(f"{name} is not a non-empty list of messages")
     if len(rows) > MAX_MESSAGES:
         raise BadLineError(f"{len(rows):,} messages in one conversation, more than {MAX_MESSAGES:,}")
     messages: list[Message] = []
@@ -92,7 +92,7 @@ def message_list(rows: object, name: str = "messages", row: dict[str, Any] | Non
 
 
 def for_whole_row(turns: Turns, row: dict[str, Any]) -> Turns:
-    """``turns`` with what other keys of ``row`` say of all of them: ``quality``, ``label``, ``weight``, ``system``."""
+    """``turns`` with the keys of ``row`` applied to all of them: ``quality``, ``label``, ``weight``, ``system``."""
     quality, learn = row_quality(row), learn_field(row)
     messages = tuple(
         replace(m, quality=quality if m.quality is None else m.quality, learn=m.learn and learn)
@@ -127,7 +127,7 @@ def hh_turns(text: str, name: str) -> tuple[Message, ...]:
     """The turns of an hh-rlhf conversation. Consecutive turns of one speaker are joined."""
     before, *pieces = _HH_MARKER.split(text)
     if before.strip() or not pieces:
-        raise BadLineError(f"{name} does not begin with Human: or Assistant:, and there is no prompt beside it")
+        raise BadLineError(f"{name} does not begin with Human: or Assistant:, and the row has no prompt")
     roles = (_HH_ROLES[marker] for marker in pieces[::2])
     return joined_turns(zip(roles, pieces[1::2], strict=True), name)
 

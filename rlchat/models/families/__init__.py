@@ -1,8 +1,8 @@
-"""Encoder families that rlchat can run causally: every module of this folder declares one or more of them.
+"""The encoder families that rlchat can run causally. Every module of this folder declares one or more of them.
 
 Decoders need no declaration: transformers runs them causally and caches their keys and values. To add an encoder
-family, add one module here that defines ``FAMILIES``; nothing else names it. Each backbone is probed when it is made
-(see :mod:`rlchat.models.probe`), so a family whose attention does not fit is refused instead of trained wrongly.
+family, add one module here that defines ``FAMILIES``. Each backbone is probed when it is constructed
+(see :mod:`rlchat.models.probe`), so a family whose attention is not compatible is rejected with an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 class EncoderFamily:
     """An encoder family of transformers whose attention goes through ``AttentionInterface``.
 
-    ``model_type`` is its name in transformers. ``positions_follow_padding`` is True where the first token has position
-    ``pad_token_id + 1``, as in RoBERTa, and False where it has position 0.
+    ``model_type`` is its name in transformers. ``positions_follow_padding`` is True if the first token has position
+    ``pad_token_id + 1``, as in RoBERTa, and False if it has position 0.
     """
 
     model_type: str
