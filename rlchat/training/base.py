@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
@@ -25,7 +26,7 @@ from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_unif
 from rlchat.rewards import Reply
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.guard import NonFiniteGuard
-from rlchat.training.optimizers import make_optimizer, make_scheduler
+from rlchat.training.optimizers import follow_schedule, make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
 from rlchat.training.tally import Tally
 from rlchat.utils.padding import pad
@@ -37,7 +38,7 @@ VALIDATION_STREAM = -1
 PREDICTION_STREAM = -2
 
 # A resumed run keeps these from its checkpoint, in the states of the optimizer and the scheduler.
-_KEPT_ON_RESUME = ("learning_rate", "schedule", "warmup", "weight_decay", "adam_eps", "adam_beta2")
+_KEPT_ON_RESUME = ("learning_rate", "weight_decay", "adam_eps", "adam_beta2")
 
 
 class StageModule(L.LightningModule):
@@ -160,6 +161,23 @@ class StageModule(L.LightningModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self.guard.check_gradients(gradients, float(whole(norm)))
         return norm
+
+    def on_train_start(self) -> None:
+        """Lets a resumed run follow its schedule where it has other steps than in the checkpoint, and says so.
+
+        After more epochs are added, the learning rate is what it would have been in a run of all epochs from the start.
+        """
+        scheduler = next((config.scheduler for config in self.trainer.lr_scheduler_configs), None)
+        changed = follow_schedule(scheduler) if isinstance(scheduler, LambdaLR) else None
+        if changed and is_first():
+            _log.info(
+                "the learning rate continues at %.3g, where the %s schedule over all %d steps of the run has it; it "
+                "was %.3g in the checkpoint",
+                changed[1],
+                self.options.schedule,
+                self.trainer.estimated_stepping_batches,
+                changed[0],
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds PyTorch's generator for this batch and process.

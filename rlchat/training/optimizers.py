@@ -46,3 +46,22 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: floa
         return get_scheduler("constant", optimizer)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     return get_scheduler(name, optimizer, num_warmup_steps=round(warmup * steps), num_training_steps=round(steps))
+
+
+def follow_schedule(scheduler: LambdaLR) -> tuple[float, float] | None:
+    """Sets the learning rates to those of the schedule at its present step.
+
+    In a resumed run they are those of the checkpoint, in which the schedule may have been another one or may have had
+    another number of steps.
+
+    Returns:
+        The learning rate before and after, of the first group that has changed; None if nothing has.
+    """
+    groups = scheduler.optimizer.param_groups
+    changed: tuple[float, float] | None = None
+    for group, peak, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False):
+        before, after = float(group["lr"]), float(peak * factor(scheduler.last_epoch))
+        if not math.isclose(before, after, rel_tol=1e-9):
+            group["lr"] = after
+            changed = changed or (before, after)
+    return changed

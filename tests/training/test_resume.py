@@ -51,6 +51,28 @@ def test_every_checkpoint_leads_to_the_same_end(
         assert logged[step, name] == value, (step, name)
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_more_epochs_continue_the_schedule(stage: str, workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A linear schedule over 5 steps ends at 0; over 10 steps, its sixth step has half of the peak."""
+    write_talk(workplace / "talk.jsonl", 60)
+    options = [*FIT, "--model.learning_rate=0.001", "--model.warmup=0", "--trainer.log_every_n_steps=1"]
+    words = ["fit", *STAGES[stage], *options, *QUIET]
+    rlchat(*words, "--trainer.max_epochs=1")
+    assert rates(workplace) == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert "the learning rate continues" not in caplog.text
+    rlchat(*words, "--ckpt_path=last")
+    assert rates(workplace)[5:] == pytest.approx([5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
+    says = (
+        "the learning rate continues at 0.0005, where the linear schedule over all 10 steps of the run has it; it was 0"
+    )
+    assert says in caplog.text
+
+
+def rates(folder: Path) -> list[float]:
+    """The learning rates of all batches in ``folder``, in their order."""
+    return [value for _, name, value in sorted(metrics(folder)) if name == "train/learning_rate"]
+
+
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     """A short form of `make prove`'s 20 kills: real processes, killed without a chance to tidy up."""
     words = [*(word.format(batch=8) for word in PPO), "--trainer.max_epochs=6"]
