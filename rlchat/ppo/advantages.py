@@ -120,6 +120,9 @@ def rloo(scores: Tensor, group_size: int) -> Tensor:
     Args:
         scores: [B]; rows i·group_size … (i + 1)·group_size - 1 are responses to one prompt.
         group_size: 2 or more.
+
+    Raises:
+        ValueError: if group_size is less than 2.
     """
     groups = _shifted_groups(scores, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
@@ -134,6 +137,9 @@ def grpo(scores: Tensor, group_size: int) -> Tensor:
     Args:
         scores: [B]; rows i·group_size … (i + 1)·group_size - 1 are responses to one prompt.
         group_size: 2 or more.
+
+    Raises:
+        ValueError: if group_size is less than 2.
     """
     groups = _shifted_groups(scores, group_size)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
@@ -145,6 +151,8 @@ def _shifted_groups(scores: Tensor, group_size: int) -> Tensor:
     Adding a constant to all scores of a group does not change the advantages. Without the shift, the mean of n equal
     floats can differ from them by a rounding error, which a division by the standard deviation would amplify.
     """
+    if group_size < 2:
+        raise ValueError(f"group_size is {group_size}: expected 2 or more responses to each prompt")
     groups = scores.view(-1, group_size)
     return groups - groups[:, :1]
 

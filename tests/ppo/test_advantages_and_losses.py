@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -230,6 +231,14 @@ def test_grpo_by_hand() -> None:
     """(1, 2, 6): mean 3, sample variance (4 + 1 + 9) / 2 = 7. Equal scores: nothing."""
     scale = 1 / (7**0.5 + 1e-4)
     close(grpo(t(1, 2, 6, 5, 5, 5), 3), [-2 * scale, -scale, 3 * scale, 0, 0, 0])
+
+
+@pytest.mark.parametrize("estimate", [rloo, grpo])
+@pytest.mark.parametrize("group_size", [1, 0, -1])
+def test_a_group_of_one_response_is_refused(estimate: Callable[[Tensor, int], Tensor], group_size: int) -> None:
+    """There is nothing to compare it with: both formulas divide 0 by 0."""
+    with pytest.raises(ValueError, match=f"group_size is {group_size}: expected 2 or more responses to each prompt"):
+        estimate(t(1, 2), group_size)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=12, max_size=12), st.sampled_from([2, 3, 4, 6]), st.floats(-5, 5))
