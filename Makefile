@@ -49,11 +49,12 @@ constraints: .venv-tools/bin/uv
 docs: .venv-tools/docs
 	.venv-tools/bin/sphinx-build -q -W --keep-going -d docs/_build/.doctrees docs docs/_build
 
-# The long proofs, whose figures docs/multi-gpu.md quotes: an hour and more of two cores. Two nodes need root, for network
-# namespaces, and iproute2.
+# Every trainer option with every stage, as a table: docs/trainer-options.md.
 trainer_matrix: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m prove.trainer_matrix --out docs/trainer-options.md
 
+# The long proofs, whose figures docs/multi-gpu.md quotes: an hour and more of two cores. Two nodes need root, for network
+# namespaces, and iproute2.
 prove: export OMP_NUM_THREADS ?= 1
 prove: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
 prove: $(VENV)/installed-dev
