@@ -16,11 +16,13 @@ from pkgutil import resolve_name as import_object
 from typing import Any, cast, get_args
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import LightningEnum
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich import get_console
@@ -181,7 +183,10 @@ class RLChatCLI(LightningCLI):
         return {**kwargs, "weights_only": True}
 
     def after_fit(self) -> None:
-        """Reports if a resumed run was already complete."""
+        """Reports why EarlyStopping ended the run, and if a resumed run was already complete."""
+        for callback in self.trainer.early_stopping_callbacks:
+            if callback.stopping_reason_message and not callback.verbose and is_first():  # verbose: it has told
+                _log.info("EarlyStopping: %s", callback.stopping_reason_message)
         if self._get(self.config, "ckpt_path") and not self.trainer.callback_metrics:
             epochs = self.trainer.max_epochs
             _log.info("the run is already complete after %s epochs; raise --trainer.max_epochs to continue it", epochs)
@@ -232,6 +237,8 @@ def run(argv: list[str]) -> RLChatCLI:
     """Runs ``[command, *options]``; the result has the trainer, the module and the data module."""
     configure_messages(argv[0] if argv else "")
     _integers_first()
+    # Some defaults of Lightning, such as Timer's interval, are members of an enumeration, which YAML cannot write.
+    yaml.SafeDumper.add_multi_representer(LightningEnum, lambda dumper, member: dumper.represent_str(member.value))
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # so that a user's reward in the working directory can be imported

@@ -196,3 +196,24 @@ def test_the_best_model_by_another_metric(here: Path, capsys: pytest.CaptureFixt
     expected = float(metrics["val/reward"]) - 2.0 * float(metrics["val/kl"])
     assert float(best.best_model_score) == pytest.approx(expected)
     assert "it logs val/" in error_of(capsys, *SMOKE, *SHORT, "--best_model.select_by=val/nothing")
+
+
+@pytest.mark.parametrize(
+    ("callback", "reason"),
+    [
+        (["EarlyStopping", "monitor=val/perplexity", "min_delta=1e9"], "did not improve in the last 1 records"),
+        (["EarlyStopping", "monitor=val/perplexity", "verbose=true", "min_delta=1e9"], "did not improve in the last 1"),
+        (["EarlyStopping", "monitor=val/perplexity", "stopping_threshold=1e9"], "Stopping threshold reached"),
+        (["Timer", "duration=00:00:00:00"], "Time limit reached. Elapsed time is 0:00:00"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_reason_for_an_early_end_reaches_the_terminal_once(
+    callback: list[str], reason: str, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, *options = callback
+    words = [f"--trainer.callbacks+={CALLBACK}.{name}", *(f"--trainer.callbacks.{option}" for option in options)]
+    words += ["--trainer.callbacks.patience=1"] if name == "EarlyStopping" else []
+    rlchat(*SFT, *words, "--trainer.max_epochs=4")
+    shown = [record.getMessage() for record in caplog.records if is_informative(record)]
+    assert sum(reason in line for line in shown) == 1
