@@ -20,7 +20,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps the caches of the tests out of the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        # matplotlib's font cache follows the variable too, and takes seconds to make anew.
+        # matplotlib's font cache also uses this variable, and takes seconds to create.
         patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR") or str(cache / "matplotlib"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, executed as they stand there in a copy of the package."""
+"""The recipes of CONTRIBUTING.md, executed exactly as printed in a copy of the package."""
 
 from __future__ import annotations
 

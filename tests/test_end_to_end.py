@@ -33,9 +33,9 @@ def test_every_recipe_runs(name: str, workplace: Path, trained: Path) -> None:
     shutil.copytree(trained / "checkpoints", "checkpoints")
     shutil.copytree(trained / "data", "data")
     words = ["fit", "--config", name, "--trainer.fast_dev_run=1", "--data.path", "data/demo.jsonl"]
-    if name == "sft":  # the one that starts from a model of the network
+    if name == "sft":  # this recipe downloads its base model
         words += ["--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:]]
-    if name == "ppo":  # for longer texts than the tiny model's
+    if name == "ppo":  # its max_new_tokens is too large for the tiny model
         words += ["--model.max_new_tokens", "16"]
     before = {path: path.stat().st_mtime for path in Path("checkpoints").iterdir()}
     rlchat(*words)
@@ -43,7 +43,7 @@ def test_every_recipe_runs(name: str, workplace: Path, trained: Path) -> None:
 
 
 def test_the_three_stages_on_an_encoder(workplace: Path) -> None:
-    """SFT of an encoder, a reward model on its backbone, PPO with both; one file of ranked replies for all."""
+    """SFT of an encoder, a reward model on its backbone, PPO with both; one file of ranked responses for all stages."""
     pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No. No. No."} for n in range(12)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     brief = ["--data.path", "pairs.jsonl", "--data.batch_size=4", "--trainer.max_epochs=1"]
@@ -70,6 +70,6 @@ def test_from_a_file_to_a_chat(workplace: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "perplexity" in run.stdout
-    assert run.stderr.strip() == ""  # no warning, no tip, no news
+    assert run.stderr.strip() == ""  # no warnings or other messages
     reply = ChatInterface("checkpoints/rl_chat_model_tiktoken.pt").generate_response("Hello, how are you?")
     assert isinstance(reply, str)

@@ -1,4 +1,4 @@
-"""Who may import whom, and what the command line does not import before it is asked to."""
+"""The import layers of packages, and imports that the command line delays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def python(code: str) -> str:
     return run.stdout
 
 
-def test_layers() -> None:
+def test_packages_only_import_from_lower_layers() -> None:
     pytest.importorskip("importlinter")
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -56,7 +56,7 @@ def test_what_needs_no_model_imports_none(words: list[str]) -> None:
 
 
 def test_help_is_instant() -> None:
-    """Counted in modules, since seconds depend on who else is working here: Python itself starts with about 60."""
+    """Measured by the number of imported modules, because times depend on the load. Python itself imports about 60."""
     out = python("import sys; from rlchat.__main__ import main; main(['--help']); print(len(sys.modules))")
     assert int(out.splitlines()[-1]) < 160
     for name, what in COMMANDS.items():

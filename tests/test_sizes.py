@@ -1,4 +1,4 @@
-"""Bounds on the size of packages, modules and functions."""
+"""Limits on the size of packages, modules and functions."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ LABELS = {"trl": "TRL 1.12", "separate": "rlchat, critic: separate", "shared": "
 COLOURS = {"trl": "#666666", "separate": "#1f6fb4", "shared": "#d1700f"}
 LAST = 5  # the final reward is the mean over this many iterations
 GOAL = 0.8
-# Student's t, 97.5%, by degrees of freedom.
+# The 97.5% quantile of Student's t distribution, by degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 

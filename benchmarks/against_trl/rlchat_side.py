@@ -45,7 +45,7 @@ from rlchat.rewards import Reply, ReplyFactor, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks
 from rlchat.utils.padding import pad
 
-# What a value head on the policy's trunk learns better with than with what is common.
+# Hyperparameters with which a value head on the policy's backbone learns better than with the common ones.
 TUNED = {("shared", "S"): {"learning_rate": 5e-3}}
 
 
@@ -140,7 +140,7 @@ def options_of(
         "kl_coef": h.kl_coef,
         "gamma": h.gamma,
         "lam": h.lam,
-        "max_grad_norm": math.inf,  # TRL's PPO loop has that option and never clips
+        "max_grad_norm": math.inf,  # TRL's PPO has this option but never clips
         "seed": seed,
     }
 

@@ -27,7 +27,7 @@ from trl.experimental.ppo import ppo_trainer
 from rlchat.models.sampling import Generated
 
 TOLERANCE = 1e-4  # of the distance that the weights moved
-# A sixth of the benchmark's: at that one, Adam amplifies rounding to 3e-2 of the distance in single runs.
+# A sixth of the benchmark's learning rate, at which Adam amplifies rounding to 3e-2 of the distance in some runs.
 LEARNING_RATE = 1e-3
 
 

@@ -47,7 +47,7 @@ def make_policy(initial: GPT2LMHeadModel, size: Size) -> GPT2LMHeadModel:
         output.logits[..., size.sayable :] = -1e30
 
     policy = copy.deepcopy(initial)
-    # A hook, not a subclass: `generate` reads the signature of `forward` to see what it may pass.
+    # A hook instead of a subclass, because `generate` inspects the signature of `forward`.
     policy.register_forward_hook(silence)
     return policy
 

@@ -16,17 +16,17 @@ from rlchat.ppo.module import PPOModule
 
 _log = logging.getLogger("rlchat")
 
-# Validations in a row in which the training reward rose and the held-out reward fell. Four random values are in a
+# Consecutive validations in which the training reward rose and the held-out reward fell. Four random values are in a
 # given order with probability 1/24, and both series with probability 1/576.
 _FALLS = 3
 
-# Validations in a row that must show a hacked reward.
+# Consecutive validations that must show a hacked reward.
 _HACKED = 2
-# What counts as worse than at its best: a drop of answer accuracy, a growth of perplexity, and a drop of another factor
+# What counts as clearly worse than the best: a drop in answer accuracy, a growth in perplexity, and a drop in a factor
 # relative to the rise of the reward.
 _ACCURACY_DROP, _PERPLEXITY_GROWTH, _FACTOR_DROP = 0.1, 1.5, 0.5
 
-# The usual KL: half a nat per token of a response, at least 10 nats. Gao et al. 2022 (arXiv 2210.10760) find that the
+# The usual KL: 0.5 nats per token of a response, at least 10 nats. Gao et al. 2022 (arXiv 2210.10760) find that the
 # true reward declines between 10 and 100 nats, depending on the size of the reward model.
 _USUAL_KL_PER_TOKEN, _USUAL_KL = 0.5, 10.0
 

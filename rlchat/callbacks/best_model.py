@@ -103,11 +103,11 @@ class BestModel(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Writes ``last.ckpt`` every ``save_last_every`` batches, and before a signal stops the run."""
-        # ModelCheckpoint's own every_n_train_steps counts optimizer steps, of which PPO takes several per batch.
+        # ModelCheckpoint's every_n_train_steps counts optimizer steps, and PPO takes several per batch.
         done = batches_seen(trainer)
         self._stop = self._signals.agreed(pl_module)
         self._due = bool(self._stop or (self.save_last_every and done % self.save_last_every == 0))
-        # A run resumed from a checkpoint of this moment would skip the validation or the end of the epoch that follows
+        # A run resumed from a checkpoint written here would skip the validation or the end of the epoch that follows
         # this batch. In these cases the hooks below save.
         if self._due and not trainer.is_last_batch and not _validation_follows(trainer, batch_idx):
             self._save_last(trainer, pl_module)
@@ -150,10 +150,10 @@ class BestModel(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Marks a checkpoint written before a validation, so that a resumed run begins with this validation."""
-        # No hook of Lightning lies where its own checkpoint says "in validation": it counts a batch as started after
-        # on_validation_start and as processed before on_validation_batch_end. So the counts are set here, in the
-        # checkpoint. They are set in every checkpoint, because the counts of a run that was resumed from such a mark
-        # stay one too high in memory until the epoch ends.
+        # Lightning has no hook at the point where its checkpoint means "in validation": it counts a batch as started
+        # after on_validation_start and as processed before on_validation_batch_end. Therefore the counts are set here,
+        # in the checkpoint. They are set in every checkpoint, because the counts of a run that was resumed from such a
+        # checkpoint stay one too high in memory until the epoch ends.
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
         batches["processed"] = batches["completed"]
         batches["ready"] = batches["started"] = batches["completed"] + int(self._before_validation)
@@ -166,7 +166,7 @@ class BestModel(ModelCheckpoint):
         before = self.best_model_score
         score = None if self._selection is None else self._selection.score(trainer.callback_metrics)
         if score is not None and not bool(torch.isfinite(score)):
-            # ModelCheckpoint would take NaN for the worst finite value, which makes a first NaN the best.
+            # ModelCheckpoint would replace NaN by the worst finite value, so that a first NaN would become the best.
             rank_zero_warn(f"{self.monitor} is {float(score)}; this model is not saved as the best")
         elif score is not None and _is_finite(pl_module):
             candidates = {**self._monitor_candidates(trainer), str(self.monitor): score}
@@ -192,7 +192,7 @@ class BestModel(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._signals.release()
         if self._signals.stopped:
-            # The first process has more to draw and write, and Lightning kills processes that end much later.
+            # The first process draws and writes more, and Lightning kills processes that end much later than others.
             trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,4 +15,4 @@ def batches_seen(trainer: Trainer) -> int:
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Whether the run is ``--trainer.fast_dev_run``, which must not change the files of real runs."""
-    return bool(getattr(trainer, "fast_dev_run", False))  # Lightning sets it in a way that type checkers do not see
+    return bool(getattr(trainer, "fast_dev_run", False))  # set by Lightning in a way that type checkers do not see

@@ -73,7 +73,7 @@ class SampleResponses(Callback):
         respond: Any = getattr(pl_module, "respond", None)
         if trainer.sanity_checking or respond is None:
             return
-        # `rlchat validate` trains nothing; there the iteration is the one stored in the checkpoint.
+        # `rlchat validate` does not train; its iteration is the one stored in the checkpoint.
         if trainer.state.fn == TrainerFn.FITTING:
             self._validations += 1
             self._iteration = batches_seen(trainer)

@@ -14,7 +14,7 @@ from rlchat.errors import UserError
 REWARD_MINUS_KL = "reward-kl"
 """The name of the selection by ``val/reward`` − β · ``val/kl``, the objective that PPO maximizes."""
 
-# A metric with such a name is best where it is smallest.
+# Lower values are better for metrics with these names.
 _LOWER_IS_BETTER = ("loss", "perplexity", "nll", "kl", "error", "truncated_fraction")
 
 

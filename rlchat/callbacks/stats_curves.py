@@ -82,7 +82,7 @@ def limits(finite: Array, may_be_log: bool) -> tuple[float, float, bool]:
             return 10 ** (low - room), 10 ** (high + room), True
     low, high = fence(finite)
     room = 0.06 * (high - low)
-    # A constant gets room on both sides; so do values that differ by rounding only.
+    # A constant gets a margin on both sides; so do values that differ by rounding only.
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = 0.1 * abs(high) or 0.5
     # An axis of values that are never negative does not extend below zero.

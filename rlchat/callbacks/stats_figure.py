@@ -228,7 +228,7 @@ def _draw_factors(axes: Axes, factors: Mapping[str, Curve], end: int) -> None:
         _mark_empty(axes)
 
     lasts = {name: last_finite(values) for name, values in smoothed.items()}
-    # The ideal height of each label, and one that does not overlap its neighbors, as fractions of the axes' height.
+    # The ideal height of each label, and the nearest one without overlap, as fractions of the axes' height.
     wishes = {name: 0.5 if np.isnan(last) else (last - low) / (high - low) for name, last in lasts.items()}
     in_order = sorted(chosen, key=lambda name: wishes[name])
     heights = spread_labels([wishes[name] for name in in_order], gap=10.5 / (72 * _PANEL_HEIGHT), low=-0.1, high=1.1)

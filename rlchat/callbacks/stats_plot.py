@@ -47,7 +47,7 @@ class StatsPlot(Callback):
 
     # Drawing takes up to a second. Whatever min_seconds is, drawing takes at most 1/30 of the run's time.
     _SHARE_OF_TIME = 30
-    # TensorBoard's file keeps each image, so the images become rarer as the run grows.
+    # TensorBoard keeps all images in its file, so the longer the run, the less often an image is added.
     _GROWTH_BETWEEN_IMAGES = 1.5
 
     def __init__(
@@ -75,7 +75,7 @@ class StatsPlot(Callback):
         self._history = {name: _Series(**plain) for name, plain in state_dict["history"].items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The same callback may be used for a second run: drop points that are not of this run.
+        # The same callback may be used for a second run: drop points from other runs.
         self._history = {name: series.until(batches_seen(trainer)) for name, series in self._history.items()}
         self._history = {name: series for name, series in self._history.items() if series.steps}
         self._fresh, self._seen, self._batch_metrics, self._next_drawing = [], {}, set(), 0.0
@@ -95,7 +95,7 @@ class StatsPlot(Callback):
             self._draw_if_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Metrics that are logged per batch now hold the mean of the epoch, which is not a new point.
+        # Metrics that are logged per batch now contain the mean of the epoch, which is not a new point.
         fresh = {n: value for n, value in self._take_fresh(trainer).items() if n not in self._batch_metrics}
         self._fresh.append((batches_seen(trainer), fresh))
 
@@ -148,7 +148,8 @@ class StatsPlot(Callback):
         try:
             self._fetch()
         except RuntimeError:
-            # After a device-side error no value can be read. Do not hide that error, and draw what was fetched before.
+            # After a device-side error, no value can be read. Do not hide that error; draw the values fetched before
+            # it.
             if not device_may_be_broken:
                 raise
         if not (trainer.is_global_zero and self._history and self._picture) or is_fast_dev_run(trainer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from rlchat.conversation import Conversation
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
-# Share of the context that is kept free for a response whose length the caller left open.
+# Share of the context that is reserved for a response if ``max_new_tokens`` is None.
 _OPEN_RESPONSE_SHARE = 16
 
 

@@ -29,7 +29,7 @@ from rlchat.data.formats import tree_id_of
 from rlchat.data.jsonl import MAX_LINE_BYTES
 from rlchat.errors import UserError
 
-# Most messages of a conversation in one line, the newest ones: each message is nested in the one before it, and JSON
+# Maximum number of messages per line, the newest ones: each message is nested in the previous one, and JSON
 # parsers limit the depth of nesting.
 MAX_CONTEXT = 100
 
@@ -112,12 +112,13 @@ def feedback_row(
             raise UserError("the response is empty and cannot be rated: correct it instead")
         label = {"quality": {"value": _QUALITY[verdict], "count": 1}}
         replies = [{**_message("assistant", response), "labels": label, "model_name": model}]
-    # Not marked as synthetic although a model wrote the response: readers of OASST skip synthetic messages.
+    # The response is not marked as synthetic, although a model wrote it, because readers of OASST skip synthetic
+    # messages.
     for message in reversed(messages):
         parent = _message(_OASST_ROLES[message.role], message.text)
         replies = [{**parent, "replies": [{**child, "parent_id": parent["message_id"]} for child in replies]}]
     return {
-        # Equal for all conversations that open alike, so that they stay on one side of a split.
+        # Equal for all conversations with the same beginning, so that they are in the same split.
         "message_tree_id": tree_id_of(messages),
         "feedback_id": _feedback_id(messages, response, client),
         "verdict": "corrected" if isinstance(verdict, Correction) else verdict,
@@ -173,7 +174,7 @@ def _append(path: Path, line: bytes) -> None:
             line = line if os.read(descriptor, 1) == b"\n" else b"\n" + line
         try:
             if (written := os.write(descriptor, line)) < len(line):
-                written += os.write(descriptor, line[written:])  # raises the reason, or completes the line
+                written += os.write(descriptor, line[written:])  # completes the line or raises an error
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, end)

@@ -37,7 +37,7 @@ class ResponseGenerator:
         self.tokenizer = bundle.tokenizer
         self.device = device
         self.generator = generator
-        self._cached: tuple[Cache, list[int]] | None = None  # a cache, and the ids whose keys and values it holds
+        self._cached: tuple[Cache, list[int]] | None = None  # a cache, and the ids of its keys and values
 
     def forget(self) -> None:
         """Drop the cache."""
@@ -62,7 +62,7 @@ class ResponseGenerator:
             cache=cache,
         )
         for step in steps:
-            if use_cache:  # Ctrl-C may come at any moment; what was computed before this step is in every layer
+            if use_cache:  # Ctrl-C may come at any moment; all layers are complete up to this step
                 self._cached = cache, ids + drawn
             drawn.append(int(step.tokens))
             yield drawn[-1]

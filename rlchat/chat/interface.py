@@ -75,7 +75,7 @@ class ChatInterface:
         self._generator = ResponseGenerator(self.bundle, self.device, generator)
         self._messages: list[SavedMessage] = []
         self._undone: list[SavedMessage] = []  # the messages that the last undo removed, until the next response
-        # Per message that was rated: the model's own response, the verdict, and the file that holds it.
+        # For each rated message: the model's response, the verdict, and the feedback file.
         self._ratings: list[tuple[SavedMessage, Reply, Verdict, Path]] = []
         self._last: Reply | None = None  # the last message, if it was generated here
         self._sampling = Sampling()
@@ -319,8 +319,8 @@ class ChatInterface:
                     yield piece
                 finished = True
             finally:
-                # A response that was stopped before its first character is not kept: an empty assistant message would
-                # make the model likely to answer with nothing again.
+                # A response that was stopped before its first character is discarded: an empty assistant message would
+                # make another empty response likely.
                 if use_history and (finished or pieces):
                     reply = "".join(pieces)
                     self._messages += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply, now())]

@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # do not fail on a stray byte, or a character the terminal lacks
+            stream.reconfigure(errors="replace")  # do not fail on invalid bytes or unsupported characters
     if question is not None and (document := _piped_document()).strip():
         question = f"{document.rstrip()}\n\n{question}"
     if interactive and question is None:
@@ -199,7 +199,7 @@ def _model_and_question(words: list[str]) -> tuple[str, str | None]:
         return DEFAULT_MODEL, None
     (word,) = words
     is_model = word.endswith(".pt") and not any(map(str.isspace, word))
-    with contextlib.suppress(OSError, ValueError):  # a question may be too long for a path, or hold a NUL
+    with contextlib.suppress(OSError, ValueError):  # a question may be too long for a path, or contain a NUL
         is_model = is_model or Path(word).is_file()
     return (word, None) if is_model else (DEFAULT_MODEL, word)
 
@@ -262,7 +262,7 @@ class Session:
         try:
             if interactive:
                 write_output("model> ")
-            # Closed at once, so that the text so far is in the history before the next message.
+            # Closed immediately, so that the text so far is in the history before the next message.
             with contextlib.closing(pieces):
                 for piece in pieces:
                     write_output(without_controls(piece) if sys.stdout.isatty() else piece)

@@ -76,7 +76,7 @@ def save_conversation(path: str | Path, conversation: SavedConversation, *, over
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: choose another name")
     text = json.dumps(conversation_to_dict(conversation), ensure_ascii=False, indent=1) + "\n"
-    # A broken paste may hold a lone surrogate, which UTF-8 cannot encode.
+    # Pasted text may contain a lone surrogate, which UTF-8 cannot encode.
     write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="replace")))
 
 
@@ -84,7 +84,7 @@ def load_conversation(path: str | Path) -> SavedConversation:
     """The conversation in ``path``. Raises :class:`UserError` if the file is missing, damaged or in another format."""
     path = _path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe may block, and a device may never end
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe may block, and reading a device may never end
             raise UserError(f"{path} is a directory, a pipe or a device: expected a file")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)

@@ -8,9 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rlchat.errors import UserError
 
-# Lightning raises these when it checks options and what callbacks and loggers need.
+# Lightning raises these when it checks options and the requirements of callbacks and loggers.
 _REFUSALS = (MisconfigurationException, ValueError)
-# Its callbacks, loggers and finders raise these too: a missing metric or a missing package.
+# Its callbacks, loggers and tuners also raise these, for example for a missing metric or package.
 _REFUSALS_OF_PARTS = (RuntimeError, ImportError, NotImplementedError)
 _PARTS = (
     "lightning.pytorch.callbacks",
@@ -33,8 +33,8 @@ def user_error_in(error: BaseException) -> UserError | None:
             return UserError(f"trainer.logger: {' '.join(str(inner).split())}")
         inner = inner.__cause__ or inner.__context__
     text = " ".join(str(error).split())
-    # PyTorch and Lightning raise these as RuntimeError or MisconfigurationException without a type of their own, so
-    # that only the text tells them apart.
+    # PyTorch and Lightning raise these as RuntimeError or MisconfigurationException without more specific types, so
+    # only the text distinguishes them.
     if isinstance(error, RuntimeError) and text.startswith("Error(s) in loading state_dict"):
         return UserError(
             "ckpt_path: the shape of the model in the checkpoint differs from the options; leave out --config "

@@ -134,7 +134,7 @@ class RLChatCLI(LightningCLI):
         options = self.config[self.config["subcommand"]]
         module = import_object(str(options["model"]["class_path"]))
         if isinstance(module, type) and issubclass(module, StageModule):
-            # Our stages log values that are already reduced over all processes.
+            # rlchat's stages log values that are already reduced over all processes.
             warnings.filterwarnings("ignore", ".*It is recommended to use .*sync_dist=True.*")
         check_strategy(options["trainer"])
         check_trainer(options["trainer"])
@@ -156,7 +156,7 @@ class RLChatCLI(LightningCLI):
             kwargs["logger"] = False  # it has no metrics
         elif given["logger"] in (None, True):
             folder = str(_logs_folder(options))
-            name = stage if command == "fit" else f"{stage}_{command}"  # beside the training runs, not among them
+            name = stage if command == "fit" else f"{stage}_{command}"  # separate from the training runs
             board = TensorBoardLogger(folder, name=name, default_hp_metric=False)
             kwargs["logger"] = [
                 board,
@@ -176,7 +176,7 @@ class RLChatCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if "verbose" in kwargs:  # Lightning's own table repeats the same numbers in a column per loader
+        if "verbose" in kwargs:  # Lightning's table repeats the same numbers in one column per loader
             self.prints_metrics = kwargs["verbose"]
             kwargs["verbose"] = False
         # Only tensors and plain values are unpickled from a checkpoint.

@@ -11,19 +11,19 @@ from transformers.utils.logging import disable_progress_bar
 
 _LIGHTNING = "lightning"
 
-# Lightning's modules whose messages answer what the user asked for: the reasons of EarlyStopping and Timer, a
-# profiler's report, what a finder found, and the hint about tensor cores.
+# Lightning's modules whose messages the user wants to see: the reasons of EarlyStopping and Timer, a
+# profiler's report, the result of a tuner, and the hint about tensor cores.
 _INFORMATIVE = ("pytorch/callbacks", "pytorch/profilers", "pytorch/tuner", "fabric/accelerators")
 
 _ROUTINE_WARNINGS = (
     ".*args parameter is intended to run from within Python.*",
     ".*Experiment logs directory .* exists and is not empty.*",  # TensorBoard has just created it
-    ".*does not have many workers.*",  # making batches is faster than training
+    ".*does not have many workers.*",  # creating batches is faster than training
     ".*The number of training batches.*smaller than the logging interval.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*GPU available but not used.*",
     ".*treespec.*",
-    ".*Couldn't infer the batch indices.*",  # the order of our batches is known
+    ".*Couldn't infer the batch indices.*",  # the order of rlchat's batches is known
     ".*Total length of .* across ranks is zero.*",  # data with prompts only
     ".*lr_scheduler.step.*before.*optimizer.step.*",
 )
@@ -35,7 +35,7 @@ def configure_messages(command: str) -> None:
     handler.addFilter(is_informative)
     logging.basicConfig(format="%(message)s", handlers=[handler])
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of source
-    # A summary of the data is useful before training; whoever measures or predicts has seen it.
+    # The summary of the data is useful before training, and redundant before a test or prediction.
     logging.getLogger("rlchat").setLevel(logging.INFO if command == "fit" else logging.WARNING)
     for name in (_LIGHTNING, "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
@@ -61,5 +61,5 @@ def is_informative(record: logging.LogRecord) -> bool:
     """Whether ``record`` is more than a routine message of Lightning."""
     if record.levelno > logging.INFO or record.name.partition(".")[0] != _LIGHTNING:
         return True
-    # All calls of rank_zero_info share one logger, so that only the file of the call tells them apart.
+    # All calls of rank_zero_info share one logger, so only the file of the call distinguishes them.
     return PurePath(record.pathname).parent.as_posix().endswith(_INFORMATIVE)

@@ -80,7 +80,7 @@ def explain(argv: Sequence[str], groups: Mapping[str, type], options: Iterable[s
     return UserError(_one_line(detail, 300))
 
 
-# ---- what the user set -----------------------------------------------------------------------------------------------
+# ---- the settings of the user ----------------------------------------------------------------------------------------
 
 
 def _configs(words: Sequence[str]) -> list[str]:
@@ -138,7 +138,7 @@ def _class_path(setting: Setting) -> Any:
     return None
 
 
-# ---- what does not fit -----------------------------------------------------------------------------------------------
+# ---- invalid settings ------------------------------------------------------------------------------------------------
 
 
 def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], model: Any) -> UserError | None:
@@ -146,7 +146,7 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
     group, flag = setting.keys[0], "--" + ".".join(setting.keys)
     if group == "model" and setting.keys[1:] != ("class_path",):
         if len(setting.keys) == 1:
-            # A file may set options only, where another file names the class.
+            # A file may contain only options if another file names the class.
             options_only = isinstance(setting.value, dict) and "class_path" not in setting.value and model is not None
             base = imported_class("model", model, LightningModule) if options_only else LightningModule
             return _class_problem(setting.place, setting.value, base) if isinstance(base, type) else base
@@ -219,7 +219,7 @@ def _accepts(hint: Any, value: Any) -> bool:
         parser.parse_object({"value": value})
     except ArgumentError:
         return False
-    except Exception:  # a type that jsonargparse knows inside a signature only
+    except Exception:  # a type that jsonargparse only supports in signatures
         return True
     return True
 

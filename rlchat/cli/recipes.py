@@ -9,7 +9,7 @@ import yaml
 from rlchat.errors import UserError
 
 _PACKAGE = Path(__file__).parents[1]
-# An installed wheel holds the recipes inside the package, a clone beside it.
+# An installed wheel contains the recipes in the package, a clone next to it.
 FOLDER = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir() or f.parent != _PACKAGE)
 
 

@@ -59,7 +59,7 @@ def _recorded() -> dict[str, list[str]]:
     """Stage → checkpoint folders of its runs; empty if no run has been recorded."""
     try:
         return dict(json.loads(_RECORD.read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # not there, or damaged: the folders of lightning_logs are searched all the same
+    except (OSError, ValueError):  # missing or damaged: the folders of lightning_logs are still searched
         return {}
 
 

@@ -18,7 +18,7 @@ from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
 from rlchat.utils.files import write_atomically
 
-_SMALLEST, _LARGEST = 256, 1_000_000  # the single bytes; several times the largest encoding in use
+_SMALLEST, _LARGEST = 256, 1_000_000  # the single bytes; several times the size of the largest common encoding
 _MEASURED_BYTES = 5_000_000
 
 
@@ -135,5 +135,5 @@ def _message_texts(tree: Tree) -> Iterator[str]:
 
 
 def _bytes_per_token(tokenizer: ChatTokenizer, texts: list[str], size: int) -> float:
-    sample = texts[:: max(1, size // _MEASURED_BYTES)]  # spread evenly over the data; more would not change two digits
+    sample = texts[:: max(1, size // _MEASURED_BYTES)]  # evenly spaced; more would not change two digits
     return sum(len(text.encode()) for text in sample) / sum(len(tokenizer.encode(text)) for text in sample)

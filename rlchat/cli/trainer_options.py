@@ -10,7 +10,7 @@ from rlchat.ppo.config import refuse_max_steps
 
 _CALLBACKS = "lightning.pytorch.callbacks"
 
-# Callbacks that change how Lightning optimizes, which PPO does itself, and what replaces them.
+# Callbacks that change Lightning's optimization, which PPO does not use, and their alternatives.
 _NOT_FOR_PPO = {
     "GradientAccumulationScheduler": "set --model.micro_batch_size instead",
     "StochasticWeightAveraging": f"use {_CALLBACKS}.EMAWeightAveraging or WeightAveraging instead",

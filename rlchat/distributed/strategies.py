@@ -77,5 +77,5 @@ def check_strategy(options: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.strategy {name} is not supported; use {FSDP2}, which shards over all processes")
     precision = str(options.get("precision"))
     if (name == FSDP2 or name.endswith(f".{FSDP2Strategy.__name__}")) and precision not in _SHARDED_PRECISIONS:
-        # Each process would find infinite gradients in its own shard only, and skip other steps than the rest.
+        # Each process would only see infinite gradients in its own shard, so processes would skip different steps.
         raise UserError(f"trainer.precision {precision} is not supported with {FSDP2}; use bf16-mixed or 32-true")

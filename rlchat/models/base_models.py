@@ -44,7 +44,7 @@ def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length:
     values.setdefault("bos_token_id", None)
     values.setdefault("eos_token_id", None)
     if "num_attention_heads" in values and getattr(CONFIG_MAPPING[family](), "num_key_value_heads", None):
-        # Families with grouped-query attention have a default that fits only their default number of heads.
+        # The default of families with grouped-query attention only fits their default number of heads.
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
     try:
         config = AutoConfig.for_model(family, **{**values, "vocab_size": vocab_size})

@@ -13,7 +13,7 @@ from rlchat.models.kv_cache import EncoderCache
 
 ATTENTION_NAME = "rlchat_causal"
 
-# Keyword arguments by which transformers asks for more than plain attention; ignoring one would change the result.
+# Keyword arguments with which transformers requests more than plain attention; ignoring one would change the result.
 _NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 

@@ -39,7 +39,7 @@ _TYPES: dict[str, type] = {
     "about": dict,
     "state": dict,
 }
-_LARGEST_BUFFERS = 2**30  # bytes of tensors that a backbone computes from its configuration, such as causal masks
+_LARGEST_BUFFERS = 2**30  # bytes of tensors that a backbone computes from its configuration, for example causal masks
 M = TypeVar("M", bound=torch.nn.Module)
 
 
@@ -145,7 +145,7 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
     _check_archive(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's, about pickles of other programs
+            warnings.simplefilter("ignore", UserWarning)  # from torch, about pickles of other programs
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -213,7 +213,7 @@ def _tokenizer(content: dict[str, Any], path: str | Path) -> ChatTokenizer:
         return ChatTokenizer.from_state(state)
     except UserError:
         raise
-    except Exception as error:  # tiktoken raises errors of many kinds
+    except Exception as error:  # tiktoken raises many types of errors
         raise UserError(f"{path}: damaged model file, its tokenizer cannot be built: {one_line(error)}") from error
 
 
@@ -241,7 +241,7 @@ def _load(path: str | Path, part: dict[str, Any], build: Callable[[dict[str, Any
             f"{path}: transformers {transformers.__version__} does not have the model family {error}; the file was "
             f"probably made with a newer version, update transformers"
         ) from error
-    except Exception as error:  # whatever a family makes of damaged values
+    except Exception as error:  # damaged values can cause any error
         raise UserError(f"{path}: damaged model file, its model cannot be built: {one_line(error)}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     for name in sorted(shapes.keys() ^ state.keys()):

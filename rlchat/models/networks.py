@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from rlchat.models.backbones import Backbone
 from rlchat.models.kv_cache import Cache
 
-# Logits held at one time: 64 million numbers, 256 MiB. More tokens are processed in chunks whose logits are computed
+# Logits in memory at a time: 64 million numbers, 256 MiB. More tokens are processed in chunks whose logits are computed
 # again in the backward pass, so that no [batch · time, vocabulary] tensor exists with a vocabulary of 100,000.
 _LOGITS_AT_A_TIME = 2**26
 
-# Not -inf, so that 0 · log 0 is 0 in an entropy and never NaN; finite at every temperature that Sampling accepts.
+# Not -inf, so that 0 · log 0 in an entropy is 0 instead of NaN; finite at every temperature that Sampling accepts.
 _UNSAYABLE_LOGIT = -1e30
 
 
@@ -45,7 +45,7 @@ class RLChatModel(nn.Module):
         self.backbone = backbone
         self.hidden_dim = hidden_dim
         self.value_head = value_head(backbone.hidden_size, hidden_dim)
-        # 1 where an id is unsayable. Floating point, because Lightning's WeightAveraging averages all buffers.
+        # 1 where an id is unsayable. A float tensor, because Lightning's WeightAveraging averages all buffers.
         silent = torch.zeros(backbone.vocab_size)
         silent[list(unsayable)] = 1
         self.register_buffer("unsayable", silent, persistent=False)
@@ -110,7 +110,7 @@ class RewardModel(nn.Module):
         hidden = self.backbone(ids, attention_mask)
         last = attention_mask.long().sum(-1) - 1
         at_end = hidden[torch.arange(len(ids), device=ids.device), last]
-        return torch.squeeze_copy(_head_fp32(self.score_head, at_end), -1)  # FSDP2 wants no view to leave here
+        return torch.squeeze_copy(_head_fp32(self.score_head, at_end), -1)  # FSDP2: forward must not return a view
 
 
 class Critic(nn.Module):
@@ -137,7 +137,7 @@ class Critic(nn.Module):
     def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [batch, time] in float32: the expected return after each token of ``ids``."""
         hidden = self.backbone(ids, attention_mask)
-        return torch.squeeze_copy(_head_fp32(self.value_head, hidden), -1)  # FSDP2 wants no view to leave here
+        return torch.squeeze_copy(_head_fp32(self.value_head, hidden), -1)  # FSDP2: forward must not return a view
 
 
 def _linear_fp32(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def _attempt(backbone: Backbone, where: str, run: Callable[[], T]) -> T:
         return run()
     except UserError:
         raise
-    except Exception as error:  # whatever a family of transformers raises, it cannot be used
+    except Exception as error:  # any error means that the family cannot be used
         _refuse(backbone, f"fails {where} ({type(error).__name__}: {one_line(error)})", error)
 
 

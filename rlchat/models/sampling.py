@@ -117,7 +117,7 @@ def sample(
         drawn = choose(logits, sampling, uniforms(position).to(ids.device))
         token = torch.where(alive, drawn.tokens, pad_id)
         change = yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
-        # A finished row continues as padding that nothing attends to, so that all positions stay as they are.
+        # A finished row continues with padding that no token attends to, so that all positions stay the same.
         mask = torch.cat([mask, alive[:, None]], 1)
         alive = alive & (token != end_id) & (position + 1 < ends)
         step = token[:, None]
@@ -229,10 +229,11 @@ def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds ``uniform`` [batch]; never a token with probability 0."""
     cumulative = _cumsum(probabilities)
-    if cumulative.is_cuda:  # a parallel sum may decrease by rounding; a token of probability 0 could be hit
+    if cumulative.is_cuda:  # by rounding, a parallel sum may decrease, and a token with probability 0 could be selected
         cumulative = cumulative.cummax(-1).values
     total = cumulative[:, -1:]
-    # Rounding can bring u·total up to total, past every token; just below total is the last token with a probability.
+    # By rounding, u·total can reach total, beyond the last token. The next smaller number selects the last possible
+    # token.
     target = torch.minimum(uniform[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 

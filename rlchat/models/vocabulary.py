@@ -35,7 +35,7 @@ def kept_rows(base_model: str | dict[str, Any], tokenizer: ChatTokenizer) -> int
     count, config = tokenizer.base_size, configuration(base_model, tokenizer.vocab_size, max_length=1)
     if config.vocab_size != count:
         log.info(
-            "the base model has %d tokens and the encoding %s has %d: embeddings are initialized anew",
+            "the base model has %d tokens and the encoding %s has %d: the embeddings are initialized randomly",
             config.vocab_size,
             tokenizer.name,
             count,
@@ -48,7 +48,7 @@ def kept_rows(base_model: str | dict[str, Any], tokenizer: ChatTokenizer) -> int
     if theirs is None:
         log.warning(
             "%s has as many tokens as the encoding %s, but no byte-level tokenizer.json or vocab.json that could show "
-            "whether they are the same: embeddings are initialized anew",
+            "whether they are the same: the embeddings are initialized randomly",
             base_model,
             tokenizer.name,
         )
@@ -57,7 +57,7 @@ def kept_rows(base_model: str | dict[str, Any], tokenizer: ChatTokenizer) -> int
     different = [token for token, text in ours.items() if theirs.get(token) != text]
     if different:
         log.warning(
-            "%s has as many tokens as the encoding %s, but %d of them differ: embeddings are initialized anew",
+            "%s has as many tokens as the encoding %s, but %d of them differ: the embeddings are initialized randomly",
             base_model,
             tokenizer.name,
             len(different),

@@ -233,8 +233,8 @@ def _gae_estimator(inputs: EstimatorInputs) -> Advantages:
 
 
 # Without a critic, the return of a response is the sum of its rewards, and each of its tokens gets the same advantage.
-# Such an estimator allows neither turns (a row would have several responses) nor whitened rewards (whitening adds a
-# constant to each token, so that the sum would reward length).
+# These estimators support neither turns (a row would have several responses) nor whitened rewards (whitening adds a
+# constant to each token, so the sum would depend on the length).
 @advantage_estimator("rloo", needs_group=True)
 def _rloo_estimator(inputs: EstimatorInputs) -> Advantages:
     advantages = rloo(inputs.rewards.sum(1), inputs.group_size)[:, None] * inputs.mask

@@ -38,7 +38,7 @@ class Dialogue:
     """A conversation that is being generated."""
 
     prompt: Conversation  # the conversation so far; it ends with a user message
-    later_prompts: tuple[Conversation, ...]  # what the data holds after it: longer and longer prefixes
+    later_prompts: tuple[Conversation, ...]  # the later prompts in the data: longer and longer prefixes
     ids: list[int]
     recorded_messages: int = 0  # number of messages of the data's conversation that have been used
     response_at: list[int] = field(default_factory=list)  # as in Transcript
@@ -67,7 +67,7 @@ class Dialogue:
         assert self.reply is not None
         following, *later = self.later_prompts
         turn = tuple(m for m in following.messages[self.recorded_messages :] if m.role != "assistant")
-        # A truncated response has no end marker. It is added here, and does not count as sampled.
+        # A truncated response has no end marker. It is added here and does not count as sampled.
         ids = [] if self.reply.ended else [tokenizer.end_id]
         ids += tokenizer.render_prompt(Conversation(turn)).ids
         if len(self.ids) + len(ids) > most_ids:

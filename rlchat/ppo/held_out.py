@@ -33,7 +33,7 @@ class HeldOutModule(RolloutModule):
 
     def tally_responses(self, batch: PromptBatch) -> None:
         """Adds the rewards, KL, lengths and correctness of responses to held-out prompts to the tally."""
-        # The same random numbers in every validation, so that differences come from the model.
+        # Every validation uses the same random numbers, so that differences come from the model.
         rows = self.global_rows(len(batch.ids), self.held_out_prompts)
         self.held_out_prompts += len(batch.ids)
         rollout = self.roll_out(batch, rows, stream=VALIDATION_STREAM)

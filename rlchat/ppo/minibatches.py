@@ -49,7 +49,7 @@ def local_minibatches(
 def shuffled_rows(rows: int, seed: int, iteration: int, epoch: int) -> Tensor:
     """Long [rows]: a permutation that depends only on the arguments, so that all processes draw the same one."""
     uniforms = addressed_uniforms(seed, iteration, torch.arange(rows))
-    return uniforms(-1 - epoch).argsort()  # positions from 0 on belong to sampled tokens
+    return uniforms(-1 - epoch).argsort()  # sampled tokens use the positions from 0 on
 
 
 def not_empty(rows: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -229,12 +229,12 @@ class PPOModule(HeldOutModule):
                 # a. The gradient of the mean loss over the tokens of the minibatch.
                 optimizer.zero_grad()  # type: ignore[union-attr]
                 metrics = accumulate_gradients(self, self.minibatch_losses(iteration, minibatch, sequences))
-                # b. One optimizer step; it is skipped if the loss or the gradient is not finite.
+                # b. One optimizer step, which is skipped if the loss or the gradient is not finite.
                 self.guard.check_losses(metrics)
                 optimizer.step()  # type: ignore[union-attr]  # on_before_optimizer_step clips the gradient
                 steps.append({**metrics, "grad_norm": self.grad_norm})
                 self.count_skipped_steps()
-            # c. Stop early if the policy is far from the one that sampled.
+            # c. Stop early if the policy has moved too far from the old policy.
             if self.options.target_kl is not None and steps[-1]["approx_kl"] > self.options.target_kl:
                 break
         return mean_of_steps(steps)

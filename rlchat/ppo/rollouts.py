@@ -128,7 +128,7 @@ class RolloutModule(PolicyModule):
         if self.critic_kind == "separate":
             self.critic = _new_critic(bundle, options.critic_init).train()
         if self.critic_kind != "shared":
-            # DDP fails on a parameter that requires a gradient and is in no loss.
+            # DDP fails if a parameter requires a gradient and no loss depends on it.
             self.model.value_head.requires_grad_(False)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class RolloutModule(PolicyModule):
                 active = [row for row in active if dialogues[row].add_user_turn(self.tokenizer, most_ids)]
                 if not anywhere(self, bool(active)):
                     break
-            # A process without active dialogues generates for one dummy row: a sharded model needs all processes.
+            # A process without active dialogues generates a dummy row, because a sharded model needs all processes.
             ids, mask = pad(
                 [dialogues[row].ids for row in active] or [[self.tokenizer.end_id]], self.tokenizer.pad_id, "left"
             )

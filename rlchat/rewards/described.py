@@ -44,7 +44,7 @@ def rebuild(described: Sequence[dict[str, Any]]) -> Reward:
             factors.append(factor(**row["init_args"]))
         except UserError as error:
             raise UserError(f"{row['class_path']} cannot be rebuilt: {error}") from error
-        except Exception as error:  # whatever the code of a user's factor raises
+        except Exception as error:  # the code of a user's factor can raise anything
             raise UserError(f"{row['class_path']} cannot be rebuilt: {type(error).__name__}: {error}") from error
     return Reward(factors)
 

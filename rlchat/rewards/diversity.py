@@ -11,7 +11,7 @@ from rlchat.rewards.text import ngrams, repeated_share, words
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
 
-# A unit of at most 20 characters, four or more times in a row. It does not start with white space, so indentation
+# A unit of at most 20 characters, repeated four or more times. It does not start with white space, so indentation
 # does not count.
 _LOOP = re.compile(r"(\S.{0,19}?)\1{3,}", re.DOTALL)
 

@@ -141,7 +141,7 @@ def _add_feedback(app: FastAPI, path: Path, file: str, metrics: Metrics) -> None
         try:
             append_feedback(path, body.prompt, body.reply, verdict, model=file, client=body.client)
         except UserError as error:
-            if isinstance(error.__cause__, OSError):  # not the client's fault, and the path is not its business
+            if isinstance(error.__cause__, OSError):  # not the client's fault, and it must not see the path
                 log.error("%s", error)
                 raise APIError(507, "the server cannot write feedback: see its log") from error
             raise APIError(400, str(error)) from error
@@ -187,7 +187,7 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        # Where a union of types fails, the deepest error is that of the type that was meant.
+        # If a union of types fails, the deepest error belongs to the intended type.
         alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
         first = max(alike, key=lambda one: len(one["loc"]))
         if first["type"] == "json_invalid":

@@ -64,7 +64,7 @@ class Ticket:
     deliver: Callable[[Piece], None]
     deadline: float
     seed: int = 0
-    choice: int = 0  # index among the responses to one request; each has other random numbers
+    choice: int = 0  # index among the responses to one request; each has different random numbers
     stop: Sequence[str] = ()
     logprobs: int | None = None  # deliver the log-prob of each token and of this many of the most likely ones
     streams: bool = False

@@ -25,7 +25,7 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# Paths without a key: the page, which asks the user for it, and health checks.
+# Paths that need no key: the page, which asks the user for the key, and health checks.
 _OPEN_PATHS = ("/", "/health")
 
 _HEADERS = (
@@ -130,7 +130,7 @@ class Guard:
             raise APIError(403, f"origin {text!r} is not allowed: start the server with --allow-origin {text}")
         if self.api_key is not None and scope["path"] not in _OPEN_PATHS:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            # Compared in constant time, so that the duration reveals nothing about the key.
+            # Compared in constant time, so that timing reveals nothing about the key.
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
                 raise APIError(401, "the API key is missing or wrong", code="invalid_api_key")
 

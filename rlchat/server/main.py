@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from rlchat.server.responses import Limits
 
-# Idle connections are closed after this time. It is longer than the limit of common clients, so that the server does
+# Idle connections are closed after this time. It is longer than the timeout of common clients, so that the server does
 # not close a connection just when a client uses it again.
 _IDLE_SECONDS = 75
 _SHUTDOWN_SECONDS = 30  # then uvicorn cancels requests that still run; the engine aborts its responses earlier
@@ -112,7 +112,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     print(f"{file.stem} is at {place} (page) and {place}/v1 (OpenAI-compatible API); press Ctrl-C to stop", flush=True)
     if not options.api_key and not ipaddress.ip_address(host).is_loopback:
         print("rlchat: anyone who can reach this address can use the model: set --api-key", file=sys.stderr)
-    # uvicorn shuts down on these signals and then raises them again; here they are the normal way to stop.
+    # uvicorn shuts down on these signals and raises them again. Here they are the normal way to stop.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     Server(uvicorn_config(api), engine.abort).run(sockets=[listener])

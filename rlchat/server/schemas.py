@@ -37,7 +37,8 @@ def _check_stop(value: Any) -> Any:
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Options of OpenAI's API and of similar servers that would change the response and that this server does not support,
-# with the values that change nothing. Other values are refused. Unknown options (user, metadata, store, …) are ignored.
+# with the values that have no effect. Other values are rejected. Unknown options (user, metadata, store, …) are
+# ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),

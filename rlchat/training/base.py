@@ -33,11 +33,11 @@ from rlchat.utils.padding import pad
 
 _log = logging.getLogger("rlchat")
 
-# Streams of random numbers beside those of the training iterations, which are 0, 1, 2, …
+# Streams of random numbers for evaluation; those of the training iterations are 0, 1, 2, …
 VALIDATION_STREAM = -1
 PREDICTION_STREAM = -2
 
-# A resumed run keeps these from its checkpoint, in the states of the optimizer and the scheduler.
+# A resumed run takes these from its checkpoint: they are in the states of the optimizer and the scheduler.
 _KEPT_ON_RESUME = ("learning_rate", "weight_decay", "adam_eps", "adam_beta2")
 
 
@@ -128,7 +128,7 @@ class StageModule(L.LightningModule):
         self.log(name, mean, prog_bar=True)
         self.guard.check_losses({name: float(mean)})
         self._microbatch_counts.append(count)
-        # DDP averages gradients over processes, and this loss is a share of a sum.
+        # DDP averages gradients over processes, but these losses have to be added.
         return total / self._microbatch_counts[0].clamp(min=1) * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -157,7 +157,7 @@ class StageModule(L.LightningModule):
         """The norm of all gradients, which are already unscaled here; the guard finds the one that is not finite."""
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(gradients.values()))
-        # In fp16 an overflow is usual: the gradient scaler skips the step and lowers its scale.
+        # In fp16, overflows are normal: the gradient scaler skips the step and lowers its scale.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             self.guard.check_gradients(gradients, float(whole(norm)))
         return norm

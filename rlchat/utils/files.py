@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         Path(name).replace(path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        # On a full disk torch.save raises an error of its own while it handles the system's.
+        # On a full disk, torch.save raises a different error while it handles the system's.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise UserError(f"{path}: cannot be written: {cause.strerror}; the existing file is unchanged") from error

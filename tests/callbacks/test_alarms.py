@@ -1,4 +1,4 @@
-"""Alarms: each is raised once, for its own problem only."""
+"""Alarms: each is raised once, and only for its own problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With weight averaging, all files hold the model that validation measured."""
+"""With weight averaging, all files contain the model that was validated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlchat.callbacks.best_model import BestModel
 
 
 class Climber(L.LightningModule):
-    """Its weight grows by 1 per batch. Validation logs the weight that it sees, and notes it in a buffer."""
+    """Its weight grows by 1 per batch. Validation logs the current weight and stores it in a buffer."""
 
     bundle_name = "climber.pt"
     monitor = ("val/weight", "max")

@@ -1,4 +1,4 @@
-"""BestModel: model files and checkpoints of a run, and what a resumed run continues from."""
+"""BestModel: model files and checkpoints of a run, and resuming from them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Scripted(L.LightningModule):
 
 
 class Looks(L.Callback):
-    """Notes before each batch how many batches ``last.ckpt`` was written after; 0 where there is none."""
+    """Records before each batch after how many batches ``last.ckpt`` was written; 0 if there is none."""
 
     def __init__(self, folder: Path) -> None:
         self.last = folder / "last.ckpt"
@@ -181,7 +181,7 @@ def test_an_earlier_model_file_is_renamed(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_text("of an earlier run")
     run(tmp_path, Scripted([1.0, 2.0]), BestModel(str(tmp_path)), epochs=2)
     older = list(tmp_path.glob("model.*.pt"))
-    assert [p.read_text() for p in older] == ["of an earlier run"]  # once: the run's own first bundle is no other's
+    assert [p.read_text() for p in older] == ["of an earlier run"]  # once: the run does not rename its own file
     assert (tmp_path / "model.pt").read_text() == "after 4 batches"
     run(tmp_path, Scripted([1.0]), BestModel(str(tmp_path)), epochs=1)
     found = sorted(p.read_text() for p in tmp_path.glob("model*.pt"))
@@ -258,7 +258,7 @@ def test_a_resumed_run_keeps_the_best_score(tmp_path: Path) -> None:
     run(second, Scripted([5.0, 4.0, 6.0, 5.5]), best, epochs=4, resume=checkpoints(second) / "last.ckpt")
     assert best.best_model_score == 6.0
     assert (bundles / "model.pt").read_text() == "after 6 batches"
-    assert list(bundles.iterdir()) == [bundles / "model.pt"]  # its own earlier one needs no setting aside
+    assert list(bundles.iterdir()) == [bundles / "model.pt"]  # the run's own file is overwritten, not renamed
     assert counts(checkpoints(second) / "best.ckpt")[1] == 6
     assert counts(checkpoints(first) / "best.ckpt")[1] == 2  # the first run's folder is as it was
 

@@ -1,4 +1,4 @@
-"""The size of what a run writes, and the deletion of old checkpoints."""
+"""The disk usage of a run, and the deletion of old checkpoints."""
 
 from __future__ import annotations
 

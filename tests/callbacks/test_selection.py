@@ -1,4 +1,4 @@
-"""What selects the best model."""
+"""The selection of the best model."""
 
 from __future__ import annotations
 

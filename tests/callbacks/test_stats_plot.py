@@ -25,7 +25,7 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_tensorboard_shows_the_plot_ever_more_rarely(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_plot_less_often_in_longer_runs(tmp_path: Path) -> None:
     """Drawn after each of eight batches, shown where the run has grown by half since the last image, and at the end."""
     board = TensorBoardLogger(str(tmp_path), name="", version="run")
     trainer(StatsPlot(every_n_batches=1, min_seconds=0), logger=board, epochs=2).fit(Automatic(), Data())
@@ -88,7 +88,7 @@ def test_image_is_redrawn_during_the_run_but_not_too_often(monkeypatch: pytest.M
 
     assert drawn(Spy(path="p.png", every_n_batches=5, min_seconds=0, dpi=10)) == [5, 10, 12]
     assert drawn(Spy(path="p.png", every_n_batches=5, min_seconds=3600, dpi=10)) == [5, 12]
-    # However often it may, drawing takes a bounded share of the time.
+    # Even if it may draw often, drawing takes a bounded share of the time.
     monkeypatch.setattr(Spy, "_SHARE_OF_TIME", 10**6)
     assert drawn(Spy(path="p.png", every_n_batches=5, min_seconds=0, dpi=10)) == [5, 12]
 

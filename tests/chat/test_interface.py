@@ -237,7 +237,7 @@ def test_greedy_is_the_likeliest_token_of_the_whole_context(random_model: Path) 
     for question in ("Hello, how are you?", "And what is that?"):
         ids += [user, *tokenizer.encode(question), end, assistant]
         reply: list[int] = []
-        for _ in range(4):  # the whole context anew for each token: no cache
+        for _ in range(4):  # the whole context again for each token: no cache
             row = torch.tensor([ids + reply])
             with torch.no_grad():
                 logits = chat.model.logits(chat.model(row, torch.ones_like(row))[0, -1])

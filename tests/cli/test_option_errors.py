@@ -57,7 +57,7 @@ def test_names_of_other_libraries(alias: str, option: str) -> None:
 
 
 def test_a_suggestion_is_an_option_of_the_class() -> None:
-    """PPO clips gradients by an option of its own, the other stages by one of the trainer."""
+    """PPO has its own option for gradient clipping; the other stages use the trainer's."""
     assert error("--model.grad_clip", "1").endswith("did you mean --model.max_grad_norm?")
     assert error("--model.grad_clip", "1", model="rlchat.SFTModule").endswith(
         "did you mean --trainer.gradient_clip_val?"

@@ -58,7 +58,7 @@ def recipes_listed(folder: Path, before: str, place: Path) -> list[str]:
     return [line.split()[1] for line in ran.stderr.splitlines() if line.startswith("  --config")]
 
 
-def test_a_wheel_holds_everything_that_a_clone_has(source: Path, tmp_path: Path) -> None:
+def test_a_wheel_contains_everything_that_a_clone_has(source: Path, tmp_path: Path) -> None:
     pip("wheel", str(source), "-w", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
     unpacked = tmp_path / "unpacked"

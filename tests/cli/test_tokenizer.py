@@ -79,7 +79,7 @@ def test_languages(tmp_path: Path, trained_on: Counter[str]) -> None:
         assert set(trained_on) == expected
 
 
-def test_the_numbers_that_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The commonest pair of bytes is the 257th token; each text is then two tokens for four bytes, or one pair of digits
     # for which there is none.
     (tmp_path / "data.txt").write_text("abab\nabab\n0")

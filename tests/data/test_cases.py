@@ -1,4 +1,4 @@
-"""Layouts and files that people bring: what each gives, or the error that names the remedy."""
+"""Layouts and file types of users: the result of reading them, or the error and its advice."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_kto_label_is_a_quality(read: RowReader) -> None:
     assert not report.warnings
 
 
-def test_keys_that_change_the_meaning_of_a_row_are_honoured_or_named(read: RowReader) -> None:
+def test_keys_that_change_the_meaning_of_a_row_are_used_or_reported(read: RowReader) -> None:
     weights = [
         {**TALK, "messages": [*TALK["messages"], {"content": "Again"}, {"content": "No.", key: value}]}
         for key, value in (("weight", 0), ("train", False), ("loss_weight", 0.0), ("loss_mask", 0))
@@ -139,7 +139,7 @@ def test_keys_that_change_the_meaning_of_a_row_are_honoured_or_named(read: RowRe
         "<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n<|user|>\nBye</s>\n<|assistant|>\nSee you.</s>",
     ],
 )
-def test_markup_in_text_is_named_and_split_on_request(read: RowReader, text: str) -> None:
+def test_chat_markup_in_text_is_reported_and_split_on_request(read: RowReader, text: str) -> None:
     ((tree,), report) = read({"text": text})
     assert threads_of([tree]) == [f"a:{text}"]
     (warning,) = report.warning_lines()
@@ -160,7 +160,7 @@ def test_markup_in_text_is_named_and_split_on_request(read: RowReader, text: str
         ({"role": "assistant", "content": ""}, "content is empty"),
     ],
 )
-def test_messages_that_cannot_be_learned(read: RowReader, message: dict[str, Any], reason: str) -> None:
+def test_messages_that_cannot_be_trained_on(read: RowReader, message: dict[str, Any], reason: str) -> None:
     row = {"messages": [{"role": "user", "content": "Hi"}, message]}
     with pytest.raises(UserError, match=rf"rows\.jsonl:1: .*{reason}"):
         read(row)
@@ -168,7 +168,7 @@ def test_messages_that_cannot_be_learned(read: RowReader, message: dict[str, Any
     assert (threads_of(trees), report.bad_lines) == (["u:Hi a:Hello!"], 1)
 
 
-def test_the_longest_run_of_spaces_that_is_read_can_be_tokenized(read: RowReader, tokenizer: ChatTokenizer) -> None:
+def test_the_longest_accepted_run_of_spaces_can_be_tokenized(read: RowReader, tokenizer: ChatTokenizer) -> None:
     ((tree,), _) = read({"prompt": " " * 100_000 + "a"})
     assert tokenizer.encode(tree.prompts[0].messages[0].text)
 
@@ -190,7 +190,7 @@ def test_oasst_parent_ids_may_be_empty_or_integers(read: RowReader) -> None:
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_gives_its_elements(tmp_path: Path, indent: int | None) -> None:
+def test_a_json_array_is_read_element_by_element(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "rows.json"
     rows = [{"prompt": f"question {i}", "completion": "a" * 30_000} for i in range(12)]
     path.write_text("\n " + json.dumps(rows, indent=indent))
@@ -214,7 +214,7 @@ def test_compressed_files(tmp_path: Path, compress: Any) -> None:
         read_trees([path], on_bad_line="skip")
 
 
-def test_zstd_is_read_or_names_its_package(tmp_path: Path) -> None:
+def test_zstd_is_read_or_the_error_names_the_package(tmp_path: Path) -> None:
     path = tmp_path / "rows.zst"
     try:
         import zstandard
@@ -228,7 +228,7 @@ def test_zstd_is_read_or_names_its_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_bad_line", ["error", "skip"])
-def test_files_of_another_kind_are_named(tmp_path: Path, on_bad_line: Any) -> None:
+def test_unsupported_file_types_are_named(tmp_path: Path, on_bad_line: Any) -> None:
     line = json.dumps(TALK)
     path = tmp_path / "rows"
     with zipfile.ZipFile(tmp_path / "archive", "w") as archive:
@@ -246,7 +246,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path, on_bad_line: Any) -> No
         assert "skip" not in str(error.value)
 
 
-def test_latin1_advises_to_convert_the_file(tmp_path: Path) -> None:
+def test_latin1_error_advises_to_convert_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": "café"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"rows\.jsonl:1: the line is not UTF-8 .*iconv -f LATIN1 -t UTF-8") as error:
@@ -286,10 +286,10 @@ def test_a_pipe_is_read_once(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_a_pipe_under_several_processes_is_refused_unread(
+def test_a_pipe_is_rejected_unread_on_several_processes(
     tmp_path: Path, byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would hang or give each process a part: nobody writes into this one, so that opening it would block."""
+    """Each process would get only a part. Nothing is written to this pipe, so opening it would block."""
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(OASST2DataModule, "_rank_and_world", lambda self: (1, 2))
     with pytest.raises(
@@ -301,7 +301,7 @@ def test_a_pipe_under_several_processes_is_refused_unread(
 # ---- what a stage uses -----------------------------------------------------------------------------------------------
 
 
-def test_the_split_is_over_trees_with_a_row_for_the_stage(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
+def test_only_trees_with_a_row_for_the_stage_are_split(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
     rows: list[Any] = [{"prompt": f"fact {i}"} for i in range(200)]
     rows += [{"prompt": f"q{i}", "completion": "a"} for i in range(3)]
     data = module(str(write(tmp_path / "rows.jsonl", *rows)), byte_tokenizer, tmp_path)
@@ -342,7 +342,7 @@ def test_feedback_on_a_held_out_prompt_is_held_out(tmp_path: Path, byte_tokenize
     assert len(alone["val"]) > 3
 
 
-def test_validation_that_is_off_is_said(
+def test_validation_that_is_off_is_reported(
     tmp_path: Path, byte_tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(write(tmp_path / "rows.jsonl", *({"prompt": f"q{i}", "completion": "a"} for i in range(9))))
@@ -352,7 +352,7 @@ def test_validation_that_is_off_is_said(
     assert "validation is off, because data.val_fraction is 0" in caplog.text
 
 
-def test_warnings_come_back_from_the_cache(
+def test_warnings_are_restored_from_the_cache(
     tmp_path: Path, byte_tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="rlchat")

@@ -1,4 +1,4 @@
-"""Batches by hand, splits that do not leak, an order that ranks and resumes share, a cache that never lies."""
+"""The data module: batches checked by hand, disjoint splits, a row order shared by ranks and resumes, the cache."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def only(batches: Iterable[Any]) -> Any:
 # ---- batches by hand -------------------------------------------------------------------------------------------------
 
 
-def test_sequences_are_padded_right_and_only_the_reply_is_learnt(tmp_path: Path, sft: DataNeeds) -> None:
+def test_sequences_are_right_padded_and_the_loss_is_on_the_response_only(tmp_path: Path, sft: DataNeeds) -> None:
     path = write(tmp_path / "d.jsonl", [chat("x", "ab"), chat("xy", "abc", "y", "c")])
     data = module(path, sft, tmp_path)
     data.setup()
@@ -120,11 +120,11 @@ def test_sequences_are_padded_right_and_only_the_reply_is_learnt(tmp_path: Path,
     assert (batch.ids.dtype, batch.attention_mask.dtype, batch.loss_mask.dtype) == (torch.int64, torch.bool, torch.bool)
 
 
-def test_ranked_replies_carry_group_rank_quality_and_check(tmp_path: Path, reward: DataNeeds) -> None:
+def test_ranked_batches_have_group_rank_quality_and_check(tmp_path: Path, reward: DataNeeds) -> None:
     rows = [
         oasst("x", [("a", 1, 0.25), ("bb", 0, None)], check=["a"]),
-        oasst("y", [("c", None, None)]),  # neither ranked nor labelled: nothing to learn
-        oasst("xx", [("a", 0, None)]),  # a rank alone orders nothing
+        oasst("y", [("c", None, None)]),  # neither ranked nor labelled: cannot be trained on
+        oasst("xx", [("a", 0, None)]),  # a single rank forms no pair
         {"text": "abc", "quality": 0.5},  # labelled, without a prompt
     ]
     data = module(write(tmp_path / "d.jsonl", rows), reward, tmp_path, val_fraction=0.0, test_fraction=0.0)
@@ -147,13 +147,13 @@ def test_ranked_replies_carry_group_rank_quality_and_check(tmp_path: Path, rewar
     assert len(replies) == 3
 
 
-def test_prompts_are_padded_left_and_leave_room_for_the_reply(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
+def test_prompts_are_left_padded_and_leave_room_for_the_response(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
     needs = DataNeeds("ppo", byte_tokenizer, max_length=30, max_new_tokens=20)
     path = write(tmp_path / "d.jsonl", [chat("x", "a"), chat("0123456789", "a")])
     data = module(path, needs, tmp_path)
     data.setup()
     batch = only(data.val_dataloader()[0])
-    # ten tokens: the marker, the last seven digits, the end, and the marker that opens the reply
+    # ten tokens: the marker, the last seven digits, the end, and the marker that opens the response
     long = [USER, *b"3456789", END, BOT]
     rows = zip(batch.ids.tolist(), batch.attention_mask.tolist(), batch.conversations, strict=True)
     by_prompt = {conversation.messages[-1].text: (ids, mask) for ids, mask, conversation in rows}
@@ -166,7 +166,7 @@ def test_prompts_are_padded_left_and_leave_room_for_the_reply(tmp_path: Path, by
     assert len(only(data.val_dataloader()[1]).ids) == 2
 
 
-def test_ppo_batches_carry_sequences_where_the_module_mixes_them_in(tmp_path: Path, byte_tokenizer: Any) -> None:
+def test_ppo_batches_contain_sequences_if_the_module_mixes_them_in(tmp_path: Path, byte_tokenizer: Any) -> None:
     needs = DataNeeds("ppo", byte_tokenizer, 64, 16, mix_sequences=True)
     data = module(many_trees(tmp_path / "d.jsonl", 40), needs, tmp_path, batch_size=4)
     data.setup()
@@ -174,7 +174,7 @@ def test_ppo_batches_carry_sequences_where_the_module_mixes_them_in(tmp_path: Pa
     assert all(len(batch.sequences.ids) == 4 == len(batch.ids) for batch in batches)
     seen = {tuple(row.tolist()) for batch in batches for row in batch.sequences.ids}
     assert len(seen) == 4 * len(batches)  # drawn without replacement
-    # the other stages of validation know no mixing
+    # other splits are not mixed
     assert data.val_dataloader()[0].dataset[[0]].sequences is None
     prompts_alone = module(write(tmp_path / "p.jsonl", [{"prompt": f"q{n}"} for n in range(20)]), needs, tmp_path)
     prompts_alone.setup()
@@ -182,7 +182,7 @@ def test_ppo_batches_carry_sequences_where_the_module_mixes_them_in(tmp_path: Pa
         prompts_alone.train_dataloader()
 
 
-def test_a_prompt_batch_survives_what_lightning_does_to_it(tmp_path: Path, ppo: DataNeeds) -> None:
+def test_lightning_can_move_and_convert_a_prompt_batch(tmp_path: Path, ppo: DataNeeds) -> None:
     data = module(write(tmp_path / "d.jsonl", [chat("x", "a")]), ppo, tmp_path)
     data.setup()
     batch = only(data.val_dataloader()[0])
@@ -203,7 +203,7 @@ names = st.lists(st.text(max_size=8), unique=True, min_size=3, max_size=60)
 
 
 @given(names, st.floats(0, 0.49), st.floats(0, 0.49), st.integers(0, 5))
-def test_a_tree_is_in_exactly_one_split_and_none_asked_for_is_empty(
+def test_a_tree_is_in_exactly_one_split_and_no_requested_split_is_empty(
     trees: list[str], val: float, test: float, seed: int
 ) -> None:
     splits = split_trees(trees, val, test, seed)
@@ -213,12 +213,12 @@ def test_a_tree_is_in_exactly_one_split_and_none_asked_for_is_empty(
     assert bool(splits["test"]) == (test > 0)
 
 
-def test_the_split_stays_when_the_data_grows_and_has_the_size_asked_for() -> None:
+def test_the_split_is_stable_when_data_is_added_and_has_the_requested_size() -> None:
     trees = [f"tree-{i}" for i in range(4000)]
     few, many = split_trees(trees[:2000], 0.1, 0.05, 0), split_trees(reversed(trees), 0.1, 0.05, 0)
     for name, split in few.items():
         assert split == many[name] & set(trees[:2000])
-    assert 340 < len(many["val"]) < 460  # 400, five standard deviations of 19 either way would be 305..495
+    assert 340 < len(many["val"]) < 460  # expected 400 with a standard deviation of 19
     assert 150 < len(many["test"]) < 250
     assert split_trees(trees, 0.1, 0.05, seed=1)["val"] != many["val"]
 
@@ -242,14 +242,14 @@ def test_no_held_out_row_comes_from_a_training_tree(tmp_path: Path, byte_tokeniz
     assert len(train | val | test) == 60
 
 
-def test_one_tree_is_validated_on_with_a_warning(tmp_path: Path, sft: DataNeeds, caplog: Any) -> None:
+def test_a_single_tree_is_used_for_validation_with_a_warning(tmp_path: Path, sft: DataNeeds, caplog: Any) -> None:
     data = module(write(tmp_path / "d.jsonl", [chat("x", "a")]), sft, tmp_path)
     data.setup()
     assert "cannot be split" in caplog.text
     assert only(data.train_dataloader()).ids.equal(only(data.val_dataloader()[0]).ids)
 
 
-def test_validation_prompts_come_in_a_fixed_random_order_and_the_cap_takes_the_first(
+def test_validation_prompts_have_a_fixed_random_order_and_the_limit_keeps_the_first(
     tmp_path: Path, ppo: DataNeeds
 ) -> None:
     def val_prompts(trees: int, cap: int | None) -> list[str]:
@@ -264,14 +264,14 @@ def test_validation_prompts_come_in_a_fixed_random_order_and_the_cap_takes_the_f
     assert capped == everything[:7]
     assert everything != sorted(everything, key=lambda text: int(text[1:]))  # not the order of the file
     more = val_prompts(80, 7)
-    assert len(set(more) & set(capped)) >= 3  # most of them remain when a third more data comes
+    assert len(set(more) & set(capped)) >= 3  # most of them stay when a third more data is added
 
 
 # ---- the order of an epoch -------------------------------------------------------------------------------------------
 
 
 class Rows(Dataset[list[Any]]):
-    """A batch of this is the rows themselves."""
+    """A dataset whose batches are the lists of row numbers."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -292,7 +292,7 @@ def of_rank(plan: Plan, count: int, rank: int, world: int, epoch: int) -> list[l
 
 
 def merged(parts: Sequence[list[list[Any]]]) -> list[list[Any]]:
-    """The global batches that the ranks' parts make up, row i from rank i % world."""
+    """The global batches, merged from the parts of the ranks: row i comes from rank i % world."""
     assert len({len(part) for part in parts}) == 1, "a rank takes fewer steps than another and the others wait forever"
     batches = []
     for at_this_step in zip(*parts, strict=True):
@@ -313,13 +313,13 @@ def plans(kind: str, lengths: list[int], batch_size: int, world: int) -> Plan:
 
 @pytest.mark.parametrize("kind", ["bucketed", "full", "mixed", "fixed"])
 @pytest.mark.parametrize("count", [2, 7, 8, 9, 16, 100, 130])
-def test_two_ranks_see_what_one_process_with_twice_the_batch_sees(kind: str, count: int) -> None:
+def test_two_ranks_see_the_same_rows_as_one_process_with_twice_the_batch_size(kind: str, count: int) -> None:
     lengths = [(i * 37) % 11 for i in range(count)]
     for epoch in (0, 1):
         one = of_rank(plans(kind, lengths, 8, 1), count, 0, 1, epoch)
         two = merged([of_rank(plans(kind, lengths, 4, 2), count, rank, 2, epoch) for rank in (0, 1)])
         if kind in ("bucketed", "fixed") and count % 8 == 1:
-            # One row cannot be shared by two: it joins the batch before it in its window.
+            # A single row cannot be shared by two ranks: it joins the previous batch in its window.
             assert sorted(row for b in one for row in b) == sorted(row for b in two for row in b)
         else:
             assert one == two
@@ -327,9 +327,11 @@ def test_two_ranks_see_what_one_process_with_twice_the_batch_sees(kind: str, cou
 
 @given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 4), st.sampled_from(["bucketed", "full", "fixed"]))
 @settings(max_examples=150)
-def test_every_rank_takes_the_same_steps_and_rows_come_once(count: int, size: int, world: int, kind: str) -> None:
+def test_all_ranks_take_the_same_number_of_steps_and_rows_occur_once(
+    count: int, size: int, world: int, kind: str
+) -> None:
     if kind == "fixed" and count < world:
-        return  # the data module refuses this
+        return  # the data module does not allow this
     lengths = [(i * 37) % 11 for i in range(count)]
     parts = [of_rank(plans(kind, lengths, size, world), count, rank, world, 0) for rank in range(world)]
     assert all(batch for part in parts for batch in part)
@@ -344,7 +346,7 @@ def test_every_rank_takes_the_same_steps_and_rows_come_once(count: int, size: in
         assert set(rows) == set(range(count))
 
 
-def test_the_order_changes_with_the_epoch_and_with_the_seed_and_with_nothing_else() -> None:
+def test_the_order_depends_only_on_epoch_and_seed() -> None:
     lengths = [1] * 64
     plan = bucketed_plan(lengths, 4, 1, seed=0)
     assert plan(0) == plan(0)
@@ -354,23 +356,23 @@ def test_the_order_changes_with_the_epoch_and_with_the_seed_and_with_nothing_els
     assert plan(1) == bucketed_plan(lengths, 4, 1, seed=0)(1)
 
 
-def test_buckets_hold_rows_of_similar_length_and_come_in_no_order_of_length() -> None:
+def test_batches_have_rows_of_similar_length_and_are_shuffled() -> None:
     lengths = torch.randint(1, 500, (640,), generator=torch.Generator().manual_seed(0)).tolist()
     batches = bucketed_plan(lengths, 8, 1, seed=0)(0)
     spread = [max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in batches]
-    assert sum(spread) / len(spread) < 50  # unsorted it is about 390
+    assert sum(spread) / len(spread) < 50  # without sorting it is about 390
     longest = [max(lengths[row] for row in batch) for batch in batches]
     assert longest != sorted(longest)
     assert longest != sorted(longest, reverse=True)
 
 
-def test_mixed_in_rows_all_have_their_turn() -> None:
+def test_all_mixed_in_rows_are_used() -> None:
     (batch,) = full_batches_plan(10, 10, 1, seed=0, mixed_rows=5)(0)
     assert sorted(prompt for prompt, _ in batch) == list(range(10))  # type: ignore[misc]
     assert sorted(thread for _, thread in batch) == sorted([*range(5), *range(5)])  # type: ignore[misc]
 
 
-def test_ranks_of_the_data_module_share_an_epoch(tmp_path: Path, sft: DataNeeds) -> None:
+def test_ranks_of_the_data_module_share_the_rows_of_an_epoch(tmp_path: Path, sft: DataNeeds) -> None:
     path = many_trees(tmp_path / "d.jsonl", 50)
 
     def batches(batch_size: int, rank: int, world: int) -> list[list[list[int]]]:
@@ -384,7 +386,7 @@ def test_ranks_of_the_data_module_share_an_epoch(tmp_path: Path, sft: DataNeeds)
     assert merged([batches(3, 0, 2), batches(3, 1, 2)]) == batches(6, 0, 1)
 
 
-def test_too_few_held_out_rows_for_the_devices_say_so(tmp_path: Path, sft: DataNeeds) -> None:
+def test_too_few_held_out_rows_for_the_devices_are_an_error(tmp_path: Path, sft: DataNeeds) -> None:
     data = module(many_trees(tmp_path / "d.jsonl", 3), sft, tmp_path)
     data.trainer = SimpleNamespace(global_rank=0, world_size=3)  # type: ignore[assignment]
     data.setup()
@@ -392,11 +394,11 @@ def test_too_few_held_out_rows_for_the_devices_say_so(tmp_path: Path, sft: DataN
         data.val_dataloader()
 
 
-# ---- going on in the middle of an epoch ------------------------------------------------------------------------------
+# ---- resuming in the middle of an epoch ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_goes_on_after_the_batches_that_were_handed_out(num_workers: int) -> None:
+def test_a_loader_resumes_after_the_batches_that_were_yielded(num_workers: int) -> None:
     def loader() -> BatchLoader:
         dataset = Rows(23)
         sampler = RankSampler(dataset, bucketed_plan(list(range(23)), 4, 1, seed=0), 0, 1)
@@ -406,13 +408,13 @@ def test_a_loader_goes_on_after_the_batches_that_were_handed_out(num_workers: in
     whole.sampler.set_epoch(5)  # type: ignore[attr-defined]
     expected = list(whole)
     assert len(expected) == len(whole) == 6
-    assert list(whole) == expected  # a second pass is whole again
+    assert list(whole) == expected  # the next pass is complete
 
     interrupted = loader()
     interrupted.sampler.set_epoch(5)  # type: ignore[attr-defined]
     iterator = iter(interrupted)
     assert [next(iterator), next(iterator)] == expected[:2]
-    state = interrupted.state_dict()  # workers have prepared more than two by now
+    state = interrupted.state_dict()  # workers have prefetched more than two batches by now
     assert state == {"epoch": 5, "batches": 2, "batches_per_epoch": 6}
     del iterator
 
@@ -426,11 +428,11 @@ def test_a_loader_goes_on_after_the_batches_that_were_handed_out(num_workers: in
     later = loader()
     later.load_state_dict(state)
     later.sampler.set_epoch(6)  # type: ignore[attr-defined]
-    assert len(list(later)) == 6  # the position was one of epoch 5
+    assert len(list(later)) == 6  # the position belonged to epoch 5
 
 
 class Recorder(LightningModule):
-    """Notes the rows it was given, batch by batch."""
+    """Records the rows of each batch."""
 
     def __init__(self, needs: DataNeeds) -> None:
         super().__init__()
@@ -453,7 +455,7 @@ class Recorder(LightningModule):
 
 
 class SaveAlways(Callback):
-    """Saves at every moment at which a callback may."""
+    """Saves a checkpoint in every hook that allows it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.saved = folder, list[tuple[str, int, Path]]()
@@ -492,7 +494,7 @@ def fit(data: OASST2DataModule, model: Recorder, *callbacks: Callback, ckpt: Pat
 
 @pytest.mark.parametrize("task", ["sft", "ppo"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_resumed_run_sees_what_the_uninterrupted_one_would_have_seen(
+def test_a_resumed_run_sees_the_same_batches_as_an_uninterrupted_one(
     tmp_path: Path, byte_tokenizer: Any, task: Any
 ) -> None:
     path = many_trees(tmp_path / "d.jsonl", 30)
@@ -513,7 +515,7 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_would_have_seen(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_checkpoints_hold_plain_values_of_the_data(tmp_path: Path, sft: DataNeeds) -> None:
+def test_checkpoints_store_the_data_position_as_plain_values(tmp_path: Path, sft: DataNeeds) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
     trainer = fit(module(path, sft, tmp_path, batch_size=4), Recorder(sft), max_epochs=1, val_check_interval=1.0)
     trainer.save_checkpoint(tmp_path / "c.ckpt")
@@ -527,7 +529,7 @@ def test_checkpoints_hold_plain_values_of_the_data(tmp_path: Path, sft: DataNeed
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_prediction_keeps_every_prompt_in_the_order_of_the_file(tmp_path: Path, ppo: DataNeeds) -> None:
+def test_prediction_keeps_all_prompts_in_the_order_of_the_file(tmp_path: Path, ppo: DataNeeds) -> None:
     questions = [f"question {i}" for i in (3, 1, 2, 1, 4)]
     (tmp_path / "p.txt").write_text("\n".join(questions) + "\n\n", encoding="utf-8")
     write(tmp_path / "p.jsonl", [{"prompt": question} for question in questions])
@@ -559,7 +561,7 @@ def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def was_cached(data: OASST2DataModule, heard: pytest.LogCaptureFixture) -> bool:
-    """Whether setting ``data`` up found everything in the cache; it must say one or the other, once."""
+    """Whether the setup of ``data`` used the cache, according to its log, which must report it exactly once."""
     heard.clear()
     data.prepare_data()
     data.setup("fit")
@@ -575,7 +577,7 @@ def contents(data: OASST2DataModule) -> list[Any]:
 
 
 @pytest.mark.parametrize("task", ["sft", "reward", "ppo"])
-def test_cached_data_is_the_same_data(tmp_path: Path, byte_tokenizer: Any, heard: Any, task: Any) -> None:
+def test_cached_data_equals_freshly_tokenized_data(tmp_path: Path, byte_tokenizer: Any, heard: Any, task: Any) -> None:
     path = many_trees(tmp_path / "d.jsonl", 20)
     needs = DataNeeds(task, byte_tokenizer, 64, 8)
     first, second = module(path, needs, tmp_path / "c"), module(path, needs, tmp_path / "c")
@@ -583,11 +585,11 @@ def test_cached_data_is_the_same_data(tmp_path: Path, byte_tokenizer: Any, heard
     assert was_cached(second, heard)
     fresh, stored = contents(first), contents(second)
     if task == "reward":
-        assert fresh.pop(4) == stored.pop(4)  # quality, none of them nan here
+        assert fresh.pop(4) == stored.pop(4)  # quality, never NaN here
     assert fresh == stored
 
 
-def test_the_cache_notices_whatever_changes_the_data(
+def test_the_cache_key_depends_on_everything_that_changes_the_data(
     tmp_path: Path, byte_tokenizer: ChatTokenizer, tokenizer: ChatTokenizer, heard: pytest.LogCaptureFixture
 ) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
@@ -597,7 +599,7 @@ def test_the_cache_notices_whatever_changes_the_data(
 
     assert not cached()
     assert cached()
-    assert cached(batch_size=3, seed=4, val_fraction=0.3)  # these come after tokenising
+    assert cached(batch_size=3, seed=4, val_fraction=0.3)  # these options are applied after tokenization
     assert not cached(encoding=tokenizer)
     assert not cached(length=63)
     assert not cached(task="reward")
@@ -610,7 +612,7 @@ def test_the_cache_notices_whatever_changes_the_data(
     assert cached()
 
 
-def test_the_cache_notices_new_code(tmp_path: Path, sft: DataNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_key_depends_on_the_code(tmp_path: Path, sft: DataNeeds, monkeypatch: pytest.MonkeyPatch) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
     copy = tmp_path / "rlchat"
     shutil.copytree(Path(rlchat.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -637,7 +639,7 @@ def test_the_cache_notices_new_code(tmp_path: Path, sft: DataNeeds, monkeypatch:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
-def test_a_damaged_cache_is_made_anew(tmp_path: Path, sft: DataNeeds, heard: Any, damage: str) -> None:
+def test_a_damaged_cache_is_created_again(tmp_path: Path, sft: DataNeeds, heard: Any, damage: str) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
     whole = module(path, sft, tmp_path / "c")
     assert not was_cached(whole, heard)
@@ -663,12 +665,12 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, sft: DataNeed
     path = many_trees(tmp_path / "d.jsonl", 10)
     (tmp_path / "c").write_text("a file where the folder should be")
     data = module(path, sft, tmp_path / "c")
-    assert not was_cached(data, heard)  # tokenised once, not once for prepare_data and once for setup
+    assert not was_cached(data, heard)  # tokenized once, not in both prepare_data and setup
     assert "could not cache the tokenized data" in heard.text
     assert len(contents(data)[0]) == 7  # of ten trees, three are held out
 
 
-def test_the_cache_lies_in_the_users_cache_folder(
+def test_the_cache_is_in_the_users_cache_folder(
     tmp_path: Path, sft: DataNeeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -679,10 +681,12 @@ def test_the_cache_lies_in_the_users_cache_folder(
     assert file.suffix == ".pt"
 
 
-# ---- what users are told ---------------------------------------------------------------------------------------------
+# ---- messages and errors ---------------------------------------------------------------------------------------------
 
 
-def test_the_log_line_says_what_was_read_and_what_was_lost(tmp_path: Path, heard: Any, byte_tokenizer: Any) -> None:
+def test_the_log_line_reports_what_was_read_and_what_was_dropped(
+    tmp_path: Path, heard: Any, byte_tokenizer: Any
+) -> None:
     rows = [chat("x", "a"), chat("x" * 9, "a", "y", "b"), chat("y" * 30, "b")]
     data = module(write(tmp_path / "d.jsonl", rows), DataNeeds("sft", byte_tokenizer, 16), tmp_path)
     data.setup()
@@ -691,10 +695,10 @@ def test_the_log_line_says_what_was_read_and_what_was_lost(tmp_path: Path, heard
     assert "to fit 16 tokens, oldest messages dropped from 1 rows and text cut from 1" in line
 
 
-def test_ranked_responses_that_are_cut_end_on_the_end_marker_and_are_counted(
+def test_truncated_ranked_responses_end_with_the_end_marker_and_are_counted(
     tmp_path: Path, heard: Any, byte_tokenizer: ChatTokenizer
 ) -> None:
-    """A pair in 7 tokens: u:ab with a:c fits (7 ids), a:cdef is cut: question to 3 ids, response to 4."""
+    """A pair in 7 tokens: u:ab with a:c fits (7 ids); with a:cdef, the question is cut to 3 ids, the response to 4."""
     rows = [{"prompt": "ab", "chosen": "c", "rejected": "cdef"}]
     data = module(write(tmp_path / "d.jsonl", rows), DataNeeds("reward", byte_tokenizer, 7), tmp_path)
     data.setup()
@@ -706,7 +710,7 @@ def test_ranked_responses_that_are_cut_end_on_the_end_marker_and_are_counted(
     assert "text cut from 1 (1 of 2 responses cut and closed with the end marker)" in line
 
 
-def test_errors_name_the_cure(tmp_path: Path, sft: DataNeeds, reward: DataNeeds, byte_tokenizer: Any) -> None:
+def test_errors_name_the_fix(tmp_path: Path, sft: DataNeeds, reward: DataNeeds, byte_tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"--data\.path FILE"):
         module(None, sft, tmp_path).setup("fit")
     with pytest.raises(UserError, match=r"missing\.jsonl"):
@@ -764,7 +768,7 @@ def test_rows_of_an_oasst_sample(tmp_path: Path, tokenizer: ChatTokenizer) -> No
     assert count(DataNeeds("reward", tokenizer, 512)) == {"RankedRows": len(judged)}
 
 
-def test_contrast_pairs_a_reply_with_the_one_to_another_turn() -> None:
+def test_contrast_pairs_a_response_with_the_response_to_another_turn() -> None:
     def prompt(*texts: str, rank: int | None = None) -> Conversation:
         *said, reply = texts
         messages = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said))
@@ -782,21 +786,21 @@ def test_contrast_pairs_a_reply_with_the_one_to_another_turn() -> None:
 # ---- several turns ---------------------------------------------------------------------------------------------------
 
 
-def test_whole_conversations_are_the_ways_through_a_tree(tmp_path: Path) -> None:
-    """q1 was answered twice and went on in three ways: with q2 and q3 behind a1, and with q4 behind a2."""
+def test_whole_conversations_are_the_paths_through_a_tree(tmp_path: Path) -> None:
+    """q1 has two responses and three continuations: q2 and q3 after a1, and q4 after a2."""
     (tree,), _ = read_trees([write(tmp_path / "tree.jsonl", [tree_row(SMALL)])], progress=False)
     found = whole_conversations([prompt for prompt in tree.prompts if prompt.is_prompt])
     assert [words(first) for first in found] == ["u:q1"] * 3
     later = [[words(prompt) for prompt in first.later] for first in found]
     assert sorted(later) == [["u:q1 a:a1 u:q2"], ["u:q1 a:a1 u:q3"], ["u:q1 a:a2 u:q4"]]
-    # What people answered to the later turn comes with it.
+    # The human responses to the later turn are included.
     assert {words(p): [r.text for r in p.references] for first in found for p in first.later} == {
         "u:q1 a:a1 u:q2": ["a3"], "u:q1 a:a1 u:q3": [], "u:q1 a:a2 u:q4": []
     }  # fmt: skip
 
 
 def test_batches_of_whole_conversations(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
-    """A row is the first prompt alone, and knows what the user says later; from the cache as well."""
+    """A row is the first prompt, with the later user messages; also when it comes from the cache."""
     rows = [chat("x", "A", "y", "B", "z"), chat("c", "A")]
     needs = DataNeeds("ppo", byte_tokenizer, max_length=64, max_new_tokens=8, whole_conversations=True)
     for _ in range(2):
@@ -815,7 +819,7 @@ def test_batches_of_whole_conversations(tmp_path: Path, byte_tokenizer: ChatToke
 def test_later_turns_of_the_demo_and_of_oasst_are_trained_on(
     tmp_path: Path, tokenizer: ChatTokenizer, later: bool
 ) -> None:
-    """As prompts of their own, or one after the other in their conversation."""
+    """As separate prompts, or one after the other in their conversation."""
     write_demo_corpus(tmp_path / "demo.jsonl", trees=200, seed=0)
     for file in (tmp_path / "demo.jsonl", OASST):
         needs = DataNeeds("ppo", tokenizer, max_length=256, max_new_tokens=16, whole_conversations=later)

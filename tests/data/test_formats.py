@@ -1,4 +1,4 @@
-"""Files of any format: trees and what joins them, prompts to reply to, and the counts of sample files."""
+"""Files of any format: merging of trees, prompts for prediction, and the counts of sample files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read(tmp_path: Path) -> RowReader:
 # -- tree ids, merging, ranks --
 
 
-def test_rows_that_open_alike_are_one_tree_wherever_they_stand(tmp_path: Path) -> None:
+def test_rows_with_the_same_first_message_are_one_tree(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     first = write(tmp_path / "a.jsonl", {"prompt": "Hi there"}, {"prompt": "Bye"})
     second = write(tmp_path / "elsewhere" / "b.jsonl", {"prompt": " hi\nthere", "chosen": "A", "rejected": "B"})
@@ -54,7 +54,7 @@ def test_rows_that_open_alike_are_one_tree_wherever_they_stand(tmp_path: Path) -
     assert prompts_of(together) == ["u:Hi there", "u: hi\nthere", "u:Bye"]
 
 
-def test_equal_rows_are_kept_once_and_unranked_replies_gathered(read: RowReader) -> None:
+def test_equal_rows_are_kept_once_and_unranked_responses_are_collected(read: RowReader) -> None:
     def talk(reply: str, quality: float) -> dict[str, Any]:
         return {"messages": [{"content": "Hi"}, {"content": reply}], "quality": quality}
 
@@ -73,7 +73,7 @@ def test_ranks_of_different_rows_are_never_compared(read: RowReader) -> None:
     assert pairs == [[("A", "B")], [("B", "C")]]
 
 
-def test_lone_responses_stay_apart(read: RowReader) -> None:
+def test_responses_without_a_prompt_are_not_merged(read: RowReader) -> None:
     trees, _ = read({"text": "A", "quality": 1.0}, {"text": "A", "quality": 0.0}, {"text": "B", "quality": 0.0})
     assert [len(tree.prompts) for tree in trees] == [2, 1]
     assert [prompt.references[0].quality for prompt in trees[0].prompts] == [1.0, 0.0]
@@ -87,7 +87,7 @@ def test_ranked_pairs() -> None:
     assert ranked_pairs(Conversation((Message("user", "?"),))) == []
 
 
-# -- what is wrong with a line --
+# -- invalid lines --
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_ranked_pairs() -> None:
         ({"prompt": "Hi", "chosen": "A"}, "chosen and rejected are both required"),
     ],
 )
-def test_row_of_no_known_format_stops_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
+def test_a_row_of_unknown_format_stops_the_run_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
     check_bad_line(read, row, reason)
 
 
-def test_only_the_first_bad_lines_are_told(read: RowReader) -> None:
+def test_only_the_first_bad_lines_are_reported(read: RowReader) -> None:
     _, report = read(GOOD_ROW, *[b"{"] * 30, on_bad_line="skip")
     assert report.bad_lines == 30
     assert len(report.bad_line_examples) == 5
@@ -121,7 +121,7 @@ def test_files_without_a_conversation(tmp_path: Path) -> None:
         read_trees([write(tmp_path / "empty.jsonl", b"")])
 
 
-# -- prompts to reply to --
+# -- prompts for prediction --
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def asked(tmp_path: Path) -> Callable[..., list[str]]:
     return asked
 
 
-def test_prompts_are_one_for_each_row_in_the_order_of_the_file(asked: Any) -> None:
+def test_there_is_one_prompt_per_row_in_the_order_of_the_file(asked: Any) -> None:
     talk = {"messages": [{"content": text} for text in ("Hi", "Hello!", "Any news?", "None.")]}
     hh_opening = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Who?\n\nAssistant:"
     assert asked(
@@ -159,7 +159,7 @@ def test_prompts_are_one_for_each_row_in_the_order_of_the_file(asked: Any) -> No
 
 
 def test_prompts_keep_references_and_checks(tmp_path: Path) -> None:
-    """The rewards and the accuracy of a prediction need them."""
+    """The rewards and the accuracy of predictions need them."""
     check = {"any_of": ["4"]}
     rows = [
         {"messages": [{"content": "2 + 2?", "check": check}, {"content": "4"}], "quality": 0.5},
@@ -174,7 +174,7 @@ def test_prompts_keep_references_and_checks(tmp_path: Path) -> None:
     ]
 
 
-def test_prompts_of_pairs_that_nothing_can_be_learned_from(tmp_path: Path) -> None:
+def test_prompts_of_pairs_that_cannot_be_trained_on(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Hi", "chosen": "A", "rejected": "A "},
         {"prompt": "Hi", "chosen": "A", "rejected": ""},
@@ -195,7 +195,7 @@ def test_prompts_of_pairs_that_nothing_can_be_learned_from(tmp_path: Path) -> No
             "the row has no prompt",
         ),
         ({"chosen": "\n\nHuman:\n\nAssistant: C", "rejected": "\n\nHuman:\n\nAssistant: D"}, "the row has no prompt"),
-        ({"chosen": "\n\nAssistant: C", "rejected": "\n\nAssistant: D"}, "share no Human turn"),
+        ({"chosen": "\n\nAssistant: C", "rejected": "\n\nAssistant: D"}, "have no common Human turn"),
         ({"prompt": "Hi", "chosen": "A"}, "chosen and rejected are both required"),
         ({"question": "1 + 1?"}, "no known format"),
         ({"prompt": {"text": "Hi", "role": "prompter"}}, "without message_id"),
@@ -213,7 +213,7 @@ def test_row_without_a_prompt_is_a_bad_line(
         asked(row, on_bad_line="skip")
 
 
-def test_prompts_of_oasst_trees_stand_in_the_order_of_the_file(asked: Any) -> None:
+def test_prompts_of_oasst_trees_are_in_the_order_of_the_file(asked: Any) -> None:
     other = node("z1", "prompter", node("z2", "assistant"), lang="de", review_result=False)
     assert asked({"prompt": "Hi"}, tree_row(SMALL), {"prompt": "Hi"}, tree_row(other, tree_state="growing")) == [
         "u:Hi",
@@ -226,7 +226,7 @@ def test_prompts_of_oasst_trees_stand_in_the_order_of_the_file(asked: Any) -> No
     ]
 
 
-def test_prompts_of_oasst_messages_stand_where_the_user_message_stands(asked: Any) -> None:
+def test_prompts_of_oasst_messages_are_in_the_order_of_the_user_messages(asked: Any) -> None:
     q1, a1, q2, a3, q3, a2, q4 = flat_rows(SMALL)
     assert asked(q4, a3, {"prompt": "Hi"}, q2, a2, q1, q1, a1, q3) == [
         "u:q1 a:a2 u:q4",
@@ -237,7 +237,7 @@ def test_prompts_of_oasst_messages_stand_where_the_user_message_stands(asked: An
     ]
 
 
-def test_unusable_oasst_messages_give_no_prompt(asked: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_oasst_messages_have_no_prompt(asked: Any, caplog: pytest.LogCaptureFixture) -> None:
     kept = node("a1", "assistant", node("q2", "prompter", deleted=True), node("q3", "prompter"), synthetic=True)
     lost = node("a2", "assistant", node("q4", "prompter"), deleted=True)
     assert asked(tree_row(root(kept, lost))) == ["u:q1", "u:q1 a:a1 u:q3"]
@@ -305,7 +305,7 @@ values = st.recursive(
     max_leaves=12,
 )
 json_lines = st.dictionaries(st.sampled_from(KEYS), values, max_size=8).map(lambda row: json.dumps(row).encode())
-# A damaged copy of good rows reaches further into the readers than bytes drawn at random.
+# A damaged copy of valid rows tests the readers better than random bytes.
 good_lines = st.sampled_from([json.dumps(row).encode() for row in (GOOD_ROW, tree_row(SMALL), *flat_rows(SMALL))])
 damaged_lines = st.tuples(good_lines, st.integers(0, 80), st.binary(max_size=4)).map(
     lambda cut: cut[0][: cut[1]] + cut[2] + cut[0][cut[1] + len(cut[2]) :]
@@ -316,7 +316,7 @@ quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 @quick
 @given(content=st.binary(max_size=200) | st.lists(lines, max_size=6).map(b"\n".join), zipped=st.booleans())
-def test_no_bytes_raise_anything_but_a_user_error(content: bytes, zipped: bool) -> None:
+def test_arbitrary_bytes_only_raise_user_errors(content: bytes, zipped: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows")
         path.write_bytes(gzip.compress(content) if zipped else content)
@@ -339,7 +339,7 @@ def test_no_bytes_raise_anything_but_a_user_error(content: bytes, zipped: bool) 
 
 @quick
 @given(before=st.lists(lines, max_size=5), after=st.lists(lines, max_size=5))
-def test_a_good_row_survives_among_garbage(before: list[bytes], after: list[bytes]) -> None:
+def test_a_valid_row_is_read_between_invalid_ones(before: list[bytes], after: list[bytes]) -> None:
     good = json.dumps({"messages": [{"content": "Is it me?"}, {"content": "It is."}]}).encode()
     content = b"\n".join([*before, good, *after])
     content = b"\n" + content  # so that the first bytes are not those of a compressed file or another encoding

@@ -1,4 +1,4 @@
-"""What SFT learns: by label, rank and place, and each message once."""
+"""The messages that SFT trains on: selected by label, rank and position, each once."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ TREE = tree_row(
 
 
 def learned(tmp_path: Path, tokenizer: ChatTokenizer, length: int = 64, **options: Any) -> tuple[list[str], str]:
-    """The text that carries a loss, thread by thread, and the report."""
+    """The text with a loss in each thread, and the report."""
     trees, _ = read_trees([write(tmp_path / "d.jsonl", TREE)])
     corpus = tokenize_trees(trees, DataNeeds("sft", tokenizer, length), imitation=Imitation(**options))
     ids, mask = corpus.sequences.ids, corpus.sequences.loss_mask
     return [tokenizer.decode(ids[row][mask[row]].tolist()) for row in range(len(ids))], corpus.report
 
 
-def test_each_message_is_learned_once(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
+def test_each_message_is_trained_on_once(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
     texts, report = learned(tmp_path, byte_tokenizer)
     assert sorted(texts) == ["a1a3", "a2", "a4"]
     assert report == "imitating 4 responses"
 
 
-def test_by_label_rank_and_place(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
+def test_messages_are_selected_by_label_rank_and_position(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
     texts, report = learned(tmp_path, byte_tokenizer, min_quality=0.5, best_rank_only=True)
     assert texts == ["a1a3"]
     assert report == "imitating 2 responses and not 1 of quality below 0.5, 1 of lower rank"
@@ -55,9 +55,9 @@ def test_by_label_rank_and_place(tmp_path: Path, byte_tokenizer: ChatTokenizer) 
     assert report == "imitating 3 responses and not 1 before the last"
 
 
-def test_a_message_that_truncation_dropped_is_learned_in_another_thread(
+def test_a_message_that_truncation_dropped_is_trained_on_in_another_thread(
     tmp_path: Path, byte_tokenizer: ChatTokenizer
 ) -> None:
-    # 8 tokens hold one turn of 4 + 4: a1 is dropped from both threads that continue it, so neither learns it.
+    # 8 tokens hold one turn of 4 + 4: a1 is dropped from both threads that continue it, so neither trains on it.
     texts, _ = learned(tmp_path, byte_tokenizer, length=8)
     assert sorted(texts) == ["a2", "a3", "a4"]

@@ -1,4 +1,4 @@
-"""JSON Lines: what is read, within what bounds, and what is said of a line or a file that is no good."""
+"""JSON Lines: reading, limits, and errors for invalid lines and files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(path: Path, *lines: bytes) -> Path:
         (b'{"text": "a\0b"}', "the line contains a NUL character"),
     ],
 )
-def test_a_line_that_is_no_object(line: bytes, reason: str) -> None:
+def test_a_line_that_is_not_an_object(line: bytes, reason: str) -> None:
     with pytest.raises(BadLineError, match=f"^{reason}"):
         parse_object(line)
 
@@ -53,7 +53,7 @@ def test_decode_line() -> None:
         decode_line(b"ab\xe9")
 
 
-def test_bad_line_stops_or_is_counted(tmp_path: Path) -> None:
+def test_a_bad_line_stops_the_run_or_is_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", b'{"a": 1}', b" \t", b"{", b'{"a": 2}')
     with pytest.raises(UserError, match=r"rows\.jsonl:3: not JSON .*; fix the line or set data\.on_bad_line=skip"):
         read(path)
@@ -63,7 +63,7 @@ def test_bad_line_stops_or_is_counted(tmp_path: Path) -> None:
     assert [example.split(": ")[0] for example in report.bad_line_examples] == [f"{path}:3"]
 
 
-def test_only_the_first_bad_lines_are_told(tmp_path: Path) -> None:
+def test_only_the_first_bad_lines_are_reported(tmp_path: Path) -> None:
     files = [write(tmp_path / name, *[b"{"] * 3) for name in ("1.jsonl", "2.jsonl")]
     _, report = read(*files, on_bad_line="skip")
     assert (report.lines, report.bad_lines) == (6, 6)
@@ -82,7 +82,7 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path) -> None:
 
 
 def test_long_line_is_not_read_into_memory(tmp_path: Path) -> None:
-    """200 MB of one line, which gzip packs into 200 kB, under a peak of 40 MB."""
+    """One line of 200 MB (200 kB with gzip) is read with a peak memory below 40 MB."""
     path = tmp_path / "long.jsonl"
     with gzip.open(path, "wb", compresslevel=1) as file:
         for _ in range(200):
@@ -110,7 +110,7 @@ def test_gzip_by_content_byte_order_mark_and_windows_lines(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("on_bad_line", ["error", "skip"])
-def test_broken_files(tmp_path: Path, on_bad_line: Any) -> None:
+def test_damaged_files_are_errors(tmp_path: Path, on_bad_line: Any) -> None:
     good = write(tmp_path / "good.jsonl", b'{"a": 1}')
     zipped = gzip.compress(b'{"a": 1}\n' * 1000)
     truncated, damaged = tmp_path / "truncated.gz", tmp_path / "damaged.gz"
@@ -127,7 +127,7 @@ def test_broken_files(tmp_path: Path, on_bad_line: Any) -> None:
             read(good, path, on_bad_line=on_bad_line)
 
 
-def test_progress_bar_shows_only_when_reading_takes_long(
+def test_the_progress_bar_only_appears_when_reading_takes_long(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "rows.jsonl", *[b'{"a": 1}'] * 50)

@@ -89,7 +89,7 @@ def test_oasst_both_layouts_of_one_tree_are_read_once(read: RowReader) -> None:
     assert report.dropped == {"duplicate messages": 7}
 
 
-def test_oasst_labels_of_both_layouts_and_none(read: RowReader) -> None:
+def test_oasst_labels_in_both_layouts_or_absent(read: RowReader) -> None:
     nested = {"spam": {"value": 0.0, "count": 3}, "quality": {"value": 0.75, "count": 3}}
     flat = {"name": ["spam", "quality"], "value": [0.0, 0.25], "count": [3, 3]}
     without = {"name": ["spam"], "value": [0.0], "count": [3]}
@@ -134,7 +134,7 @@ def test_oasst_selection_of_trees(read: RowReader, row: dict[str, Any], reason: 
     assert report.dropped == {reason: 1}
 
 
-def test_oasst_language_is_the_prompts(read: RowReader) -> None:
+def test_oasst_language_is_that_of_the_prompt(read: RowReader) -> None:
     german = tree_row(root(node("a1", "assistant", lang="en"), lang="de"))
     assert threads_of(read(german, lang="de")[0]) == ["u:q1 a:a1"]
     assert threads_of(read(german, lang=None)[0]) == ["u:q1 a:a1"]
@@ -149,7 +149,7 @@ def test_oasst_language_is_the_prompts(read: RowReader) -> None:
         ({"text": " \n"}, "empty messages"),
     ],
 )
-def test_oasst_unusable_message_goes_with_what_hangs_below(
+def test_oasst_unusable_message_is_dropped_with_all_replies(
     read: RowReader, fields: dict[str, Any], reason: str
 ) -> None:
     below = node("q2", "prompter", node("a3", "assistant"))
@@ -162,7 +162,7 @@ def test_oasst_unusable_message_goes_with_what_hangs_below(
     assert report.dropped == {reason: 1, "messages below a dropped one": 2}
 
 
-def test_oasst_reply_stays_when_only_what_follows_it_was_deleted(read: RowReader) -> None:
+def test_oasst_reply_is_kept_if_only_later_messages_were_deleted(read: RowReader) -> None:
     trees, _ = read(tree_row(root(node("a1", "assistant", node("q2", "prompter", deleted=True)))))
     assert threads_of(trees) == ["u:q1 a:a1"]
 
@@ -175,7 +175,7 @@ def test_oasst_keep_synthetic(read: RowReader) -> None:
     assert report.dropped == {"synthetic messages": 1, "deleted messages": 1}
 
 
-def test_oasst_orphans_and_rings_are_counted(read: RowReader) -> None:
+def test_oasst_orphans_and_cycles_are_counted(read: RowReader) -> None:
     ring = [
         {"message_id": "r1", "parent_id": "r2", "role": "prompter", "text": "x"},
         {"message_id": "r2", "parent_id": "r1", "role": "assistant", "text": "y"},
@@ -186,7 +186,7 @@ def test_oasst_orphans_and_rings_are_counted(read: RowReader) -> None:
     assert report.dropped == {"messages that lead to no root": 3}
 
 
-def test_oasst_endless_thread_is_cut(read: RowReader) -> None:
+def test_oasst_too_long_thread_is_truncated(read: RowReader) -> None:
     rows = [
         {
             "message_id": str(i),
@@ -217,7 +217,7 @@ def test_oasst_endless_thread_is_cut(read: RowReader) -> None:
         ({"parent_id": None, "text": "Hi", "role": "prompter"}, "without message_id"),
     ],
 )
-def test_bad_line_stops_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
+def test_a_bad_line_stops_the_run_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
     check_bad_line(read, row, reason)
 
 
@@ -238,7 +238,7 @@ def summary(paths: list[Path], **options: Any) -> tuple[tuple[int, int, int, int
 def test_oasst_sample(layout: str, lines: int) -> None:
     """Forty trees have two prompts, two threads and one ranked pair each.
 
-    Beside them: one whose second response is deleted (2 prompts, 1 thread), a synthetic one, a prompt without a
+    In addition: one whose second response is deleted (2 prompts, 1 thread), a synthetic one, a prompt without a
     response, and one with three ranked responses (2 prompts, 3 threads, 3 pairs).
     """
     path = SAMPLES / f"oasst.{layout}.jsonl.gz"
@@ -247,7 +247,7 @@ def test_oasst_sample(layout: str, lines: int) -> None:
     assert summary([path], keep_synthetic=True) == ((lines, 44, 86, 87, 44), DELETED)
 
 
-def test_messages_that_lead_to_no_root_are_dropped(tmp_path: Path) -> None:
+def test_messages_without_a_root_are_dropped(tmp_path: Path) -> None:
     with gzip.open(SAMPLES / "oasst.messages.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     orphan = {**rows[1], "message_id": "orphan", "parent_id": "nowhere"}
@@ -257,8 +257,8 @@ def test_messages_that_lead_to_no_root_are_dropped(tmp_path: Path) -> None:
     assert dropped == {**DELETED, "messages that lead to no root": 1}
 
 
-def test_what_a_deleted_message_takes_with_it(tmp_path: Path) -> None:
-    """Undeleted, the tree has a pair, and a thread cut at its trailing user message, which is a prompt."""
+def test_a_deleted_message_is_dropped_with_everything_below_it(tmp_path: Path) -> None:
+    """Without the deletion, the tree has a pair, and a thread up to its last user message, which is a prompt."""
     with gzip.open(SAMPLES / "oasst.messages.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [{**json.loads(line), "deleted": False} for line in file]
     path = write(tmp_path / "undeleted.jsonl", *rows)

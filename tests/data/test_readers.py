@@ -1,4 +1,4 @@
-"""The registry: a new format is one module in the folder of readers."""
+"""The registry: adding a format means adding one module to the folder of readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class QuestionReader(Reader):
 """
 
 
-def test_a_module_in_the_folder_is_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_module_in_the_folder_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"question": "1 + 1?", "answer": "2", "level": 3}
     (tmp_path / "question_format_for_a_test.py").write_text(NEW_FORMAT)
     monkeypatch.setattr(readers, "__path__", [*readers.__path__, str(tmp_path)])
@@ -43,7 +43,7 @@ def test_a_module_in_the_folder_is_a_format(tmp_path: Path, monkeypatch: pytest.
         reader_classes.cache_clear()
 
 
-def test_every_reader_has_a_name_and_keys_of_its_own() -> None:
+def test_every_reader_has_a_unique_name_and_unique_keys() -> None:
     classes = reader_classes()
     assert len({reader.name for reader in classes}) == len(classes)
     assert len({reader.required for reader in classes}) == len(classes)

@@ -1,4 +1,4 @@
-"""Rows that are one conversation, or two: what each kind gives, and every way to be wrong."""
+"""Rows of one or two conversations: the result of each kind, and all errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_messages_row_without_roles(read: RowReader) -> None:
     assert (report.threads, report.prompts) == (1, 3)
 
 
-def test_messages_row_with_roles_check_and_own_quality(read: RowReader) -> None:
+def test_messages_row_with_roles_check_and_quality_per_message(read: RowReader) -> None:
     row = {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -89,7 +89,7 @@ def test_hh_pair(read: RowReader) -> None:
     ]
 
 
-def test_hh_marker_said_twice_is_one_reply(read: RowReader) -> None:
+def test_consecutive_hh_turns_of_one_speaker_are_joined(read: RowReader) -> None:
     chosen = "\n\nHuman: Hi\n\nAssistant: Just a second.\n\nAssistant: Hello!"
     ((tree,), _) = read({"chosen": chosen, "rejected": "\n\nHuman: Hi\n\nAssistant: No."})
     assert [reply.text for reply in tree.prompts[0].references] == ["Just a second.\n\nHello!", "No."]
@@ -125,7 +125,7 @@ def test_unusable_preference_pairs_are_counted(read: RowReader) -> None:
     assert report.dropped == {"identical pairs": 1, "pairs with an empty reply": 1}
 
 
-# -- what is wrong with a row --
+# -- invalid rows --
 
 LONE_SURROGATE = b'{"text": "\\ud800"}'
 
@@ -157,8 +157,8 @@ LONE_SURROGATE = b'{"text": "\\ud800"}'
         ({"prompt": [{"content": "Hi"}, {"content": "Hello!"}]}, "prompt does not end with a user message"),
         ({"prompt": "Hi", "chosen": ["A"], "rejected": "B"}, "rejected is not a list of messages, but chosen is"),
         ({"chosen": "Hi", "rejected": "Ho"}, "chosen does not begin with Human"),
-        ({"chosen": "\n\nAssistant: Hi", "rejected": "\n\nAssistant: Ho"}, "share no Human turn"),
+        ({"chosen": "\n\nAssistant: Hi", "rejected": "\n\nAssistant: Ho"}, "have no common Human turn"),
     ],
 )
-def test_bad_line_stops_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
+def test_a_bad_line_stops_the_run_or_is_counted(read: RowReader, row: Any, reason: str) -> None:
     check_bad_line(read, row, reason)

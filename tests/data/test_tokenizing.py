@@ -1,4 +1,4 @@
-"""Prompts of long conversations: the same tokens as from the whole conversation, at a cost linear in its length."""
+"""Prompts of long conversations have the same tokens as the whole conversation, at a cost linear in its length."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def corpus_of(trees: list[Tree], tokenizer: ChatTokenizer) -> Corpus:
 
 
 @pytest.mark.parametrize("system", [False, True])
-def test_tokens_and_conversations_are_those_of_the_whole_conversation(
+def test_skipping_old_messages_does_not_change_tokens_and_conversations(
     tmp_path: Path, byte_tokenizer: ChatTokenizer, system: bool
 ) -> None:
     trees = long_conversation(tmp_path, 60, system)
@@ -44,11 +44,11 @@ def test_tokens_and_conversations_are_those_of_the_whole_conversation(
         assert corpus.prompts.ids[row].tolist() == byte_tokenizer.render_prompt(prompt, 80).ids
         assert corpus.prompts.conversations[row] == prompt
     rendered = [byte_tokenizer.render_prompt(prompt, 80) for prompt in trees[0].prompts]
-    # The one thread is shortened too.
+    # The only thread is truncated too.
     assert corpus.facts["dropped"] == sum(r.dropped > 0 for r in rendered) + 1
 
 
-def test_the_cost_is_linear(tmp_path: Path, encoding: str) -> None:
+def test_the_tokenization_cost_is_linear(tmp_path: Path, encoding: str) -> None:
     def cost(messages: int) -> tuple[int, int]:
         tokenizer = CountingTokenizer(encoding)
         conversations = corpus_of(long_conversation(tmp_path, messages, False), tokenizer).prompts.conversations
@@ -56,5 +56,5 @@ def test_the_cost_is_linear(tmp_path: Path, encoding: str) -> None:
         return tokenizer.encoded, len(conversations.rows.flat) + len(conversations.messages.flat)
 
     short, long = cost(100), cost(400)
-    assert long[0] < 4.5 * short[0]  # it was 16 times
+    assert long[0] < 4.5 * short[0]  # quadratic cost would give 16
     assert long[1] < 4.5 * short[1]

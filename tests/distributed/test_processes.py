@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_does(strategy: str, stage: str, runs: Path) -> None:
+def test_two_processes_train_like_one(strategy: str, stage: str, runs: Path) -> None:
     compare(runs / f"one-{stage}", runs / f"{strategy}-{stage}", ranks=2, stage=stage).check()
 
 

@@ -17,7 +17,7 @@ from rlchat.rewards import Reply
 
 
 class Automatic(L.LightningModule):
-    """Logs, in its n-th training batch, ``train/loss`` n, and ``train/odd`` n where n is odd."""
+    """Logs ``train/loss`` n in its n-th training batch, and ``train/odd`` n if n is odd."""
 
     bundle_name = "tiny_model.pt"
 

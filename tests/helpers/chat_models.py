@@ -33,7 +33,7 @@ def random_policy(tokenizer: ChatTokenizer, max_length: int = 64, seed: int = 0,
 def scripted_policy(tokenizer: ChatTokenizer, follows: Mapping[int, int], max_length: int = 64) -> PolicyBundle:
     """A model that generates ``follows[token]`` after ``token``, and the end marker after any other token.
 
-    Its layers add nothing, each token of ``follows`` is embedded in a dimension of its own, and the head reads it.
+    Its layers add nothing, each token of ``follows`` is embedded in a separate dimension, and the head reads it.
     """
     width = 2 * (len(follows) // 2 + 1)
     shape = {

@@ -16,7 +16,7 @@ SHAPE = {
     "num_hidden_layers": 1,
     "num_attention_heads": HEADS,
 }
-# A tiny model that trains in a moment, instead of the recipe's.
+# A tiny model that trains quickly, instead of the recipe's.
 TINY = ["--model.base_model", json.dumps(SHAPE), "--model.tiktoken_encoding", "rlchat_1k", "--model.max_length", "64"]
 # Two batches and one validation of a recipe.
 BRIEF = [

@@ -1,4 +1,4 @@
-"""What the tests of the readers share: small files, rows in OASST's layouts, and what every tree must be."""
+"""Helpers for the tests of readers: small files, rows in OASST's layouts, and checks of trees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GOOD_ROW = {"messages": [{"content": "Hi"}, {"content": "Hello!"}]}
 
 
 def write(path: Path, *rows: Any) -> Path:
-    """A JSONL file; a row that is bytes goes in as it is."""
+    """A JSONL file; rows of type bytes are written unchanged."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
@@ -35,7 +35,7 @@ class RowReader:
 
 
 def words(conversation: Conversation) -> str:
-    """``u:Hi a:Hello``: who said what."""
+    """The conversation as text, for example ``u:Hi a:Hello``."""
     return " ".join(f"{message.role[0]}:{message.text}" for message in conversation.messages)
 
 
@@ -48,7 +48,7 @@ def prompts_of(trees: list[Tree]) -> list[str]:
 
 
 def node(message_id: str, role: str, *replies: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """An OASST message that says its own id, with its replies nested."""
+    """An OASST message whose text is its id, with its replies nested."""
     return {"message_id": message_id, "role": role, "text": message_id, **fields, "replies": list(replies)}
 
 
@@ -94,7 +94,7 @@ def check_invariants(trees: list[Tree]) -> None:
 
 
 def check_bad_line(read: RowReader, row: Any, reason: str, **options: Any) -> None:
-    """That ``row`` stops the reading, told by its place, or is counted and costs no row beside it."""
+    """Checks that ``row`` stops the reading with an error that names its line, or is counted."""
     with pytest.raises(UserError, match=rf"rows\.jsonl:3: .*{reason}.*; fix the line or set data\.on_bad_line=skip"):
         read(GOOD_ROW, b"", row, **options)
     trees, report = read(GOOD_ROW, row, {"prompt": "Bye"}, on_bad_line="skip", **options)

@@ -1,4 +1,4 @@
-"""A tiny PPO for tests: models of two layers over single bytes, questions, and a fit that is over in a moment."""
+"""A tiny PPO for tests: models of two layers over single bytes, questions, and a fast fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlchat.utils.padding import pad
 
 _DECODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _ENCODER = {**_DECODER, "hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
-# A small one of each kind, with all the dropout that it can have.
+# A small model of each family, with dropout everywhere.
 BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {**_DECODER, "attention_dropout": 0.3},
     "qwen3": {**_DECODER, "head_dim": 8, "attention_dropout": 0.3},
@@ -37,14 +37,14 @@ QUESTIONS = ("Hi", "What is your name?", "x", "Who are you", "Tell me a story.",
 
 
 class LetterE(ReplyFactor):
-    """The share of the letter e in the reply."""
+    """The fraction of the letter e in the response."""
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return reply.text.count("e") / max(len(reply.text), 1)
 
 
 class Letters(ReplyFactor):
-    """The share of ASCII letters in the reply: an untrained model has some."""
+    """The fraction of ASCII letters in the response: an untrained model generates some."""
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return sum(c.isascii() and c.isalpha() for c in reply.text) / 8
@@ -79,7 +79,7 @@ def sequences(tokenizer: ChatTokenizer, talk: Sequence[tuple[str, str]] = THREAD
 
 
 class Log(L.Callback):
-    """Every training batch's metrics."""
+    """Records the metrics of every training batch."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -98,7 +98,7 @@ def trainer(**options: Any) -> L.Trainer:
 
 
 def fit(module: PPOModule, iterations: int, batch: PromptBatch | None = None, **options: Any) -> list[dict[str, float]]:
-    """The metrics of each of ``iterations`` over the same prompts."""
+    """Trains for ``iterations`` on the same prompts; returns the metrics of each."""
     log = Log()
     batch = batch or prompts(module.tokenizer, mixed=module.data_needs.mix_sequences)
     trainer(callbacks=[*options.pop("callbacks", []), log], **options).fit(module, serve([batch] * iterations))

@@ -1,4 +1,4 @@
-"""Every backbone family: nothing leaks from the future, the cache and padding change nothing, every token learns."""
+"""Every backbone family: no leak from later tokens, no effect of cache and padding, gradients for every token."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_position_ignores_what_follows_it(family: str, chunks: tuple[int, ...]
         other[0, changed] = 17
         after = hidden(other)
         torch.testing.assert_close(after[:, :changed], before[:, :changed], atol=1e-6, rtol=0)
-        # The position itself and the last one do notice: it is a mask that is tested, not a model that hears nothing.
+        # The position itself and the last one change, so the test is not passed by a model that ignores its input.
         assert (after[:, changed] - before[:, changed]).abs().max() > 1e-3
         assert (after[:, -1] - before[:, -1]).abs().max() > 1e-4
 
@@ -125,8 +125,8 @@ def test_cached_and_padded_equal_plain(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_a_hole_in_the_cache_is_not_seen(family: str) -> None:
-    """A row that has ended goes on as padding beside rows that talk on; the others' words must not move."""
+def test_finished_rows_in_the_cache_are_not_seen(family: str) -> None:
+    """A finished row continues as padding next to other rows, whose results must not change."""
     backbone = build(family)
     ids = torch.tensor([IDS, IDS])
     mask = torch.ones(2, 8, dtype=torch.bool)
@@ -138,19 +138,19 @@ def test_a_hole_in_the_cache_is_not_seen(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_a_shortened_cache_has_seen_no_more(family: str) -> None:
+def test_a_shortened_cache_equals_a_shorter_one(family: str) -> None:
     backbone = build(family)
     cache = backbone.new_cache()
     backbone(*row(*IDS[:3], 33, 34, 35), cache)
     assert shorten(cache, 3)
-    assert shorten(cache, 3)  # nothing more to cut
+    assert shorten(cache, 3)  # already short enough
     rest, _ = row(*IDS[3:])
     hidden = backbone(rest, torch.ones(1, 8, dtype=torch.bool), cache)
     torch.testing.assert_close(hidden, backbone(*row(*IDS))[:, 3:], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_a_window_knows_nothing_to_go_back_to() -> None:
+def test_a_cache_with_a_full_window_cannot_be_shortened() -> None:
     backbone = build("mistral", sliding_window=4)
     cache = backbone.new_cache()
     backbone(*row(*IDS), cache)
@@ -166,16 +166,16 @@ def test_a_cache_cannot_be_lengthened() -> None:
     assert not shorten(cache, 4)
 
 
-def test_an_encoder_sees_the_past_and_itself_by_hand() -> None:
-    """Padding sees itself: with nothing to see, a softmax is NaN on some devices."""
+def test_the_causal_mask_by_hand() -> None:
+    """Padding attends to itself, because a softmax over nothing is NaN on some devices."""
     real = torch.tensor([[False, True, True, False]])
     seen = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
     assert causal_mask(real, 4).int().tolist() == [[seen]]
-    assert causal_mask(real, 2).int().tolist() == [[seen[2:]]]  # two tokens behind two that are cached
+    assert causal_mask(real, 2).int().tolist() == [[seen[2:]]]  # two tokens after two cached ones
 
 
 @every_family
-def test_padding_gives_no_nan_and_id_0_learns(family: str) -> None:
+def test_padding_causes_no_nan_and_id_0_gets_gradients(family: str) -> None:
     backbone = build(family)
     ids = torch.tensor([IDS, IDS, IDS])
     mask = torch.tensor([[True] * 8, [False] * 7 + [True], [True] + [False] * 7])
@@ -188,7 +188,7 @@ def test_padding_gives_no_nan_and_id_0_learns(family: str) -> None:
     embedding = embeddings(backbone.transformer)
     assert embedding.grad is not None
     assert embedding.grad[0].abs().sum() > 1e-3  # the first token of row 0, and the fourth
-    assert embedding.grad[8].abs().sum() == 0  # never there
+    assert embedding.grad[8].abs().sum() == 0  # does not occur
 
 
 @every_family
@@ -227,7 +227,7 @@ def test_the_head_fits_the_vocabulary(family: str) -> None:
     ],
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_used_is_refused(config: dict[str, Any], says: str) -> None:
+def test_unusable_base_models_are_errors(config: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         Backbone(config, VOCABULARY, POSITIONS)
 
@@ -255,14 +255,14 @@ def llama(**more: Any) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def test_an_untied_model_of_the_same_vocabulary_keeps_rows_and_head(tmp_path: Path) -> None:
+def test_an_untied_model_with_the_same_vocabulary_keeps_rows_and_head(tmp_path: Path) -> None:
     model = llama()
     backbone = Backbone(saved(model, tmp_path), 35, POSITIONS, kept_rows=30).eval()
     embedding = embeddings(backbone.transformer)
     assert torch.equal(embedding[:30], embeddings(model))
     assert backbone.head is not None
     assert torch.equal(backbone.head.weight[:30], model.lm_head.weight)
-    # What is new has the scale of the rest: 0.2.
+    # New rows have the same scale as the others: 0.2.
     for weight in (embedding, backbone.head.weight):
         assert weight.shape == (35, 16)
         assert 0.1 < weight[30:].std() < 0.3
@@ -272,7 +272,7 @@ def test_an_untied_model_of_the_same_vocabulary_keeps_rows_and_head(tmp_path: Pa
 
 
 @torch.no_grad()
-def test_a_tied_model_of_the_same_vocabulary_keeps_rows_and_tie(tmp_path: Path) -> None:
+def test_a_tied_model_with_the_same_vocabulary_keeps_rows_and_tie(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=POSITIONS, **FAMILIES["gpt2"])).eval()
     backbone = Backbone(saved(model, tmp_path), 35, POSITIONS, kept_rows=30).eval()
@@ -286,21 +286,21 @@ def test_a_tied_model_of_the_same_vocabulary_keeps_rows_and_tie(tmp_path: Path) 
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_without_kept_rows_every_row_is_initialized_anew(tmp_path: Path, tied: bool) -> None:
+def test_without_kept_rows_every_row_is_initialized_randomly(tmp_path: Path, tied: bool) -> None:
     model = llama(tie_word_embeddings=tied)
     backbone = Backbone(saved(model, tmp_path), 35, POSITIONS)
     old_rows, new_rows = embeddings(model), embeddings(backbone.transformer)
-    assert (old_rows - new_rows[:30]).abs().amax(1).min() > 0.01  # every row is another
+    assert (old_rows - new_rows[:30]).abs().amax(1).min() > 0.01  # every row is different
     assert 0.15 < new_rows.std() < 0.25
     assert (backbone.head is None) == tied
     if backbone.head is not None:
         assert (model.lm_head.weight - backbone.head.weight[:30]).abs().amax(1).min() > 0.01
     inside = "layers.1.mlp.up_proj.weight"
-    assert torch.equal(backbone.transformer.get_parameter(inside), model.model.get_parameter(inside))  # the rest stays
+    assert torch.equal(backbone.transformer.get_parameter(inside), model.model.get_parameter(inside))  # kept
 
 
 @torch.no_grad()
-def test_a_smaller_vocabulary_fits_too(tmp_path: Path) -> None:
+def test_a_smaller_vocabulary_works(tmp_path: Path) -> None:
     backbone = Backbone(saved(llama(), tmp_path), 20, POSITIONS)
     assert backbone.head_weight.shape == embeddings(backbone.transformer).shape == (20, 16)
 
@@ -318,7 +318,7 @@ def test_an_encoder_from_a_folder_is_causal_with_its_weights(tmp_path: Path) -> 
     assert torch.equal(before[:, :2], after[:, :2])
 
 
-def test_a_reloaded_folder_has_the_shape_that_its_json_tells(tmp_path: Path) -> None:
+def test_a_reloaded_backbone_has_the_shape_in_its_json(tmp_path: Path) -> None:
     for name, model in {"llama": llama(), "tied": llama(tie_word_embeddings=True)}.items():
         backbone = Backbone(saved(model, tmp_path / name), 35, POSITIONS, kept_rows=30)
         twin = Backbone.from_config_json(backbone.config_json())
@@ -326,7 +326,7 @@ def test_a_reloaded_folder_has_the_shape_that_its_json_tells(tmp_path: Path) -> 
         assert twin.vocab_size == 35
 
 
-def test_half_precision_weights_are_trained_in_full(tmp_path: Path) -> None:
+def test_half_precision_weights_are_trained_in_float32(tmp_path: Path) -> None:
     backbone = Backbone(saved(llama().bfloat16(), tmp_path), 35, POSITIONS, kept_rows=30)
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
     twin = Backbone.from_config_json(backbone.config_json())
@@ -344,14 +344,14 @@ def test_too_few_positions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_damaged_folder_is_said(tmp_path: Path, file: str) -> None:
+def test_a_damaged_folder_is_reported(tmp_path: Path, file: str) -> None:
     folder = saved(llama(), tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:300])
     with pytest.raises(UserError, match="the folder contains no model that transformers can load"):
         Backbone(folder, 35, POSITIONS)
 
 
-def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_base_model_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at import
     with pytest.raises(UserError, match="no-such-owner/no-such-model is neither a folder nor a model"):
         Backbone("no-such-owner/no-such-model", 35, POSITIONS)
@@ -359,15 +359,15 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Backbone(str(tmp_path), 35, POSITIONS)
 
 
-def test_a_leak_is_refused_from_a_folder_too(tmp_path: Path) -> None:
+def test_a_leak_is_an_error_for_a_folder_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     albert = AlbertModel(AlbertConfig(vocab_size=30, max_position_embeddings=POSITIONS, embedding_size=8, **LAYERS))
     with pytest.raises(UserError, match="'albert' sees later tokens"):
         Backbone(saved(albert, tmp_path), 35, POSITIONS)
 
 
-def test_the_cache_of_an_encoder_is_moved_to_no_device_as_a_copy() -> None:
-    """As FSDP2 does on a GPU with what a forward pass is given: what is appended to a copy would be lost."""
+def test_moving_inputs_does_not_copy_the_cache_of_an_encoder() -> None:
+    """FSDP2 on a GPU moves the inputs of a forward pass; additions to a copy of the cache would be lost."""
     cache = EncoderCache({torch.nn.Identity(): (torch.zeros(1), torch.zeros(1))})
     _, (passed_on,) = _to_kwargs((), {"cache": cache}, torch.device("cpu"), False)
     assert passed_on["cache"] is cache

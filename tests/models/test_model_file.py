@@ -273,7 +273,7 @@ def test_the_wrong_kind_of_model_is_named(byte_tokenizer: ChatTokenizer, tmp_pat
 
 
 def damaged(path: Path, bytes_only: ChatTokenizer, /, **change: Any) -> dict[str, Any]:
-    """Writes a policy's model file with the entries ``change``; returns what it holds."""
+    """Writes a policy's model file with the entries ``change``; returns its content."""
     save_bundle(path, policy_bundle(bytes_only))
     content = {**torch.load(path, weights_only=True), **change}
     torch.save(content, path)
@@ -444,7 +444,7 @@ def test_an_archive_that_expands_is_refused(byte_tokenizer: ChatTokenizer, tmp_p
 
 
 def test_a_weight_that_claims_more_than_is_stored_is_refused(byte_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    """A view of stride 0 stores one number and claims a million million."""
+    """A view with stride 0 stores one number and claims 10¹² of them."""
     content = damaged(tmp_path / "model.pt", byte_tokenizer)
     content["state"]["backbone.head.weight"] = torch.ones(1).expand(10**6, 10**6)
     expected = "damaged model file, weight backbone.head.weight is larger than its stored data"

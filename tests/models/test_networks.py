@@ -1,4 +1,4 @@
-"""The heads: what cannot be said has no probability, log-probs by hand, chunks that change nothing, a silent critic."""
+"""The heads: unsayable tokens have probability 0, log-probs by hand, chunks without effect, a critic of zeros."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def test_what_is_unsayable_has_probability_0_and_the_entropy_stays_finite(temper
     head = model.backbone.head_weight
     assert head.grad is not None
     assert head.grad.isfinite().all()
-    assert (head.grad[UNSAYABLE] == 0).all()  # what cannot be said neither gains nor loses
+    assert (head.grad[UNSAYABLE] == 0).all()  # unsayable tokens get no gradient
 
 
-def test_an_unsayable_target_has_no_chance() -> None:
+def test_an_unsayable_target_has_probability_0() -> None:
     assert policy().token_stats(hidden_states(1), torch.tensor([7])).logprobs.item() < -1e6
 
 
 def test_a_distribution_by_hand() -> None:
-    """One hidden unit decides: logits 0, ln 2 and ln 5 are probabilities 1/8, 2/8 and 5/8."""
+    """One hidden unit: logits 0, ln 2 and ln 5 give probabilities 1/8, 2/8 and 5/8."""
     model = RLChatModel(backbone(), [i for i in range(VOCABULARY) if i > 2])
     with torch.no_grad():
         model.backbone.head_weight.zero_()
@@ -72,7 +72,7 @@ def test_a_distribution_by_hand() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_token_stats_against_a_plain_softmax_over_what_can_be_said(temperature: float) -> None:
+def test_token_stats_equal_a_plain_softmax_over_sayable_tokens(temperature: float) -> None:
     model, hidden = policy(), hidden_states(4)
     targets = torch.tensor([1, 6, 10, 2])
     said = (hidden @ model.backbone.head_weight.T)[:, SAYABLE] / temperature
@@ -85,7 +85,7 @@ def test_token_stats_against_a_plain_softmax_over_what_can_be_said(temperature: 
 
 
 @pytest.mark.parametrize("at_a_time", [1, VOCABULARY, 3 * VOCABULARY])  # one, one and three tokens of seven
-def test_chunks_change_nothing(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_result(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, targets = policy(), torch.tensor([1, 2, 3, 4, 5, 6, 8])
 
     def run() -> tuple[Tensor, ...]:
@@ -103,7 +103,7 @@ def test_chunks_change_nothing(at_a_time: int, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(one, other)
 
 
-def test_no_tokens_have_no_stats() -> None:
+def test_no_tokens_give_empty_stats() -> None:
     stats = policy().token_stats(hidden_states(0), torch.zeros(0, dtype=torch.long))
     assert [len(part) for part in stats] == [0, 0, 0]
 
@@ -124,7 +124,7 @@ def test_a_hidden_layer_in_the_critic() -> None:
     assert policy(4).hidden_dim == 4
 
 
-def test_numbers_are_float32_whatever_the_backbone_computes_in() -> None:
+def test_outputs_are_float32_for_any_precision_of_the_backbone() -> None:
     model = policy().to(torch.bfloat16)
     hidden = hidden_states(2).to(torch.bfloat16)
     stats = model.token_stats(hidden, torch.tensor([1, 2]))

@@ -1,4 +1,4 @@
-"""The probe of a new backbone: each property that a family lacks is named, and what passes really has them."""
+"""The probe of a new backbone: each missing property is named, and backbones that pass have all properties."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def declare(monkeypatch: pytest.MonkeyPatch) -> Any:
     return declare
 
 
-def test_families_are_found_by_themselves() -> None:
+def test_families_are_found_automatically() -> None:
     found = families.encoder_families()
     assert {"bert", "distilbert", "electra", "roberta", "xlm-roberta", "camembert"} <= found.keys()
     assert all(name == family.model_type for name, family in found.items())
@@ -56,7 +56,7 @@ def test_a_declared_encoder_whose_layers_share_modules_is_refused(declare: Any) 
         build("albert", embedding_size=8)
 
 
-def test_other_numbers_under_left_padding_are_refused() -> None:
+def test_different_results_with_left_padding_are_an_error() -> None:
     with pytest.raises(UserError, match="'recurrent_gemma' gives different results for a left-padded row"):
         Backbone(
             {
@@ -85,7 +85,7 @@ def test_narrow_embeddings_of_opt_give_a_head_that_fits() -> None:
     assert backbone(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).shape == (1, 2, 8)
 
 
-def test_an_infinite_value_in_a_configuration_comes_back() -> None:
+def test_an_infinite_value_in_a_configuration_is_restored() -> None:
     backbone = build(
         "granitemoehybrid", mamba_n_heads=4, mamba_expand=2, mamba_d_head=8, layer_types=["mamba", "attention"]
     )
@@ -110,7 +110,7 @@ def swallow(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(backbone.transformer), "forward", forward)
 
 
-def test_a_swallowed_cache_argument_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ignored_cache_argument_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = build("llama")
     check_cache_is_used(backbone)
     swallow(backbone, monkeypatch)
@@ -168,7 +168,7 @@ def test_a_row_longer_than_the_window_is_probed(monkeypatch: pytest.MonkeyPatch)
         build("mistral", sliding_window=12)
 
 
-def test_the_probe_leaves_mode_and_random_numbers_alone() -> None:
+def test_the_probe_does_not_change_mode_and_random_numbers() -> None:
     torch.manual_seed(3)
     backbone = Backbone({"model_type": "llama", **LAYERS}, 40, 16)
     assert backbone.training

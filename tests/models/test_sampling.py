@@ -1,4 +1,4 @@
-"""The token loop: noise that is addressed, tokens that follow their probabilities, rows that do not know each other."""
+"""The sampling loop: addressed random numbers, tokens with the right probabilities, independent rows."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_token_without_probability_is_never_chosen(weights: list[float], unifo
 def test_frequencies_are_the_probabilities() -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.125, 0.25, 0.0625, 0.0625, 0.0])
     count = 2**16
-    even = torch.arange(count) / count  # an even grid has no chance in it
+    even = torch.arange(count) / count  # an even grid is not random
     counts = inverse_cdf(probabilities.expand(count, -1), even).bincount(minlength=7)
     assert counts.tolist() == [int(p * count) for p in probabilities.tolist()]
     noise = addressed_uniforms(0, 0, torch.arange(count))(0)
@@ -117,7 +117,7 @@ def test_frequencies_are_the_probabilities() -> None:
     assert chi_square < 18.47  # 4 degrees of freedom, p = 0.001
 
 
-# ---- addressed noise -------------------------------------------------------------------------------------------------
+# ---- addressed random numbers ----------------------------------------------------------------------------------------
 
 
 def splitmix64(state: int) -> int:
@@ -156,7 +156,7 @@ def test_uniforms_are_uniform_along_every_axis() -> None:
         assert numbers.min() >= 0
         assert numbers.max() < 1
         assert kolmogorov_smirnov(numbers) < 1.95
-        # Neighbours on the axis know nothing of each other.
+        # Neighbours on the axis are independent.
         assert abs(correlation(numbers[1:], numbers[:-1])) < 4 / math.sqrt(len(numbers))
     counts = by_row.mul(256).long().bincount(minlength=256).double()
     assert float(((counts - n / 256) ** 2 / (n / 256)).sum()) < 330.5  # 255 degrees of freedom, p = 0.001
@@ -246,7 +246,7 @@ def test_the_response_of_a_row_does_not_depend_on_the_other_rows(family: str) ->
 
 
 class Script(RLChatModel):
-    """Says ``lines[row]`` whatever it is asked, then pads; the noise has nothing to decide."""
+    """Generates ``lines[row]`` for any prompt, then padding, whatever the random numbers."""
 
     def __init__(self, lines: list[list[int]]) -> None:
         super().__init__(policy().backbone)
@@ -282,7 +282,7 @@ def test_tokens_come_one_by_one_and_the_caller_may_stop() -> None:
     noise = generator_uniforms(torch.Generator(), 2)
     steps = sample(model, ids, mask, Sampling(4, 1.0), noise, end_id=END, pad_id=PAD)
     assert [next(steps).tokens.tolist() for _ in range(3)] == [[1, 5], [2, END], [3, PAD]]
-    assert model.position == 2  # nothing is computed ahead
+    assert model.position == 2  # no step is computed in advance
 
 
 @every_family
@@ -336,7 +336,7 @@ CROWD = [
 
 
 def alone(model: RLChatModel, row: int) -> list[int]:
-    """The response to prompt ``row`` in a batch of its own, with the same random numbers and sampling options."""
+    """The response to prompt ``row`` in a separate batch, with the same random numbers and sampling options."""
     return replies(model, [PROMPTS[row]], addressed_uniforms(3, 0, rows(row)), CROWD[row % 4])[0]
 
 
@@ -349,7 +349,7 @@ def test_each_row_can_have_its_own_sampling_options(family: str) -> None:
     assert [row[own].tolist() for row, own in zip(said.ids, said.mask, strict=True)] == [
         alone(model, row) for row in range(8)
     ]
-    assert said.mask.sum(1).tolist()[1] == 3  # of which the others knew nothing
+    assert said.mask.sum(1).tolist()[1] == 3  # the other rows are not affected
 
 
 @every_family
@@ -357,7 +357,7 @@ def test_each_row_can_have_its_own_sampling_options(family: str) -> None:
 def test_the_response_of_a_row_does_not_depend_on_when_rows_join_and_leave(family: str, seed: int) -> None:
     """Rows join one by one and in groups, finish or are removed, in a random order."""
     model, order = policy(family), torch.Generator().manual_seed(seed)
-    waiting = torch.randperm(24, generator=order).tolist()  # row r asks PROMPTS[r % 8], with a noise of its own
+    waiting = torch.randperm(24, generator=order).tolist()  # row r has PROMPTS[r % 8] and its own random numbers
     waiting = [row for row in waiting if len(PROMPTS[row % 8]) > 1]
     running = [waiting.pop() for _ in range(2)]
     began = [0, 0]
@@ -463,7 +463,7 @@ def support(sampling: Sampling, probabilities: Iterable[float] = PROBABILITIES) 
     ],
     ids=str,
 )
-def test_the_support_and_its_shares(sampling: Sampling, expected: dict[int, float]) -> None:
+def test_the_support_and_its_probabilities(sampling: Sampling, expected: dict[int, float]) -> None:
     found = support(sampling)
     assert set(found) == set(expected)
     assert found == pytest.approx(expected, abs=2e-4)
@@ -480,7 +480,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(weights: list[float]
     reached, expected = 0.0, set()
     for i in ordered:
         if abs(reached - top_p) < 1e-4:
-            return  # so near to the border that rounding decides
+            return  # so close to the boundary that rounding decides
         if reached >= top_p:
             break
         expected.add(i)

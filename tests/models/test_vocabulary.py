@@ -1,4 +1,4 @@
-"""Embedding rows of a base model are kept only where its tokenizer files show the encoding's own tokens."""
+"""Embedding rows of a base model are kept only if its tokenizer files contain the tokens of the encoding."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ SWAPPED = {**SPELLED, "Ġt": 257, "he": 256}
     ],
     ids=["swapped", "another id", "special", "sentencepiece", "unigram", "damaged", "none"],
 )
-def test_an_equal_count_of_other_tokens_starts_anew_with_a_warning(
+def test_an_equal_number_of_different_tokens_is_reinitialized_with_a_warning(
     tokenizer: ChatTokenizer,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -81,12 +81,10 @@ def test_an_equal_count_of_other_tokens_starts_anew_with_a_warning(
         assert kept_rows(model_folder(tmp_path / "model", **files), tokenizer) == 0
     (record,) = caplog.records
     assert message in record.getMessage()
-    assert record.getMessage().endswith("embeddings are initialized anew")
+    assert record.getMessage().endswith("the embeddings are initialized randomly")
 
 
-def test_another_count_starts_anew_and_an_inline_model_has_nothing_to_keep(
-    tokenizer: ChatTokenizer, tmp_path: Path
-) -> None:
+def test_a_different_number_of_tokens_is_reinitialized(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     assert kept_rows(model_folder(tmp_path / "model", vocab_size=260, vocab=SPELLED), tokenizer) == 0
     assert kept_rows({"model_type": "llama"}, tokenizer) == 0
 
@@ -122,7 +120,7 @@ def test_gpt2_without_tokenizer_files_is_kept_under_its_own_encoding_only(
 
 
 @pytest.mark.parametrize(("vocabulary", "same"), [(SPELLED, True), (SWAPPED, False)])
-def test_a_new_policy_keeps_the_rows_of_its_own_tokens_only(
+def test_a_new_policy_keeps_rows_only_for_equal_tokens(
     tmp_path: Path, tokenizer: ChatTokenizer, vocabulary: dict[str, int], same: bool
 ) -> None:
     folder = model_folder(tmp_path / "model", vocab=vocabulary)

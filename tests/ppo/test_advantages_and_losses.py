@@ -1,4 +1,4 @@
-"""The formulas of PPO: reference numbers, the same by hand, and what must hold for any numbers."""
+"""The formulas of PPO: reference numbers, numbers worked out by hand, and properties of any numbers."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_whitening_by_hand() -> None:
     close(masked_whiten(x, mask), [[-a, 0, 0], [0, a, 0]])
     close(masked_whiten(x, mask, shift_mean=False), [[3 - a, 3, 0], [0, 3 + a, 0]])
     close(masked_whiten(x, torch.zeros_like(mask)), [[0, 0, 0], [0, 0, 0]])
-    close(masked_whiten(t([4.0]), m([True])), [[0.0]])  # one token has no variance, and is no reason to divide by 0
+    close(masked_whiten(t([4.0]), m([True])), [[0.0]])  # one token has no variance, which must not divide by 0
 
 
 def test_kl_by_hand() -> None:
@@ -158,7 +158,7 @@ def test_gae_by_hand() -> None:
     advantages, returns = gae(rewards, values, m([1, 1, 1]), gamma=0.5, lam=0.5)
     close(advantages, [[0.375, -2.5, 2.0]])
     close(returns, [[2.375, 1.5, 4.0]])
-    # The same with another speaker's words in between, whatever stands there.
+    # The same with a user turn in between, whatever its values.
     rewards, values = t([1, 50, 0, -60, 70, 4, 9]), t([2, 8, 4, 8, 8, 2, 8])
     advantages, returns = gae(rewards, values, m([1, 0, 1, 0, 0, 1, 0]), gamma=0.5, lam=0.5)
     close(advantages, [[0.375, 0, -2.5, 0, 0, 2.0, 0]])
@@ -172,7 +172,7 @@ def test_policy_loss_by_hand() -> None:
     advantages = t([3, 1, -1, 1, -1, 1000])
     result = policy_loss(old + log_ratio, old, advantages, m([1, 1, 1, 1, 1, 0]), clip_eps=0.2)
     close(result.loss, (-3 - 1.2 + 2 - 0.5 + 0.8) / 5)
-    close(result.clipfrac, 2 / 5)  # only where the clip makes it worse: 2 with A > 0, 1/2 with A < 0
+    close(result.clipfrac, 2 / 5)  # only if clipping increases the loss: 2 with A > 0, 1/2 with A < 0
     close(result.approx_kl, 4 / 5 * math.log(2) ** 2 / 2)
     close(policy_loss(old + log_ratio, old, advantages, m([1, 1, 1, 1, 1, 0]), 0.2, count=10).loss, -1.9 / 10)
 
@@ -182,7 +182,7 @@ def test_policy_gradient_by_hand() -> None:
     old = torch.full((1, 4), -2.0, dtype=torch.float64)
     policy_loss(logprobs, old, t([3, -1, 1, -1]), m([1, 1, 1, 1])).loss.backward()
     assert logprobs.grad is not None
-    close(logprobs.grad, [[-3 / 4, 1 / 4, 0, 2 / 4]])  # -A·r / n, and nothing where the clip decides
+    close(logprobs.grad, [[-3 / 4, 1 / 4, 0, 2 / 4]])  # -A·r / n, and 0 where the ratio is clipped
 
 
 def test_value_loss_by_hand() -> None:
@@ -198,23 +198,23 @@ def test_value_gradient_by_hand() -> None:
     values = t([1, 1, 0.1]).requires_grad_()
     value_loss(values, torch.zeros(1, 3, dtype=torch.float64), t([1, 0, 1]), m([1, 1, 1])).loss.backward()
     assert values.grad is not None
-    close(values.grad, [[0, 1 / 3, -0.9 / 3]])  # (v - R) / n, and nothing where the clipped value is the worse
+    close(values.grad, [[0, 1 / 3, -0.9 / 3]])  # (v - R) / n, and 0 where the clipped value has the larger loss
 
 
-def test_scores_go_to_the_last_token_of_each_reply_by_hand() -> None:
-    """Two turns in the first row with the user's words between them, one in the second, none in the third."""
+def test_scores_are_placed_on_the_last_token_of_each_response_by_hand() -> None:
+    """Two turns in the first row with a user turn between them, one in the second, none in the third."""
     reply_of = torch.tensor([[0, 0, -1, 2, 2, 2], [1, 1, 1, -1, -1, -1], [-1, -1, -1, -1, -1, -1]])
     placed = place_scores(t(1, 2, 4), reply_of)
     close(placed, [[0, 1, 0, 0, 0, 4], [0, 0, 2, 0, 0, 0], [0] * 6])
-    # And from there they cost KL and earn like one.
+    # The rewards are then the same as for scores per row.
     mask = reply_of >= 0
     half = torch.full(mask.shape, 0.5, dtype=torch.float64)
     rewards = shape_rewards(placed, half, torch.zeros_like(half), mask, kl_coef=0.2)
     close(rewards, [[-0.1, 0.9, 0, -0.1, -0.1, 3.9], [-0.1, -0.1, 1.9, 0, 0, 0], [0] * 6])
 
 
-def test_gae_is_carried_across_the_users_words_by_hand() -> None:
-    """γ = 1, λ = 1/2, a critic at zero: rewards 1 and 4 at the ends of two turns, the second worth half a step away."""
+def test_gae_is_carried_across_user_turns_by_hand() -> None:
+    """γ = 1, λ = 1/2, values of 0, rewards 1 and 4 at the ends of two turns; each step back halves the advantage."""
     mask = m([1, 1, 0, 1, 1])
     advantages, returns = gae(t([0, 1, 0, 0, 4]), t([0, 0, 9, 0, 0]), mask, 1.0, 0.5)
     close(advantages, [[1, 2, 0, 2, 4]])  # 4; 0 + 4/2; 1 + 2/2; 0 + 2/2
@@ -222,13 +222,13 @@ def test_gae_is_carried_across_the_users_words_by_hand() -> None:
 
 
 def test_rloo_by_hand() -> None:
-    """(1, 2, 6): the others' means are 4, 7/2 and 3/2. Equal scores: nothing. Its sum over a group is 0."""
+    """(1, 2, 6): the means of the others are 4, 7/2 and 3/2. Equal scores give 0. The sum over a group is 0."""
     close(rloo(t(1, 2, 6, 5, 5, 5), 3), [-3, -1.5, 4.5, 0, 0, 0])
     close(rloo(t(1, 3), 2), [-2, 2])
 
 
 def test_grpo_by_hand() -> None:
-    """(1, 2, 6): mean 3, sample variance (4 + 1 + 9) / 2 = 7. Equal scores: nothing."""
+    """(1, 2, 6): mean 3, sample variance (4 + 1 + 9) / 2 = 7. Equal scores give 0."""
     scale = 1 / (7**0.5 + 1e-4)
     close(grpo(t(1, 2, 6, 5, 5, 5), 3), [-2 * scale, -scale, 3 * scale, 0, 0, 0])
 
@@ -243,8 +243,8 @@ def test_a_group_of_one_response_is_refused(estimate: Callable[[Tensor, int], Te
 
 @given(st.lists(st.floats(-10, 10), min_size=12, max_size=12), st.sampled_from([2, 3, 4, 6]), st.floats(-5, 5))
 @quickly
-def test_groups_are_compared_with_themselves_alone(scores: list[float], size: int, shift: float) -> None:
-    """Each group's advantages sum to 0, do not move with its level, and know nothing of other groups."""
+def test_scores_are_only_compared_within_their_group(scores: list[float], size: int, shift: float) -> None:
+    """The advantages of a group sum to 0 and depend neither on its mean nor on other groups."""
     x = torch.tensor(scores, dtype=torch.float64)
     for compare in (rloo, grpo):
         advantages = compare(x, size)
@@ -258,7 +258,7 @@ def test_groups_are_compared_with_themselves_alone(scores: list[float], size: in
 
 
 def test_clip_higher_by_hand() -> None:
-    """Ratio 1.5 and A = 1: the clip is at 1.2, or at 1.28. Ratio 0.5 and A = -1 is held at 0.8 by either."""
+    """Ratio 1.5 and A = 1: clipped at 1.2 or at 1.28. Ratio 0.5 and A = -1: clipped at 0.8 in both cases."""
     new, old, mask = t([1.5, 0.5]).log(), t([1, 1]).log(), m([1, 1])
     advantages = t([1, -1])
     close(policy_loss(new, old, advantages, mask).loss, (-1.2 + 0.8) / 2)
@@ -268,7 +268,7 @@ def test_clip_higher_by_hand() -> None:
 
 
 def test_dual_clip_by_hand() -> None:
-    """A bad token that has become five times likelier costs 5, or 3 with c = 3; a good one is as ever."""
+    """Ratio 5 and A = -1: the loss is 5, or 3 with c = 3. Positive advantages are not affected."""
     new, old, mask = t([5, 5]).log(), t([1, 1]).log(), m([1, 1])
     close(policy_loss(new, old, t([-1, 1]), mask).loss, (5 - 1.2) / 2)
     found = policy_loss(new, old, t([-1, 1]), mask, dual_clip=3.0)
@@ -277,7 +277,7 @@ def test_dual_clip_by_hand() -> None:
     leaf = new.clone().requires_grad_()
     policy_loss(leaf, old, t([-1, 1]), mask, dual_clip=3.0).loss.backward()
     assert leaf.grad is not None
-    close(leaf.grad, [[0, 0]])  # beyond either bound there is nothing to gain
+    close(leaf.grad, [[0, 0]])  # no gradient beyond either bound
 
 
 def test_adaptive_kl_by_hand() -> None:
@@ -285,13 +285,13 @@ def test_adaptive_kl_by_hand() -> None:
     assert controller.update(6.0, 100) == 0.5  # on target
     assert controller.update(6.6, 100) == pytest.approx(0.5 * 1.01)  # a tenth above, a tenth of the horizon
     controller.coef = 0.5
-    assert controller.update(600.0, 100) == pytest.approx(0.5 * 1.02)  # no more than a fifth
+    assert controller.update(600.0, 100) == pytest.approx(0.5 * 1.02)  # at most a fifth
     controller.coef = 0.5
     assert controller.update(-3.0, 500) == pytest.approx(0.5 * 0.9)
     assert controller.coef == pytest.approx(0.45)
 
 
-def test_values_are_clipped_around_those_of_the_rollout() -> None:
+def test_values_are_clipped_around_the_old_values() -> None:
     """Old 0, new 1, c = 0.2. The clipped value is 0.2; around the new value it would be 1."""
     values, old, mask = t([1.0]), t([0.0]), m([1])
     close(value_loss(values, old, t([1.0]), mask, 0.2).loss, 0.5 * 0.8**2)
@@ -313,7 +313,7 @@ def test_k3_of_small_differences_in_float32() -> None:
 @pytest.mark.parametrize("score", [0.1, 1 / 3, 1e4 + 0.1, -7.3])
 @pytest.mark.parametrize("size", [2, 3, 6, 7])
 def test_equal_scores_give_exactly_zero(score: float, size: int) -> None:
-    """In float32, the mean of equal numbers may differ from them by rounding."""
+    """In float32, the mean of equal numbers can differ from them by rounding."""
     scores = torch.full((2 * size,), score)
     assert (grpo(scores, size) == 0).all()
     assert (rloo(scores, size) == 0).all()
@@ -333,7 +333,7 @@ numbers = st.floats(-5, 5, width=32)
 
 @st.composite
 def batches(draw: st.DrawFn, tensors: int, prefix: bool = False) -> tuple[Tensor, ...]:
-    """A mask [B, T] with a token in it, and ``tensors`` of numbers of that shape; a prefix mask is a reply's."""
+    """A mask [B, T] with at least one token, and ``tensors`` of that shape; with ``prefix``, one response per row."""
     rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 7))
     if prefix:
         lengths = draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows))
@@ -346,7 +346,7 @@ def batches(draw: st.DrawFn, tensors: int, prefix: bool = False) -> tuple[Tensor
 
 
 def padded(x: Tensor, left: int, right: int) -> Tensor:
-    """``x`` between columns that are outside of the mask, or full of numbers that would be noticed."""
+    """``x`` between padding columns, whose numbers would change the results if they were used."""
     return torch.nn.functional.pad(x, (left, right), value=False if x.dtype == torch.bool else 3.5)
 
 
@@ -373,8 +373,8 @@ def test_whitened_numbers_have_mean_0_and_variance_1(batch: tuple[Tensor, ...]) 
 
 @given(batches(1), st.integers(0, 4))
 @quickly
-def test_whitening_in_shards_is_whitening_of_the_whole(batch: tuple[Tensor, ...], at: int) -> None:
-    """Two processes: what they send to each sum adds up, and with the sums each has its part of the whole."""
+def test_whitening_in_shards_equals_whitening_of_the_whole(batch: tuple[Tensor, ...], at: int) -> None:
+    """With sums over two processes, each process gets its part of the whitened whole."""
     mask, x = batch
     inside = x[mask]
     totals = [len(inside), inside.sum(), (inside - inside.mean()).square().sum()]
@@ -392,7 +392,9 @@ def test_whitening_in_shards_is_whitening_of_the_whole(batch: tuple[Tensor, ...]
 
 @given(batches(2), st.floats(0, 1), st.floats(0, 1))
 @quickly
-def test_gae_over_holes_is_gae_of_the_compacted_sequence(batch: tuple[Tensor, ...], gamma: float, lam: float) -> None:
+def test_gae_with_gaps_equals_gae_of_the_compacted_sequence(
+    batch: tuple[Tensor, ...], gamma: float, lam: float
+) -> None:
     mask, rewards, values = batch
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     assert (advantages[~mask] == 0).all()
@@ -433,7 +435,7 @@ def test_with_lam_0_advantages_are_one_step_errors(batch: tuple[Tensor, ...], ga
 
 @given(batches(5), st.integers(0, 3), st.integers(0, 3))
 @quickly
-def test_padding_moves_nothing(batch: tuple[Tensor, ...], left: int, right: int) -> None:
+def test_padding_does_not_change_the_results(batch: tuple[Tensor, ...], left: int, right: int) -> None:
     mask, a, b, c, d = batch[0], *batch[1:5]
     wide = [padded(x, left, right) for x in (mask, a, b, c, d)]
     close(masked_mean(wide[1], wide[0]), masked_mean(a, mask))
@@ -451,11 +453,11 @@ def test_padding_moves_nothing(batch: tuple[Tensor, ...], left: int, right: int)
 
 @given(batches(3))
 @quickly
-def test_what_stands_outside_the_mask_has_no_gradient(batch: tuple[Tensor, ...]) -> None:
+def test_values_outside_the_mask_have_no_gradient(batch: tuple[Tensor, ...]) -> None:
     mask, a, b, c = batch
     for loss in (policy_loss, value_loss):
         x = a.clone().requires_grad_()
-        # Padding may hold anything, also what overflows.
+        # Padding may contain any value, even one that overflows.
         loss(x, torch.where(mask, b, -1e4), c, mask).loss.backward()
         assert x.grad is not None
         assert x.grad.isfinite().all()
@@ -464,9 +466,7 @@ def test_what_stands_outside_the_mask_has_no_gradient(batch: tuple[Tensor, ...])
 
 @given(batches(2, prefix=True), st.sampled_from(KINDS), st.floats(0, 1))
 @quickly
-def test_the_score_sits_on_one_token_whatever_the_length(
-    batch: tuple[Tensor, ...], kind: KLKind, kl_coef: float
-) -> None:
+def test_the_score_is_on_one_token_for_any_length(batch: tuple[Tensor, ...], kind: KLKind, kl_coef: float) -> None:
     mask, logprobs, ref_logprobs = batch
     scores = torch.arange(1, len(mask) + 1, dtype=torch.float64) * 10
     paid = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, kind) - shape_rewards(
@@ -486,7 +486,7 @@ def test_k2_and_k3_are_never_negative(batch: tuple[Tensor, ...]) -> None:
         assert (kl_estimate(logprobs, logprobs, kind) == 0).all()
 
 
-def test_k1_and_k3_have_the_mean_of_the_true_kl() -> None:
+def test_the_means_of_k1_and_k3_are_the_true_kl() -> None:
     p, q = t([0.5, 0.3, 0.2])[0], t([0.2, 0.2, 0.6])[0]
     true = float((p * (p / q).log()).sum())
     for kind in ("k1", "k3"):
@@ -495,10 +495,10 @@ def test_k1_and_k3_have_the_mean_of_the_true_kl() -> None:
 
 @given(batches(3), st.integers(0, 4), st.integers(2, 4))
 @quickly
-def test_the_mean_of_shard_gradients_is_the_global_gradient(batch: tuple[Tensor, ...], at: int, world: int) -> None:
-    """Each process divides by global tokens / processes; then their gradients are averaged, as DDP does."""
+def test_the_mean_of_shard_gradients_equals_the_global_gradient(batch: tuple[Tensor, ...], at: int, world: int) -> None:
+    """Each process divides by global tokens / processes, and the gradients are averaged, as in DDP."""
     mask, a, b, c = batch
-    mask = torch.cat([mask, m([True] * mask.shape[1])])  # tokens enough for every process
+    mask = torch.cat([mask, m([True] * mask.shape[1])])  # enough tokens for every process
     mask = torch.cat([mask] * world)
     a, b, c = (torch.cat([torch.cat([x, x[:1]])] * world) for x in (a, b, c))
     count = mask.sum() / world
@@ -509,7 +509,7 @@ def test_the_mean_of_shard_gradients_is_the_global_gradient(batch: tuple[Tensor,
         expected, x.grad = x.grad, None
         cuts = [0, *sorted((at + i * len(mask) // world) % (len(mask) + 1) for i in range(1, world)), len(mask)]
         losses = []
-        for start, end in pairwise(cuts):  # unequal shards, some perhaps without a row
+        for start, end in pairwise(cuts):  # unequal shards, some possibly empty
             part = loss(x[start:end], b[start:end], c[start:end], mask[start:end], count=count)
             (part.loss / world).backward()
             losses.append(part.loss.detach() / world)
@@ -521,7 +521,7 @@ def test_the_mean_of_shard_gradients_is_the_global_gradient(batch: tuple[Tensor,
 
 @given(st.floats(0, 100), st.integers(1, 1000))
 @quickly
-def test_the_coefficient_goes_where_the_kl_pushes_it(kl: float, episodes: int) -> None:
+def test_the_coefficient_rises_and_falls_with_the_kl(kl: float, episodes: int) -> None:
     before = 0.1
     after = AdaptiveKL(before, 6.0, 10_000).update(kl, episodes)
     assert (after > before) == (kl > 6)

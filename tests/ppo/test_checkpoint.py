@@ -29,7 +29,7 @@ class Listed(ReplyFactor):
 
 
 class Matching(ReplyFactor):
-    """A factor whose attribute is no plain value."""
+    """A factor whose attribute is not a plain value."""
 
     def __init__(self, pattern: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Matching(ReplyFactor):
 
 
 class Halved(Reward):
-    """A reward that is no plain sum of factors."""
+    """A reward that is not a plain sum of factors."""
 
     def breakdown(self, *batch: Any) -> dict[str, Any]:
         return {name: value / 2 for name, value in super().breakdown(*batch).items()}
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_loaded_with_its_reward_and_without_other_files(
     [(Reward([Letters(), Matching("a")]), "Matching.* pattern"), (Halved([Letters()]), "Halved.* factors")],
     ids=["factor", "reward"],
 )
-def test_a_reward_that_cannot_be_rebuilt_is_refused(
+def test_a_reward_that_cannot_be_rebuilt_is_an_error(
     encoding: str, tmp_path: Path, reward: Reward, argument: str
 ) -> None:
     trained(ppo(encoding, reward=reward), tmp_path)
@@ -97,7 +97,7 @@ def test_a_reward_that_cannot_be_rebuilt_is_refused(
     assert PPOModule.load_from_checkpoint(tmp_path / "run.ckpt", reward=reward).reward is reward
 
 
-def test_a_class_that_is_gone_is_refused(encoding: str, tmp_path: Path) -> None:
+def test_a_class_that_no_longer_exists_is_an_error(encoding: str, tmp_path: Path) -> None:
     trained(ppo(encoding, reward=Reward([Letters()])), tmp_path)
     content = torch.load(tmp_path / "run.ckpt", weights_only=True)
     content["rlchat"]["reward"][0]["class_path"] = "gone_since.Letters"

@@ -1,4 +1,4 @@
-"""The options of PPO: the same in the module and in the typed configuration, and estimators from the registry."""
+"""The options of PPO: equal in the module and in the typed configuration; estimators from the registry."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rlchat.ppo.module import PPOModule
 
 
 def test_the_config_has_the_options_of_the_module() -> None:
-    """By name and type, all but the reward, which is no plain value."""
+    """By name and type, except for the reward, which is not a plain value."""
     arguments = set(inspect.signature(PPOModule).parameters) - {"reward"}
     assert {field.name for field in fields(PPOConfig)} == arguments
     module, config = get_type_hints(PPOModule.__init__), get_type_hints(PPOConfig)
     assert {name: module[name] for name in arguments} == {name: config[name] for name in arguments}
 
 
-def test_options_are_typed_and_hyper_parameters_plain(encoding: str) -> None:
+def test_options_are_typed_and_hyperparameters_are_plain_values(encoding: str) -> None:
     module = ppo(encoding, clip_eps=0.3)
     assert isinstance(module.options, PPOConfig)
     assert module.options.clip_eps == module.hparams["clip_eps"] == 0.3

@@ -1,4 +1,4 @@
-"""The loop of PPO on a tiny model: the first ratio is 1, rewards rise, padding is nothing, and a run can go on."""
+"""The PPO loop on a tiny model: the first ratio is 1, rewards rise, padding has no effect, and runs resume exactly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from rlchat.rewards import MissingEnd, Reply, ReplyFactor, Reward
 
 
 class Remembers(ReplyFactor):
-    """Scores nothing and keeps what it was asked to score."""
+    """Gives fixed scores and keeps its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +60,14 @@ def test_the_first_ratio_is_1_and_the_first_kl_0(encoding: str, family: str) -> 
     for row in rows:
         assert row["train/ratio_residual"] <= 1e-5
     assert abs(rows[0]["train/kl"]) <= 1e-5
-    assert rows[0]["train/approx_kl"] > 1e-7  # the later minibatches did move
+    assert rows[0]["train/approx_kl"] > 1e-7  # later minibatches differ from the old policy
     assert abs(rows[-1]["train/kl"]) > 1e-3
 
 
 @pytest.mark.parametrize("family", BACKBONES)
 @torch.no_grad()
-def test_a_rollout_is_what_each_prompt_alone_would_give(encoding: str, family: str) -> None:
-    """Log-probs, values and words of left-padded rows, against a plain forward pass over each row."""
+def test_a_rollout_equals_the_rollouts_of_its_prompts_alone(encoding: str, family: str) -> None:
+    """Log-probs, values and text of left-padded rows, compared with a plain forward pass over each row."""
     module = ppo(encoding, family, temperature=0.8)
     torch.nn.init.normal_(module.model.value_head.weight)  # type: ignore[arg-type]
     rollout = rolled_out(module)
@@ -88,7 +88,7 @@ def test_a_rollout_is_what_each_prompt_alone_would_give(encoding: str, family: s
         assert ended or length == 8
 
 
-def test_the_reward_judges_what_was_said(encoding: str) -> None:
+def test_the_reward_scores_the_generated_responses(encoding: str) -> None:
     factor = Remembers()
     module = ppo(encoding, reward=Reward([factor]))
     expected = rolled_out(ppo(encoding))
@@ -103,7 +103,7 @@ def test_the_reward_judges_what_was_said(encoding: str) -> None:
 
 @torch.no_grad()
 def test_targets_by_hand(encoding: str) -> None:
-    """A critic at zero, γ = λ = 1 and no KL: every return is the score, and whitening brings them to ± 1."""
+    """Values of 0, γ = λ = 1 and no KL: every return is the score, and whitened advantages are ± 1."""
     module = alone(ppo(encoding, lam=1.0, kl_coef=0.0))
     tokens = torch.tensor([[97, 98, 260], [99, 260, 256]])
     said = Generated(tokens, tokens != 256, torch.tensor([True, True]), torch.zeros(2, 3))
@@ -116,15 +116,15 @@ def test_targets_by_hand(encoding: str) -> None:
     deviation = ((3 * 2**2 + 2 * 3**2) / 5) ** 0.5  # √6
     expected = torch.tensor([[1.0, 1.0, 1.0], [-4.0, -4.0, mean]]).sub(mean) / deviation
     torch.testing.assert_close(targets.advantages, expected)
-    # A value of 0.5 everywhere: advantages of score - 0.5, returns as before.
+    # With all values 0.5, advantages are score - 0.5 and returns are unchanged.
     targets = module.compute_advantages(replace(rollout, values=said.mask * 0.5), torch.ones(2))
     torch.testing.assert_close(targets.returns, said.mask.float())
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 @torch.no_grad()
-def test_each_token_pays_for_its_kl_and_the_last_earns_the_score(encoding: str, kind: str) -> None:
-    """With λ = 0 and a critic at zero, the returns are the rewards of the tokens."""
+def test_rewards_are_the_kl_penalty_per_token_and_the_score_on_the_last(encoding: str, kind: str) -> None:
+    """With λ = 0 and values of 0, the returns are the per-token rewards."""
     module = ppo(encoding, lam=0.0, kl_coef=0.3, kl_kind=kind)
     for parameter in module.reference.parameters():
         parameter.mul_(1.5)
@@ -158,10 +158,10 @@ def test_the_loss_is_the_sum_of_its_parts(encoding: str) -> None:
 
 
 @torch.no_grad()
-def test_a_minibatch_loss_is_the_mean_over_its_own_tokens(encoding: str) -> None:
+def test_a_minibatch_loss_is_the_mean_over_its_tokens(encoding: str) -> None:
     """Responses of 3 and 2 tokens, at ratio 1: the policy loss is minus the mean advantage of the minibatch.
 
-    Divided by the tokens of the whole rollout, the first would be -6/5 and the second -9/5.
+    If they were divided by the tokens of the whole rollout, the first would be -6/5 and the second -9/5.
     """
     module = alone(ppo(encoding))
     tokens = torch.tensor([[97, 98, 260], [99, 260, 256]])
@@ -182,8 +182,8 @@ def wider(x: Tensor, left: int, right: int, value: float = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])
-def test_padding_moves_no_number(encoding: str, left: int, right: int) -> None:
-    """Neither around the prompts and replies that come in, nor around the rollout that is learnt from."""
+def test_padding_does_not_change_the_update(encoding: str, left: int, right: int) -> None:
+    """Neither padding of prompts and responses, nor padding of the rollout in the update."""
     module = alone(ppo(encoding, "distilbert", entropy_coef=0.1))
     torch.nn.init.normal_(module.model.value_head.weight, std=0.1)  # type: ignore[arg-type]
     batch, pad_id = prompts(module.tokenizer), module.tokenizer.pad_id
@@ -215,27 +215,27 @@ def test_padding_moves_no_number(encoding: str, left: int, right: int) -> None:
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
-def test_a_rule_is_learnt(encoding: str) -> None:
+def test_ppo_learns_a_rule(encoding: str) -> None:
     module = ppo(encoding, reward=Reward([LetterE()]), kl_coef=0.0, ppo_epochs=2, minibatches=2)
     rows = fit(module, 25, prompts(module.tokenizer, QUESTIONS * 4))
     first, last = (sum(row["train/reward"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert first < 0.1
     assert last > first + 0.3
-    assert rows[-1]["train/kl"] > 1  # it has left the reference
+    assert rows[-1]["train/kl"] > 1  # it has moved away from the reference
     assert rows[-1]["train/entropy"] < rows[0]["train/entropy"]
     assert all(row["train/episodes"] == 32 * (i + 1) for i, row in enumerate(rows))
     assert (module.iterations, module.episodes) == (25, 800)
-    # And the reference has not moved, which a new module of the same seed shows.
+    # The reference has not changed: it equals that of a new module with the same seed.
     for one, other in zip(module.reference.parameters(), ppo(encoding).model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_the_price_of_kl_holds_the_policy_back(encoding: str) -> None:
+def test_the_kl_penalty_keeps_the_policy_close_to_the_reference(encoding: str) -> None:
     free, held = (fit(ppo(encoding, kl_coef=coef, minibatches=2), 6)[-1]["train/kl"] for coef in (0.0, 5.0))
     assert held < free / 2
 
 
-def test_target_kl_stops_the_passes(encoding: str) -> None:
+def test_target_kl_stops_training_on_a_rollout(encoding: str) -> None:
     options: dict[str, Any] = {"ppo_epochs": 3, "minibatches": 2}
     assert fit(ppo(encoding, **options), 1)[0]["train/optimizer_steps"] == 6
     assert fit(ppo(encoding, **options, target_kl=1e9), 1)[0]["train/optimizer_steps"] == 6
@@ -245,7 +245,7 @@ def test_target_kl_stops_the_passes(encoding: str) -> None:
 def test_mixed_in_conversations_add_their_loss(encoding: str) -> None:
     module = ppo(encoding, sft_coef=2.0, learning_rate=0.0)
     batch = sequences(module.tokenizer)
-    with torch.no_grad():  # by hand: the mean over all that the assistant said, end markers included
+    with torch.no_grad():  # by hand: the mean over all tokens of the assistant, including end markers
         logprobs = module.model.eval().logits(module.model(batch.ids, batch.attention_mask)).log_softmax(-1)
     said = [
         -float(logprobs[row, place - 1, batch.ids[row, place]]) for row, place in batch.loss_mask.nonzero().tolist()
@@ -256,32 +256,34 @@ def test_mixed_in_conversations_add_their_loss(encoding: str) -> None:
     assert rows[0]["train/sft_loss"] == pytest.approx(sum(said) / len(said), abs=1e-5)
     assert "train/sft_loss" not in fit(ppo(encoding), 1)[0]
     assert ppo(encoding, sft_coef=0.0).data_needs.mix_sequences is False
-    # It is trained on: the human replies become likelier.
+    # Training makes the human responses more likely.
     rows = fit(ppo(encoding, sft_coef=2.0, ppo_epochs=2, minibatches=2), 6)
     assert rows[-1]["train/sft_loss"] < rows[0]["train/sft_loss"] - 0.3
 
 
-def test_the_adaptive_coefficient_follows_the_kl(encoding: str) -> None:
+def test_the_adaptive_coefficient_adapts_to_the_kl(encoding: str) -> None:
     module = ppo(encoding, kl_coef=0.1, kl_target=1e-3, kl_horizon=80)
     rows = fit(module, 3)
     coefficients = [row["train/kl_coef"] for row in rows]
     assert coefficients[0] == pytest.approx(0.1)
-    assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 80))  # no KL yet: as far down as it may
+    assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 80))  # no KL yet: the largest possible decrease
     expected = coefficients[1] * (1 + (0.2 if rows[1]["train/kl"] > 0 else -0.2) * 8 / 80)
     assert coefficients[2] == pytest.approx(expected)
     assert module.kl_coef == module.adaptive_kl.coef  # type: ignore[union-attr]
 
 
-def test_the_adaptive_coefficient_stays_above_0_and_waits_for_the_critic(encoding: str) -> None:
-    """However many episodes an iteration has; and in the warm-up there is no KL that could say anything."""
+def test_the_adaptive_coefficient_stays_positive_and_fixed_during_critic_warmup(encoding: str) -> None:
+    """For any number of episodes per iteration; in the warm-up, the KL carries no information."""
     rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1), 3)
     assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.08, 0.064])
     rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1, critic_warmup=2), 4)
     assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.08])
 
 
-def test_the_kl_in_the_loss_holds_the_policy_back(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
-    """By k3 unless told otherwise; k1 has no gradient on average, and a warning says so."""
+def test_the_kl_in_the_loss_keeps_the_policy_close_to_the_reference(
+    encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default with k3; k1 has no gradient on average, and there is a warning."""
     assert ppo(encoding).options.kl_estimator == "k1"
     options: dict[str, Any] = {"ppo_epochs": 2, "minibatches": 1, "kl_in": "loss", "learning_rate": 3e-3}
     held, free = (ppo(encoding, kl_coef=coef, adam_beta2=0.95, **options) for coef in (5.0, 0.0))
@@ -293,8 +295,8 @@ def test_the_kl_in_the_loss_holds_the_policy_back(encoding: str, caplog: pytest.
     assert "a gradient of 0 on average" in caplog.text
 
 
-def test_the_critics_gradient_is_not_clipped_by_what_waits(encoding: str) -> None:
-    """In the warm-up, mixed-in conversations pull at the policy alone, which does not move."""
+def test_during_warmup_only_the_critics_gradient_is_clipped(encoding: str) -> None:
+    """The SFT loss only has gradients in the policy, which is frozen in the warm-up."""
     norms = []
     for sft_coef in (0.0, 50.0):
         module = ppo(encoding, critic_warmup=1, sft_coef=sft_coef, max_grad_norm=0.1)
@@ -302,7 +304,7 @@ def test_the_critics_gradient_is_not_clipped_by_what_waits(encoding: str) -> Non
     assert norms[0] == pytest.approx(norms[1])
 
 
-def test_the_learning_rate_goes_down_over_the_iterations(encoding: str) -> None:
+def test_the_learning_rate_decays_over_the_iterations(encoding: str) -> None:
     rows = fit(ppo(encoding, schedule="linear", learning_rate=1e-3), 4)
     assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
@@ -312,14 +314,14 @@ def test_gradients_are_clipped(encoding: str) -> None:
     (row,) = fit(module, 1)
     assert row["train/grad_norm"] > 2e-3  # what it was
     last = torch.stack([p.grad.norm() for p in module.model.parameters() if p.grad is not None]).norm()
-    assert float(last) == pytest.approx(1e-3, rel=1e-2)  # what the optimizer got
+    assert float(last) == pytest.approx(1e-3, rel=1e-2)  # the norm that the optimizer got
 
 
 # ---- steps without a finite gradient ---------------------------------------------------------------------------------
 
 
 def breaks(module: PPOModule, steps: Iterable[int], kind: str) -> None:
-    """The loss, or the gradient of one weight alone, is not a number in the given steps, counted from 0."""
+    """The loss, or the gradient of a single weight, is NaN in the given steps, counted from 0."""
     plain, count = module.minibatch_loss, iter(range(10**6))
 
     def broken(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -328,7 +330,7 @@ def breaks(module: PPOModule, steps: Iterable[int], kind: str) -> None:
             if kind == "loss":
                 return loss * torch.nan, {**stats, "policy_loss": stats["policy_loss"] * torch.nan}
             weight = next(module.model.backbone.parameters())
-            loss = loss + (weight.flatten()[0] - weight.detach().flatten()[0]).abs().sqrt()  # 0, of infinite slope
+            loss = loss + (weight.flatten()[0] - weight.detach().flatten()[0]).abs().sqrt()  # 0, with infinite slope
         return loss, stats
 
     module.minibatch_loss = broken  # type: ignore[method-assign]
@@ -344,15 +346,15 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(
     assert all(p.isfinite().all() for p in module.parameters())
     assert [row["train/skipped_steps"] for row in rows] == [1, 2, 2]
     assert [row["train/optimizer_steps"] for row in rows] == [1, 1, 2]
-    assert rows[0]["train/policy_loss"] == rows[0]["train/policy_loss"]  # the mean of the steps that were taken
+    assert rows[0]["train/policy_loss"] == rows[0]["train/policy_loss"]  # the mean over the steps that were not skipped
     name = "policy_loss" if kind == "loss" else "the gradient of model.backbone.transformer."
     warnings = [record.message for record in caplog.records if record.name == "rlchat"]
     assert [warning.partition(": ")[0] for warning in warnings] == ["iteration 1", "iteration 2"]
     assert all(name in warning for warning in warnings)
 
 
-def test_a_skipped_step_leaves_the_optimizer_alone(encoding: str) -> None:
-    """One step taken and one skipped are one step taken, for the weights and for AdamW's memory."""
+def test_a_skipped_step_does_not_change_the_optimizer(encoding: str) -> None:
+    """One step and one skipped step equal one step, for the weights and for AdamW's state."""
     states = []
     for skipped in ({1}, set()):
         module = ppo(encoding, ppo_epochs=1, minibatches=2 if skipped else 1)
@@ -368,7 +370,9 @@ def test_a_skipped_step_leaves_the_optimizer_alone(encoding: str) -> None:
         torch.testing.assert_close(one, other, atol=0, rtol=0)
 
 
-def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_consecutive_skipped_steps_stop_the_run(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     module = ppo(encoding, ppo_epochs=2, minibatches=2)
     before = [p.detach().clone() for p in module.model.parameters()]
@@ -390,7 +394,7 @@ def test_three_in_a_row_stop_the_run(encoding: str, tmp_path: Path, monkeypatch:
 def test_the_last_good_weights_are_those_before_the_destructive_step(
     encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int, says: str
 ) -> None:
-    """The second iteration's learning rate of 1e30 destroys the weights, which shows in the losses that follow."""
+    """The second iteration's learning rate of 1e30 corrupts the weights, which shows in the next losses."""
     monkeypatch.chdir(tmp_path)
     module = ppo(encoding, ppo_epochs=passes, minibatches=1)
     good: list[Tensor] = []
@@ -410,7 +414,7 @@ def test_the_last_good_weights_are_those_before_the_destructive_step(
     assert all(torch.equal(one, other) for one, other in zip(good, found, strict=True))
 
 
-def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: str) -> None:
+def test_skipped_steps_that_are_not_consecutive_do_not_stop_the_run(encoding: str) -> None:
     module = ppo(encoding, ppo_epochs=3, minibatches=2)
     breaks(module, {0, 1, 3, 4}, "loss")
     assert fit(module, 1)[0]["train/skipped_steps"] == 4
@@ -419,7 +423,7 @@ def test_skipped_steps_that_do_not_follow_each_other_do_not_stop_it(encoding: st
 # ---- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def test_a_trainer_that_counts_optimizer_steps_is_refused(encoding: str) -> None:
+def test_a_trainer_with_max_steps_is_an_error(encoding: str) -> None:
     module = ppo(encoding)
     with pytest.raises(UserError, match=r"trainer\.max_steps is not supported by PPO"):
         fit(module, 3, max_steps=5)
@@ -435,7 +439,7 @@ def test_fast_dev_run_counts_iterations(encoding: str) -> None:
 # ---- minibatches and processes ---------------------------------------------------------------------------------------
 
 
-def test_minibatches_part_the_rows_anew_in_each_pass(encoding: str) -> None:
+def test_minibatches_are_shuffled_again_in_each_pass(encoding: str) -> None:
     module = alone(ppo(encoding, minibatches=3))
     passes = []
     for epoch in range(2):
@@ -451,10 +455,10 @@ def test_minibatches_part_the_rows_anew_in_each_pass(encoding: str) -> None:
     assert passes[0] == torch.cat(all_rows(8)).tolist()
     module.iterations = 1
     assert passes[0] != torch.cat(all_rows(8)).tolist()
-    assert [len(rows) for rows in all_rows(2)] == [1, 1]  # no minibatch without a row
+    assert [len(rows) for rows in all_rows(2)] == [1, 1]  # no empty minibatch
 
 
-def test_two_processes_take_the_minibatches_that_one_would(encoding: str) -> None:
+def test_two_processes_take_the_same_minibatches_as_one(encoding: str) -> None:
     """Row i of process r is global row 2·i + r."""
     one = alone(ppo(encoding, minibatches=3)).minibatches(8, 0)
     two = [alone(ppo(encoding, minibatches=3), 2, rank).minibatches(4, 0) for rank in range(2)]
@@ -465,8 +469,8 @@ def test_two_processes_take_the_minibatches_that_one_would(encoding: str) -> Non
     assert rows == [[8, 10, 12, 14], [9, 11, 13, 15]]
 
 
-def test_gradients_of_processes_average_to_that_of_one(encoding: str) -> None:
-    """Also where one of them has no row of the minibatch."""
+def test_the_average_gradient_of_processes_equals_that_of_one(encoding: str) -> None:
+    """Also if one of them has no row of the minibatch."""
     module = ppo(encoding, entropy_coef=0.05)
     rollout = rolled_out(module)
     iteration = iterated(module, rollout, torch.arange(8.0))
@@ -489,7 +493,7 @@ def test_gradients_of_processes_average_to_that_of_one(encoding: str) -> None:
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-# ---- what is logged, saved and refused -------------------------------------------------------------------------------
+# ---- logs, checkpoints and errors ------------------------------------------------------------------------------------
 
 
 def test_the_names_of_the_metrics(encoding: str) -> None:
@@ -513,13 +517,13 @@ def test_the_names_of_the_metrics(encoding: str) -> None:
     assert row["perf/tokens_per_s"] > 0
 
 
-def test_held_out_figures(encoding: str) -> None:
+def test_held_out_metrics(encoding: str) -> None:
     factor = LetterE()
     module = ppo(encoding, reward=Reward([factor, MissingEnd(0.25)]))
     loaders = [serve([prompts(module.tokenizer, QUESTIONS[:5]), prompts(module.tokenizer, QUESTIONS[5:])])]
     loaders.append(serve([sequences(module.tokenizer)]))
     (first, *_), (second, *_) = (trainer().validate(module, loaders, verbose=False) for _ in range(2))
-    assert first == second  # the same noise each time
+    assert first == second  # the same random numbers each time
     replies = module.held_out_replies
     assert len(replies) == 8
     assert first["val/reward_letter_e"] == pytest.approx(
@@ -528,16 +532,16 @@ def test_held_out_figures(encoding: str) -> None:
     assert first["val/reward"] == pytest.approx(first["val/reward_letter_e"] + first["val/reward_missing_end"])
     assert first["val/reward_missing_end"] == pytest.approx(-0.25 * first["val/truncated_fraction"])
     assert abs(first["val/kl"]) < 1e-5
-    assert first["val/perplexity"] == pytest.approx(257, rel=0.5)  # nothing is learnt: about one of all that is sayable
+    assert first["val/perplexity"] == pytest.approx(257, rel=0.5)  # untrained: about the number of possible tokens
     assert {"val/accuracy", "val/response_length", "val/distinct_2"} <= set(first)
-    # The batches do not matter, only the order of the prompts does.
+    # Only the order of the prompts matters, not the batches.
     together = trainer().validate(module, [serve([prompts(module.tokenizer)]), loaders[1]], verbose=False)[0]
     assert together == pytest.approx(first)
     tested = trainer().test(module, loaders, verbose=False)[0]
     assert tested["test/reward"] == first["val/reward"]
 
 
-def test_right_answers_are_counted(encoding: str) -> None:
+def test_correct_answers_are_counted(encoding: str) -> None:
     module = ppo(encoding)
     batch = prompts(module.tokenizer)
     module.generate = lambda ids, *_: Generated(  # type: ignore[method-assign]
@@ -568,14 +572,14 @@ class SavesAfterTwo(L.Callback):
             self.state = copy.deepcopy({name: getattr(module, name) for name in ("episodes", "kl_coef")})
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(encoding: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"kl_target": 1.0, "kl_horizon": 50, "kl_coef": 0.3, "schedule": "linear"}
     batches = [prompts(ppo(encoding).tokenizer, QUESTIONS[i : i + 4]) for i in range(4)]
     whole, saving = ppo(encoding, **options), SavesAfterTwo(tmp_path / "two.ckpt")
     trainer(callbacks=[saving]).fit(whole, serve(batches))
 
     resumed, seen = ppo(encoding, **options), []
-    with torch.no_grad():  # it is the checkpoint that counts, not what the new module began with
+    with torch.no_grad():  # the checkpoint counts, not the initial state of the new module
         for parameter in resumed.parameters():
             parameter.add_(1.0)
 
@@ -583,7 +587,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -
         def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
             seen.append((module.iterations, module.episodes, module.kl_coef, module.adaptive_kl.coef))
 
-    # A plain DataLoader starts its epoch anew, so it is given what is left of it.
+    # A plain DataLoader restarts its epoch, so it gets the remaining batches.
     left = serve([*batches[2:], *batches[2:]])
     trainer(callbacks=[Starts()], limit_train_batches=4).fit(
         resumed, left, ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True
@@ -597,10 +601,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(encoding: str, tmp_path: Path) -
         assert torch.equal(one, other), name
 
 
-def test_what_a_resumed_run_keeps_and_what_it_takes(
+def test_options_that_a_resumed_run_keeps_and_those_it_changes(
     encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A fixed price of KL is as asked now; the optimizer goes on as it was, and a warning says so."""
+    """A fixed KL coefficient comes from the new options; the optimizer keeps its state, with a warning."""
     saving = SavesAfterTwo(tmp_path / "two.ckpt")
     batch = prompts(ppo(encoding).tokenizer)
     trainer(callbacks=[saving]).fit(ppo(encoding, kl_coef=0.1), serve([batch] * 4))
@@ -631,17 +635,17 @@ def test_what_a_resumed_run_keeps_and_what_it_takes(
         ({"advantage": "rloo"}, "set --model.group_size to 2 or more"),
         ({"advantage": "grpo", "group_size": 2, "turns": 2}, "does not support turns"),
         ({"advantage": "grpo", "group_size": 2, "critic": "separate"}, "has no critic"),
-        # Whitening adds a constant to each token, and their sum would pay for length.
+        # Whitening adds a constant to each token, so the sum would depend on the length.
         ({"advantage": "rloo", "group_size": 2, "whiten_rewards": True}, "does not support whiten_rewards"),
     ],
     ids=str,
 )
-def test_senseless_options_are_refused(encoding: str, options: dict[str, Any], says: str) -> None:
+def test_invalid_options_are_errors(encoding: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         ppo(encoding, **options)
 
 
-def test_a_temperature_below_1_trains(encoding: str) -> None:
+def test_training_works_at_a_temperature_below_1(encoding: str) -> None:
     (row,) = fit(ppo(encoding, temperature=0.5, entropy_coef=0.01), 1)
     assert row["train/ratio_residual"] <= 1e-5
     assert all(value == value for value in row.values())

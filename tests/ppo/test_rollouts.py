@@ -1,4 +1,4 @@
-"""Rollouts: what was drawn is what is recalled, several replies a prompt, whole conversations, and critics."""
+"""Rollouts: sampled and recomputed log-probs agree; groups of responses, whole conversations, and critics."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from rlchat.rewards import Reply, ReplyFactor, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.padding import pad
 
-# ---- what was drawn is what is recalled ------------------------------------------------------------------------------
+# ---- sampled and recomputed log-probs agree --------------------------------------------------------------------------
 
 
 def residuals(module: PPOModule) -> tuple[float, float]:
-    """How far the ratio is from 1, of any token: between sampling and recall, and between recall and update."""
+    """The largest distance of the ratio from 1: between sampling and evaluation, and between evaluation and update."""
     rollout = rolled_out(module)
     every_row = torch.arange(len(rollout.ids))
     parts = [rollout.ids, rollout.attention_mask, rollout.sampled, rollout.response_mask]
@@ -55,15 +55,15 @@ def residuals(module: PPOModule) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("family", BACKBONES)
-def test_no_tokens_ratio_is_off_in_fp32(encoding: str, family: str) -> None:
+def test_the_first_ratio_of_every_token_is_1_in_fp32(encoding: str, family: str) -> None:
     module = ppo(encoding, family, temperature=0.7)
     for parameter in module.parameters():
-        parameter.data.mul_(2)  # a model with opinions
+        parameter.data.mul_(2)  # a model with a less uniform distribution
     assert max(residuals(module)) <= 1e-5
 
 
 def no_positions(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
-    """Positions count padding, as they do where nobody gives them."""
+    """Positions count padding, as they do by default in transformers."""
     forward = module.model.backbone.transformer.forward
 
     def counted_from_the_left(ids: Tensor, *args: Any, **named: Any) -> Any:
@@ -81,7 +81,7 @@ def dropout_on(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
 
 
 def another_temperature(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
-    """Recall does not know how hot sampling was."""
+    """The evaluation does not use the sampling temperature."""
     stats = module.model.token_stats
     patch.setattr(module.model, "token_stats", lambda hidden, targets, temperature: stats(hidden, targets, 1.0))
 
@@ -92,7 +92,7 @@ def top_k(module: PPOModule, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sabotage", [no_positions, dropout_on, another_temperature, top_k])
-def test_what_breaks_the_ratio_is_seen(
+def test_a_wrong_ratio_is_detected(
     encoding: str, monkeypatch: pytest.MonkeyPatch, sabotage: Callable[[PPOModule, pytest.MonkeyPatch], None]
 ) -> None:
     torch.manual_seed(0)
@@ -121,10 +121,10 @@ def test_the_residuals_are_logged(encoding: str) -> None:
     assert row["train/ratio_residual"] <= 1e-5
 
 
-# ---- several replies to a prompt -------------------------------------------------------------------------------------
+# ---- several responses per prompt ------------------------------------------------------------------------------------
 
 
-def test_a_group_replies_to_one_prompt_each_with_noise_of_its_own(encoding: str) -> None:
+def test_a_group_responds_to_one_prompt_with_different_random_numbers(encoding: str) -> None:
     module = alone(ppo(encoding, group_size=3, advantage="rloo"))
     batch = prompts(module.tokenizer, QUESTIONS[:2])
     rollout = module.roll_out(batch.repeated(3), module.global_rows(2, copies=3), stream=0)
@@ -132,19 +132,19 @@ def test_a_group_replies_to_one_prompt_each_with_noise_of_its_own(encoding: str)
     assert len({reply.text for reply in rollout.replies}) == 6
     targets = module.compute_advantages(rollout, torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]))
     lengths = rollout.response_mask.sum(1)
-    for row, advantage in enumerate([-3, -1.5, 4.5, 0, 0, 0]):  # as by hand in test_ppo_math; KL is 0 as yet
+    for row, advantage in enumerate([-3, -1.5, 4.5, 0, 0, 0]):  # as by hand in test_advantages_and_losses.py
         expected = rollout.response_mask[row] * advantage
         torch.testing.assert_close(targets.advantages[row], expected.float(), atol=1e-5, rtol=0)
         assert int(lengths[row]) == rollout.replies[row].tokens
 
 
-def test_processes_draw_the_groups_that_one_would(encoding: str) -> None:
-    """Prompt i of process r is global prompt 2·i + r, and its copies follow each other."""
+def test_processes_sample_the_same_groups_as_one(encoding: str) -> None:
+    """Prompt i of process r is global prompt 2·i + r, and its copies are adjacent."""
     one = alone(ppo(encoding, group_size=2)).global_rows(4, copies=2)
     assert one.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     two = [alone(ppo(encoding, group_size=2), 2, rank).global_rows(2, copies=2).tolist() for rank in range(2)]
     assert two == [[0, 1, 4, 5], [2, 3, 6, 7]]
-    # And each takes its own rows of the minibatches that one process would take.
+    # Each process takes its rows of the same global minibatches.
     whole = alone(ppo(encoding, group_size=2, minibatches=3)).minibatches(8, 0)
     parts = [alone(ppo(encoding, group_size=2, minibatches=3), 2, rank).minibatches(4, 0) for rank in range(2)]
     for all_rows, first, second in zip(whole, *parts, strict=True):
@@ -153,7 +153,7 @@ def test_processes_draw_the_groups_that_one_would(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
-def test_without_a_critic_the_policy_learns(encoding: str, advantage: str) -> None:
+def test_the_policy_learns_without_a_critic(encoding: str, advantage: str) -> None:
     options: dict[str, Any] = {"group_size": 4, "ppo_epochs": 2, "minibatches": 2, "kl_coef": 0.0}
     module = ppo(encoding, advantage=advantage, reward=Reward([LetterE()]), **options)
     rows = fit(module, 25)
@@ -168,7 +168,7 @@ def test_without_a_critic_the_policy_learns(encoding: str, advantage: str) -> No
 
 
 def talk(*texts: str) -> Conversation:
-    """The first prompt of a conversation in which users said ``texts``, and people answered ``ok``."""
+    """The first prompt of a conversation with the user messages ``texts`` and the human responses ``ok``."""
     messages: tuple[Message, ...] = ()
     turns = []
     for text in texts:
@@ -189,7 +189,7 @@ def talks(module: PPOModule, *conversations: Conversation) -> PromptBatch:
 
 
 class Says:
-    """Stands in for the token loop: says the given bytes, whatever it is asked, and keeps what that was."""
+    """Replaces sampling: generates the given bytes for any prompt, and keeps the prompts."""
 
     def __init__(self, *turns: list[list[int]]) -> None:
         self.turns = list(turns)
@@ -203,8 +203,8 @@ class Says:
 
 
 @torch.no_grad()
-def test_a_conversation_goes_on_with_what_was_said(encoding: str) -> None:
-    """Users speak at the data's turns; a reply that ran out of tokens is closed for it; it ends where the data ends."""
+def test_a_conversation_continues_with_the_generated_response(encoding: str) -> None:
+    """User messages come from the data; truncated responses get an end marker; the conversation ends with the data."""
     module = alone(ppo(encoding, turns=3, lam=1.0, kl_coef=0.0))
     says = Says([[97, 260], [98, 99]], [[100, 260], [101, 260]])
     module.generate = says  # type: ignore[method-assign]
@@ -220,12 +220,12 @@ def test_a_conversation_goes_on_with_what_was_said(encoding: str) -> None:
     assert [[m.text for m in c.messages] for c in rollout.conversations] == [
         ["u"], ["x"], ["u", "a", "v"], ["x", "bc", "y"]
     ]  # fmt: skip
-    # What belongs to a turn of the data comes with it, and nothing of another turn.
+    # The references and the check of a turn stay with that turn.
     assert [c.references[0].text for c in rollout.conversations] == ["to u", "to x", "to v", "to y"]
     assert [c.check for c in rollout.conversations] == [Check(("u",)), Check(("x",)), Check(("v",)), Check(("y",))]
     assert not any(c.later for c in rollout.conversations)
 
-    # Columns run from the first sampled token on; users' words, and the end that was added, are holes.
+    # Columns start at the first sampled token; user turns and added end markers are gaps.
     assert rollout.response_index.tolist() == [
         [0, 0, -1, -1, -1, -1, 2, 2, -1],
         [1, 1, -1, -1, -1, -1, -1, 3, 3],
@@ -235,15 +235,15 @@ def test_a_conversation_goes_on_with_what_was_said(encoding: str) -> None:
     assert said == [[97, 260, 100, 260], [98, 99, 101, 260]]
     assert torch.equal(rollout.sampling_logprobs, rollout.response_mask * -0.5)
 
-    # Each turn earns its score, and with λ = γ = 1 the first is worth what came after it, too.
+    # Each turn gets its score; with λ = γ = 1, the return of the first turn includes the later ones.
     targets = module.compute_advantages(rollout, torch.tensor([1.0, 10.0, 2.0, 20.0]))
     assert targets.returns[0].tolist() == [3, 3, 0, 0, 0, 0, 2, 2, 0]
     assert targets.returns[1].tolist() == [30, 30, 0, 0, 0, 0, 0, 20, 20]
 
 
 @torch.no_grad()
-def test_each_turn_is_read_behind_all_that_came_before(encoding: str) -> None:
-    """Log-probs of both turns against a plain pass over the whole conversation; the ratio is 1 over holes, too."""
+def test_each_turn_is_evaluated_after_all_previous_turns(encoding: str) -> None:
+    """Log-probs of both turns equal those of a plain pass over the whole conversation; the ratio is 1 after gaps."""
     module = alone(ppo(encoding, turns=2))
     rollout = module.roll_out(talks(module, talk("u", "v"), talk("long one", "y"), talk("z")), torch.arange(3), 0)
     assert len(rollout.replies) == 5
@@ -257,7 +257,7 @@ def test_each_turn_is_read_behind_all_that_came_before(encoding: str) -> None:
     torch.testing.assert_close(rollout.kl, torch.zeros(5), atol=1e-5, rtol=0)
 
 
-def test_what_does_not_fit_ends_the_conversation(encoding: str) -> None:
+def test_a_turn_that_does_not_fit_ends_the_conversation(encoding: str) -> None:
     """48 tokens: a turn of 4 + 8, the next of 30 and 8 more are 50."""
     module = alone(ppo(encoding, turns=2))
     long = "v" * 27
@@ -266,12 +266,12 @@ def test_what_does_not_fit_ends_the_conversation(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
-def test_a_process_whose_conversations_are_over_waits_for_the_others(
+def test_a_process_with_finished_conversations_waits_for_the_others(
     encoding: str, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """It takes part with a row of nothing, and not with one that has no position left."""
+    """It takes part with a dummy row, not with a row that has no position left."""
     module = alone(ppo(encoding, family, turns=2))
-    monkeypatch.setattr("rlchat.ppo.rollouts.anywhere", lambda *_: True)  # another process goes on
+    monkeypatch.setattr("rlchat.ppo.rollouts.anywhere", lambda *_: True)  # another process continues
     rollout = module.roll_out(talks(module, talk("u" * 37)), torch.arange(1), stream=0)
     assert len(rollout.replies) == 1
     assert rollout.attention_mask.sum() <= 48
@@ -301,8 +301,8 @@ def flat(module: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
-def test_a_separate_critic_leaves_the_trunk_to_the_policy(encoding: str) -> None:
-    """Its loss has no gradient in the policy, and the policy's none in it."""
+def test_with_a_separate_critic_only_the_policy_trains_its_backbone(encoding: str) -> None:
+    """The value loss has no gradient in the policy, and the policy loss none in the critic."""
     module = ppo(encoding, critic="separate")
     assert module.critic is not None
     rollout = rolled_out(module)
@@ -319,7 +319,7 @@ def test_a_separate_critic_leaves_the_trunk_to_the_policy(encoding: str) -> None
     )
     new.logprobs.sum().backward()
     assert all(p.grad is None for p in module.critic.parameters())
-    # And there is no parameter that the loss does not reach.
+    # The loss has a gradient in every parameter.
     module.zero_grad()
     loss, _ = module.minibatch_loss(iteration, everyone, tokens)
     loss.backward()
@@ -328,8 +328,8 @@ def test_a_separate_critic_leaves_the_trunk_to_the_policy(encoding: str) -> None
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_the_policy_waits_for_the_critic(encoding: str, critic: str) -> None:
-    """For two iterations; weight decay and momentum wait with it."""
+def test_the_policy_does_not_change_during_critic_warmup(encoding: str, critic: str) -> None:
+    """For two iterations; weight decay and momentum are not applied either."""
     module = ppo(encoding, critic=critic, critic_warmup=2, weight_decay=0.1, kl_coef=0.0)
     trunk, head = flat(module.model.backbone), flat(module.critic or module.model.value_head)
     fit(module, 2)
@@ -342,21 +342,21 @@ def test_the_policy_waits_for_the_critic(encoding: str, critic: str) -> None:
 
 
 class LengthOfTheQuestion(ReplyFactor):
-    """Has nothing to do with the reply, and so it can be known beforehand."""
+    """Does not depend on the response, so the critic can predict it."""
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return len(prompt.messages[-1].text) / 10
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_the_critic_comes_to_explain_returns(encoding: str, critic: str) -> None:
+def test_the_critic_learns_to_explain_returns(encoding: str, critic: str) -> None:
     options: dict[str, Any] = {"value_coef": 1.0, "value_clip": 10.0, "kl_coef": 0.0, "hidden_dim": 64}
     rows = fit(ppo(encoding, critic=critic, reward=Reward([LengthOfTheQuestion()]), **options), 6)
-    assert rows[0]["train/explained_variance"] == pytest.approx(0, abs=1e-6)  # a head at zero knows nothing
+    assert rows[0]["train/explained_variance"] == pytest.approx(0, abs=1e-6)  # a head of zeros explains nothing
     assert rows[-1]["train/explained_variance"] > 0.5
 
 
-def test_where_all_returns_are_equal_there_is_nothing_to_explain(encoding: str) -> None:
+def test_explained_variance_is_0_if_all_returns_are_equal(encoding: str) -> None:
     rows = fit(ppo(encoding, reward=Reward([Nothing()]), kl_coef=0.0), 2)
     assert [row["train/explained_variance"] for row in rows] == [0, 0]
 
@@ -368,8 +368,8 @@ class Nothing(ReplyFactor):
         return 0.0
 
 
-def test_a_critic_that_begins_as_a_reward_model(encoding: str, tmp_path: Path) -> None:
-    """Its value after any token is the standardised score of what was said so far."""
+def test_a_critic_initialized_from_a_reward_model(encoding: str, tmp_path: Path) -> None:
+    """Its value after any token is the standardized score of the text so far."""
     torch.manual_seed(1)
     tokenizer = ChatTokenizer(encoding)
     shape = {"model_type": "llama", **BACKBONES["llama"], "hidden_size": 24, "num_attention_heads": 4}
@@ -398,7 +398,7 @@ def test_a_critic_that_begins_as_a_reward_model(encoding: str, tmp_path: Path) -
 
 
 def test_the_critic_is_saved_with_the_model(encoding: str, tmp_path: Path) -> None:
-    """In the bundle, from which a later run goes on with it; a shared one is the model's own head."""
+    """In the model file, from which a later run initializes it; a shared critic is the model's value head."""
     module = ppo(encoding, critic="separate")
     fit(module, 1)
     module.save_bundle(tmp_path / "model.pt")
@@ -423,7 +423,9 @@ def test_the_critic_is_saved_with_the_model(encoding: str, tmp_path: Path) -> No
     "options", [{}, {"critic": "separate", "sft_coef": 1.0}, {"advantage": "grpo", "group_size": 2}]
 )
 @pytest.mark.parametrize("size", [1, 3])
-def test_accumulated_gradients_are_those_of_the_large_batch(encoding: str, size: int, options: dict[str, Any]) -> None:
+def test_accumulated_gradients_equal_those_of_the_large_batch(
+    encoding: str, size: int, options: dict[str, Any]
+) -> None:
     options = {**options, "entropy_coef": 0.01, "ppo_epochs": 2, "minibatches": 2, "learning_rate": 1e-3}
     whole, parts = ppo(encoding, **options), ppo(encoding, **options, micro_batch_size=size)
     rows = [fit(module, 2) for module in (whole, parts)]
@@ -434,8 +436,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(encoding: str, size:
                 assert other[name] == pytest.approx(one[name], abs=1e-4), name
 
 
-def test_every_process_takes_as_many_micro_batches(encoding: str) -> None:
-    """Also where it has fewer rows than another: nobody waits for a gradient that never comes."""
+def test_all_processes_take_the_same_number_of_microbatches(encoding: str) -> None:
+    """Even if a process has fewer rows, so that no process waits for a gradient that never comes."""
     for world in (2, 3, 4):
         modules = [alone(ppo(encoding, minibatches=3, micro_batch_size=1), world, rank) for rank in range(world)]
         plans = [module.minibatches(4, 0) for module in modules]
@@ -444,7 +446,7 @@ def test_every_process_takes_as_many_micro_batches(encoding: str) -> None:
         assert sum(len(torch.cat(part)) for plan in plans for part in plan) == 4 * world
 
 
-# ---- rows to look at -------------------------------------------------------------------------------------------------
+# ---- rows for the rollout log ----------------------------------------------------------------------------------------
 
 
 def test_a_rollout_as_rows(encoding: str) -> None:
@@ -466,7 +468,7 @@ def test_a_rollout_as_rows(encoding: str) -> None:
         assert row["value"] == pytest.approx(float(rollout.values[n, 0]))
 
 
-def test_the_reference_is_a_copy(encoding: str) -> None:
+def test_the_reference_model_is_a_copy(encoding: str) -> None:
     module = ppo(encoding)
     assert isinstance(module.reference, RLChatModel)
     before = copy.deepcopy(module.reference.state_dict())

@@ -1,1 +1,1 @@
-"""Long proofs, which `make prove` runs and the README quotes; `make test` runs short forms of some."""
+"""Long tests, which `make prove` runs and docs/multi-gpu.md quotes; `make test` runs short versions of some."""

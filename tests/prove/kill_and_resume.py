@@ -1,4 +1,4 @@
-"""Kills runs at random moments and resumes them; what they come to is, bit for bit, what an undisturbed run comes to.
+"""Kills runs at random moments and resumes them; the results equal those of an uninterrupted run bit for bit.
 
 python -m prove.kill_and_resume --kills 20 --ranks 2      (`make prove` runs it)
 """
@@ -29,7 +29,7 @@ from prove.runs import (
 )
 
 RESUME = ["--ckpt_path", "last"]
-# Iterations of a tenth of a second or so, two validations an epoch, everything that has a state of its own.
+# Iterations of about 0.1 s, two validations per epoch, and all options with a state.
 PPO = [
     "--config=smoke",
     "--model.kl_target=0.5",
@@ -46,18 +46,18 @@ PPO = [
 
 @dataclass
 class Report:
-    """What was found, where no assertion failed."""
+    """The figures of a successful run of this script."""
 
     kills: int
     batches: int  # of the uninterrupted run
     repeated: int  # batches that were trained again because they came after the last checkpoint
-    compared: int  # logged values that two lives, or a life and the uninterrupted run, have in common
+    compared: int  # logged values that were compared with another attempt or with the uninterrupted run
 
 
 def kill_and_resume(
     folder: Path, words: Sequence[str], *, kills: int, ranks: int = 1, strategy: str = "ddp", seed: int = 0
 ) -> Report:
-    """Trains once undisturbed, and once with ``kills`` kills; raises AssertionError where anything differs."""
+    """Trains once without interruption and once with ``kills`` kills; raises AssertionError if anything differs."""
     fit = fit_words(words, ranks, strategy)
     whole, broken = prepare(folder / "whole"), prepare(folder / "broken")
     complete(whole, fit, 600)
@@ -66,7 +66,7 @@ def kill_and_resume(
         seen = len(trace(broken))
         run = start(broken, fit + resume(broken))
         try:
-            while len(trace(broken)) == seen:  # it has not come to train yet
+            while len(trace(broken)) == seen:  # it has not trained a batch yet
                 assert run.poll() is None, f"ended by itself after {killed} kills:\n{tail(broken)}"
                 time.sleep(0.02)
             time.sleep(chance.uniform(0, 1.5))
@@ -81,12 +81,12 @@ def kill_and_resume(
 
 
 def resume(folder: Path) -> list[str]:
-    """What to add to the command line: a run that was killed before its first checkpoint begins anew."""
+    """The flags to add to the command line: a run that was killed before its first checkpoint starts again."""
     return RESUME if list(folder.rglob("last.ckpt")) else []
 
 
 def compare(whole: Path, broken: Path, ranks: int, kills: int) -> Report:
-    """Weights, optimizer, counters, metrics and logs of two runs: the same bits, whatever happened on the way."""
+    """Checks that weights, optimizer, counters, metrics and logs of two runs are equal bit for bit."""
     found = differences(last_checkpoint(whole), last_checkpoint(broken))
     assert not found, "the last checkpoints differ:\n" + "\n".join(found)
     expected = {line["batch"]: line for line in trace(whole)}

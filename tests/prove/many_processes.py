@@ -1,4 +1,4 @@
-"""One process or many, one result: the weights after each optimizer step, the replies, the curves.
+"""One process and many give the same result: weights after each optimizer step, responses, curves.
 
 python -m prove.many_processes      (`make prove` runs it)
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from prove.runs import QUIET, complete, metrics, prepare, steps, trace
 
-ROWS = 12  # prompts of a global batch
-COPIES = 2  # replies to each prompt of a group
+ROWS = 12  # prompts per global batch
+COPIES = 2  # responses per prompt
 DECODER = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -22,7 +22,7 @@ DECODER = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-# Dropout is noise of each process for itself, and would not be that of one.
+# No dropout: each process has its own random numbers for it, which differ from those of a single process.
 ENCODER = {
     "model_type": "distilbert",
     "dim": 32,
@@ -42,7 +42,7 @@ STAGES = {
         "--trainer.gradient_clip_val=0.1",
     ],
     "reward": ["--model=rlchat.RewardModelModule", "--model.base_model", json.dumps(DECODER), *NEW],
-    # 12 rows in 8 minibatches are one or two each, so that of two processes some have none; `target_kl` breaks off
+    # 12 rows in 8 minibatches are one or two each, so one of two processes sometimes has none; `target_kl` stops
     # passes; conversations are mixed in.
     "ppo": [
         "--config=smoke",
@@ -73,13 +73,13 @@ STAGES = {
         "--model.micro_batch_size=1",
         "--trainer.callbacks.unequal=true",
     ],
-    # Some conversations go on when all of another process's are over.
+    # Some conversations continue when all those of another process are finished.
     "turns": ["--config=smoke", "--model.turns=3", "--model.max_new_tokens=8"],
 }
 
 
 def words(name: str, stage: str, ranks: int, scale: str, *more: str) -> list[str]:
-    """The command line of a run, scaled by that recipe, which leaves what it does in the folder ``name``."""
+    """The command line of a run with the recipe ``scale``, whose outputs are in the folder ``name``."""
     return [
         "fit",
         *QUIET,
@@ -105,21 +105,21 @@ def words(name: str, stage: str, ranks: int, scale: str, *more: str) -> list[str
 
 
 def run(folder: Path, runs: Sequence[Sequence[str]], seconds: float = 600) -> None:
-    """Several runs in a row, in the same processes."""
+    """Several runs one after the other, in the same processes."""
     complete(folder, [json.dumps([list(words) for words in runs])], seconds, "prove.several")
 
 
 @dataclass
 class Differences:
-    """The largest ones between a run and that of one process with the same global batches."""
+    """The largest differences between a run and a run of one process with the same global batches."""
 
     steps: int
     between_ranks: float  # of weights, after any step
     weights: float  # of any weight, after any step
-    curves: float  # of any value of metrics.csv, over the greater of its size and 1
+    curves: float  # of any value in metrics.csv, divided by its absolute value or 1, whichever is larger
 
     def check(self) -> None:
-        """Raises AssertionError where they are more than rounding."""
+        """Raises AssertionError if they are larger than rounding."""
         assert self.between_ranks == 0
         assert self.weights <= 1e-5
         assert self.curves <= 1e-5
@@ -132,13 +132,13 @@ class Differences:
 
 
 def compare(one: Path, many: Path, ranks: int, stage: str) -> Differences:
-    """``many`` of ``ranks`` processes against ``one``; raises AssertionError where they did not do the same things."""
+    """``many`` of ``ranks`` processes against ``one``; raises AssertionError if they did not take the same steps."""
     alone, together = steps(one), steps(many)
     assert len(alone) == len(together) > 4, (len(alone), len(together))
     first, *others = (trace(many, rank) for rank in range(ranks))
     drawn = trace(one)[0]["drawn"]
     merged = [other[0]["drawn"] for other in (first, *others)]
-    if stage != "turns":  # there, what was drawn last is no more than the rows that still had something to say
+    if stage != "turns":  # with turns, the last samples only contain the conversations that continued
         copies = COPIES if stage == "grpo" else 1
         prompts = range(len(drawn) // copies)
         rows = [merged[p % ranks][p // ranks * copies + copy] for p in prompts for copy in range(copies)]
@@ -159,12 +159,12 @@ def compare(one: Path, many: Path, ranks: int, stage: str) -> Differences:
 
 
 def untimed(line: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The metrics of a line of a trace that are no measurements of time."""
+    """The metrics of a line of a trace, without measurements of time."""
     return {name: value for name, value in line["metrics"].items() if not name.startswith(("time/", "perf/"))}
 
 
 def largest(numbers: Iterable[object]) -> float:
-    """As a float; nan where there is one among them."""
+    """The maximum as a float; NaN if there is a NaN among them."""
     values = [float(x) for x in numbers]  # type: ignore[arg-type]
     return max(values, key=lambda x: float("inf") if x != x else x)
 

@@ -1,4 +1,4 @@
-"""For proofs: runs of the real command line, as many processes as wanted, and what they leave, compared bit for bit."""
+"""Runs the real command line on any number of processes and compares the outputs bit for bit."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-# What a run leaves in the folder of `trainer.default_root_dir`: `trace.<rank>.jsonl` has for each training batch its
-# metrics, the replies that were drawn, and what the weights and the optimizer came to; with `dump`, `steps` has the
-# weights before each optimizer step and after the last. An untrained model hardly ever ends a reply: with `unequal`,
-# replies are broken off, each where its number among all processes' says; and in the second iteration, every second of
-# them, which are all of the second of two processes, is nothing but its end.
+# The outputs of a run in the folder `trainer.default_root_dir`: `trace.<rank>.jsonl` has for each training batch its
+# metrics, the sampled responses, and hashes of the weights and the optimizer; with `dump`, `steps` has the
+# weights before each optimizer step and after the last. An untrained model hardly ever ends a response: with `unequal`,
+# responses are truncated at a length that depends on their global number; and in the second iteration, every second one
+# (all of the second of two processes) consists of the end marker only.
 WITNESS = """
 import hashlib, json
 from dataclasses import replace
@@ -99,7 +99,7 @@ class Witness(Callback):
             torch.save(weights, path)
             self.step += 1
 """
-# Copies each state of `last.ckpt` under a number of its own.
+# Copies each version of `last.ckpt` to a numbered file.
 KEEPER = """
 import shutil
 from pathlib import Path
@@ -124,7 +124,7 @@ QUIET = [
 
 
 def write_talk(path: Path, count: int = 60) -> None:
-    """``count`` conversations of unequal lengths, each ranked, labelled and a tree of its own."""
+    """``count`` conversations of different lengths, each ranked, labelled and in a separate tree."""
     rows = []
     for n in range(count):
         question = "And then? " * (n % 4) + f"What comes after {n}?"
@@ -142,7 +142,7 @@ def write_turns(path: Path, count: int = 60) -> None:
 
 
 def prepare(folder: Path) -> Path:
-    """An empty working directory with data, and the callback that writes down what happens."""
+    """A new working directory with data and the callback that writes traces."""
     folder.mkdir(parents=True)
     write_talk(folder / "talk.jsonl")
     write_turns(folder / "turns.jsonl")
@@ -152,19 +152,19 @@ def prepare(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """As `make test` has it: this tree, one thread a process."""
+    """The environment of `make test`: this working tree, one thread per process."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return {**clean, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
 def fit_words(words: Sequence[str], ranks: int = 1, strategy: str = "ddp") -> list[str]:
-    """The command line of a run on ``ranks`` processes that leaves traces."""
+    """The command line of a run on ``ranks`` processes that writes traces."""
     many = [f"--trainer.devices={ranks}"] + ([f"--trainer.strategy={strategy}"] if ranks > 1 else [])
     return ["fit", *words, *QUIET, *many, "--data.path=talk.jsonl", "--trainer.callbacks+=witness.Witness"]
 
 
 def start(folder: Path, words: Sequence[str], module: str = "rlchat") -> subprocess.Popen[str]:
-    """``rlchat`` in ``folder``, in a process group of its own; what it says goes to ``output.txt``."""
+    """``rlchat`` in ``folder``, in a new process group; its output goes to ``output.txt``."""
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", module, *words],
@@ -178,7 +178,7 @@ def start(folder: Path, words: Sequence[str], module: str = "rlchat") -> subproc
 
 
 def finish(run: subprocess.Popen[str], folder: Path, seconds: float = 240) -> int:
-    """The exit code; a run that hangs is killed, with all its processes, and fails."""
+    """The exit code. A run that hangs is killed with all its processes, and the test fails."""
     try:
         return run.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -187,13 +187,13 @@ def finish(run: subprocess.Popen[str], folder: Path, seconds: float = 240) -> in
 
 
 def complete(folder: Path, words: Sequence[str], seconds: float = 240, module: str = "rlchat") -> None:
-    """Runs to the end, and has to succeed."""
+    """Runs to the end, which must succeed."""
     code = finish(start(folder, words, module), folder, seconds)
     assert code == 0, f"exit code {code}:\n{tail(folder)}"
 
 
 def kill(run: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
-    """``number`` to the run and all processes that it has started."""
+    """Sends the signal ``number`` to the run and all processes that it has started."""
     os.killpg(run.pid, number)
     run.wait()
 
@@ -202,23 +202,23 @@ def tail(folder: Path) -> str:
     return "\n".join((folder / "output.txt").read_text().splitlines()[-30:])
 
 
-# ---- what is left of it ----------------------------------------------------------------------------------------------
+# ---- outputs ---------------------------------------------------------------------------------------------------------
 
 
 def trace(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """Every training batch that any life of the run in ``folder`` has come to, in the order of time."""
+    """Every training batch of all attempts of the run in ``folder``, in chronological order."""
     path = folder / f"trace.{rank}.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def is_time(name: str) -> bool:
-    """Whether a metric is a measurement of time, which no two runs have in common."""
+    """Whether a metric is a measurement of time, which differs in every run."""
     return name.startswith(("time/", "perf/"))
 
 
 def metrics(folder: Path) -> Iterator[tuple[int, str, float]]:
-    """(step, metric, value) of all ``metrics.csv`` of ``folder``, times left out."""
+    """(step, metric, value) in all ``metrics.csv`` of ``folder``, without times."""
     for path in sorted(folder.glob("lightning_logs/*/version_*/metrics.csv")):
         with path.open() as file:
             for row in csv.DictReader(file):
@@ -228,7 +228,7 @@ def metrics(folder: Path) -> Iterator[tuple[int, str, float]]:
 
 
 def boards(folder: Path) -> Iterator[tuple[int, str, float]]:
-    """The same of TensorBoard's event files."""
+    """The same for TensorBoard's event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for path in sorted(folder.glob("lightning_logs/*/version_*")):
@@ -251,11 +251,11 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two checkpoints differ in any bit. Paths, which name folders, and times are not compared."""
+    """The places where two checkpoints differ in any bit. Paths and times are not compared."""
     if place.endswith(("path", "dirpath")) or is_time(place.rpartition("history.")[2]):
         return []
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = {key for key in (*one, *other) if key != "best_k_models"}  # whose keys are paths
+        keys = {key for key in (*one, *other) if key != "best_k_models"}  # its keys are paths
         return [d for key in keys for d in differences(one.get(key), other.get(key), f"{place}.{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{place}[{i}]")]

@@ -1,4 +1,4 @@
-"""Several command lines of rlchat in a row, in the same processes, which takes the time of one start.
+"""Runs several command lines of rlchat one after the other in the same processes, to start them only once.
 
 python -m prove.several '[["fit", …], ["fit", …]]'
 """

@@ -1,4 +1,4 @@
-"""Signals to runs of one process, of two, and of two under torchrun: each stops after its batch and loses nothing.
+"""Signals to runs of one process, of two, and of two under torchrun: each stops after its batch and loses no work.
 
 python -m prove.stop_signals      (`make prove` runs it)
 """
@@ -20,9 +20,9 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def stop_and_resume(
     folder: Path, ranks: int, numbers: Sequence[signal.Signals], whole: Path, fit: list[str], torchrun: bool = False
 ) -> None:
-    """Sends each of ``numbers`` to the process that was started, some batches after it began; then trains to the end.
+    """Sends each of the signals ``numbers`` to the started process after some batches; then trains to the end.
 
-    That is the first of the run's processes, which has to tell the others; or torchrun, which tells them all.
+    The started process is the first process of the run, which must inform the others, or torchrun, which informs all.
     """
     broken = prepare(folder)
     for number in numbers:
@@ -38,7 +38,7 @@ def stop_and_resume(
             time.sleep(0.02)
         run.send_signal(number)
         code = finish(run, broken, 60)
-        assert torchrun or code == CODES[number], f"exit code {code}:\n{tail(broken)}"  # torchrun has its own
+        assert torchrun or code == CODES[number], f"exit code {code}:\n{tail(broken)}"  # torchrun has other codes
         assert newest_checkpoint(broken).stat().st_mtime > time.time() - 60
         print(f"{number.name}, {ranks} processes: after batch {trace(broken)[-1]['batch']}", flush=True)
     complete(broken, fit + RESUME)

@@ -1,9 +1,9 @@
-"""Every trainer option that a Lightning user might set, on each of the three stages: runs, or one sentence.
+"""Every trainer option that a Lightning user might set, with each of the three stages: it works, or gives one error.
 
     python -m prove.trainer_matrix --out docs/trainer-options.md
 
-Each cell is one `rlchat` command on tiny models and data, in a process of its own (forked after the imports, so that a
-cell takes about a second). A cell passes if the command succeeds, or if it is refused with exit code 2 and one sentence
+Each cell is one `rlchat` command on tiny models and data, in a separate process (forked after the imports, so that a
+cell takes about a second). A cell passes if the command succeeds, or if it fails with exit code 2 and one sentence
 on stderr. A traceback or any other exit code fails the cell, and then the script exits with 1.
 """
 
@@ -226,7 +226,7 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one cell did. ``text`` is the sentence of a refusal, or the last line of a failure."""
+    """The result of one cell. ``text`` is the error message, or the last line of a failure."""
 
     kind: str  # "runs", "refused" or "FAILS"
     text: str
@@ -234,7 +234,7 @@ class Outcome:
 
 
 def run_cell(option: Option, stage: str, prepared: Path) -> Outcome:
-    """Runs one command in a copy of ``prepared`` and reads off its outcome."""
+    """Runs one command in a copy of ``prepared`` and returns its outcome."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "work"
         shutil.copytree(prepared, folder)
@@ -298,7 +298,7 @@ def prepare(folder: Path) -> None:
 
 
 def as_markdown(table: dict[Option, dict[str, Outcome]]) -> str:
-    """The table, with the sentences of the refusals as footnotes."""
+    """The table, with the error messages as footnotes."""
     notes: list[str] = []
     lines = [
         "# Trainer options",

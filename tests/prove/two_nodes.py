@@ -1,9 +1,9 @@
-"""Two machines, which here are two network namespaces of one: a PPO run under torchrun against one process.
+"""Two machines, simulated by two network namespaces: a PPO run under torchrun, compared with one process.
 
     python -m prove.two_nodes      (`make prove` runs it; as root, with iproute2)
 
-Each namespace has a loopback of its own and one end of a cable (veth), and nothing else: what the two nodes tell each
-other goes through that. They share the file system, as the nodes of a cluster do.
+Each namespace has only its own loopback and one end of a virtual cable (veth), so all communication between the two
+nodes goes through the cable. They share the file system, like the nodes of a cluster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PORT = 29500
 
 @contextmanager
 def two_namespaces() -> Iterator[list[tuple[str, str, str]]]:
-    """(name, address, interface) of two namespaces with a cable between them, which are gone afterwards."""
+    """(name, address, interface) of two namespaces with a cable between them; both are removed afterwards."""
     here = os.getpid()
     nodes = [(f"rlchat-{here}-{i}", f"10.77.0.{i + 1}", f"cable{i}") for i in range(2)]
     made = []
@@ -46,12 +46,12 @@ def two_namespaces() -> Iterator[list[tuple[str, str, str]]]:
 
 
 def ip(*words: str) -> None:
-    """The command of iproute2."""
+    """Runs the command ``ip`` of iproute2."""
     subprocess.run(["ip", *words], check=True, timeout=30)
 
 
 def train_on_two_nodes(folder: Path, fit: list[str], processes: int, seconds: float) -> None:
-    """``rlchat`` with the words ``fit`` on two nodes of so many ``processes`` each."""
+    """Runs ``rlchat`` with the arguments ``fit`` on two nodes with ``processes`` processes each."""
     rlchat = str(Path(sys.executable).with_name("rlchat"))
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nnodes=2", f"--nproc-per-node={processes}"]
     with two_namespaces() as nodes:
@@ -81,9 +81,9 @@ def train_on_two_nodes(folder: Path, fit: list[str], processes: int, seconds: fl
 
 
 def why_not() -> str | None:
-    """What this needs and does not have here."""
+    """The requirement that is missing on this machine; None if there is none."""
     if os.geteuid() != 0:
-        return "network namespaces are made by root alone"
+        return "only root can create network namespaces"
     return None if shutil.which("ip") else "there is no `ip`; install iproute2"
 
 

@@ -1,4 +1,4 @@
-"""Rewards: every factor against numbers worked out by hand, and what must hold for any text."""
+"""Rewards: every factor against numbers worked out by hand, and properties that hold for any text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ManyWords(ReplyFactor):
 
 
 class Returns(Factor):
-    """Gives back whatever it was made with, right or wrong."""
+    """Returns the value that it was constructed with, valid or invalid."""
 
     def __init__(self, scores: object) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ def test_words(text: str, expected: list[str]) -> None:
     assert words(text) == expected
 
 
-def test_distinct_n_counts_over_the_corpus_and_not_across_texts() -> None:
+def test_distinct_n_is_computed_over_the_corpus_but_not_across_texts() -> None:
     texts = ["a b a b", "a b"]
     assert distinct_n(texts, 1) == pytest.approx(2 / 6)
-    assert distinct_n(texts, 2) == pytest.approx(2 / 4)  # ab ba ab | ab: no "b a" from the first text to the second
+    assert distinct_n(texts, 2) == pytest.approx(2 / 4)  # ab ba ab | ab: no "b a" across the two texts
     assert distinct_n(["a b", "c d"], 2) == 1.0
     assert distinct_n(["", "one"], 2) == 0.0
     assert distinct_n([], 1) == 0.0
@@ -102,7 +102,7 @@ def test_chrf_by_hand() -> None:
     assert chrf("", "abc") == chrf("abc", "") == chrf("", "") == chrf("abc", "xyz") == 0.0
     # Precisions 1, 1, 1; recalls 3/6, 2/5, 1/4, whose mean is 23/60; 2 (23/60) / (1 + 23/60) = 46/83.
     assert chrf("Par", "Paris.") == pytest.approx(46 / 83)
-    # One "a" of three is matched: what the reference has once counts once. Precision 1/3 and 0, recall 1/2 and 0.
+    # One "a" of three is matched, because the reference has only one. Precision 1/3 and 0, recall 1/2 and 0.
     assert chrf("aaa", "ab") == pytest.approx(2 * (1 / 6) * (1 / 4) / (1 / 6 + 1 / 4))
 
 
@@ -122,9 +122,9 @@ def test_quality_of_a_copy_is_the_label_on_a_scale_from_minus_one_to_one() -> No
     assert score(quality, "Par", human("Paris.", quality=1.0)) == pytest.approx(46 / 83)
 
 
-def test_quality_nearest_reference_decides() -> None:
+def test_quality_is_that_of_the_nearest_reference() -> None:
     references = human("Paris.", quality=1.0), human("xyz", quality=0.0)
-    # Similarities 1 and 0: weights 1 / (1 + e^-10) and the rest, which multiplies a similarity of 0.
+    # Similarities 1 and 0: weights 1 / (1 + e^-10) and the rest, which is multiplied by a similarity of 0.
     assert score(QualitySimilarity(), "Paris.", *references) == pytest.approx(1 / (1 + math.exp(-10)))
     assert score(QualitySimilarity(temperature=1.0), "Paris.", *references) == pytest.approx(1 / (1 + math.exp(-1)))
     right, wrong = human("The capital is Paris.", quality=1.0), human("The capital is Rome.", quality=0.0)
@@ -135,11 +135,11 @@ def test_quality_nearest_reference_decides() -> None:
 def test_quality_from_ranks_and_without_labels() -> None:
     quality = QualitySimilarity()
     ranked = human("aaa", rank=0), human("bbb", rank=1), human("ccc", rank=2)
-    sure = 1 / (1 + 2 * math.exp(-10))  # the weight of a copy beside two replies with nothing in common
+    sure = 1 / (1 + 2 * math.exp(-10))  # the weight of a copy next to two responses with nothing in common
     assert score(quality, "aaa", *ranked) == pytest.approx(sure)
     assert score(quality, "bbb", *ranked) == pytest.approx(0.0)
     assert score(quality, "ccc", *ranked) == pytest.approx(-sure)
-    assert score(quality, "aaa", human("aaa", quality=0.9, rank=3)) == pytest.approx(0.8)  # the label before the rank
+    assert score(quality, "aaa", human("aaa", quality=0.9, rank=3)) == pytest.approx(0.8)  # the label comes first
     assert score(quality, "aaa", human("aaa", rank=0)) == pytest.approx(1.0)
     assert score(quality, "aaa", human("aaa")) == pytest.approx(0.5)
     assert score(quality, "aaa") == 0.0
@@ -147,7 +147,7 @@ def test_quality_from_ranks_and_without_labels() -> None:
 
 
 def test_labels_in_the_prompt_do_not_change_the_reward() -> None:
-    """The reward scores what the model generated: the quality of earlier human turns reaches no factor."""
+    """The reward scores the generated response: no factor sees the quality labels of earlier human turns."""
     labelled = Conversation((Message("user", "Hi", 1.0), human("Hello", 1.0, 0), Message("user", "And?", 1.0)))
     bare = Conversation((Message("user", "Hi"), human("Hello"), Message("user", "And?")))
     reply = Reply("Hello there, my friend.", 6, True)
@@ -178,7 +178,7 @@ def test_distinct_ngrams() -> None:
     factor = DistinctNgrams(max_n=2, min_words=4)
     assert score(factor, "a b c d e") == 1.0
     assert score(factor, "a b a b a") == pytest.approx((2 / 5 + 2 / 4) / 2)
-    assert score(factor, "a") == pytest.approx((1 / 4 + 0) / 2)  # of the 4 words and 3 pairs of a reply of four words
+    assert score(factor, "a") == pytest.approx((1 / 4 + 0) / 2)  # of the 4 words and 3 pairs in four words
     assert score(factor, "a b") == pytest.approx((2 / 4 + 1 / 3) / 2)
     assert score(factor, "") == 0.0
 
@@ -190,13 +190,13 @@ def test_distinct_ngrams() -> None:
         ("Yes.", 0),
         ("The capital of France is Paris.", 0),
         ("a b c a b c", -1 / 4),  # abc bca cab abc
-        ("No. No. No.", -2 / 3),  # three sentences, one thought
+        ("No. No. No.", -2 / 3),  # three equal sentences
         ("你好。你好。", -1 / 2),
         ("good\nbad\ngood", -1 / 3),
         ("!!!!!!!!", -7 / 8),
         ("hahahaha", -6 / 8),
         ("👍👍👍👍👍", -4 / 5),
-        ("if x:\n        y", 0),  # indentation is no loop
+        ("if x:\n        y", 0),  # indentation is not a loop
     ],
 )
 def test_repetition(text: str, expected: float) -> None:
@@ -261,7 +261,7 @@ def test_a_factor_with_an_invalid_result_is_named(scores: object, complaint: str
 
 
 @pytest.mark.parametrize("result", [None, "0.5", 1j, [0.5], torch.zeros(2)])
-def test_a_score_that_is_no_number_names_the_factor(result: object) -> None:
+def test_a_score_that_is_not_a_number_names_the_factor(result: object) -> None:
     class Broken(ReplyFactor):
         def score(self, prompt: Conversation, reply: Reply) -> float:
             return result  # type: ignore[return-value]
@@ -280,7 +280,7 @@ def test_numbers_of_other_types_are_scores() -> None:
     assert Reward([Returned()])([prompt()] * 4, replies).tolist() == [1.0, 2.0, 0.5, pytest.approx(1e21)]
 
 
-def test_a_module_in_the_folder_exports_its_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_module_in_the_folder_exports_its_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shouting.py").write_text("""
 from rlchat.rewards.base import ReplyFactor
 
@@ -323,7 +323,7 @@ def test_scores_of_another_type_become_float32_without_a_graph() -> None:
         lambda: QualitySimilarity(temperature=0),
     ],
 )
-def test_options_that_cannot_work_are_refused(make: object) -> None:
+def test_invalid_options_are_errors(make: object) -> None:
     with pytest.raises(UserError):
         make()  # type: ignore[operator]
 
@@ -369,7 +369,7 @@ reward:
     ]
 
 
-def test_a_users_own_factor_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_factor_is_found_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards_for_a_test.py").write_text("""
 import torch
 from rlchat.rewards import Factor
@@ -426,8 +426,8 @@ batches = st.lists(rows, min_size=1, max_size=4)
 
 @settings(max_examples=60, deadline=None)
 @given(batch=batches, data=st.data())
-def test_any_batch(batch: list[tuple[Conversation, Reply]], data: st.DataObject) -> None:
-    """Bounds; the breakdown sums to the reward; rows neither influence one another nor depend on their order."""
+def test_properties_of_a_reward_on_any_batch(batch: list[tuple[Conversation, Reply]], data: st.DataObject) -> None:
+    """Bounds; the breakdown sums to the reward; rows are independent of each other and of their order."""
     prompts, replies = [row[0] for row in batch], [row[1] for row in batch]
     reward = Reward(FACTORS)
     parts = reward.breakdown(prompts, replies)
@@ -456,7 +456,7 @@ def test_chrf_is_symmetric_and_bounded(text: str, other: str) -> None:
     assert chrf(text, text) == (1.0 if text.split() else 0.0)
 
 
-def test_a_reward_moves_the_models_of_its_factors() -> None:
+def test_a_reward_moves_the_models_of_its_factors_to_the_device() -> None:
     class OnDevice(TooShort):
         device: torch.device | None = None
 

@@ -285,7 +285,7 @@ def test_errors_name_the_reason_and_the_option(server: Server, body: Any, messag
     assert answer.json()["error"] == {"message": message, "type": "invalid_request_error", "param": param, "code": None}
 
 
-def test_options_that_change_nothing(server: Server) -> None:
+def test_options_without_effect_are_accepted(server: Server) -> None:
     plain = post(server, ask(temperature=1, seed=3, max_tokens=8)).json()["choices"]
     neutral = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0, "top_logprobs": None, "user": "anna", "stop": None}
     assert post(server, ask(temperature=1, seed=3, max_tokens=8, **neutral)).json()["choices"] == plain

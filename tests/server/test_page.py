@@ -376,7 +376,7 @@ def test_dark_and_light(browser: Any, server: Server) -> None:
 
     for page in opened(browser, server, color_scheme="dark"):
         assert paper(page) < 150
-        page.get_by_role("button", name="Dark or light").click()
+        page.get_by_role("button", name="Switch between dark and light").click()
         assert paper(page) > 600
         page.reload()
         assert paper(page) > 600  # remembered
@@ -577,7 +577,7 @@ def test_the_reward_and_its_factors(browser: Any, bundle: PolicyBundle, tmp_path
             expect(shown).to_have_count(0)
 
 
-def test_a_stream_that_is_cut_by_the_network(page: Any) -> None:
+def test_a_stream_that_the_network_interrupts(page: Any) -> None:
     answered(page, "Half a resp", finish=None)
     send(page, "Go on")
     expect(finished(page)).to_have_text("Half a resp")

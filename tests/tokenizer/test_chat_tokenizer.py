@@ -1,4 +1,4 @@
-"""ChatTokenizer: what a conversation looks like as ids, what is left of one that is too long, and rank files."""
+"""ChatTokenizer: conversations as ids, truncation, and rank files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shown(ids: list[int]) -> str:
 
 @given(text=with_markers)
 @settings(deadline=None)
-def test_any_text_comes_back(tokenizer: ChatTokenizer, text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(tokenizer: ChatTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not tokenizer.special_ids.intersection(ids)
@@ -56,7 +56,7 @@ def test_any_text_comes_back(tokenizer: ChatTokenizer, text: str) -> None:
 
 @given(text=with_markers)
 @settings(deadline=None)
-def test_markers_that_are_typed_stay_text(byte_tokenizer: ChatTokenizer, text: str) -> None:
+def test_typed_markers_are_encoded_as_text(byte_tokenizer: ChatTokenizer, text: str) -> None:
     rendered = byte_tokenizer.render(Conversation((Message("user", text),)))
     assert rendered.ids == [USER, *text.encode(), END]
 
@@ -65,7 +65,7 @@ def test_half_a_surrogate_pair_is_replaced(tokenizer: ChatTokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
 
 
-def test_ids_follow_those_of_the_encoding(byte_tokenizer: ChatTokenizer) -> None:
+def test_ids_of_markers_follow_those_of_the_encoding(byte_tokenizer: ChatTokenizer) -> None:
     assert (byte_tokenizer.base_size, byte_tokenizer.vocab_size) == (256, 261)
     assert (byte_tokenizer.pad_id, byte_tokenizer.end_id) == (PAD, END)
     assert byte_tokenizer.special_ids == {PAD, SYSTEM, USER, ASSISTANT, END}
@@ -83,7 +83,7 @@ def test_digits_stay_single_in_the_packaged_encoding() -> None:
 
 @given(data=st.data())
 @settings(deadline=None)
-def test_streaming_says_what_decoding_says(tokenizer: ChatTokenizer, data: st.DataObject) -> None:
+def test_streaming_equals_decoding(tokenizer: ChatTokenizer, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     stream = tokenizer.stream()
     assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
@@ -91,14 +91,14 @@ def test_streaming_says_what_decoding_says(tokenizer: ChatTokenizer, data: st.Da
 
 @given(text=texts)
 @settings(deadline=None)
-def test_streaming_never_says_half_a_character(byte_tokenizer: ChatTokenizer, text: str) -> None:
+def test_streaming_never_yields_half_a_character(byte_tokenizer: ChatTokenizer, text: str) -> None:
     stream = byte_tokenizer.stream()
     pieces = [stream.push(token) for token in text.encode()]
     assert [piece for piece in pieces if piece] == list(text)
     assert stream.finish() == ""
 
 
-def test_a_character_appears_with_its_last_byte(byte_tokenizer: ChatTokenizer) -> None:
+def test_a_character_is_yielded_with_its_last_byte(byte_tokenizer: ChatTokenizer) -> None:
     stream = byte_tokenizer.stream()
     assert [stream.push(token) for token in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
     assert [stream.push(0xF0), stream.push(0x9F), stream.finish()] == ["", "", "\ufffd"]
@@ -132,7 +132,7 @@ LONG = talk("s:SYS", "u:ab", "a:cd", "u:ef", "a:gh", "u:ij")  # a message has it
         (18, "S(SYS)U(ef)A(gh)U(ij)A(", 2, 0),
         (17, "S(SYS)U(ij)A(", 4, 0),
         (10, "S(SYS)U(ij)A(", 4, 0),
-        (9, "U(ij)A(", 5, 0),  # the system message stays while it fits
+        (9, "U(ij)A(", 5, 0),  # the system message stays as long as it fits
         (5, "U(ij)A(", 5, 0),
         (4, "U(j)A(", 5, 1),
         (3, "U()A(", 5, 2),
@@ -147,7 +147,7 @@ def test_prompts_that_are_too_long(
     assert (shown(rendered.ids), rendered.dropped, rendered.cut) == (expected, dropped, cut)
 
 
-def test_a_system_message_that_is_too_long_costs_no_other(byte_tokenizer: ChatTokenizer) -> None:
+def test_a_system_message_that_is_too_long_does_not_displace_other_messages(byte_tokenizer: ChatTokenizer) -> None:
     rendered = byte_tokenizer.render_prompt(talk("s:0123456789", "u:ab", "a:cd", "u:ef"), 13)
     assert (shown(rendered.ids), rendered.dropped) == ("U(ab)A(cd)U(ef)A(", 1)
 
@@ -159,7 +159,7 @@ def test_a_system_message_that_is_too_long_costs_no_other(byte_tokenizer: ChatTo
         (15, "U(ef)A(gh)", 2, 0),
         (8, "U(ef)A(gh)", 2, 0),
         (7, "U(f)A(gh)", 2, 1),  # the question loses tokens from the left, down to half of the room …
-        (6, "U(f)A(gh", 2, 2),  # … and then the reply from the right, whose end is then not learned
+        (6, "U(f)A(gh", 2, 2),  # … and then the response from the right; its end marker then has no loss
         (5, "U()A(gh", 2, 3),
         (4, "U()A(g", 2, 4),
         (3, "U(A(g", 2, 5),
@@ -175,20 +175,24 @@ def test_training_conversations_that_are_too_long(
     assert (shown(rendered.ids), rendered.dropped, rendered.cut) == (expected, dropped, cut)
 
 
-def test_the_mask_of_a_cut_conversation(byte_tokenizer: ChatTokenizer) -> None:
+def test_the_mask_of_a_truncated_conversation(byte_tokenizer: ChatTokenizer) -> None:
     assert byte_tokenizer.render(talk("u:ab", "a:cd"), 6).loss_mask == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize(
     ("conversation", "max_length", "expected"),
     [
-        (talk("a:abcdef"), 5, "A(abcd"),  # a lone reply loses its end
-        (talk("u:abcdef"), 5, "U(def)"),  # a lone question its beginning
+        (talk("a:abcdef"), 5, "A(abcd"),  # a response without a prompt loses its end
+        (talk("u:abcdef"), 5, "U(def)"),  # a question without a response loses its beginning
         (talk("s:xy", "a:ab"), 6, "S(y)A(ab"),
         (talk("u:a", "u:b", "u:c"), 6, "U(b)U(c)"),
-        (talk("u:abcdef", "a:g"), 8, "U(def)A(g)"),  # a short reply leaves more than half of the room to its question
-        (talk("a:x", "u:a", "a:b"), 8, "U(a)A(b)"),  # what is left begins with a question
-        (talk("u:a", "a:b", "a:c"), 8, "A(b)A(c)"),  # a last reply keeps what stands before it
+        (
+            talk("u:abcdef", "a:g"),
+            8,
+            "U(def)A(g)",
+        ),  # a short response leaves more room to its question
+        (talk("a:x", "u:a", "a:b"), 8, "U(a)A(b)"),  # the rest begins with a question
+        (talk("u:a", "a:b", "a:c"), 8, "A(b)A(c)"),  # the last response keeps the message before it
     ],
 )
 def test_unusual_conversations_that_are_too_long(
@@ -201,13 +205,13 @@ def test_unusual_conversations_that_are_too_long(
     ("max_length", "expected", "cut"),
     [
         (8, "U(ab)A(cd)", False),
-        (7, "U(b)A(cd)", False),  # the question alone was cut
+        (7, "U(b)A(cd)", False),  # only the question was cut
         (6, "U(b)A(c)", True),  # without the marker it would be A(cd
         (5, "U()A(c)", True),
         (2, "U()", True),
     ],
 )
-def test_a_response_that_is_cut_is_closed_with_the_end_marker(
+def test_a_truncated_response_ends_with_the_end_marker(
     byte_tokenizer: ChatTokenizer, max_length: int, expected: str, cut: bool
 ) -> None:
     rendered = byte_tokenizer.render_response(talk("u:ab"), Message("assistant", "cd"), max_length)
@@ -216,7 +220,7 @@ def test_a_response_that_is_cut_is_closed_with_the_end_marker(
 
 @given(conversation=conversations, max_length=st.integers(1, 60))
 @settings(deadline=None, max_examples=300)
-def test_nothing_is_ever_longer_than_it_may_be(
+def test_nothing_exceeds_the_maximum_length(
     byte_tokenizer: ChatTokenizer, conversation: Conversation, max_length: int
 ) -> None:
     for render, opening in ((byte_tokenizer.render, []), (byte_tokenizer.render_prompt, [ASSISTANT])):
@@ -233,17 +237,17 @@ def test_nothing_is_ever_longer_than_it_may_be(
             assert fitted.ids == render(rest).ids
 
 
-def test_no_room_at_all(byte_tokenizer: ChatTokenizer) -> None:
+def test_a_maximum_length_that_is_too_small_is_an_error(byte_tokenizer: ChatTokenizer) -> None:
     with pytest.raises(ValueError, match="max_length is 0"):
         byte_tokenizer.render_prompt(talk("u:ab"), 0)
     with pytest.raises(ValueError, match="max_length is -1"):
         byte_tokenizer.render(talk("u:ab"), -1)
 
 
-# -- the same tokenizer elsewhere --
+# -- state --
 
 
-def test_a_tokenizer_comes_back_from_its_state(tokenizer: ChatTokenizer, byte_tokenizer: ChatTokenizer) -> None:
+def test_a_tokenizer_is_restored_from_its_state(tokenizer: ChatTokenizer, byte_tokenizer: ChatTokenizer) -> None:
     again = ChatTokenizer.from_state(tokenizer.state())
     conversation = talk("s:Be kind.", "u:What is 12 + 34?", "a:46, I think 🙂\n")
     assert again.render(conversation) == tokenizer.render(conversation)
@@ -251,20 +255,20 @@ def test_a_tokenizer_comes_back_from_its_state(tokenizer: ChatTokenizer, byte_to
     assert again.fingerprint == tokenizer.fingerprint != byte_tokenizer.fingerprint
 
 
-def test_the_fingerprint_tells_patterns_apart(byte_tokenizer: ChatTokenizer) -> None:
+def test_the_fingerprint_depends_on_the_pattern(byte_tokenizer: ChatTokenizer) -> None:
     other = ChatTokenizer.from_state({**byte_tokenizer.state(), "pattern": r"\w+|\W+"})
     assert other.fingerprint != byte_tokenizer.fingerprint
 
 
-# -- which encoding --
+# -- encodings --
 
 
-def test_packaged_encodings_have_the_size_in_their_name() -> None:
+def test_packaged_encodings_have_the_size_given_in_their_name() -> None:
     assert packaged_encodings() == ["rlchat_1k"]
     assert ChatTokenizer().base_size == ChatTokenizer("rlchat_1k").base_size == 1024
 
 
-def test_encodings_that_there_are_not(tmp_path: Path) -> None:
+def test_unknown_encodings_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown encoding 'klingon'; choose one of rlchat_1k, "):
         ChatTokenizer("klingon")
     for path in (tmp_path / "absent", Path("absent.tiktoken")):
@@ -272,7 +276,7 @@ def test_encodings_that_there_are_not(tmp_path: Path) -> None:
             ChatTokenizer(str(path))
 
 
-def test_an_encoding_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(name: str) -> tiktoken.Encoding:
         raise ConnectionError(f"{name}: no route")
 
@@ -290,18 +294,18 @@ def line(token: bytes, rank: int | str) -> bytes:
     return b"%s %s\n" % (base64.b64encode(token), str(rank).encode())
 
 
-def test_ranks_are_written_a_line_each_in_order() -> None:
+def test_ranks_are_written_in_order_one_per_line() -> None:
     assert format_ranks({b"b": 1, b"a": 0, b"ab": 2}) == b"YQ== 0\nYg== 1\nYWI= 2\n"
 
 
 @given(extra=st.sets(st.binary(min_size=2, max_size=6), max_size=20))
 @settings(deadline=None)
-def test_ranks_come_back(extra: set[bytes]) -> None:
+def test_ranks_survive_writing_and_reading(extra: set[bytes]) -> None:
     ranks = {**BYTES, **{token: 300 + place for place, token in enumerate(sorted(extra))}}
     assert parse_ranks(format_ranks(ranks), "x") == ranks
 
 
-def test_blank_lines_and_foreign_line_ends_are_no_mistake() -> None:
+def test_blank_lines_and_other_line_endings_are_accepted() -> None:
     text = format_ranks(BYTES)
     assert parse_ranks(text.replace(b"\n", b"\r\n") + b"\n", "x") == BYTES
 
@@ -310,21 +314,21 @@ def test_blank_lines_and_foreign_line_ends_are_no_mistake() -> None:
     "wrong",
     [b"YWI=\n", b"YWI= 256 1\n", b"Y\xff= 256\n", b"YW 256\n", b"YWI= many\n", line(b"ab", -1), line(b"ab", 2**31)],
 )
-def test_a_wrong_line_is_named(tmp_path: Path, wrong: bytes) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, wrong: bytes) -> None:
     path = tmp_path / "wrong.tiktoken"
     path.write_bytes(format_ranks(BYTES) + wrong + line(b"cd", 257))
     with pytest.raises(UserError, match=r"wrong\.tiktoken:257: not a line of a tiktoken rank file"):
         ChatTokenizer(str(path))
 
 
-def test_rank_files_that_are_not_whole_or_not_sound(tmp_path: Path) -> None:
+def test_incomplete_or_inconsistent_rank_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="x: 2 of the 256 single bytes have no rank"):
         parse_ranks(format_ranks({token: rank for token, rank in BYTES.items() if rank > 1}), "x")
     with pytest.raises(UserError, match="x: some ranks are given twice"):
         parse_ranks(format_ranks({**BYTES, b"ab": 255}), "x")
 
 
-def test_a_rank_file_that_changes_is_read_anew(tmp_path: Path) -> None:
+def test_a_changed_rank_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.tiktoken"
     for tokens in (1, 2):
         path.write_bytes(format_ranks({**BYTES, **{b"ab" * place: 255 + place for place in range(1, tokens + 1)}}))
@@ -334,7 +338,7 @@ def test_a_rank_file_that_changes_is_read_anew(tmp_path: Path) -> None:
 # -- training --
 
 
-def test_the_commonest_pairs_become_tokens() -> None:
+def test_the_most_common_pairs_become_tokens() -> None:
     # " ab" four times: two merges, whichever comes first; then "cd" three times.
     ranks = train_ranks(iter([" ab ab ab ab", "cd", "cd", "cd"]), 259)
     learned = {token: rank for token, rank in ranks.items() if rank >= 256}
@@ -343,17 +347,17 @@ def test_the_commonest_pairs_become_tokens() -> None:
     assert all(bytes([byte]) in ranks for byte in range(256))
 
 
-def test_pairs_run_out() -> None:
+def test_training_stops_when_no_pair_is_left() -> None:
     assert len(train_ranks(iter(["ab"]), 5000)) == 257
 
 
-def test_fewer_tokens_than_bytes_are_refused() -> None:
+def test_fewer_tokens_than_bytes_are_an_error() -> None:
     with pytest.raises(ValueError, match="255"):
         train_ranks(iter(["ab"]), 255)
 
 
-def test_training_is_that_of_tokenizers(tmp_path: Path) -> None:
-    """On words without digits GPT-2's own way to cut text is ours, so the library's own encoder must agree."""
+def test_training_equals_that_of_the_tokenizers_library(tmp_path: Path) -> None:
+    """On words without digits, GPT-2's pattern splits text like rlchat's, so the library's encoder must agree."""
     from tokenizers import ByteLevelBPETokenizer
 
     rhyme = "the rain in spain falls mainly on the plain while nine trains remain in the main lane again"
@@ -369,7 +373,7 @@ def test_training_is_that_of_tokenizers(tmp_path: Path) -> None:
         assert ours.encode(text) == reference.encode(text).ids
 
 
-# -- encodings of others --
+# -- named encodings --
 
 
 def named_encoding(monkeypatch: pytest.MonkeyPatch, special_tokens: dict[str, int]) -> ChatTokenizer:
@@ -393,7 +397,7 @@ def test_a_named_encoding_with_unused_ids_and_special_tokens(monkeypatch: pytest
 
 
 def test_an_end_marker_that_the_encoding_already_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in o200k_harmony: the encoding's <|end|> keeps its id and ours follows the last id."""
+    """As in o200k_harmony: the encoding's <|end|> keeps its id, and rlchat's marker follows the last id."""
     tokenizer = named_encoding(monkeypatch, {"<|end|>": 257, "<|return|>": 258})
     assert tokenizer.end_id == tokenizer.vocab_size - 1 == 263
     assert {257, 263} <= tokenizer.special_ids
@@ -405,7 +409,7 @@ def test_text_that_makes_tiktoken_panic_is_a_user_error(tokenizer: ChatTokenizer
         tokenizer.encode(" " * 1_000_000 + "a")
 
 
-def test_an_interrupt_during_encoding_is_no_user_error(
+def test_an_interrupt_during_encoding_is_not_a_user_error(
     byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(self: tiktoken.Encoding, text: str) -> list[int]:

@@ -72,7 +72,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(encoding: str, stage
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_an_incomplete_last_accumulation_is_a_mean_over_what_it_has(encoding: str, stage: str) -> None:
+def test_an_incomplete_last_accumulation_is_a_mean_over_its_microbatches(encoding: str, stage: str) -> None:
     """Three microbatches with an accumulation of 2: the second step has one only, and Lightning still divides by 2."""
     module = module_of(stage, encoding)
     module.options.learning_rate = 0.0

@@ -1,4 +1,4 @@
-"""A run goes on from any of its checkpoints as if nothing had been, in every stage."""
+"""In every stage, a run that resumes from any of its checkpoints equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STAGES = {
         ("ppo", 5, [3, 4, 5, 10]),
     ],
 )
-def test_every_checkpoint_leads_to_the_same_end(
+def test_resuming_from_any_checkpoint_gives_the_same_result(
     stage: str, validate_every: int, tried: list[int], workplace: Path
 ) -> None:
     write_talk(workplace / "talk.jsonl", 60)
@@ -74,7 +74,7 @@ def rates(folder: Path) -> list[float]:
 
 
 def test_kills_at_random_moments(tmp_path: Path) -> None:
-    """A short form of `make prove`'s 20 kills: real processes, killed without a chance to tidy up."""
+    """A short version of the 20 kills in `make prove`: real processes, killed without cleanup."""
     words = [*(word.format(batch=8) for word in PPO), "--trainer.max_epochs=6"]
     report = kill_and_resume(tmp_path, words, kills=2)
     assert report.batches == 30

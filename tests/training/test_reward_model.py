@@ -1,4 +1,4 @@
-"""The judge: the ranking loss by hand, pairs with ties, a word that is learnt, scores that mean the same anywhere."""
+"""The reward model: the ranking loss by hand, pairs with ties, training on one word, standardized scores."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def batch(
     ("group", "worth", "expected"),
     [
         ([0, 0, 0], [3.0, 1.0, 2.0], {(0, 1), (0, 2), (2, 1)}),
-        ([0, 0, 0], [1.0, 1.0, 2.0], {(2, 0), (2, 1)}),  # a tie is no pair
-        ([0, 0, 0], [NAN, 1.0, 2.0], {(2, 1)}),  # nor is what nobody ranked
-        ([0, 0, 1, 1], [1.0, 2.0, 9.0, 0.0], {(1, 0), (2, 3)}),  # nor are replies to two prompts
+        ([0, 0, 0], [1.0, 1.0, 2.0], {(2, 0), (2, 1)}),  # a tie forms no pair
+        ([0, 0, 0], [NAN, 1.0, 2.0], {(2, 1)}),  # neither does an unranked response
+        ([0, 0, 1, 1], [1.0, 2.0, 9.0, 0.0], {(1, 0), (2, 3)}),  # nor do responses to different prompts
         ([0, 1, 2], [1.0, 2.0, 3.0], set()),
         ([0, 0], [NAN, NAN], set()),
         ([], [], set()),
@@ -146,7 +146,7 @@ def serve(batches: Sequence[RankedBatch]) -> DataLoader[Any]:
 
 
 class Log(L.Callback):
-    """Every training batch's metrics."""
+    """Records the metrics of every training batch."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -164,7 +164,7 @@ FRUIT = [("a plum", "a stone"), ("plum it is", "it is not"), ("one plum", "one n
 HELD_OUT = [("the plum here", "the rock here"), ("plum", "rust")]
 
 
-def test_a_word_is_learnt(encoding: str) -> None:
+def test_the_reward_model_learns_a_word(encoding: str) -> None:
     module, log = judge(encoding), Log()
     training = replies_batch(module.tokenizer, FRUIT, labelled=True)
     held_out = replies_batch(module.tokenizer, HELD_OUT, labelled=True)
@@ -182,7 +182,7 @@ def test_a_word_is_learnt(encoding: str) -> None:
     assert found["val/label_error"] < 0.5
 
 
-def test_the_loss_weighs_labels(encoding: str) -> None:
+def test_label_coef_weights_the_label_loss(encoding: str) -> None:
     def loss(coefficient: float, labelled: bool) -> dict[str, float]:
         module, log = judge(encoding, label_coef=coefficient), Log()
         torch.nn.init.normal_(module.model.score_head.weight)  # type: ignore[arg-type]
@@ -197,8 +197,8 @@ def test_the_loss_weighs_labels(encoding: str) -> None:
 
 
 @torch.no_grad()
-def test_held_out_figures_weigh_every_pair_the_same(encoding: str) -> None:
-    """Whatever the batches; and the scale of the held-out scores stays with the model."""
+def test_held_out_metrics_give_every_pair_the_same_weight(encoding: str) -> None:
+    """For any batches; and the model keeps the scale of the held-out scores."""
     module = judge(encoding)
     torch.nn.init.normal_(module.model.score_head.weight)  # type: ignore[arg-type]
     rows = [("ab", "c", "def"), ("gh", "i"), ("j", "kl"), ("m", "n")]
@@ -209,7 +209,7 @@ def test_held_out_figures_weigh_every_pair_the_same(encoding: str) -> None:
         "val/pair_accuracy": float((scores[better] > scores[worse]).float().mean()),
         "val/pair_loss": float((scores[worse] - scores[better]).exp().log1p().mean()),
         "val/label_error": float((scores.sigmoid() - whole.quality).abs().mean()),
-        # Right is the first of each prompt, and every other is wrong.
+        # The first response of each prompt is correct, the others are wrong.
         "val/right_over_wrong": float((scores[[0, 0, 3, 5, 7]] > scores[[1, 2, 4, 6, 8]]).float().mean()),
     }
     for cuts in ([rows], [rows[:1], rows[1:]], [rows[:3], rows[3:]]):
@@ -265,7 +265,7 @@ def test_training_batches_of_a_script_cannot_standardize(encoding: str, caplog: 
     assert "scores are not standardized (mean 0, standard deviation 1)" in caplog.text
 
 
-def test_testing_leaves_the_scale_alone(encoding: str) -> None:
+def test_testing_does_not_change_the_scale(encoding: str) -> None:
     module = judge(encoding)
     module.model.mean.fill_(7.0)
     found = trainer().test(module, serve([replies_batch(module.tokenizer, HELD_OUT)]), verbose=False)[0]
@@ -273,13 +273,13 @@ def test_testing_leaves_the_scale_alone(encoding: str) -> None:
     assert float(module.model.mean) == 7.0
 
 
-def test_equal_scores_have_a_scale_too(encoding: str) -> None:
+def test_equal_scores_have_a_finite_scale(encoding: str) -> None:
     module = judge(encoding)  # its head is zero: all scores are equal
     trainer().validate(module, serve([replies_batch(module.tokenizer, HELD_OUT)]), verbose=False)
     assert float(module.model.std) == pytest.approx(1e-3)
 
 
-def test_an_untied_policy_head_is_left_alone(encoding: str) -> None:
+def test_an_untied_policy_head_is_not_trained(encoding: str) -> None:
     module = judge(encoding)
     head = module.model.backbone.head
     assert head is not None
@@ -288,7 +288,7 @@ def test_an_untied_policy_head_is_left_alone(encoding: str) -> None:
     assert torch.equal(head.weight, before)
 
 
-def test_the_bundle_is_a_reward_model(encoding: str, tmp_path: Path) -> None:
+def test_the_model_file_is_a_reward_model(encoding: str, tmp_path: Path) -> None:
     module = judge(encoding)
     trainer().fit(
         module, serve([replies_batch(module.tokenizer, FRUIT)]), serve([replies_batch(module.tokenizer, HELD_OUT)])
@@ -326,7 +326,7 @@ def test_learned_quality_standardises_and_clips(bundle: RewardBundle, tmp_path: 
         ids[-1] = bundle.tokenizer.end_id  # truncated responses also end with it
         raw.append(float(bundle.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))))
     standardised = [(score - 0.5) / 2 for score in raw]
-    limit = sorted(abs(x) for x in standardised)[3]  # so that some are clipped and some are not
+    limit = sorted(abs(x) for x in standardised)[3]  # so that some are clipped and others are not
     for clip in (100.0, limit):
         found = LearnedQuality(str(tmp_path / "reward.pt"), clip=clip, device="cpu")(ASKED, REPLIES)
         assert found.tolist() == pytest.approx([max(-clip, min(clip, x)) for x in standardised], abs=1e-5)
@@ -335,7 +335,7 @@ def test_learned_quality_standardises_and_clips(bundle: RewardBundle, tmp_path: 
 
 
 @torch.no_grad()
-def test_a_response_cut_by_max_length_and_one_cut_by_max_new_tokens_are_scored_alike(
+def test_truncation_by_max_length_and_by_max_new_tokens_give_the_same_score(
     bundle: RewardBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The prompt "why" has 5 ids, so a response of 100 letters keeps marker, 25 letters and the end marker."""
@@ -355,7 +355,7 @@ def test_a_response_cut_by_max_length_and_one_cut_by_max_new_tokens_are_scored_a
     ]
 
 
-def test_learned_quality_does_not_see_the_company(bundle: RewardBundle, tmp_path: Path) -> None:
+def test_learned_quality_scores_do_not_depend_on_the_batch(bundle: RewardBundle, tmp_path: Path) -> None:
     path = str(tmp_path / "reward.pt")
     together = LearnedQuality(path, clip=100.0, device="cpu")(ASKED, REPLIES)
     order = [4, 2, 0, 6, 5, 1, 3]
@@ -376,7 +376,7 @@ def test_learned_quality_is_a_factor(bundle: RewardBundle, tmp_path: Path) -> No
 def test_learned_quality_follows_the_policy_unless_a_device_is_set(
     bundle: RewardBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, moved: str
 ) -> None:
-    """Neither LOCAL_RANK nor a GPU that the Trainer does not use decides: it starts on the CPU."""
+    """It starts on the CPU, independently of LOCAL_RANK and of GPUs that the Trainer does not use."""
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     factor = LearnedQuality(str(tmp_path / "reward.pt"), device=device)
@@ -387,7 +387,7 @@ def test_learned_quality_follows_the_policy_unless_a_device_is_set(
 
 
 @pytest.mark.parametrize("options", [{"clip": 0.0}, {"batch_size": 0}], ids=str)
-def test_learned_quality_refuses_nonsense(bundle: RewardBundle, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_learned_quality_rejects_invalid_options(bundle: RewardBundle, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"clip .* and batch_size .* must be above 0"):
         LearnedQuality(str(tmp_path / "reward.pt"), **options)
     with pytest.raises(UserError, match="no such model"):

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss by hand and downwards, and held-out figures that weigh every token the same."""
+"""Supervised fine-tuning: the loss by hand and its decrease, and held-out metrics with equal weights for all tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sft(encoding: str, **options: Any) -> SFTModule:
 
 @torch.no_grad()
 def by_hand(module: SFTModule, talk: Sequence[tuple[str, str]]) -> tuple[list[float], list[float]]:
-    """Nats and hits of every token that the assistant said, one conversation and one token at a time."""
+    """Nats and hits of every token of the assistant, computed one conversation and one token at a time."""
     nats, hits = [], []
     model = module.model.eval()
     for question, answer in talk:
@@ -57,7 +57,7 @@ def by_hand(module: SFTModule, talk: Sequence[tuple[str, str]]) -> tuple[list[fl
     return nats, hits
 
 
-def test_the_loss_is_the_mean_over_what_the_assistant_said(encoding: str) -> None:
+def test_the_loss_is_the_mean_over_the_assistants_tokens(encoding: str) -> None:
     module, log = sft(encoding), Log()
     nats, hits = by_hand(module, TALK)
     assert len(nats) == 7 + 19 + 1 + 4 + 5
@@ -68,7 +68,7 @@ def test_the_loss_is_the_mean_over_what_the_assistant_said(encoding: str) -> Non
     assert {"train/grad_norm", "train/learning_rate"} <= set(log.rows[0])
 
 
-def test_held_out_figures_by_hand_whatever_the_batches(encoding: str) -> None:
+def test_held_out_metrics_by_hand_for_any_batches(encoding: str) -> None:
     module = sft(encoding)
     nats, hits = by_hand(module, TALK)
     expected = {
@@ -82,7 +82,7 @@ def test_held_out_figures_by_hand_whatever_the_batches(encoding: str) -> None:
     assert tested["test/perplexity"] == expected["val/perplexity"]
 
 
-def test_a_small_corpus_is_learnt(encoding: str) -> None:
+def test_sft_learns_a_small_corpus(encoding: str) -> None:
     module, log = sft(encoding), Log()
     batch = sequences(module.tokenizer, TALK)
     trainer(callbacks=[log]).fit(module, serve([batch] * 60), serve([batch]))
@@ -92,11 +92,11 @@ def test_a_small_corpus_is_learnt(encoding: str) -> None:
     assert found["val/perplexity"] < math.exp(0.3 * losses[0])
     assert found["val/accuracy"] > 0.7
     (reply,) = module.respond([Conversation((Message("user", "Hi"),))])
-    assert reply.text.startswith("H")  # sampled, and yet what it was taught
+    assert reply.text.startswith("H")  # sampled, and still the trained response
     assert reply.ended
 
 
-def test_the_critic_waits_for_ppo(encoding: str) -> None:
+def test_sft_does_not_train_the_critic(encoding: str) -> None:
     module = sft(encoding, hidden_dim=4)
     before = [p.clone() for p in module.model.value_head.parameters()]
     trainer().fit(module, serve([sequences(module.tokenizer, TALK)] * 2))
@@ -104,18 +104,18 @@ def test_the_critic_waits_for_ppo(encoding: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_replies_are_the_same_each_time_and_dropout_is_as_it_was(encoding: str) -> None:
+def test_responses_are_repeatable_and_the_training_mode_is_restored(encoding: str) -> None:
     module = sft(encoding)
     asked = [Conversation((Message("user", text),)) for text in ("Hi", "What is it that you want to know about me?")]
     module.model.train()
     first = module.respond(asked)
     assert module.model.training
     assert first == module.respond(asked)
-    assert first[:1] == module.respond(asked[:1])  # whatever else is asked
+    assert first[:1] == module.respond(asked[:1])  # independent of the other prompts
     assert all(reply.tokens <= 16 for reply in first)
 
 
-def test_predictions_are_plain_rows(encoding: str) -> None:
+def test_predictions_are_plain_values(encoding: str) -> None:
     module = sft(encoding)
     asked = tuple(Conversation((Message("user", text),)) for text in ("Hi", "Why", "So"))
     rows = [module.tokenizer.render_prompt(c).ids for c in asked]
@@ -155,7 +155,7 @@ def test_prompts_near_the_maximum_length_leave_room_for_the_prediction(encoding:
             sft(encoding, **options)
 
 
-def test_the_bundle_is_the_model_that_goes_on(encoding: str, tmp_path: Path) -> None:
+def test_the_model_file_initializes_the_next_stage(encoding: str, tmp_path: Path) -> None:
     module = sft(encoding)
     batch = sequences(module.tokenizer, TALK)
     trainer().fit(module, serve([batch] * 3))
@@ -167,7 +167,7 @@ def test_the_bundle_is_the_model_that_goes_on(encoding: str, tmp_path: Path) -> 
     assert before == after
 
 
-def test_options_that_contradict_the_bundle_are_refused(encoding: str, tmp_path: Path) -> None:
+def test_options_that_contradict_the_model_file_are_errors(encoding: str, tmp_path: Path) -> None:
     module = sft(encoding)
     trainer().fit(module, serve([sequences(module.tokenizer, TALK)]))
     path = str(tmp_path / "sft.pt")
@@ -183,10 +183,10 @@ def test_options_that_contradict_the_bundle_are_refused(encoding: str, tmp_path:
     assert isinstance(shorter.model.value_head, torch.nn.Sequential)
 
 
-# ---- what the stages share -------------------------------------------------------------------------------------------
+# ---- common to all stages --------------------------------------------------------------------------------------------
 
 
-def test_a_tally_weighs_every_number_the_same() -> None:
+def test_a_tally_gives_every_number_the_same_weight() -> None:
     tally = Tally()
     tally.add("accuracy", torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]))
     tally.add("accuracy", torch.tensor([0.0]))
@@ -198,7 +198,7 @@ def test_a_tally_weighs_every_number_the_same() -> None:
     # Perplexity is exp of the mean over tokens: (3 ln 2 + 5 ln 2) / 4 = ln 4.
     assert found == pytest.approx({"accuracy": 4 / 6, "hits": 0.5, "perplexity": 4.0}, rel=1e-6)
     assert tally.means(torch.device("cpu")) == {}
-    tally.add("nll", torch.tensor([1e9]))  # e to the power of this is larger than any float
+    tally.add("nll", torch.tensor([1e9]))  # exp of this exceeds the largest float
     assert tally.means(torch.device("cpu"))["perplexity"] == math.inf
 
 
@@ -236,7 +236,7 @@ def test_learning_rates_by_hand() -> None:
         rates("cosine", 0.0, math.inf)
 
 
-def test_only_matrices_decay() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     parameters: list[Tensor] = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
     frozen = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
     optimizer = make_optimizer([*parameters, frozen], learning_rate=0.1, weight_decay=0.5)

@@ -80,7 +80,7 @@ def test_a_reward_model_file_scores() -> None:
     factor = LearnedQuality(str(FILES / "reward_model.pt"), device="cpu")
     prompt = Conversation((Message("user", "What comes after 3?"),))
     scores = factor([prompt, prompt], [Reply("It is 4.", 9, True), Reply("No.", 4, True)])
-    # What version 0.1 answers.
+    # The responses of version 0.1.
     torch.testing.assert_close(scores, torch.tensor([0.0041624, -0.0157756]), atol=1e-5, rtol=0)
 
 

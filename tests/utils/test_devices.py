@@ -1,4 +1,4 @@
-"""The default device and number format."""
+"""The default device and data type."""
 
 from __future__ import annotations
 

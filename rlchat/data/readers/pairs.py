@@ -68,7 +68,7 @@ def _of_message_lists(row: dict[str, Any]) -> Row:
     if [(m.role, m.text) for m in before] != [(m.role, m.text) for m in others]:
         return Row(flaw="pairs that differ before the last reply")
     if not before or before[-1].role != "user":
-        raise BadLineError("chosen and rejected share no user message to reply to, and there is no prompt")
+        raise BadLineError("chosen and rejected have no common user message, and the row has no prompt")
     if better.role != "assistant" or worse.role != "assistant":
         return Row(prompt=Conversation(tuple(before), (), check), flaw="pairs that end with a user message")
     return _pair(row, tuple(before), better.text, worse.text, check, notes)
@@ -90,7 +90,7 @@ def _of_hh_texts(row: dict[str, Any]) -> Row:
     if any(not turn.text for turn in messages):
         return Row(flaw="pairs with an empty turn in the prompt")
     if not messages:
-        raise BadLineError("chosen and rejected share no Human turn")
+        raise BadLineError("chosen and rejected have no common Human turn")
     return _pair(row, messages, chosen[-1].text, rejected[-1].text, None, frozenset())
 
 
