@@ -163,15 +163,15 @@ class StageModule(L.LightningModule):
         return norm
 
     def on_train_start(self) -> None:
-        """Lets a resumed run follow its schedule where it has other steps than in the checkpoint, and says so.
+        """Makes a resumed run follow the schedule of its options, and logs if that changes the learning rate.
 
-        After more epochs are added, the learning rate is what it would have been in a run of all epochs from the start.
+        If epochs are added, the learning rate is the same as if the run had had all epochs from the start.
         """
         scheduler = next((config.scheduler for config in self.trainer.lr_scheduler_configs), None)
         changed = follow_schedule(scheduler) if isinstance(scheduler, LambdaLR) else None
         if changed and is_first():
             _log.info(
-                "the learning rate continues at %.3g, where the %s schedule over all %d steps of the run has it; it "
+                "the learning rate continues at %.3g, as in the %s schedule over all %d steps of the run; it "
                 "was %.3g in the checkpoint",
                 changed[1],
                 self.options.schedule,

@@ -49,13 +49,13 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: floa
 
 
 def follow_schedule(scheduler: LambdaLR) -> tuple[float, float] | None:
-    """Sets the learning rates to those of the schedule at its present step.
+    """Sets the learning rates to those of the schedule at its current step.
 
-    In a resumed run they are those of the checkpoint, in which the schedule may have been another one or may have had
+    In a resumed run, they come from the checkpoint, in which the schedule may have been different or may have had
     another number of steps.
 
     Returns:
-        The learning rate before and after, of the first group that has changed; None if nothing has.
+        The old and new learning rate of the first group that changed; None if none changed.
     """
     groups = scheduler.optimizer.param_groups
     changed: tuple[float, float] | None = None

@@ -22,7 +22,7 @@ from rlchat.training.options import Schedule, StageOptions
 
 _log = logging.getLogger("rlchat")
 
-# Without validation, the responses to this number of training prompts standardize the scores.
+# Without validation, the scores are standardized on the responses to this many training prompts.
 _STANDARDIZING_PROMPTS = 512
 
 
@@ -77,8 +77,8 @@ def _mean_per_group(values: Tensor, group: Tensor) -> Tensor:
 class RewardModelModule(StageModule):
     """A reward model: a scalar score at the end of a response, trained on human ranks and quality labels.
 
-    The model keeps the mean and the standard deviation of its scores of the validation split, by which
-    :class:`rlchat.LearnedQuality` standardizes scores. Until a validation was run, they are those of its scores of a
+    The model stores the mean and the standard deviation of its scores on the validation split, with which
+    :class:`rlchat.LearnedQuality` standardizes scores. Without a validation, they are computed on a
     sample of the training split.
 
     Args:
@@ -121,7 +121,7 @@ class RewardModelModule(StageModule):
         self.validated = False
         """Whether a validation has set the mean and the standard deviation of the scores."""
         self.standardized_by = 0
-        """The number of training responses whose scores set them, if no validation has."""
+        """The number of training responses that the scores were standardized on; 0 if they were not."""
 
     @property
     def data_needs(self) -> DataNeeds:
@@ -145,13 +145,13 @@ class RewardModelModule(StageModule):
         return self.mean_loss("train/loss", total, self.global_sum(part.prompts))
 
     def on_train_epoch_end(self) -> None:
-        """Until a validation was run, standardizes by the scores that the present model gives a sample of the data."""
+        """Standardizes the scores on a sample of the training data, unless a validation has standardized them."""
         if not self.validated:
             self.standardized_by = self.standardize(self.training_scores())
 
     @torch.no_grad()
     def training_scores(self) -> list[float]:
-        """Scores of training responses on this process: of a fixed sample, so that a resumed run finds the same.
+        """Scores of a fixed sample of training responses on this process; it is the same in a resumed run.
 
         Empty without a data module that has a ``training_sample``.
         """
@@ -180,18 +180,18 @@ class RewardModelModule(StageModule):
         return len(together)
 
     def on_train_end(self) -> None:
-        """As in every stage. Warns if no validation has standardized the scores."""
+        """As in every stage; also warns if no validation has standardized the scores."""
         super().on_train_end()
         if self.validated or not is_first():
             return
         if self.standardized_by:
-            how = f"standardized by its scores of {self.standardized_by} training responses"
+            how = f"standardized on {self.standardized_by} training responses"
         else:
             how = "not standardized (mean 0, standard deviation 1)"
         _log.warning("no validation was run, so the reward model's scores are %s", how)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds whether held-out scores standardize."""
+        """Adds whether the scores are standardized on held-out data."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["rlchat"]["validated"] = self.validated
 

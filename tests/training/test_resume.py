@@ -62,9 +62,7 @@ def test_more_epochs_continue_the_schedule(stage: str, workplace: Path, caplog: 
     assert "the learning rate continues" not in caplog.text
     rlchat(*words, "--ckpt_path=last")
     assert rates(workplace)[5:] == pytest.approx([5e-4, 4e-4, 3e-4, 2e-4, 1e-4])
-    says = (
-        "the learning rate continues at 0.0005, where the linear schedule over all 10 steps of the run has it; it was 0"
-    )
+    says = "the learning rate continues at 0.0005, as in the linear schedule over all 10 steps of the run; it was 0"
     assert says in caplog.text
 
 

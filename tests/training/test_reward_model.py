@@ -245,7 +245,7 @@ def test_without_validation_training_scores_standardize_and_a_line_says_so(
     assert float(module.model.mean) == pytest.approx(statistics.mean(scores), abs=1e-5)
     assert float(module.model.std) == pytest.approx(statistics.stdev(scores), abs=1e-5)
     assert 1e-3 < float(module.model.std) < 1
-    assert "no validation was run, so the reward model's scores are standardized by its scores of 16 training" in (
+    assert "no validation was run, so the reward model's scores are standardized on 16 training responses" in (
         caplog.text
     )
 
