@@ -37,7 +37,7 @@ class BestModel(ModelCheckpoint):
     that an interrupted run resumes with ``--ckpt_path last``. Ctrl-C and SIGTERM let the current batch finish and then
     write ``last.ckpt``; a second Ctrl-C stops immediately.
 
-    A score that is not finite is never the best, and a model with weights that are not finite is never saved.
+    A score that is not finite is never the best, and a model whose weights or their norm are not finite is never saved.
 
     With one of Lightning's callbacks for weight averaging, the averaged model is validated, and all files contain this
     model.
@@ -211,8 +211,8 @@ class BestModel(ModelCheckpoint):
             return
         if not _is_finite(pl_module):
             raise UserError(
-                "the weights of the model are not finite (NaN or infinity), so no model file was written; lower "
-                "--model.learning_rate and train again"
+                "the weights of the model are not finite, or too large for float32 arithmetic, so no model file was "
+                "written; lower --model.learning_rate and train again"
             )
         if missing:
             self._save_bundle(trainer, pl_module)
@@ -297,6 +297,10 @@ def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def _is_finite(module: L.LightningModule) -> bool:
-    """Whether all weights of all processes are finite numbers; a collective."""
-    local = (getattr(weight, "to_local", lambda weight=weight: weight)() for weight in module.parameters())
-    return not greatest(module, int(not all(bool(torch.isfinite(weight).all()) for weight in local)))
+    """Whether the norm of every weight of all processes is finite in float32; a collective.
+
+    Weights above about 1e19 are finite numbers, but normalization layers square the numbers that they lead to.
+    """
+    local = (getattr(weight, "to_local", lambda weight=weight: weight)().detach() for weight in module.parameters())
+    norms = (torch.linalg.vector_norm(weight, dtype=torch.float32) for weight in local)
+    return not greatest(module, int(not all(bool(norm.isfinite()) for norm in norms)))

@@ -40,6 +40,9 @@ PREDICTION_STREAM = -2
 # A resumed run takes these from its checkpoint: they are in the states of the optimizer and the scheduler.
 _KEPT_ON_RESUME = ("learning_rate", "weight_decay", "adam_eps", "adam_beta2")
 
+# A validation loss above this many times the first training loss (or 1, if that is less) is reported as divergence.
+_DIVERGED = 3.0
+
 
 class StageModule(L.LightningModule):
     """A LightningModule with rlchat's options, optimizer, held-out metrics and model file.
@@ -71,6 +74,8 @@ class StageModule(L.LightningModule):
         self.max_length = max_length
         self.tally = Tally()
         self.guard = NonFiniteGuard()
+        self.first_loss: float | None = None
+        """The training loss before the first optimizer step."""
         self._microbatch_counts: list[Tensor] = []
 
     @property
@@ -127,6 +132,8 @@ class StageModule(L.LightningModule):
         mean = self.global_sum(total) / count.clamp(min=1)
         self.log(name, mean, prog_bar=True)
         self.guard.check_losses({name: float(mean)})
+        if self.first_loss is None:
+            self.first_loss = float(mean)
         self._microbatch_counts.append(count)
         # DDP averages gradients over processes, but these losses have to be added.
         return total / self._microbatch_counts[0].clamp(min=1) * self.trainer.world_size
@@ -199,7 +206,11 @@ class StageModule(L.LightningModule):
             self.log(f"val/{name}", value, prog_bar=self.automatic_optimization and f"val/{name}" == self.monitor[0])
 
     def on_train_end(self) -> None:
-        """Raises :class:`UserError` if the monitored metric is not finite and no best model was selected."""
+        """Warns if training has diverged.
+
+        Raises:
+            UserError: if the monitored metric is not finite and no best model was selected.
+        """
         score = self.trainer.callback_metrics.get(self.monitor[0])
         selected = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if score is not None and not selected and not score.isfinite():
@@ -207,6 +218,18 @@ class StageModule(L.LightningModule):
                 f"{self.monitor[0]} is {float(score)}, so no model file was written; lower --model.learning_rate and "
                 f"train again"
             )
+        before, after = self.first_loss, self.validation_loss()
+        if before is not None and after is not None and after > _DIVERGED * max(before, 1.0) and is_first():
+            _log.warning(
+                "training has diverged: the loss of the first batch was %.3g and the validation loss is %.3g; lower "
+                "--model.learning_rate",
+                before,
+                after,
+            )
+
+    def validation_loss(self) -> float | None:
+        """The loss of the last validation, comparable with the training loss; None if there is none."""
+        return None
 
     def on_test_epoch_start(self) -> None:
         """As for validation."""

@@ -226,6 +226,11 @@ class RewardModelModule(StageModule):
         self.held_out_scores.clear()
         super().on_validation_epoch_end()
 
+    def validation_loss(self) -> float | None:
+        """The mean loss of held-out pairs."""
+        loss = self.trainer.callback_metrics.get("val/pair_loss")
+        return None if loss is None else float(loss)
+
     def on_test_epoch_end(self) -> None:
         """Logs the held-out metrics; mean and standard deviation stay as validation left them."""
         self.held_out_scores.clear()

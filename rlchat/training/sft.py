@@ -86,3 +86,8 @@ class SFTModule(PolicyModule):
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Accuracy and perplexity on held-out conversations."""
         self.tally_sequences(batch)
+
+    def validation_loss(self) -> float | None:
+        """The mean negative log-prob of held-out tokens: the logarithm of the perplexity."""
+        perplexity = self.trainer.callback_metrics.get("val/perplexity")
+        return None if perplexity is None else float(perplexity.log())

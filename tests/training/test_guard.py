@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from helpers.command_line import TINY, write_talk
 from helpers.small_ppo import Log, sequences, serve, trainer
 from torch import Tensor
 from training.test_reward_model import LLAMA, replies_batch
 
+from rlchat.__main__ import main
 from rlchat.data.datamodule import RankedBatch, SequenceBatch
 from rlchat.errors import UserError
 from rlchat.training.reward_model import RewardModelModule
@@ -122,3 +125,43 @@ def test_three_skipped_steps_in_a_row_stop_the_run(encoding: str, stage: str) ->
     with pytest.raises(UserError, match=says):
         trainer().fit(module, serve([batch] * 8))
     assert module.guard.skipped_steps == 5
+
+
+RUNS = {
+    "sft": ["--model=rlchat.SFTModule", *TINY],
+    "reward": ["--model=rlchat.RewardModelModule", *TINY, "--data.contrast=true"],
+    "ppo": ["--config=smoke"],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "batches"), [("sft", 1), ("sft", 2), ("sft", 12), ("reward", 1), ("reward", 12), ("ppo", 12)]
+)
+def test_a_run_that_diverges_ends_with_one_sentence_and_no_model(
+    stage: str, batches: int, workplace: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_talk(workplace / "talk.jsonl", 60)
+    words = ["fit", *RUNS[stage], "--data.path=talk.jsonl", "--data.batch_size=2", "--model.warmup=0"]
+    words += ["--model.learning_rate=1e30", "--data.val_fraction=0.2", "--trainer.enable_progress_bar=false"]
+    words += [f"--trainer.limit_train_batches={batches}", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+    assert main(words) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rlchat: ")]
+    assert len(errors) == 1
+    assert "lower --model.learning_rate" in errors[0]
+    assert not list(Path("checkpoints").glob("*.pt"))
+    for path in workplace.rglob("*.ckpt"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(bool(value.isfinite().all()) for value in state.values()), path
+
+
+@pytest.mark.parametrize(("learning_rate", "diverges"), [(2.0, True), (0.01, False)])
+def test_a_validation_loss_far_above_the_first_loss_is_reported(
+    encoding: str, learning_rate: float, diverges: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = module_of("sft", encoding)
+    module.options.learning_rate = learning_rate
+    batch = batch_of(module, slice(0, 4))
+    trainer().fit(module, serve([batch] * 4), serve([batch]))
+    assert module.first_loss == pytest.approx(math.log(module.tokenizer.vocab_size), abs=0.2)
+    loss = math.log(float(module.trainer.callback_metrics["val/perplexity"]))
+    assert diverges == (loss > 3 * module.first_loss) == ("training has diverged" in caplog.text)
