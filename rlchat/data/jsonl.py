@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -71,21 +72,22 @@ def take_lines(
                 bar.update(finished_bytes + _position(raw))
 
         for source in sources:
-            for number, line in numbered_lines(source, max_line_bytes, show):
-                if line is not None and not line.strip():
-                    continue
-                report.lines += 1
-                try:
-                    if line is None:
-                        raise BadLineError(f"the line is longer than {max_line_bytes:,} bytes")
-                    take(line)
-                except BadLineError as error:
-                    place = f"{source}:{number}: {error}"
-                    if on_bad_line == "error":
-                        raise UserError(f"{place}; {error.cure or cure}") from None
-                    report.bad_lines += 1
-                    if len(report.bad_line_examples) < _SHOWN_BAD_LINES:
-                        report.bad_line_examples.append(place)
+            with closing(numbered_lines(source, max_line_bytes, show)) as lines:  # an error closes the file at once
+                for number, line in lines:
+                    if line is not None and not line.strip():
+                        continue
+                    report.lines += 1
+                    try:
+                        if line is None:
+                            raise BadLineError(f"the line is longer than {max_line_bytes:,} bytes")
+                        take(line)
+                    except BadLineError as error:
+                        place = f"{source}:{number}: {error}"
+                        if on_bad_line == "error":
+                            raise UserError(f"{place}; {error.cure or cure}") from None
+                        report.bad_lines += 1
+                        if len(report.bad_line_examples) < _SHOWN_BAD_LINES:
+                            report.bad_line_examples.append(place)
             finished_bytes += file_size(source)
 
 

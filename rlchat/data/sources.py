@@ -15,7 +15,7 @@ import json
 import lzma
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -98,7 +98,7 @@ def file_size(file: DataFile) -> int:
 
 def numbered_lines(
     file: DataFile, max_bytes: int, show_progress: Callable[[IO[bytes]], None]
-) -> Iterator[tuple[int, bytes | None]]:
+) -> Generator[tuple[int, bytes | None]]:
     """Yields (line number from 1, line) of a text file; the line is None if it is longer than ``max_bytes``.
 
     For a file that is one JSON array of objects, it yields the elements, each with the number of the line on which it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import tracemalloc
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlchat.data.jsonl import BadLineError, LineReport, decode_line, parse_object, take_lines
+from rlchat.data.sources import numbered_lines
 from rlchat.errors import UserError
 
 
@@ -141,3 +143,20 @@ def test_the_progress_bar_only_appears_when_reading_takes_long(
     out, err = capsys.readouterr()
     assert out == ""
     assert "reading" in err
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}\nnot JSON\n{}\n', b'[{"a": 1},\n"not an object",\n{}]'])
+def test_an_error_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """At once, and not when the garbage collector finds the generator, which the error's traceback refers to."""
+    opened: list[Any] = []
+
+    def watched(*arguments: Any) -> Any:
+        opened.append(numbered_lines(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr("rlchat.data.jsonl.numbered_lines", watched)
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"d\.json:2: ") as error:
+        read(tmp_path / "d.json")
+    assert error.value is not None
+    assert [inspect.getgeneratorstate(lines) for lines in opened] == [inspect.GEN_CLOSED]
