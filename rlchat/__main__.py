@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
+    "export": "write a chat model for transformers, llama.cpp or safetensors",
 }
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -74,6 +75,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.demo import main as demo
 
         return demo.main
+    if command == "export":
+        from rlchat.cli import export
+
+        return export.main
     from rlchat.cli import tokenizer as tokenizer_cli
 
     return tokenizer_cli.main

@@ -1,1 +1,1 @@
-"""The command line: `rlchat fit`, `validate`, `test`, `predict` and `tokenizer`."""
+"""The command line: `rlchat fit`, `validate`, `test`, `predict`, `tokenizer` and `export`."""

@@ -1,0 +1,115 @@
+"""`rlchat export`: its outputs, the model card, and error messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.chat_models import random_policy
+
+from rlchat.__main__ import main
+from rlchat.export.card import CardFacts, base_license, model_card
+from rlchat.export.folder import FILES
+from rlchat.models.model_file import load_policy
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+OLD = Path(__file__).parents[1] / "data" / "v0_1"
+MODEL = str(OLD / "ppo_model.pt")
+
+
+def export(*options: object) -> int:
+    return main(["export", *map(str, options)])
+
+
+def failure(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    assert export(*options) == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_with_a_model_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "report.json"
+    figures.write_text(json.dumps({"ppo": {"reward": 1.25, "name": "x"}, "seed": 3, "ok": True}))
+    options = ("--data", "30 conversations", "--license", "apache-2.0", "--figures", figures)
+    assert export(MODEL, "--to", "hf", tmp_path / "out", *options) == 0
+    assert f"wrote {tmp_path / 'out'}" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "\nlicense: apache-2.0\n" in card.split("---")[1]
+    assert "| Data | 30 conversations |" in card
+    assert "| Base model | none: a llama model with random initial weights |" in card
+    assert '- `rlchat.rewards.MissingEnd`: `{"weight": 0.5}`' in card
+    assert "| ppo/reward | 1.25 |\n| seed | 3 |\n" in card
+    assert "| ok |" not in card
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    assert export(MODEL, tmp_path / "m.gguf", "--to", "gguf") == 0
+    assert gguf.GGUFReader(tmp_path / "m.gguf").get_field("general.name").contents() == "m"
+
+
+def test_a_safetensors_file(tmp_path: Path) -> None:
+    assert export(MODEL, "--to", "safetensors", tmp_path / "m.safetensors") == 0
+    assert (tmp_path / "m.safetensors").stat().st_size > 1000
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, file = tmp_path / "out", tmp_path / "m.safetensors"
+    file.write_text("precious")
+    error = failure(capsys, MODEL, "--to", "safetensors", file)
+    assert error == f"rlchat: {file} already exists; use another name, or --force to overwrite it\n"
+    assert file.read_text() == "precious"
+    assert export(MODEL, "--to", "safetensors", file, "--force") == 0
+    assert file.stat().st_size > 1000
+
+    out.mkdir()
+    assert export(MODEL, "--to", "hf", out) == 0  # an empty folder
+    (out / "README.md").write_text("edited")
+    assert "is not empty; use another folder, or --force to replace it" in failure(capsys, MODEL, "--to", "hf", out)
+    assert (out / "README.md").read_text() == "edited"
+    assert export(MODEL, "--to", "hf", out, "--force") == 0
+    assert (out / "README.md").read_text() != "edited"
+    (out / "thesis.tex").write_text("precious")
+    assert "contains thesis.tex, which no export writes" in failure(capsys, MODEL, "--to", "hf", out, "--force")
+    assert (out / "thesis.tex").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "out"]
+
+
+def test_invalid_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the name of the file must end in .gguf" in failure(capsys, MODEL, "--to", "gguf", tmp_path / "m.bin")
+    assert "no such model file" in failure(capsys, tmp_path / "none.pt", "--to", "hf", tmp_path / "o")
+    reward = failure(capsys, OLD / "reward_model.pt", "--to", "hf", tmp_path / "o")
+    assert "contains a reward model, expected a chat model" in reward
+    license_error = failure(capsys, MODEL, "--to", "hf", tmp_path / "o", "--license", "my own")
+    assert "invalid value 'my own' for --license: expected an identifier such as apache-2.0" in license_error
+    assert "cannot read" in failure(capsys, MODEL, "--to", "hf", tmp_path / "o", "--figures", tmp_path / "none.json")
+    assert "invalid choice: 'onnx'" in failure(capsys, MODEL, "--to", "onnx", tmp_path / "o")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_license_of_the_base_model_is_read_from_its_folder(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\nlicense: no\n")
+    assert base_license(str(tmp_path)) == "mit"
+    assert base_license(str(tmp_path / "none")) == ""
+    bundle = random_policy(tokenizer)
+    bundle.model.backbone.transformer.config.name_or_path = str(tmp_path)
+    card = model_card(bundle, "m", CardFacts())
+    assert "\nlicense: mit\n" in card
+    assert "| License of the base model | mit |" in card
+    bundle.model.backbone.transformer.config.name_or_path = "someone/model"
+    assert "| License of the base model | not known; see the base model |" in model_card(bundle, "m", CardFacts())
+
+
+def test_the_code_in_the_card_runs(tmp_path: Path) -> None:
+    assert export(MODEL, "--to", "hf", tmp_path / "out") == 0
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace('"PATH"', repr(str(tmp_path / "out"))).replace("max_new_tokens=64", "max_new_tokens=4")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert load_policy(MODEL).tokenizer.vocab_size == 261
