@@ -19,10 +19,11 @@ def split_trees(
     """Assigns trees to splits. A tree's split depends only on ``seed`` and its id, so it stays when trees are added.
 
     In a small file, this can leave a split empty. If there are at least three trees, an empty split with a fraction
-    above 0 gets a tree from the largest split. With fewer trees, all trees are in all splits, with a warning.
+    above 0 gets a tree from the largest split. Fewer trees are all in each split, with a warning, unless both
+    fractions are 0.
     """
     place = {tree: unit_hash(seed, tree) for tree in tree_ids}
-    if len(place) < 3:
+    if len(place) < 3 and val_fraction + test_fraction > 0:
         _log.warning(
             "%d conversation trees cannot be split: validation uses the training data, so its metrics do not "
             "measure generalization",

@@ -249,6 +249,15 @@ def test_a_single_tree_is_used_for_validation_with_a_warning(tmp_path: Path, sft
     assert only(data.train_dataloader()).ids.equal(only(data.val_dataloader()[0]).ids)
 
 
+@pytest.mark.parametrize("trees", [1, 2])
+def test_without_fractions_few_trees_are_training_data_without_a_warning(
+    trees: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [f"tree {i}" for i in range(trees)]
+    assert split_trees(ids, 0, 0, 0) == {"train": frozenset(ids), "val": frozenset(), "test": frozenset()}
+    assert not caplog.text
+
+
 def test_validation_prompts_have_a_fixed_random_order_and_the_limit_keeps_the_first(
     tmp_path: Path, ppo: DataNeeds
 ) -> None:
