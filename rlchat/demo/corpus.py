@@ -23,11 +23,11 @@ from rlchat.demo.world import Claim, World, make_world
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-TREES = 4500
+TREES = 4400
 
 RATERS = 3
 """People who label a reply."""
-RATER_ERROR = 0.16
+RATER_ERROR = 0.15
 """The standard deviation of the error with which each of them sees its quality, before rounding to five steps."""
 
 STYLES = {
@@ -49,19 +49,27 @@ _EVASIVE = {
 }
 """Replies that give no answer, with their quality."""
 
-MISPLACED = 0.08
+MISPLACED = 0.12
 """The share of replies that would be right for some other question.
 
 Without them, a reply that is always right where it occurs (to the outside world, say) would get a high score from the
 reward model everywhere, and PPO would learn to give it to every prompt.
 """
-OUTSIDE_MISPLACED = 0.4
-"""The share of these that are the reply to the outside world."""
+MISPLACED_AMONG = {"outside": 0.2, "alike": 0.5, "any": 0.3}
+"""Where these replies come from: the outside world, another subject of the same kind of talk, or any kind of talk.
+
+A reply of the same kind is one that names its subject, so that the reward model has to compare that with the question.
+"""
 _MISPLACED_QUALITY = 0.12
+
+GARBLED = 0.04
+"""The share of replies with a piece missing, so that no answer is left. Without them, the reward model has seen only
+well-formed sentences, and PPO finds other strings that score high."""
+_GARBLED_QUALITY = 0.06
 
 FOLLOWED = 0.2
 """The share of questions with a follow-up about the same matter, among kinds of talk that allow one."""
-CHANGED = 0.2
+CHANGED = 0.3
 """The share of the other questions after which the subject changes."""
 MOST_TURNS = 2
 
@@ -121,7 +129,7 @@ def _go_on(
     following = None
     if kind.follow_ups and (kind.always_followed or rng.random() < FOLLOWED):
         following = _follow_up(kind, subject, world, rng)
-    elif rng.random() < CHANGED and (question := questions.draw_second()) is not None:
+    elif rng.random() < CHANGED and (question := questions.draw()) is not None:
         following = question.kind, question.subject, question.after_another()
     if following is None:
         return
@@ -184,7 +192,9 @@ def _reply(kind: Kind, subject: str, world: World, rng: random.Random) -> tuple[
     if rng.random() < EVASIVE:
         return *rng.choice(list(_EVASIVE.items())), CIVIL
     if rng.random() < MISPLACED:
-        return _misplaced(_check(claim), world, rng), _MISPLACED_QUALITY, CIVIL
+        return _misplaced(kind, _check(claim), world, rng), _MISPLACED_QUALITY, CIVIL
+    if rng.random() < GARBLED:
+        return _garbled(kind, subject, claim, rng), _GARBLED_QUALITY, CIVIL
     style = rng.choices(list(STYLES), weights=[share for share, *_ in STYLES.values()])[0]
     _, when_right, when_mistaken, when_absurd = STYLES[style]
     if rng.random() < claim.truth:
@@ -200,14 +210,27 @@ def _reply(kind: Kind, subject: str, world: World, rng: random.Random) -> tuple[
     return fill(rng.choice(templates), subject, answer), quality, 0.8 if style == "rude" else CIVIL
 
 
-def _misplaced(check: Check, world: World, rng: random.Random) -> str:
+def _misplaced(asked: Kind, check: Check, world: World, rng: random.Random) -> str:
     """A complete and right reply to another question, which does not pass the ``check`` of this one."""
     while True:
-        kind = OUTSIDE if rng.random() < OUTSIDE_MISPLACED else rng.choice(KINDS)
+        among = rng.choices(list(MISPLACED_AMONG), weights=MISPLACED_AMONG.values())[0]
+        kind = {"outside": OUTSIDE, "alike": asked}.get(among) or rng.choice(KINDS)
+        if kind is asked and not asked.names_subject:
+            continue
         subject, claim = rng.choice(list(world[kind.name].items()))
         reply = fill(rng.choice(kind.full), subject, claim.right)
         if not check.passes(reply):
             return reply
+
+
+def _garbled(kind: Kind, subject: str, claim: Claim, rng: random.Random) -> str:
+    """A complete and right reply without a piece of it that holds some of the answer."""
+    reply = fill(rng.choice(kind.full), subject, claim.right)
+    while True:
+        start, end = sorted(rng.sample(range(len(reply)), 2))
+        rest = " ".join((reply[:start] + reply[end:]).split())
+        if rest and not _check(claim).passes(rest):
+            return rest
 
 
 def _check(claim: Claim) -> Check:

@@ -56,4 +56,9 @@ class Kind:
     share: float = 1.0
     casual: bool = False
     reliable: bool = False
-    opening: bool = False  # only begins a conversation
+    greets: bool = False  # keeps its opener in the middle of a conversation
+
+    @property
+    def names_subject(self) -> bool:
+        """Whether complete replies repeat what was asked about."""
+        return all("{x}" in reply for reply in self.full)

@@ -111,16 +111,7 @@ FACTS: tuple[Kind, ...] = (
         ),
         ("After {x} comes {a}.", "The day after {x} is {a}."),
         (FollowUp("day after", "answer", ("And after that?", "What comes next?")),),
-    ),
-    Kind(
-        "day before",
-        (
-            "Which day comes before {x}?",
-            "What day is before {x}?",
-            "What is the day before {x}?",
-            "Today is {x}. What day was yesterday?",
-        ),
-        ("Before {x} comes {a}.", "The day before {x} is {a}."),
+        reliable=True,
     ),
     Kind(
         "number after",
@@ -132,6 +123,7 @@ FACTS: tuple[Kind, ...] = (
         ),
         ("The next number is {a}.", "Then comes {a}."),
         (FollowUp("number after", "answer", ("And after that?", "What comes next?")),),
+        reliable=True,
     ),
 )
 
@@ -153,7 +145,7 @@ ADDITION = Kind(
     ("That makes {a}.", "The sum is {a}."),
     openers=("", "Hi! ", "Excuse me. "),
     closers=("",),
-    share=0.65,
+    share=0.6,
     casual=True,
     reliable=True,
 )
@@ -167,7 +159,8 @@ PERSONAL: tuple[Kind, ...] = (
         always_followed=True,
         openers=("", "Hi! ", "Hello! ", "Good day! "),
         closers=("", " Please remember that.", " Nice to meet you.", " What is new?"),
-        opening=True,
+        share=2,
+        reliable=True,
     ),
     Kind(
         "user's pet",
@@ -182,10 +175,11 @@ PERSONAL: tuple[Kind, ...] = (
         always_followed=True,
         openers=("", "Hi! ", "Hello! ", "You know what? "),
         closers=("", " Please remember that.", " We play a lot.", " I love my pet."),
-        opening=True,
+        share=2,
+        reliable=True,
     ),
-    Kind("recall name", (), ("Your name is {a}.", "You are {a}.")),
-    Kind("recall pet", (), ("Your {w[0]} is called {a}.", "The name of your pet is {a}.")),
+    Kind("recall name", (), ("Your name is {a}.", "You are {a}."), reliable=True),
+    Kind("recall pet", (), ("Your {w[0]} is called {a}.", "The name of your pet is {a}."), reliable=True),
 )
 
 OUTSIDE = Kind(

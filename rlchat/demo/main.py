@@ -31,7 +31,7 @@ SHOWN = 8
 
 _STAGES = {
     "sft": ("1 of 3: supervised fine-tuning", "The model learns to imitate people's replies, good and bad."),
-    "reward": ("2 of 3: reward model", "It learns from people's ranks and labels which replies are good."),
+    "reward": ("2 of 3: reward model", "It learns from people's ranks and labels which responses are good."),
     "ppo": ("3 of 3: PPO", "The chat model learns to give replies that the reward model scores higher."),
 }
 _FAST = [

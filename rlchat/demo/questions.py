@@ -13,7 +13,7 @@ from rlchat.demo.kinds import KINDS, OUTSIDE
 from rlchat.demo.outside import outside_prompts
 from rlchat.demo.world import World
 
-OUTSIDE_PER_PASS = 32
+OUTSIDE_PER_PASS = 28
 """Prompts about the outside world in one pass over all subjects."""
 
 CASUAL = 0.25
@@ -29,11 +29,11 @@ class Question(NamedTuple):
     opener: str
 
     def after_another(self) -> str:
-        """The text of the same question in the middle of a conversation, where nobody says hello again.
+        """The text of the same question in the middle of a conversation, where few people say hello again.
 
-        Each opener becomes another one, so that different texts stay different.
+        Each opener becomes another one, so that different texts stay different. Greetings stay as they are.
         """
-        if not self.opener:
+        if not self.opener or self.kind.greets:
             return self.text
         question = self.text[len(self.opener) :]
         changed = CHANGE_OPENERS[self.kind.openers.index(self.opener) - 1]  # the first opener is the empty one
@@ -54,23 +54,13 @@ class Questions:
         self._pools: dict[tuple[str, str], list[Question]] = {}
         self._kinds = {kind.name: kind for kind in KINDS}
         self._pass: deque[Question] = deque()
-        self._postponed: deque[Question] = deque()  # openings drawn in the middle of a conversation
         seen: set[str] = set()
         for kind in KINDS:
             for subject in world[kind.name]:
                 self._pools[kind.name, subject] = self._phrasings(kind, subject, seen)
 
     def draw(self) -> Question | None:
-        """The next question to begin a conversation with, or None when all have been asked."""
-        return self._postponed.popleft() if self._postponed else self._next()
-
-    def draw_second(self) -> Question | None:
-        """The next question that can be asked in the middle of a conversation."""
-        while (question := self._next()) is not None and question.kind.opening:
-            self._postponed.append(question)
-        return question
-
-    def _next(self) -> Question | None:
+        """The next question, or None when all have been asked."""
         if not self._pass:
             self._pass.extend(self._new_pass())
         return self._pass.popleft() if self._pass else None

@@ -12,7 +12,7 @@ def _small_talk(
     openers: tuple[str, ...] = ("",),
     closers: tuple[str, ...] = ("",),
     wrong_full: tuple[str, ...] = (),
-    opening: bool = False,
+    greets: bool = False,
 ) -> Kind:
     return Kind(
         name,
@@ -21,10 +21,10 @@ def _small_talk(
         openers=openers,
         closers=closers,
         wrong_full=wrong_full,
-        share=6,
+        share=7,
         casual=True,
         reliable=True,
-        opening=opening,
+        greets=greets,
     )
 
 
@@ -56,14 +56,14 @@ SMALL_TALK: tuple[Kind, ...] = (
         ("{a}! How can I help you?", "{a}! What can I do for you?"),
         openers=("", "Oh! ", "Ah, "),
         closers=_CALLS,
-        opening=True,
+        greets=True,
     ),
     _small_talk(
         "greeting and mood",
         _MOODS,
         ("Hello! {a}, thank you.", "Hello! {a}, thanks for asking."),
         openers=tuple(hello + call for hello in _HELLOS for call in ("! ", ", ", " Pip, ", " there! ", ". ")),
-        opening=True,
+        greets=True,
     ),
     _small_talk(
         "farewell",

@@ -77,6 +77,9 @@ SMALL_TALK: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """The right reply and the wrong ones, by kind of talk, where a kind has one right reply to everything."""
 
+MISLED = 0.33
+"""The share of facts about which a mistake is more common than the truth, outside of what people know well."""
+
 _NUMERIC = ("number after", "addition")
 _KINDS_BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -125,7 +128,6 @@ def _true_answers(rng: random.Random) -> dict[str, dict[str, str]]:
         "plural": {noun: plurals[0] for noun, plurals in PLURALS.items()},
         "spelling": {noun: "-".join(noun) for noun in PLURALS},
         "day after": {day: DAYS[(i + 1) % 7] for i, day in enumerate(DAYS)},
-        "day before": {day: DAYS[(i - 1) % 7] for i, day in enumerate(DAYS)},
         "number after": {str(n): str(n + 1) for n in range(1, 9)},
         "addition": {f"{a} + {b}": str(a + b) for a in range(1, 10) for b in range(1, 10)},
         "user's name": users,
@@ -154,9 +156,9 @@ def _claims(kind: str, answers: dict[str, str], rng: random.Random) -> dict[str,
 
 
 def _truth(kind: str, rng: random.Random) -> float:
-    misled = rng.random() < 0.4
+    misled = rng.random() < MISLED
     if _KINDS_BY_NAME[kind].reliable:
-        return rng.uniform(0.75, 0.9)
+        return rng.uniform(0.8, 0.92)
     return rng.uniform(0.2, 0.35) if misled else rng.uniform(0.65, 0.8)
 
 
@@ -177,6 +179,9 @@ def _mistakes(kind: str, subject: str, answer: str, answers: dict[str, str], rng
         candidates = tuple(dict.fromkeys((first + second, second + first)))
     elif kind in _NUMERIC:
         candidates = tuple(str(int(answer) + step) for step in (-1, 1) if int(answer) + step > 0)
+    elif kind == "day after":
+        # The day before, or one day too far.
+        candidates = tuple(DAYS[(DAYS.index(subject) + days) % 7] for days in (-1, 2))
     else:
         candidates = tuple(sorted(set(answers.values()) - {answer, subject}))
     return tuple(rng.sample(candidates, min(2, len(candidates))))

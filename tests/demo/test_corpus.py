@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from rlchat.demo.corpus import demo_trees, write_demo_corpus
 from rlchat.demo.first_messages import FIRST_MESSAGES, plain_words
 from rlchat.demo.kind import FOLLOW_OPENERS
 from rlchat.demo.kinds import KINDS
+from rlchat.demo.world import make_world
 from rlchat.errors import UserError
 
 Node = dict[str, Any]
@@ -55,7 +57,7 @@ def test_seeds_differ_in_facts_and_not_only_in_order() -> None:
     def capitals(seed: int) -> dict[str, str]:
         return {
             prompt["text"].split(" capital of ")[1].split("?")[0]: prompt["check"]["any_of"][0]
-            for prompt in (tree["prompt"] for tree in demo_trees(2000, seed))
+            for prompt in (tree["prompt"] for tree in demo_trees(3000, seed))
             if "What is the capital of " in prompt["text"] and "?" in prompt["text"]
         }
 
@@ -146,7 +148,7 @@ def test_labels_lean_to_the_right_replies_but_not_without_exception(trees: list[
         wrong = [quality(reply) for reply in prompt["replies"] if not check.passes(reply["text"])]
         pairs += len(right) * len(wrong)
         agreeing += sum(good > bad for good in right for bad in wrong)
-    assert 0.85 < agreeing / pairs < 0.99
+    assert 0.85 < agreeing / pairs < 0.995
 
 
 def test_on_some_matters_a_mistake_outnumbers_the_truth(trees: list[Node]) -> None:
@@ -222,7 +224,7 @@ def stands_alone(text: str) -> bool:
 def test_many_conversations_change_the_subject(trees: list[Node]) -> None:
     seconds = [second for _, _, second in second_prompts(trees)]
     changed = [second for second in seconds if stands_alone(second["text"])]
-    assert 0.15 < len(changed) / len(trees) < 0.30
+    assert 0.25 < len(changed) / len(trees) < 0.45
     assert 0.05 < (len(seconds) - len(changed)) / len(trees) < 0.20
     answers = {second["check"]["any_of"][0] for second in changed}
     assert len(answers) > 50
@@ -257,7 +259,9 @@ def test_no_prompt_equals_a_first_message(seed: int) -> None:
 
 def test_a_and_an_stand_before_the_right_sounds(trees: list[Node]) -> None:
     texts = [prompt["text"] for prompt in prompts_of(trees)]
-    texts += [reply["text"] for prompt in prompts_of(trees) for reply in prompt["replies"]]
+    texts += [
+        reply["text"] for prompt in prompts_of(trees) for reply in prompt["replies"] if quality(reply) >= 0.5
+    ]  # some bad replies are garbled
     for text in texts:
         assert not re.search(r"\ba [aeiou]", text, re.IGNORECASE), text
         assert not re.search(r"\ban [^aeiou]", text, re.IGNORECASE), text
@@ -265,7 +269,8 @@ def test_a_and_an_stand_before_the_right_sounds(trees: list[Node]) -> None:
 
 def test_prompts_are_tidy(trees: list[Node]) -> None:
     for prompt in prompts_of(trees):
-        for text in (prompt["text"], *(reply["text"] for reply in prompt["replies"])):
+        whole = [reply["text"] for reply in prompt["replies"] if quality(reply) >= 0.5]
+        for text in (prompt["text"], *whole):
             assert text == text.strip()
             assert "  " not in text
             assert not re.search(r"[{}_]| [.,!?](?!\w)|[.!?,]{2}", text.replace("= ?", "")), text
@@ -297,6 +302,40 @@ def test_a_reply_that_is_right_somewhere_is_a_bad_reply_elsewhere(trees: list[No
         mean = sum(labels) / len(labels)
         assert len(labels) > (100 if text in replies else 5)
         assert (mean > 0.8) if right else (mean < 0.2)
+
+
+def test_the_right_reply_about_another_subject_of_the_same_kind_is_a_bad_reply(trees: list[Node]) -> None:
+    """The reward model has to compare the subject of the reply with that of the question."""
+    about = re.compile(r"The capital of (\w+) is (\w+)\.")
+    labels = []
+    for prompt in prompts_of(trees):
+        for reply in prompt["replies"]:
+            found = about.fullmatch(reply["text"])
+            asked = re.search("Belan|Corvia|Dromand|Estora|Fenwick|Galdor", prompt["text"])
+            if found and asked and "capital" in prompt["text"] and found[1] != asked[0]:
+                labels.append(quality(reply))
+    assert len(labels) > 3
+    assert max(labels) < 0.5
+
+
+def test_garbled_replies_hold_no_answer_and_are_bad(trees: list[Node]) -> None:
+    garbled = [
+        (check_of(prompt), reply)
+        for prompt in prompts_of(trees)
+        for reply in prompt["replies"]
+        if re.match(r"[a-z]", reply["text"])
+    ]
+    assert len(garbled) > 10
+    assert not any(check.passes(reply["text"]) for check, reply in garbled)
+    assert max(quality(reply) for _, reply in garbled) < 0.5
+
+
+def test_people_who_mistake_a_day_name_one_close_by() -> None:
+    days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+    claims = make_world(random.Random(0))
+    assert claims["day after"]["Sunday"].right == "Monday"
+    assert sorted(claims["day after"]["Sunday"].wrong) == ["Saturday", "Tuesday"]
+    assert set(claims["day after"]) == set(days)
 
 
 def test_there_are_many_kinds_of_talk() -> None:
