@@ -18,12 +18,13 @@ WORTH_A_MESSAGE = 10**9
 def bytes_of_run(module: nn.Module, checkpoints: int = 2) -> tuple[int, int]:
     """Bytes of one checkpoint and of all files of a run: ``checkpoints`` checkpoints and the model file.
 
-    A checkpoint contains all weights and, for each trained weight, the two moments of AdamW. The model file is at most
-    as large as all weights.
+    A checkpoint contains all weights, or the trained ones if the run trains a part of them, and the two moments of
+    AdamW of each trained weight. The model file is at most as large as all weights.
     """
     weights = _bytes(module.state_dict().values())
-    moments = 2 * _bytes(weight for weight in module.parameters() if weight.requires_grad)
-    return weights + moments, checkpoints * (weights + moments) + weights
+    trained = _bytes(weight for weight in module.parameters() if weight.requires_grad)
+    saved = weights if getattr(module, "strict_loading", True) else trained
+    return saved + 2 * trained, checkpoints * (saved + 2 * trained) + weights
 
 
 def announce_size(module: nn.Module, folder: Path) -> None:

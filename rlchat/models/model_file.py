@@ -17,8 +17,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from rlchat.distributed.collectives import is_first, whole_state
+from rlchat.distributed.collectives import is_first
 from rlchat.errors import UserError
+from rlchat.models.adapters import merged_state
 from rlchat.models.backbones import Backbone
 from rlchat.models.base_models import config_from_json, one_line
 from rlchat.models.networks import Critic, RewardModel, RLChatModel
@@ -72,9 +73,9 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
 
     Every process must call it, because each may hold a shard of the model; the first one writes.
     """
-    state = whole_state(bundle.model)
+    state = merged_state(bundle.model)
     critic = bundle.critic if isinstance(bundle, PolicyBundle) else None
-    critic_state = None if critic is None else whole_state(critic)
+    critic_state = None if critic is None else merged_state(critic)
     if not is_first():
         return
     tokenizer = bundle.tokenizer.state()

@@ -11,17 +11,81 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlchat.errors import UserError
-from rlchat.models.model_file import FORMAT, VERSION
+from rlchat.models.model_file import FORMAT, VERSION, PolicyBundle
+from rlchat.ppo.config import PPOConfig
+from rlchat.ppo.held_out import HeldOutModule
+from rlchat.ppo.losses import AdaptiveKL
+from rlchat.ppo.state import restore_counters, saved_counters
+from rlchat.rewards import Reward
 from rlchat.rewards.described import describe_fully, rebuild
+from rlchat.training.guard import LastGoodWeights
 
 if TYPE_CHECKING:
-    from rlchat.ppo.module import PPOModule
+    from typing_extensions import Self
+
+    from rlchat.ppo.module import Iteration
 
 _START_OPTIONS = ("base_model", "tiktoken_encoding", "init_from", "critic_init")
 
 
-def saved_origin(module: PPOModule) -> dict[str, Any]:
-    """The entries ``reward`` and ``model`` of a checkpoint's ``rlchat``."""
+class ResumableModule(HeldOutModule):
+    """The counters of PPO, and checkpoints that contain them.
+
+    Args:
+        bundle: the policy to start from.
+        options: the options of PPO.
+        reward: scores the responses.
+    """
+
+    def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
+        options.check_length(bundle.max_length)
+        super().__init__(bundle, options, reward)
+        self.automatic_optimization = False
+        self.kl_coef, target = options.kl_coef, options.kl_target
+        self.adaptive_kl = None if target is None else AdaptiveKL(options.kl_coef, target, options.kl_horizon)
+        self.iterations = self.episodes = 0
+        self.good_weights = LastGoodWeights()
+        self.last_iteration: Iteration | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counters, the adaptive KL coefficient, the reward, and the model apart from its weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rlchat"] |= saved_counters(self) | saved_origin(self)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
+        """The module in a checkpoint, with its reward.
+
+        The files that its run started from are only needed if it trained a part of the weights.
+
+        Args:
+            checkpoint_path: the checkpoint's file.
+            options: those of Lightning's ``load_from_checkpoint``, and arguments of the module to change, such as
+                ``reward``.
+
+        Raises:
+            UserError: if the reward cannot be rebuilt from the checkpoint, and no other is passed.
+        """
+        options = {"weights_only": True, **options, "_instantiator": None}  # made here, not by LightningCLI's function
+        with options_to_load(checkpoint_path, options) as replaced:
+            module = super().load_from_checkpoint(checkpoint_path, **replaced)
+        restore_start_options(module, torch.load(checkpoint_path, "meta", weights_only=True)["hyper_parameters"])
+        return module
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores them."""
+        super().on_load_checkpoint(checkpoint)
+        restore_counters(self, checkpoint["rlchat"])
+
+
+def saved_origin(module: ResumableModule) -> dict[str, Any]:
+    """The entries ``reward`` and ``model`` of a checkpoint's ``rlchat``.
+
+    A checkpoint of a part of the weights has no ``model``: the frozen ones come from ``base_model`` or ``init_from``.
+    """
+    reward = {"reward": describe_fully(module.reward)}
+    if not module.options.trained_part.is_everything:
+        return reward
     tokenizer = module.tokenizer.state()
     tokenizer["ranks"] = torch.frombuffer(bytearray(tokenizer["ranks"]), dtype=torch.uint8)
     model = {
@@ -32,15 +96,15 @@ def saved_origin(module: PPOModule) -> dict[str, Any]:
     }
     if module.critic is not None:
         model["critic"] = {"backbone": module.critic.backbone.config_json(), "hidden_dim": module.critic.hidden_dim}
-    return {"reward": describe_fully(module.reward), "model": model}
+    return {**reward, "model": model}
 
 
 @contextmanager
 def options_to_load(path: str | Path, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The arguments with which a PPOModule is made to load the checkpoint ``path``; ``given`` are the caller's own.
 
-    The files that the run started from are not needed, because the checkpoint has the weights: a temporary model file
-    takes their place.
+    The files that the run started from are not needed if the checkpoint has all weights: a temporary model file takes
+    their place.
 
     Raises:
         UserError: if the reward is not in the checkpoint or cannot be rebuilt, and none is given.
@@ -64,7 +128,7 @@ def options_to_load(path: str | Path, given: dict[str, Any]) -> Iterator[dict[st
         yield {**options, **dict.fromkeys(_START_OPTIONS), "init_from": str(file)}
 
 
-def restore_start_options(module: PPOModule, saved: dict[str, Any]) -> None:
+def restore_start_options(module: ResumableModule, saved: dict[str, Any]) -> None:
     """Sets the options that :func:`options_to_load` replaced to those in the hyper-parameters ``saved``."""
     for name in _START_OPTIONS:
         if name in saved:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,19 +25,18 @@ from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
 from rlchat.distributed.collectives import whole
+from rlchat.models.adapters import AdapterKind
 from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.accumulation import LossAndMetrics, accumulate_gradients
 from rlchat.ppo.advantages import Advantages, EstimatorInputs, masked_whiten, place_scores, shape_rewards
-from rlchat.ppo.checkpoint import options_to_load, restore_start_options, saved_origin
+from rlchat.ppo.checkpoint import ResumableModule
 from rlchat.ppo.config import PPOConfig, refuse_max_steps
-from rlchat.ppo.held_out import HeldOutModule
-from rlchat.ppo.losses import AdaptiveKL, KLKind, kl_estimate, masked_mean, policy_loss, value_loss
+from rlchat.ppo.losses import KLKind, kl_estimate, masked_mean, policy_loss, value_loss
 from rlchat.ppo.metrics import Stopwatch, global_mean, iteration_metrics, mean_of_steps
 from rlchat.ppo.minibatches import local_minibatches, not_empty, shuffled_rows
 from rlchat.ppo.rollouts import Rollout
-from rlchat.ppo.state import restore_counters, saved_counters, saving_last_good, stop_run
+from rlchat.ppo.state import saving_last_good, stop_run
 from rlchat.rewards import Reward
-from rlchat.training.guard import LastGoodWeights
 from rlchat.training.initial_model import open_policy
 from rlchat.training.options import Schedule
 
@@ -54,7 +52,7 @@ class Iteration:
     returns: Tensor  # [B, R], the targets of the critic; 0 without one
 
 
-class PPOModule(HeldOutModule):
+class PPOModule(ResumableModule):
     """PPO as a LightningModule with manual optimization.
 
     Args:
@@ -103,6 +101,13 @@ class PPOModule(HeldOutModule):
         max_grad_norm: the maximum norm of the gradients, which are clipped to it.
         sft_coef: the weight of an additional SFT loss on human conversations (PPO-ptx of InstructGPT).
         seed: the seed of sampling and of the order of minibatches.
+        adapter: lora trains low-rank adapters of the linear layers and freezes the backbone's weights; by default, all
+            weights are trained.
+        lora_rank: the rank of the adapters.
+        lora_alpha: the outputs of the adapters are scaled by lora_alpha / lora_rank.
+        lora_targets: the linear layers that get an adapter, such as [q_proj, v_proj]; by default all.
+        train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
+        gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
     """
 
     stage = "ppo"
@@ -152,18 +157,17 @@ class PPOModule(HeldOutModule):
         max_grad_norm: float = 1.0,
         sft_coef: float = 0.0,
         seed: int = 0,
+        adapter: AdapterKind | None = None,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_targets: list[str] | None = None,
+        train_layers: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         options = PPOConfig.of(locals())
         bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from)
-        options.check_length(bundle.max_length)
         super().__init__(bundle, options, reward or Reward())
         self.save_hyperparameters(ignore=["reward"])
-        self.automatic_optimization = False
-        self.adaptive_kl = None if kl_target is None else AdaptiveKL(kl_coef, kl_target, kl_horizon)
-        self.kl_coef = kl_coef
-        self.iterations = self.episodes = 0
-        self.good_weights = LastGoodWeights()
-        self.last_iteration: Iteration | None = None
 
     def setup(self, stage: str) -> None:
         """Rejects ``max_steps``, also of a Trainer in a script. ``fast_dev_run`` N runs N iterations.
@@ -360,31 +364,3 @@ class PPOModule(HeldOutModule):
         bundle.critic = self.critic
         bundle.about |= {"critic": self.critic_kind, "reward": self.reward.describe()}
         return bundle
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters, the adaptive KL coefficient, the reward, and the model apart from its weights."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["rlchat"] |= saved_counters(self) | saved_origin(self)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> PPOModule:  # type: ignore[override]
-        """The module in a checkpoint, with its reward. The files that its run started from are not needed.
-
-        Args:
-            checkpoint_path: the checkpoint's file.
-            options: those of Lightning's ``load_from_checkpoint``, and arguments of the module to change, such as
-                ``reward``.
-
-        Raises:
-            UserError: if the reward cannot be rebuilt from the checkpoint, and no other is passed.
-        """
-        options = {"weights_only": True, **options, "_instantiator": None}  # made here, not by LightningCLI's function
-        with options_to_load(checkpoint_path, options) as replaced:
-            module = super().load_from_checkpoint(checkpoint_path, **replaced)
-        restore_start_options(module, torch.load(checkpoint_path, "meta", weights_only=True)["hyper_parameters"])
-        return module
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores them."""
-        super().on_load_checkpoint(checkpoint)
-        restore_counters(self, checkpoint["rlchat"])

@@ -6,7 +6,6 @@ the longest row, R columns from the first to the last sampled token of a row.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from rlchat.conversation import Conversation
 from rlchat.data.datamodule import PromptBatch
 from rlchat.distributed.collectives import anywhere
 from rlchat.errors import UserError
+from rlchat.models.adapters import copy_sharing_frozen, freeze
 from rlchat.models.model_file import PolicyBundle, load_reward_model
 from rlchat.models.networks import Critic, RLChatModel
 from rlchat.models.sampling import Sampling, addressed_uniforms
@@ -25,6 +25,7 @@ from rlchat.ppo.config import CriticKind, PPOConfig
 from rlchat.ppo.dialogues import NOT_SAMPLED, Transcript, start_dialogues, to_transcript
 from rlchat.rewards import Reply, Reward
 from rlchat.training.base import PolicyModule
+from rlchat.training.parts import prepare_backbone
 from rlchat.utils.padding import pad
 
 
@@ -120,13 +121,19 @@ class RolloutModule(PolicyModule):
     options: PPOConfig
 
     def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
+        # Reference and critic are copied before the policy gets an adapter: all three share the frozen weights.
+        freeze(bundle.model.backbone, options.trained_part)
+        reference = copy_sharing_frozen(bundle.model).requires_grad_(False)
+        critic = _new_critic(bundle, options.critic_init) if options.critic_kind == "separate" else None
         super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature), options.seed)
         self.reward = reward
         self.critic_kind: CriticKind = options.critic_kind
-        self.reference: RLChatModel = copy.deepcopy(self.model).requires_grad_(False)
+        self.reference: RLChatModel = reference.train()
         self.critic: Critic | None = None
-        if self.critic_kind == "separate":
-            self.critic = _new_critic(bundle, options.critic_init).train()
+        if critic is not None:
+            prepare_backbone(critic.backbone, options)
+            self.critic = critic.train()
+            self.partly.include(critic)
         if self.critic_kind != "shared":
             # DDP fails if a parameter requires a gradient and no loss depends on it.
             self.model.value_head.requires_grad_(False)
@@ -253,4 +260,4 @@ def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
                 f"{bundle.max_length}; lower --model.max_length, or leave out --model.critic_init"
             )
         return Critic.from_reward_model(reward_model.model)
-    return bundle.critic or Critic(copy.deepcopy(bundle.model.backbone), bundle.model.hidden_dim)
+    return bundle.critic or Critic(copy_sharing_frozen(bundle.model.backbone), bundle.model.hidden_dim)

@@ -11,10 +11,11 @@ from rlchat.errors import NonFiniteError, UserError
 from rlchat.utils.files import append_lines
 
 if TYPE_CHECKING:
+    from rlchat.ppo.checkpoint import ResumableModule
     from rlchat.ppo.module import PPOModule
 
 
-def saved_counters(module: PPOModule) -> dict[str, Any]:
+def saved_counters(module: ResumableModule) -> dict[str, Any]:
     """The entry ``rlchat`` of a checkpoint."""
     return {
         "iterations": module.iterations,
@@ -23,7 +24,7 @@ def saved_counters(module: PPOModule) -> dict[str, Any]:
     }
 
 
-def restore_counters(module: PPOModule, saved: dict[str, Any]) -> None:
+def restore_counters(module: ResumableModule, saved: dict[str, Any]) -> None:
     """The inverse of :func:`saved_counters`. A fixed kl_coef is taken from the options.
 
     Version 0.1 also saved ``tokens``, which nothing uses.

@@ -10,18 +10,16 @@ import argparse
 import ipaddress
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlchat.chat.feedback import check_writable
 from rlchat.errors import UserError
-from rlchat.utils.imports import no_garbage_collection
+from rlchat.utils.imports import install_command, no_garbage_collection
 
 if TYPE_CHECKING:
     import uvicorn
@@ -45,22 +43,12 @@ def main(args: list[str]) -> int:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"rlchat serve needs {error.name}: install it with {_install_command()}") from error
+        raise UserError(f"rlchat serve needs {error.name}: install it with {install_command('serve')}") from error
     # Before the model is loaded, which takes seconds.
     check_writable(options.feedback)
     with _listen(options.host, options.port) as listener:
         _serve(options, listener)
     return 0
-
-
-def _install_command() -> str:
-    """The command that installs the packages of this module: from the clone in a clone, else by name."""
-    clone = Path(__file__).parents[2]
-    if (clone / "pyproject.toml").is_file():
-        return f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{clone}[serve]')}"
-    required = [requirement.partition(";") for requirement in metadata.requires("rlchat") or []]
-    names = [name.strip() for name, _, marker in required if "serve" in marker]
-    return f"{shlex.quote(sys.executable)} -m pip install {shlex.join(names)}"
 
 
 def uvicorn_config(

@@ -28,6 +28,7 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.guard import NonFiniteGuard
 from rlchat.training.optimizers import follow_schedule, make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
+from rlchat.training.parts import PartCheckpoint, prepare_backbone
 from rlchat.training.tally import Tally
 from rlchat.utils.padding import pad
 
@@ -68,8 +69,11 @@ class StageModule(L.LightningModule):
         self, model: RLChatModel | RewardModel, options: StageOptions, tokenizer: ChatTokenizer, max_length: int
     ) -> None:
         super().__init__()
+        prepare_backbone(model.backbone, options)
         self.model = model.train()
         self.options = options
+        self.partly = PartCheckpoint(model, options)
+        self.strict_loading = options.trained_part.is_everything
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.tally = Tally()
@@ -244,12 +248,14 @@ class StageModule(L.LightningModule):
         self.log_dict({f"test/{name}": value for name, value in self.held_out_metrics().items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters of skipped steps."""
+        """Adds the counters of skipped steps, and removes frozen weights."""
         guard = self.guard
         checkpoint["rlchat"] = {"skipped_steps": guard.skipped_steps, "skipped_in_a_row": guard.skipped_in_a_row}
+        self.partly.on_save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores them, and warns of options that a resumed run keeps from its checkpoint, whatever is set."""
+        self.partly.on_load(self, checkpoint)
         saved = checkpoint.get("rlchat", {})  # SFT and the reward model of version 0.1 had no counters
         self.guard.skipped_steps = saved.get("skipped_steps", 0)
         self.guard.skipped_in_a_row = saved.get("skipped_in_a_row", 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 from rlchat.errors import UserError
+from rlchat.models.adapters import AdapterKind, TrainedPart
 
 Schedule = Literal["constant", "linear", "cosine"]
 T = TypeVar("T", bound="StageOptions")
@@ -33,6 +34,13 @@ class StageOptions:
     weight_decay: float
     adam_eps: float = 1e-8
     adam_beta2: float = 0.95
+    adapter: AdapterKind | None = None
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: list[str] | None = None
+    lora_dropout: float = 0.0
+    train_layers: int | None = None
+    gradient_checkpointing: bool = False
 
     @classmethod
     def of(cls: type[T], arguments: Mapping[str, Any]) -> T:
@@ -44,6 +52,26 @@ class StageOptions:
         fractions(warmup=self.warmup)
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"invalid value {self.adam_beta2} for adam_beta2: expected a number in [0, 1)")
+        if self.adapter not in (None, "lora"):
+            raise UserError(f"invalid value '{self.adapter}' for adapter: expected lora, or null")
+        positive_integers(lora_rank=self.lora_rank, train_layers=self.train_layers)
+        positive(lora_alpha=self.lora_alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"invalid value {self.lora_dropout} for lora_dropout: expected a number in [0, 1)")
+        if self.lora_targets is not None and not self.lora_targets:
+            raise UserError("invalid value [] for lora_targets: expected names of linear layers, or null for all")
+
+    @property
+    def trained_part(self) -> TrainedPart:
+        """The weights of the backbone that are trained."""
+        return TrainedPart(
+            adapter=self.adapter,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            targets=self.lora_targets,
+            dropout=self.lora_dropout,
+            layers=self.train_layers,
+        )
 
 
 def positive_integers(**options: int | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, RankedBatch
 from rlchat.distributed.collectives import gather_objects, is_first
+from rlchat.models.adapters import AdapterKind
 from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
@@ -91,6 +92,14 @@ class RewardModelModule(StageModule):
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
         weight_decay: the weight decay of AdamW, on matrices only.
+        adapter: lora trains low-rank adapters of the linear layers and freezes the backbone's weights; by default, all
+            weights are trained.
+        lora_rank: the rank of the adapters.
+        lora_alpha: the outputs of the adapters are scaled by lora_alpha / lora_rank.
+        lora_targets: the linear layers that get an adapter, such as [q_proj, v_proj]; by default all.
+        lora_dropout: the dropout probability of the adapters' inputs in training.
+        train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
+        gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
     """
 
     stage = "reward"
@@ -109,6 +118,13 @@ class RewardModelModule(StageModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.02,
         weight_decay: float = 0.01,
+        adapter: AdapterKind | None = None,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_targets: list[str] | None = None,
+        lora_dropout: float = 0.0,
+        train_layers: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         options = StageOptions.of(locals())
         start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from)

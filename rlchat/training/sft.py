@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, SequenceBatch
 from rlchat.errors import UserError
+from rlchat.models.adapters import AdapterKind
 from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
 from rlchat.training.initial_model import open_policy
@@ -34,6 +35,14 @@ class SFTModule(PolicyModule):
             or half of max_length if that is less. Training does not sample.
         temperature: the sampling temperature of these responses; 0 selects the most likely token.
         seed: the seed of sampling.
+        adapter: lora trains low-rank adapters of the linear layers and freezes the backbone's weights; by default, all
+            weights are trained.
+        lora_rank: the rank of the adapters.
+        lora_alpha: the outputs of the adapters are scaled by lora_alpha / lora_rank.
+        lora_targets: the linear layers that get an adapter, such as [q_proj, v_proj]; by default all.
+        lora_dropout: the dropout probability of the adapters' inputs in training.
+        train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
+        gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
     """
 
     stage = "sft"
@@ -54,6 +63,13 @@ class SFTModule(PolicyModule):
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
         seed: int = 0,
+        adapter: AdapterKind | None = None,
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_targets: list[str] | None = None,
+        lora_dropout: float = 0.0,
+        train_layers: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         options = StageOptions.of(locals())
         positive_integers(max_new_tokens=max_new_tokens)

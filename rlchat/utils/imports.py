@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 
@@ -47,3 +49,13 @@ def no_garbage_collection() -> Iterator[None]:
         gc.freeze()
         if was_on:
             gc.enable()
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of the optional extra: from the clone in a clone, else by name."""
+    clone = Path(__file__).parents[2]
+    if (clone / "pyproject.toml").is_file():
+        return f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{clone}[{extra}]')}"
+    required = [requirement.partition(";") for requirement in metadata.requires("rlchat") or []]
+    names = [name.strip() for name, _, marker in required if f"extra == '{extra}'" in marker.replace('"', "'")]
+    return f"{shlex.quote(sys.executable)} -m pip install {shlex.join(names)}"

@@ -73,6 +73,16 @@ STAGES = {
         "--model.micro_batch_size=1",
         "--trainer.callbacks.unequal=true",
     ],
+    # Two adapters on frozen weights, which the policy, the reference model and the critic share.
+    "lora": [
+        "--config=smoke",
+        "--model.adapter=lora",
+        "--model.lora_rank=4",
+        "--model.critic=separate",
+        "--model.gradient_checkpointing=true",
+        "--model.sft_coef=0.1",
+        "--trainer.callbacks.unequal=true",
+    ],
     # Some conversations continue when all those of another process are finished.
     "turns": ["--config=smoke", "--model.turns=3", "--model.max_new_tokens=8"],
 }

@@ -21,8 +21,9 @@ from helpers.servers import HTTP, ROOT, alone, server_process
 from rlchat.__main__ import main
 from rlchat.models.model_file import PolicyBundle, save_bundle
 from rlchat.models.sampling import Sampling
-from rlchat.server.main import _install_command, _listen
+from rlchat.server.main import _listen
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.utils.imports import install_command
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +143,8 @@ def test_a_missing_package_in_a_clone(folder: Path) -> None:
 
 
 def test_a_missing_package_after_an_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("rlchat.server.main.__file__", str(tmp_path / "lib" / "rlchat" / "server" / "main.py"))
-    command = shlex.split(_install_command())
+    monkeypatch.setattr("rlchat.utils.imports.__file__", str(tmp_path / "lib" / "rlchat" / "utils" / "imports.py"))
+    command = shlex.split(install_command("serve"))
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
     assert {re.split("[<>=~!\\[]", name)[0].strip() for name in command[4:]} >= {
         "fastapi",

@@ -21,6 +21,11 @@ STAGES = {
     "reward": ["--model=rlchat.RewardModelModule", *SMALL],
     "ppo": ["--config=smoke", "--model.kl_target=0.5", "--model.kl_horizon=100", "--model.max_new_tokens=6"],
 }
+LORA = ["--model.adapter=lora", "--model.lora_rank=4"]
+STAGES["sft_lora"] = [*STAGES["sft"], *LORA, "--model.lora_dropout=0.2"]
+STAGES["reward_lora"] = [*STAGES["reward"], *LORA, "--model.gradient_checkpointing=true"]
+STAGES["ppo_lora"] = [*STAGES["ppo"], *LORA, "--model.critic=separate"]
+STAGES["ppo_layers"] = [*STAGES["ppo"], "--model.train_layers=1", "--model.gradient_checkpointing=true"]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,10 @@ STAGES = {
         # Before the last batch of an epoch, before and after the validation at its end, before the very last one.
         ("reward", 5, [3, 4, 5, 10]),
         ("ppo", 5, [3, 4, 5, 10]),
+        ("sft_lora", 2, [3]),
+        ("reward_lora", 2, [3]),
+        ("ppo_lora", 2, [3]),
+        ("ppo_layers", 2, [3]),
     ],
 )
 def test_resuming_from_any_checkpoint_gives_the_same_result(

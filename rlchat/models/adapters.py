@@ -1,0 +1,226 @@
+"""Training a part of a backbone: LoRA adapters (Hu et al. 2021, arXiv 2106.09685) or its last layers.
+
+All other weights are frozen. Networks that start from the same backbone (policy, reference model, critic) then share
+the frozen weights in memory: see :func:`copy_sharing_frozen`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from rlchat.distributed.collectives import is_first, whole_state
+from rlchat.errors import UserError
+from rlchat.models.backbones import Backbone
+from rlchat.utils.imports import install_command
+
+_log = logging.getLogger("rlchat")
+
+AdapterKind = Literal["lora"]
+_NAME = "default"  # peft's name of a model's only adapter
+_SAMPLED_VALUES = 4096  # of each frozen weight, for its digest
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPart:
+    """Which weights of a backbone are trained; by default all of them.
+
+    Args:
+        adapter: lora: low-rank matrices beside the linear layers are trained, and the backbone's weights are frozen.
+        rank: the rank of these matrices.
+        alpha: the output of an adapter is scaled by alpha / rank.
+        targets: the linear layers that get an adapter, by the last part of their name; None: all.
+        dropout: the dropout probability at the input of the adapters.
+        layers: the number of last layers that are trained (or that get adapters); None: all.
+    """
+
+    adapter: AdapterKind | None = None
+    rank: int = 16
+    alpha: float = 32.0
+    targets: Sequence[str] | None = None
+    dropout: float = 0.0
+    layers: int | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether no weight is frozen."""
+        return self.adapter is None and self.layers is None
+
+
+def freeze(backbone: Backbone, part: TrainedPart) -> None:
+    """Freezes the weights of ``backbone`` that ``part`` does not train; the policy head is always among them.
+
+    Raises:
+        UserError: if ``part`` has more layers than the backbone.
+    """
+    if part.is_everything:
+        return
+    backbone.requires_grad_(False)
+    trained = _last_layers(backbone, part.layers) if part.layers is not None else {}
+    if part.adapter is None:
+        for module in trained.values():
+            module.requires_grad_(True)
+
+
+def add_adapter(backbone: Backbone, part: TrainedPart) -> None:
+    """Adds the adapter of ``part``, if it has one, to a frozen ``backbone``. It does not change any output yet.
+
+    Raises:
+        UserError: if peft is not installed, or the backbone does not have the layers.
+    """
+    if part.adapter is None:
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(f"--model.adapter lora requires peft: install it with {install_command('lora')}") from error
+    names = _adapted_layers(backbone, part)
+    modules = dict(backbone.transformer.named_modules())
+    config = LoraConfig(
+        r=part.rank,
+        lora_alpha=part.alpha,  # type: ignore[arg-type]  # peft accepts a float
+        lora_dropout=part.dropout,
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
+        bias="none",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about layers of both orientations, which peft handles
+        inject_adapter_in_model(config, backbone.transformer, _NAME)
+
+
+def copy_sharing_frozen(network: M) -> M:
+    """A copy of ``network`` with the same frozen weights, in the same memory, and copies of the trained ones."""
+    frozen = {id(p): p for p in network.parameters() if not p.requires_grad}
+    return copy.deepcopy(network, {**frozen})
+
+
+def merged_state(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``network`` on the CPU, with adapters merged into the weights. A collective if it is sharded.
+
+    The names are those of the network without adapters. The network does not change.
+    """
+    state = whole_state(network)
+    for name, layer in network.named_modules():
+        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
+            down, up = (state.pop(f"{name}.{matrix}.{_NAME}.weight") for matrix in ("lora_A", "lora_B"))
+            delta = layer.scaling[_NAME] * (up @ down)
+            for parameter in ("weight", "bias"):
+                if (value := state.pop(f"{name}.base_layer.{parameter}", None)) is not None:
+                    state[f"{name}.{parameter}"] = value
+            state[f"{name}.weight"] = state[f"{name}.weight"] + (delta.T if layer.fan_in_fan_out else delta)
+    return state
+
+
+def frozen_names(network: nn.Module) -> set[str]:
+    """The names in the state dict of the weights that are not trained."""
+    named = network.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def frozen_digest(network: nn.Module) -> str:
+    """A digest of the frozen weights of ``network``, from a fixed sample of the values of each.
+
+    Training changes almost every value of a weight, so different weights have different digests.
+    """
+    found = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            values = parameter.detach().flatten()
+            values = values[:: max(1, len(values) // _SAMPLED_VALUES)].cpu().contiguous()
+            found.update(f"{name} {tuple(parameter.shape)}".encode())
+            found.update(values.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def announce_part(network: nn.Module, part: TrainedPart) -> None:
+    """Logs how many weights are trained, unless all of them are."""
+    if not part.is_everything and is_first():
+        sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+        trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
+        _log.info("%s of %s weights are trained (%.2g %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
+
+
+def checkpoint_gradients(backbone: Backbone) -> None:
+    """Makes every layer compute its activations again in the backward pass instead of keeping them in memory."""
+    for layer in _layers(backbone)[1].values():
+        layer.forward = _Recomputed(layer)
+
+
+class _Recomputed:
+    """The forward method of ``layer``, whose activations are not kept.
+
+    transformers recomputes activations in training mode only, and PPO trains in eval mode: dropout would change the
+    policy. A class, not a closure, so that a copy of the layer runs the copy.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = type(self.layer).forward
+        if not torch.is_grad_enabled():
+            return forward(self.layer, *args, **kwargs)
+        return checkpoint(forward, self.layer, *args, use_reentrant=False, **kwargs)
+
+
+def _layers(backbone: Backbone) -> tuple[str, dict[str, nn.Module]]:
+    """The name of the module that holds the layers, and the layers by name; both names within the transformer."""
+    lists = [(name, m) for name, m in backbone.transformer.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        family = backbone.transformer.config.model_type
+        raise UserError(f"the model family {family} has no list of layers; train all weights instead")
+    name, layers = lists[0]  # the outermost, because modules come before their parts
+    return name.rpartition(".")[0], {f"{name}.{number}": layer for number, layer in layers.named_children()}
+
+
+def _last_layers(backbone: Backbone, count: int) -> dict[str, nn.Module]:
+    """The last ``count`` layers, and the modules after them (a final norm), by their names within the transformer."""
+    holder, layers = _layers(backbone)
+    if not 1 <= count <= len(layers):
+        raise UserError(
+            f"invalid value {count} for train_layers: expected an integer from 1 to {len(layers)}, the number of "
+            f"layers of the base model"
+        )
+    children = list(backbone.transformer.get_submodule(holder).named_children())
+    place = next(i for i, (_, child) in enumerate(children) if next(iter(layers.values())) in child.children())
+    after = {f"{holder}.{name}".lstrip("."): child for name, child in children[place + 1 :]}
+    return {**dict(list(layers.items())[-count:]), **after}
+
+
+def _adapted_layers(backbone: Backbone, part: TrainedPart) -> list[str]:
+    """The full names of the linear layers that get an adapter.
+
+    Raises:
+        UserError: if there are none, or if ``targets`` has a name that no linear layer has.
+    """
+    linear = [n for n, m in backbone.transformer.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    if part.layers is not None:
+        inside = tuple(f"{name}." for name in _last_layers(backbone, part.layers))
+        linear = [name for name in linear if name.startswith(inside)]
+    family = backbone.transformer.config.model_type
+    if not linear:
+        raise UserError(f"adapter lora: the base model ({family}) has no linear layers; train its last layers instead")
+    known = sorted({_last(name) for name in linear})
+    for target in part.targets or ():
+        if target not in known:
+            raise UserError(
+                f"invalid value '{target}' for lora_targets: the linear layers of the base model ({family}) are "
+                f"{', '.join(known)}"
+            )
+    return [name for name in linear if part.targets is None or _last(name) in part.targets]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
