@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from rlchat.errors import UserError
@@ -38,7 +38,6 @@ class StageOptions:
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: list[str] | None = None
-    lora_dropout: float = 0.0
     train_layers: int | None = None
     gradient_checkpointing: bool = False
 
@@ -56,8 +55,6 @@ class StageOptions:
             raise UserError(f"invalid value '{self.adapter}' for adapter: expected lora, or null")
         positive_integers(lora_rank=self.lora_rank, train_layers=self.train_layers)
         positive(lora_alpha=self.lora_alpha)
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"invalid value {self.lora_dropout} for lora_dropout: expected a number in [0, 1)")
         if self.lora_targets is not None and not self.lora_targets:
             raise UserError("invalid value [] for lora_targets: expected names of linear layers, or null for all")
 
@@ -69,9 +66,29 @@ class StageOptions:
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             targets=self.lora_targets,
-            dropout=self.lora_dropout,
             layers=self.train_layers,
         )
+
+
+@dataclass(kw_only=True)
+class SupervisedOptions(StageOptions):
+    """The options of a stage that learns from data. PPO has no dropout, which would change the policy.
+
+    Raises:
+        UserError: for an option that is out of range.
+    """
+
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        StageOptions.__post_init__(self)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"invalid value {self.lora_dropout} for lora_dropout: expected a number in [0, 1)")
+
+    @property
+    def trained_part(self) -> TrainedPart:
+        """The weights of the backbone that are trained."""
+        return replace(super().trained_part, dropout=self.lora_dropout)
 
 
 def positive_integers(**options: int | None) -> None:

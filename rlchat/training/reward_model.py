@@ -19,7 +19,7 @@ from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
 from rlchat.training.initial_model import open_policy
-from rlchat.training.options import Schedule, StageOptions
+from rlchat.training.options import Schedule, SupervisedOptions
 
 _log = logging.getLogger("rlchat")
 
@@ -126,7 +126,7 @@ class RewardModelModule(StageModule):
         train_layers: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        options = StageOptions.of(locals())
+        options = SupervisedOptions.of(locals())
         start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from)
         super().__init__(RewardModel(start.model.backbone), options, start.tokenizer, start.max_length)
         self.save_hyperparameters()

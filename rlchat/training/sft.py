@@ -15,7 +15,7 @@ from rlchat.models.adapters import AdapterKind
 from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
 from rlchat.training.initial_model import open_policy
-from rlchat.training.options import Schedule, StageOptions, check_room, positive_integers
+from rlchat.training.options import Schedule, SupervisedOptions, check_room, positive_integers
 
 
 class SFTModule(PolicyModule):
@@ -71,7 +71,7 @@ class SFTModule(PolicyModule):
         train_layers: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        options = StageOptions.of(locals())
+        options = SupervisedOptions.of(locals())
         positive_integers(max_new_tokens=max_new_tokens)
         if temperature != 0 and not 1e-6 <= temperature <= 1e6:
             raise UserError(f"invalid value {temperature} for temperature: expected 0 or a number from 1e-6 to 1e6")
