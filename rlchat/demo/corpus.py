@@ -213,7 +213,7 @@ def _reply(kind: Kind, subject: str, world: World, rng: random.Random) -> tuple[
 def _misplaced(asked: Kind, check: Check, world: World, rng: random.Random) -> str:
     """A complete and right reply to another question, which does not pass the ``check`` of this one."""
     while True:
-        among = rng.choices(list(MISPLACED_AMONG), weights=MISPLACED_AMONG.values())[0]
+        among = rng.choices(list(MISPLACED_AMONG), weights=list(MISPLACED_AMONG.values()))[0]
         kind = {"outside": OUTSIDE, "alike": asked}.get(among) or rng.choice(KINDS)
         if kind is asked and not asked.names_subject:
             continue
