@@ -13,6 +13,14 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
+CheckKind = Literal["contains", "exact", "number", "regex"]
+CHECK_KINDS: tuple[CheckKind, ...] = ("contains", "exact", "number", "regex")
+
+# A sign counts unless it follows a word or a number, as in "3-4". Commas group thousands.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-+−])?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -35,23 +43,42 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a correct response to a prompt contains: one of ``any_of``, and none of ``none_of``.
+    """How to tell a correct response to a prompt: it matches one of ``any_of`` and none of ``none_of``.
 
-    Whole words are matched, ignoring case and punctuation. The check measures held-out answers
-    (``val/answer_accuracy``) and is never a reward.
+    The check measures answers to held-out prompts (``val/answer_accuracy``). With the factor
+    :class:`rlchat.rewards.Verified`, it also rewards answers to training prompts.
+
+    Attributes:
+        any_of: the accepted answers.
+        none_of: the forbidden ones.
+        kind: how an answer matches a response. ``contains``: the response contains its words, in their order and
+            whole; case and punctuation do not count. ``exact``: it is the response, apart from case, white space and a
+            final full stop. ``number``: it is the last number in the response. ``regex``: it is a regular expression
+            that matches somewhere in the response.
+        tolerance: of ``number``: the largest difference that counts as equal.
     """
 
     any_of: tuple[str, ...]
     none_of: tuple[str, ...] = ()
+    kind: CheckKind = "contains"
+    tolerance: float = 0.0
 
     def passes(self, reply: str) -> bool:
-        """Whether ``reply`` contains an accepted answer and no forbidden one."""
-        words = _spaced_words(reply)
+        """Whether ``reply`` matches an accepted answer and no forbidden one."""
+        return any(self._matches(answer, reply) for answer in self.any_of) and not any(
+            self._matches(answer, reply) for answer in self.none_of
+        )
 
-        def holds(phrase: str) -> bool:
-            return _spaced_words(phrase) in words
-
-        return any(map(holds, self.any_of)) and not any(map(holds, self.none_of))
+    def _matches(self, answer: str, reply: str) -> bool:
+        if self.kind == "contains":
+            return spaced_words(answer) in spaced_words(reply)
+        if self.kind == "exact":
+            return _normalized(reply) == _normalized(answer)
+        if self.kind == "number":
+            last, expected = next(iter(numbers_in(reply)[-1:]), None), numbers_in(answer)[0]
+            # Beside the tolerance, a difference that floating-point rounding explains.
+            return last is not None and abs(last - expected) <= self.tolerance + 1e-9 * abs(expected)
+        return re.search(answer, reply) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +122,12 @@ def conversation_to_dict(conversation: Conversation) -> dict[str, Any]:
         "references": [message_to_list(m) for m in conversation.references],
         "check": None
         if conversation.check is None
-        else [list(conversation.check.any_of), list(conversation.check.none_of)],
+        else [
+            list(conversation.check.any_of),
+            list(conversation.check.none_of),
+            conversation.check.kind,
+            conversation.check.tolerance,
+        ],
         "tree_id": conversation.tree_id,
         "later": [conversation_to_dict(prompt) for prompt in conversation.later],
     }
@@ -107,7 +139,7 @@ def conversation_from_dict(row: dict[str, Any]) -> Conversation:
     return Conversation(
         messages=tuple(Message(*m) for m in row["messages"]),
         references=tuple(Message(*m) for m in row["references"]),
-        check=None if check is None else Check(tuple(check[0]), tuple(check[1])),
+        check=None if check is None else Check(tuple(check[0]), tuple(check[1]), *check[2:]),
         tree_id=row["tree_id"],
         later=tuple(map(conversation_from_dict, row["later"])),
     )
@@ -118,7 +150,22 @@ def message_to_list(message: Message) -> list[Any]:
     return [message.role, message.text, message.quality, message.rank, message.learn]
 
 
-def _spaced_words(text: str) -> str:
+def numbers_in(text: str) -> list[float]:
+    """The decimal numbers in ``text``, such as ``-3``, ``1,000``, ``.5`` and ``2e3``, in their order."""
+    return [float(found.replace(",", "").replace("−", "-")) for found in _NUMBER.findall(text)]
+
+
+def is_number(text: str) -> bool:
+    """Whether ``text`` is one number and nothing else."""
+    return _NUMBER.fullmatch(text.strip()) is not None
+
+
+def _normalized(text: str) -> str:
+    """``text`` in lower case, without a final full stop, repeated spaces and white space around it."""
+    return " ".join(text.casefold().split()).removesuffix(".")
+
+
+def spaced_words(text: str) -> str:
     """`` word word `` in lower case, so that ``in`` matches whole words. Hyphens and apostrophes are part of a word."""
     words = re.findall(r"\w+(?:[-'’]\w+)*", text.lower())
     return f" {' '.join(words)} "

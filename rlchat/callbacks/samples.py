@@ -87,7 +87,8 @@ class SampleResponses(Callback):
         with trainer.precision_plugin.val_step_context():
             replies = respond(prompts)
             reward: Any = getattr(pl_module, "reward", None)
-            factors = {} if reward is None else reward.breakdown(prompts, replies)
+            score = getattr(pl_module, "score_responses", None if reward is None else reward.breakdown)
+            factors = {} if score is None else score(prompts, replies)
         log_dir = trainer.log_dir
         if not trainer.is_global_zero:
             return

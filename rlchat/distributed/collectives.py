@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlchat.errors import UserError
+
 if TYPE_CHECKING:
     import lightning as L
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,6 +53,21 @@ def gather_objects(value: Any) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def raise_everywhere(module: L.LightningModule, error: Exception | None) -> None:
+    """Raises ``error`` here, and a :class:`UserError` that quotes it on the processes without one. A collective.
+
+    Without it, a process that fails alone leaves the others waiting in their next collective. Returns if no process has
+    an error.
+    """
+    if not anywhere(module, error is not None):
+        return
+    texts = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+    raise UserError(f"process {rank} stopped, and this one with it: {text}")
 
 
 def take_turns(parts: Sequence[Sequence[T]], block: int = 1) -> list[T]:

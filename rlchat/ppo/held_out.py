@@ -38,7 +38,7 @@ class HeldOutModule(RolloutModule):
         self.held_out_prompts += len(batch.ids)
         rollout = self.roll_out(batch, rows, stream=VALIDATION_STREAM)
         self.held_out_replies += [reply.text for reply in rollout.replies]
-        factors = self.reward.to(self.device).breakdown(rollout.conversations, rollout.replies)
+        factors = self.score_responses(rollout.conversations, rollout.replies)
         self.tally.add("reward", torch.stack(list(factors.values())).sum(0))
         for name, value in factors.items():
             self.tally.add(f"reward_{name}", value)
@@ -67,6 +67,6 @@ class HeldOutModule(RolloutModule):
 
     def predicted_rewards(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:
         """The reward of each predicted response, in total and by factor."""
-        factors = self.reward.to(self.device).breakdown(prompts, replies)
+        factors = self.score_responses(prompts, replies)
         rows = [{name: float(value[i]) for name, value in factors.items()} for i in range(len(replies))]
         return [{"reward": sum(row.values()), "factors": row} for row in rows]

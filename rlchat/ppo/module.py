@@ -193,7 +193,7 @@ class PPOModule(ResumableModule):
             rollout = self.roll_out(batch.repeated(o.group_size), rows, stream=self.iterations)
         clock.lap("rollout_s")
         # 2. Score each response as text [N]. The reward is a sum of factors.
-        factors = self.reward.to(self.device).breakdown(rollout.conversations, rollout.replies)
+        factors = self.score_responses(rollout.conversations, rollout.replies)
         scores = torch.stack(list(factors.values())).sum(0).to(self.device)
         clock.lap("score_s")
         # 3. Per-token rewards (score and KL penalty), from these advantages and returns [B, R].

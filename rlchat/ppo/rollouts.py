@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import PromptBatch
-from rlchat.distributed.collectives import anywhere
+from rlchat.distributed.collectives import anywhere, raise_everywhere
 from rlchat.errors import UserError
 from rlchat.models.adapters import copy_sharing_frozen, freeze
 from rlchat.models.model_file import PolicyBundle, load_reward_model
@@ -137,6 +137,17 @@ class RolloutModule(PolicyModule):
         if self.critic_kind != "shared":
             # DDP fails if a parameter requires a gradient and no loss depends on it.
             self.model.value_head.requires_grad_(False)
+
+    def score_responses(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> dict[str, Tensor]:
+        """The weighted score [N] of each factor. A collective: if a factor fails on one process, all stop."""
+        factors: dict[str, Tensor] = {}
+        failure: Exception | None = None
+        try:
+            factors = self.reward.to(self.device).breakdown(prompts, replies)
+        except Exception as error:
+            failure = error
+        raise_everywhere(self, failure)
+        return factors
 
     @torch.no_grad()
     def roll_out(self, batch: PromptBatch, rows: Tensor, stream: int) -> Rollout:

@@ -15,20 +15,25 @@ from rlchat.utils.imports import lazy_exports
 
 if TYPE_CHECKING:
     from rlchat.rewards.base import Factor as Factor
+    from rlchat.rewards.base import FactorError as FactorError
     from rlchat.rewards.base import Reply as Reply
     from rlchat.rewards.base import ReplyFactor as ReplyFactor
+    from rlchat.rewards.classifier import HFReward as HFReward
     from rlchat.rewards.diversity import DistinctNgrams as DistinctNgrams
     from rlchat.rewards.diversity import Repetition as Repetition
     from rlchat.rewards.ending import MissingEnd as MissingEnd
+    from rlchat.rewards.function import FunctionReward as FunctionReward
     from rlchat.rewards.learned import LearnedQuality as LearnedQuality
     from rlchat.rewards.length import AppropriateLength as AppropriateLength
     from rlchat.rewards.length import TooLong as TooLong
     from rlchat.rewards.length import TooShort as TooShort
+    from rlchat.rewards.remote import HTTPReward as HTTPReward
     from rlchat.rewards.reward import Reward as Reward
     from rlchat.rewards.reward import default_factors as default_factors
     from rlchat.rewards.similarity import QualitySimilarity as QualitySimilarity
     from rlchat.rewards.text import distinct_n as distinct_n
     from rlchat.rewards.text import words as words
+    from rlchat.rewards.verified import Verified as Verified
 
 
 _FUNCTIONS = {

@@ -45,6 +45,25 @@ class Reply:
     ended: bool
 
 
+class FactorError(UserError):
+    """A reward factor cannot score. The message names the factor."""
+
+
+class RowCount:
+    """Counts special rows among all, for a warning at the first and then at each power of ten."""
+
+    def __init__(self) -> None:
+        self.found = 0
+        self.rows = 0
+
+    def add(self, found: int, rows: int) -> bool:
+        """Adds ``found`` of ``rows`` rows. Returns whether to warn now."""
+        digits = len(str(self.found)) if self.found else 0
+        self.found += found
+        self.rows += rows
+        return bool(self.found) and len(str(self.found)) > digits
+
+
 class Factor(abc.ABC):
     """One term of a reward. Subclass it directly to score a whole batch at once, for example with a reward model.
 
@@ -80,6 +99,14 @@ class Factor(abc.ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Moves the factor's model to ``device``, that of the policy. Override it if the factor has a model."""
 
+    def unavailable(self, prompt: Conversation) -> str | None:
+        """Why no response to ``prompt`` can be scored; None, the default, if it can. Training uses the score anyway."""
+        return None
+
+    def error(self, reason: str) -> FactorError:
+        """An error for the user that names this factor."""
+        return FactorError(f"reward factor '{self.name}': {reason}")
+
     @abc.abstractmethod
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """Unweighted scores, ``[batch]`` floats. Row i depends only on ``prompts[i]`` and ``replies[i]``."""
@@ -101,7 +128,7 @@ class ReplyFactor(Factor):
         for prompt, reply in zip(prompts, replies, strict=True):
             score = self.score(prompt, reply)
             if not isinstance(score, numbers.Real) and not (isinstance(score, Tensor) and score.numel() == 1):
-                raise UserError(
+                raise FactorError(
                     f"reward factor '{self.name}' returned {reprlib.repr(score)} for the response "
                     f"{shortened(reply.text)}: score() must return a finite number"
                 )

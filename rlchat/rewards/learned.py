@@ -11,7 +11,7 @@ from torch import Tensor
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.models.model_file import load_reward_model
-from rlchat.rewards.base import Factor, Reply
+from rlchat.rewards.base import Factor, Reply, RowCount
 from rlchat.utils.padding import pad
 
 _log = logging.getLogger("rlchat")
@@ -45,10 +45,8 @@ class LearnedQuality(Factor):
         self.reward_model = load_reward_model(bundle, "cpu" if device == "auto" else device)
         self.clip = clip
         self.batch_size = batch_size
-        self.scored = 0
-        """Responses scored so far."""
-        self.cut = 0
-        """Responses among them that were truncated to the reward model's ``max_length``."""
+        self.cut = RowCount()
+        """The responses that were truncated to the reward model's ``max_length``."""
 
     def to(self, device: torch.device) -> None:
         """Moves the reward model to ``device``, unless the configuration sets another."""
@@ -63,7 +61,15 @@ class LearnedQuality(Factor):
             tokenizer.render_response(prompt, Message("assistant", reply.text), self.reward_model.max_length)
             for prompt, reply in zip(prompts, replies, strict=True)
         ]
-        self._count(len(rendered), sum(row.response_cut for row in rendered))
+        if self.cut.add(sum(row.response_cut for row in rendered), len(rendered)):
+            _log.warning(
+                "LearnedQuality: %d of %d responses were longer than max_length %d of the reward model %s and were "
+                "truncated",
+                self.cut.found,
+                self.cut.rows,
+                self.reward_model.max_length,
+                self.bundle,
+            )
         rows = [row.ids for row in rendered]
         scores = []
         for start in range(0, len(rows), self.batch_size):
@@ -71,17 +77,3 @@ class LearnedQuality(Factor):
             device = model.mean.device
             scores.append(model.standardised(model(ids.to(device), mask.to(device))).cpu())
         return torch.cat(scores).clamp(-self.clip, self.clip) if scores else torch.zeros(0)
-
-    def _count(self, scored: int, cut: int) -> None:
-        digits = len(str(self.cut)) if self.cut else 0
-        self.scored += scored
-        self.cut += cut
-        if self.cut and len(str(self.cut)) > digits:
-            _log.warning(
-                "LearnedQuality: %d of %d responses were longer than max_length %d of the reward model %s and were "
-                "truncated",
-                self.cut,
-                self.scored,
-                self.reward_model.max_length,
-                self.bundle,
-            )

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
-from rlchat.rewards.base import Factor, Reply, shortened
+from rlchat.rewards.base import Factor, FactorError, Reply, shortened
 from rlchat.rewards.diversity import DistinctNgrams, Repetition
 from rlchat.rewards.ending import MissingEnd
+from rlchat.rewards.function import FunctionReward
 from rlchat.rewards.length import AppropriateLength, TooLong, TooShort
 from rlchat.rewards.similarity import QualitySimilarity
 
@@ -21,16 +22,21 @@ from rlchat.rewards.similarity import QualitySimilarity
 class Reward:
     """The weighted sum of ``factors``; without any, of :func:`default_factors`.
 
-    Factors with the same name are numbered: ``too_short``, ``too_short_2``.
+    In Python, a factor may be a plain function: see :class:`rlchat.rewards.FunctionReward`. Factors with the same name
+    are numbered: ``too_short``, ``too_short_2``.
 
     Raises:
-        UserError: when called, if a factor returns anything but one finite number per response.
+        FactorError: when called, if a factor returns anything but one finite number per response, or raises a
+            :class:`UserError`. It names the factor.
+        RuntimeError: when called, if a factor raises another exception, which is the cause. It names the factor.
     """
 
     # Not ``| None``: jsonargparse would replace a factor's UserError by a list of the types in the union.
     def __init__(self, factors: Sequence[Factor] = ()) -> None:
         self.factors: dict[str, Factor] = {}
         for factor in factors or default_factors():
+            if not isinstance(factor, Factor):
+                factor = FunctionReward(factor)
             self.factors[_unused_name(factor.name, self.factors)] = factor
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
@@ -50,7 +56,7 @@ class Reward:
     def breakdown(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> dict[str, Tensor]:
         """The weighted score of each factor: name → ``[batch]`` float32. They sum to the reward."""
         return {
-            name: factor.weight * _checked(name, factor(prompts, replies), replies)
+            name: factor.weight * _checked(name, _scores(name, factor, prompts, replies), replies)
             for name, factor in self.factors.items()
         }
 
@@ -76,8 +82,19 @@ def _unused_name(name: str, taken: dict[str, Factor]) -> str:
     return unused
 
 
+def _scores(name: str, factor: Factor, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
+    try:
+        return factor(prompts, replies)
+    except FactorError:
+        raise
+    except UserError as error:
+        raise FactorError(f"reward factor '{name}': {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"reward factor '{name}' failed: {type(error).__name__}: {error}") from error
+
+
 def _checked(name: str, scores: Tensor, replies: Sequence[Reply]) -> Tensor:
-    """``scores`` as float32 on the CPU. Raises :class:`UserError` unless they are one finite number per response."""
+    """``scores`` as float32 on the CPU. Raises :class:`FactorError` unless they are one finite number per response."""
     if not isinstance(scores, Tensor) or scores.shape != (len(replies),) or scores.is_complex():
         got = f"a {type(scores).__name__}"
         if isinstance(scores, Tensor):
@@ -86,13 +103,13 @@ def _checked(name: str, scores: Tensor, replies: Sequence[Reply]) -> Tensor:
                 if scores.is_complex()
                 else f"shape {tuple(scores.shape)}"
             )
-        raise UserError(
+        raise FactorError(
             f"reward factor '{name}' returned {got}: it must return a real tensor of shape ({len(replies)},)"
         )
     scores = scores.detach().to("cpu", torch.float32)
     for row, (score, reply) in enumerate(zip(scores.tolist(), replies, strict=True)):
         if not math.isfinite(score):
-            raise UserError(
+            raise FactorError(
                 f"reward factor '{name}' returned {score} for response {row}, {shortened(reply.text)}: "
                 "it must return a finite number"
             )

@@ -79,6 +79,42 @@ def test_prompt_row(read: RowReader) -> None:
     assert prompts_of([tree]) == ["u:Hi a:Hello! u:Name a colour."]
 
 
+@pytest.mark.parametrize(
+    ("row", "check"),
+    [
+        ({"answer": "Paris"}, Check(("Paris",))),
+        ({"answer": ["Paris", "Paname"]}, Check(("Paris", "Paname"))),
+        ({"answer": 42}, Check(("42",), kind="number")),
+        ({"answer": [1.5, "1,000"]}, Check(("1.5", "1,000"), kind="number")),
+        ({"answer": "42", "check": "exact"}, Check(("42",), kind="exact")),
+        ({"answer": "42 or more"}, Check(("42 or more",))),
+        ({"answer": "^a+$", "check": "regex"}, Check(("^a+$",), kind="regex")),
+        ({"check": {"exact": "Paris"}}, Check(("Paris",), kind="exact")),
+        ({"check": {"number": 3, "tolerance": 0.5}}, Check(("3",), kind="number", tolerance=0.5)),
+        ({"check": {"regex": ["a", "b"], "none_of": ["c"]}}, Check(("a", "b"), ("c",), "regex")),
+        ({"check": {"contains": "Paris", "none_of": ["Rome"]}}, Check(("Paris",), ("Rome",))),
+        ({}, None),
+    ],
+)
+def test_answers(read: RowReader, row: dict[str, Any], check: Check | None) -> None:
+    """With a prompt the row is one to answer; with a response, or as messages, it is also a conversation."""
+    ((tree,), report) = read({"prompt": "What?", **row})
+    assert (tree.threads, [(prompt.check, prompt.references) for prompt in tree.prompts]) == ((), [(check, ())])
+    for rest in ({"prompt": "What?", "completion": "This."}, {"instruction": "What?", "output": "This."}):
+        ((tree,), report) = read({**rest, **row})
+        assert threads_of([tree]) == ["u:What? a:This."]
+        assert [prompt.check for prompt in tree.prompts] == [check]
+    messages = [{"content": "Hi"}, {"content": "Hello"}, {"content": "What?"}, {"content": "This."}]
+    ((tree,), report) = read({"messages": messages, **row})
+    assert [prompt.check for prompt in tree.prompts] == [None, check]
+    messages[0].update(row)
+    ((tree,), report) = read({"messages": messages})
+    assert [prompt.check for prompt in tree.prompts] == [check, None]
+    ((tree,), report) = read({"prompt": "What?", "chosen": "This.", "rejected": "That.", **row})
+    assert [prompt.check for prompt in tree.prompts] == [check]
+    assert (report.unread, report.warnings) == ({}, {})
+
+
 def test_hh_pair(read: RowReader) -> None:
     opening = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Any news?\n\nAssistant:"
     ((tree,), _) = read({"chosen": f"{opening} None.\n\nGood night.", "rejected": f"{opening} Go away."})
@@ -151,6 +187,20 @@ LONE_SURROGATE = b'{"text": "\\ud800"}'
         ({"messages": [{"content": "Hi", "check": {"any_of": "Paris"}}]}, "any_of is not of type list"),
         ({"messages": [{"content": "Hi", "check": {"any_of": []}}]}, "any_of is missing or empty"),
         ({"messages": [{"content": "Hi", "check": ["Paris"]}]}, "check is not an object"),
+        ({"prompt": "Hi", "answer": True}, "answer is not a string: got True"),
+        ({"prompt": "Hi", "answer": []}, "answer is an empty list"),
+        ({"prompt": "Hi", "answer": " "}, "answer is empty"),
+        ({"prompt": "Hi", "answer": "?!"}, "answer holds no word to search for"),
+        (b'{"prompt": "Hi", "answer": Infinity}', "answer is not a finite number"),
+        ({"prompt": "Hi", "answer": "a", "check": "equal"}, "unknown check 'equal'; expected one of contains, exact,"),
+        ({"prompt": "Hi", "answer": "a", "check": "number"}, "answer is not a number: got 'a'"),
+        ({"prompt": "Hi", "answer": "(", "check": "regex"}, "answer is not a regular expression"),
+        ({"prompt": "Hi", "answer": "a", "check": {"exact": "b"}}, "answer beside a check object"),
+        ({"prompt": "Hi", "check": "exact"}, "check 'exact' needs an answer beside it"),
+        ({"prompt": "Hi", "check": {"exact": "a", "regex": "b"}}, "check has both exact and regex"),
+        ({"prompt": "Hi", "check": {"number": 1, "tolerence": 2}}, "check has the unknown key 'tolerence'"),
+        ({"prompt": "Hi", "check": {"number": 1, "tolerance": -1}}, "check.tolerance is not a number of at least 0"),
+        ({"messages": [{"content": "Hi", "role": "assistant"}], "answer": "a"}, "without a user message"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": 3}, "prompt is not a string"),
         ({"prompt": []}, "messages is not a non-empty list of messages"),

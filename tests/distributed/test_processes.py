@@ -18,6 +18,7 @@ from rlchat.distributed.collectives import (
     global_sum,
     gradient_norm,
     greatest,
+    raise_everywhere,
     take_turns,
     whole,
     whole_state,
@@ -109,6 +110,9 @@ def test_collectives_of_one_process_need_no_process_group() -> None:
     assert anywhere(module, torch.tensor([False, True]))
     assert not anywhere(module, False)
     assert gather_objects("x") == ["x"]
+    raise_everywhere(module, None)
+    with pytest.raises(KeyError, match="here"):
+        raise_everywhere(module, KeyError("here"))
 
 
 def test_take_turns_restores_the_global_order() -> None:

@@ -347,7 +347,7 @@ def test_truncation_by_max_length_and_by_max_new_tokens_give_the_same_score(
     assert ids.shape == (1, 32)
     score = float(bundle.model(ids, torch.ones_like(ids, dtype=torch.bool)))
     assert generated == pytest.approx((score - 0.5) / 2, abs=1e-5)
-    assert (factor.scored, factor.cut) == (2, 1)
+    assert (factor.cut.rows, factor.cut.found) == (2, 1)
     factor([prompt] * 9, [Reply("x" * 26, 26, True)] * 9)
     assert [record.getMessage().partition(" of the")[0] for record in caplog.records] == [
         "LearnedQuality: 1 of 2 responses were longer than max_length 32",

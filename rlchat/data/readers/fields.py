@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
-from typing import Any
+from typing import Any, cast
 
-from rlchat.conversation import Check, Role
+from rlchat.conversation import CHECK_KINDS, Check, CheckKind, Role, is_number, spaced_words
 from rlchat.data.jsonl import BadLineError
 
 # Every prefix of a thread that ends with a user message is a prompt, so the number of prompts grows with its length.
@@ -126,16 +127,79 @@ def unread_weights(row: dict[str, Any]) -> set[str]:
     return {key for key in _LEARN_KEYS if key in row and row[key] not in (None, 0, 1)}
 
 
+def row_check(row: dict[str, Any]) -> Check | None:
+    """The check of a row or a message: its ``answer`` compared as ``check`` says, or its ``check`` alone.
+
+    An ``answer`` is a text, a number, or a list of them, one of which suffices. ``check`` is one of
+    :data:`rlchat.conversation.CHECK_KINDS`; by default ``number`` if all answers are numbers, else ``contains``.
+    Without an ``answer``, ``check`` is an object, as :func:`check_field` reads it. None if neither is there.
+    """
+    answer, check = row.get("answer"), row.get("check")
+    if answer is None:
+        if isinstance(check, str):
+            raise BadLineError(f"check {shown(check)} needs an answer beside it")
+        return check_field(check)
+    if isinstance(check, dict):
+        raise BadLineError("answer beside a check object: keep one of them")
+    if check is not None and check not in CHECK_KINDS:
+        raise BadLineError(f"unknown check {shown(check)}; expected one of {', '.join(CHECK_KINDS)}, or an object")
+    answers = _answers(answer, "answer")
+    return _checked(Check(answers, (), check or ("number" if all(map(is_number, answers)) else "contains")), "answer")
+
+
 def check_field(value: object) -> Check | None:
-    """The check in an object ``{any_of: [...], none_of: [...]}``, ``none_of`` optional; None for None."""
+    """The check in an object such as ``{any_of: [...], none_of: [...]}``; None for None.
+
+    The accepted answers are under ``any_of`` (or ``contains``), ``exact``, ``number`` or ``regex``, which says how they
+    are compared. ``none_of`` holds forbidden ones; ``tolerance`` is the largest difference from a ``number``.
+    """
     if value is None:
         return None
     if not isinstance(value, dict):
         raise BadLineError(f"check is not an object: got {shown(value)}")
-    any_of, none_of = optional_field(value, "any_of", list), optional_field(value, "none_of", list) or []
-    if not any_of:
-        raise BadLineError("check.any_of is missing or empty")
-    return Check(
-        tuple(text_field(phrase, "check.any_of") for phrase in any_of),
-        tuple(text_field(phrase, "check.none_of") for phrase in none_of),
-    )
+    keys = [key for key in ("any_of", *CHECK_KINDS) if value.get(key) is not None]
+    if len(keys) > 1:
+        raise BadLineError(f"check has both {keys[0]} and {keys[1]}; keep one of them")
+    if unknown := set(value) - {"any_of", "none_of", "tolerance", *CHECK_KINDS}:
+        raise BadLineError(f"check has the unknown key {shown(min(unknown))}")
+    key = keys[0] if keys else "any_of"
+    accepted = optional_field(value, "any_of", list) if key == "any_of" else value[key]
+    if accepted in (None, []):
+        raise BadLineError(f"check.{key} is missing or empty")
+    kind: CheckKind = "contains" if key == "any_of" else cast(CheckKind, key)
+    tolerance = value.get("tolerance") or 0.0
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
+        raise BadLineError(f"check.tolerance is not a number of at least 0: got {shown(tolerance)}")
+    forbidden = _answers(optional_field(value, "none_of", list) or [], "check.none_of")
+    return _checked(Check(_answers(accepted, f"check.{key}"), forbidden, kind, float(tolerance)), f"check.{key}")
+
+
+def _answers(value: object, name: str) -> tuple[str, ...]:
+    """The answers in ``value``, a text, a number, or a list of them."""
+    if value == []:
+        if name == "answer":
+            raise BadLineError("answer is an empty list")
+        return ()
+    found = []
+    for answer in value if isinstance(value, list) else [value]:
+        if isinstance(answer, int | float) and not isinstance(answer, bool):
+            if not math.isfinite(answer):
+                raise BadLineError(f"{name} is not a finite number: got {shown(answer)}")
+            answer = str(answer)
+        found.append(text_field(answer, name))
+    return tuple(found)
+
+
+def _checked(check: Check, name: str) -> Check:
+    """``check``, if every answer in it can match a response."""
+    for answer in check.any_of + check.none_of:
+        if check.kind == "number" and not is_number(answer):
+            raise BadLineError(f"{name} is not a number: got {shown(answer)}")
+        if check.kind == "contains" and not spaced_words(answer).strip():
+            raise BadLineError(f"{name} holds no word to search for: got {shown(answer)}; use the check exact or regex")
+        if check.kind == "regex":
+            try:
+                re.compile(answer)
+            except re.error as error:
+                raise BadLineError(f"{name} is not a regular expression: got {shown(answer)}: {error}") from error
+    return check

@@ -7,7 +7,7 @@ from typing import Any
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.data.jsonl import BadLineError
 from rlchat.data.readers.base import Reader, Row
-from rlchat.data.readers.fields import learn_field, text_field
+from rlchat.data.readers.fields import learn_field, row_check, text_field
 from rlchat.data.readers.prompts import prompt_turns
 from rlchat.data.readers.turns import hh_turns, is_hh_text, message_list
 
@@ -21,7 +21,7 @@ class PairReader(Reader):
 
     name = "chosen and rejected"
     required = frozenset({"chosen", "rejected"})
-    optional = frozenset({"prompt", "check", "weight", "loss_weight", "train"})
+    optional = frozenset({"prompt", "check", "answer", "weight", "loss_weight", "train"})
     # UltraFeedback: the chosen conversation again, and an id.
     ignored = frozenset({"messages", "prompt_id"})
     priority = 1
@@ -63,8 +63,8 @@ def _of_message_lists(row: dict[str, Any]) -> Row:
         prompt = prompt_turns(row)
         before, others, check = [*before, *prompt.messages], [*others, *prompt.messages], prompt.checks[-1]
         notes |= prompt.notes
-    elif isinstance(row.get("check"), dict):
-        check = prompt_turns({"prompt": "?", "check": row["check"]}).checks[-1]
+    else:
+        check = row_check(row)
     if [(m.role, m.text) for m in before] != [(m.role, m.text) for m in others]:
         return Row(flaw="pairs that differ before the last reply")
     if not before or before[-1].role != "user":

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from rlchat.conversation import Conversation, Message
 from rlchat.data.jsonl import BadLineError
 from rlchat.data.readers.base import Reader, Row, conversation_row
-from rlchat.data.readers.fields import check_field, text_field
-from rlchat.data.readers.messages import WHOLE_ROW
+from rlchat.data.readers.fields import row_check, text_field
+from rlchat.data.readers.messages import CHECKED, WHOLE_ROW
 from rlchat.data.readers.turns import Turns, for_whole_row, hh_turns, is_hh_text, message_list
 
 
@@ -33,7 +33,7 @@ def prompt_turns(row: dict[str, Any]) -> Turns:
         messages, check, notes = (Message("user", text_field(value, "prompt")),), None, frozenset()
     if messages[-1].role != "user":
         raise BadLineError("prompt does not end with a user message")
-    check = check_field(row.get("check")) or check
+    check = row_check(row) or check
     return Turns(messages, (*(None for _ in messages[1:]), check), notes)
 
 
@@ -42,7 +42,7 @@ class PromptReader(Reader):
 
     name = "prompt"
     required = frozenset({"prompt"})
-    optional = frozenset({"check"})
+    optional = CHECKED
     priority = -1
 
     def read(self, row: dict[str, Any]) -> Row:
@@ -51,12 +51,23 @@ class PromptReader(Reader):
         return Row(turns.messages, (), (prompt,), prompt, notes=turns.notes)
 
 
+class AnswerReader(PromptReader):
+    """``{"prompt": …, "answer": …}``: a prompt with an answer that can be checked.
+
+    The answer is a text, a number or a list of them, and ``check`` says how to compare it; see
+    :func:`rlchat.data.readers.fields.row_check`. It is no response to imitate.
+    """
+
+    name = "prompt and answer"
+    required = frozenset({"prompt", "answer"})
+
+
 class CompletionReader(Reader):
     """``{"prompt": …, "completion": …}``, with a KTO ``label`` or a ``quality`` if there is one."""
 
     name = "prompt and completion"
     required = frozenset({"prompt", "completion"})
-    optional = WHOLE_ROW | {"check"}
+    optional = WHOLE_ROW
     answer: ClassVar[str] = "completion"
 
     def read(self, row: dict[str, Any]) -> Row:
@@ -85,7 +96,7 @@ class InstructionReader(Reader):
 
     name = "instruction and output"
     required = frozenset({"instruction", "output"})
-    optional = WHOLE_ROW | {"input", "check"}
+    optional = WHOLE_ROW | {"input"}
     ignored = frozenset({"text"})  # the original file has the whole row as one text
 
     def read(self, row: dict[str, Any]) -> Row:
@@ -93,5 +104,5 @@ class InstructionReader(Reader):
         if (more := row.get("input")) is not None and text_field(more, "input", may_be_empty=True).strip():
             asked = f"{asked}\n\n{more}"
         messages = (Message("user", asked), Message("assistant", text_field(row["output"], "output")))
-        whole = for_whole_row(Turns(messages, (check_field(row.get("check")), None)), row)
+        whole = for_whole_row(Turns(messages, (row_check(row), None)), row)
         return conversation_row(whole.messages, whole.checks, whole.notes)

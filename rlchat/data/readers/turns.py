@@ -11,11 +11,11 @@ from rlchat.conversation import Check, Message, Role
 from rlchat.data.jsonl import BadLineError
 from rlchat.data.readers.fields import (
     MAX_MESSAGES,
-    check_field,
     content_field,
     learn_field,
     quality_field,
     role_field,
+    row_check,
     row_quality,
     shown,
     text_field,
@@ -30,6 +30,7 @@ _READ_KEYS = frozenset(
         "value",
         "quality",
         "check",
+        "answer",
         "weight",
         "loss_weight",
         "train",
@@ -61,9 +62,9 @@ def note_of_unread(key: str) -> str:
 def message_list(rows: object, name: str = "messages", row: dict[str, Any] | None = None) -> Turns:
     """The messages of a list of objects: OpenAI's layout (``role``, ``content``) or ShareGPT's (``from``, ``value``).
 
-    Without roles, the speakers alternate, starting with the user. ``quality``, ``check``, ``weight`` and ``train`` are
-    optional. ``row`` is the row that contains the list; its ``quality`` (or KTO ``label``), ``system`` and ``weight``
-    apply to all messages without such a key.
+    Without roles, the speakers alternate, starting with the user. ``quality``, ``answer``, ``check``, ``weight`` and
+    ``train`` are optional. ``row`` is the row that contains the list; its ``quality`` (or KTO ``label``), ``system`` and
+    ``weight`` apply to all messages without such a key.
     """
     if not isinstance(rows, list) or not rows:
         raise BadLineError(f"{name} is not a non-empty list of messages")
@@ -85,7 +86,7 @@ def message_list(rows: object, name: str = "messages", row: dict[str, Any] | Non
             raise BadLineError("a message with tool_calls is not supported: tool calls cannot be trained on")
         content = content_field(_either(entry, "content", "value"), "value" if "value" in entry else "content")
         messages.append(Message(role, content, quality_field(entry.get("quality")), learn=learn_field(entry)))
-        checks.append(check_field(entry.get("check")) if role == "user" else None)
+        checks.append(row_check(entry) if role == "user" else None)
         notes |= {note_of_unread(f"{name}[].{key}") for key in _unread(entry)}
     turns = Turns(tuple(messages), tuple(checks), frozenset(notes))
     return turns if row is None else for_whole_row(turns, row)

@@ -1,0 +1,219 @@
+"""`HTTPReward`: scores from a web service."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException, HTTPMessage
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from rlchat.conversation import Conversation
+from rlchat.errors import at_least_one
+from rlchat.rewards.base import Factor, Reply
+
+_MAX_BYTES = 16 << 20
+_MAX_WAIT = 60.0  # seconds, of a server that says when to try again
+_TEMPORARY = (408, 425, 429)  # HTTP codes below 500 after which another attempt may succeed
+
+
+class HTTPReward(Factor):
+    """Scores that a web service computes, one POST request of JSON per batch.
+
+    Request: ``{"items": [{"messages": [{"role": "user", "content": "…"}], "response": "…", "tokens": 12, "ended":
+    true}, …]}``. ``messages`` is the prompt; ``tokens`` and ``ended`` are those of :class:`rlchat.rewards.Reply`.
+
+    Response: status 200 and ``{"scores": [0.5, …]}``, one finite number per item, in the same order.
+
+    A request is repeated after a timeout, a failed connection, and the statuses 408, 425, 429 and 5xx, with waits of
+    ``backoff`` × 1, 2, 4, … seconds, or as long as ``Retry-After`` says, up to 60 s. Any other answer is an error at
+    once; redirects are not followed. Each process of a distributed run sends requests for its own responses.
+
+    Args:
+        url: the address of the service, http or https.
+        weight: of the factor.
+        timeout: seconds until a request is given up.
+        retries: the number of further attempts after the first.
+        backoff: seconds before the second attempt.
+        batch_size: responses per request.
+        token_env: the environment variable with a token, sent as ``Authorization: Bearer TOKEN``. The token itself is
+            written to no file.
+        name: the name in logs and errors; by default ``http_reward``.
+
+    Raises:
+        UserError: for invalid options; when called, if the service cannot be reached or answers something else.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        weight: float = 1.0,
+        timeout: float = 30.0,
+        retries: int = 3,
+        backoff: float = 0.5,
+        batch_size: int = 64,
+        token_env: str = "",
+        name: str = "",
+    ) -> None:
+        super().__init__(weight)
+        self._name = name
+        self.url = url
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self.batch_size = at_least_one("HTTPReward", "batch_size", batch_size)
+        self.token_env = token_env
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise self.error(f"invalid url {url!r}: expected an address such as http://localhost:8000/score")
+        if parts.username or parts.password:
+            raise self.error("the url holds a password, which model files and logs would show; use token_env")
+        if not 0 < timeout < math.inf or retries < 0 or not 0 <= backoff < math.inf:
+            raise self.error(
+                f"invalid options: timeout {timeout} must be above 0, retries {retries} and backoff {backoff} at "
+                "least 0"
+            )
+        if token_env and not os.environ.get(token_env):
+            raise self.error(f"the environment variable {token_env}, which token_env names, is not set")
+
+    @property
+    def name(self) -> str:
+        return self._name or super().name
+
+    def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
+        """The service's scores, ``[batch]``."""
+        items = [
+            {
+                "messages": [{"role": message.role, "content": message.text} for message in prompt.messages],
+                "response": reply.text,
+                "tokens": reply.tokens,
+                "ended": reply.ended,
+            }
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+        scores: list[float] = []
+        for start in range(0, len(items), self.batch_size):
+            batch = items[start : start + self.batch_size]
+            scores += self._scores(self._answer(json.dumps({"items": batch}).encode()), len(batch))
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _answer(self, body: bytes) -> bytes:
+        """The service's answer to ``body``, after as many attempts as are needed and allowed."""
+        attempts = self.retries + 1
+        for attempt in range(attempts):
+            try:
+                return self._post(body)
+            except _TemporaryError as error:
+                if attempt + 1 == attempts:
+                    tried = f"after {attempts} attempts" if attempts > 1 else "after 1 attempt"
+                    raise self.error(
+                        f"{self.url} {error} {tried}; check that the service runs, or raise timeout or retries"
+                    ) from error
+                time.sleep(max(error.wait, self.backoff * 2**attempt))
+        raise AssertionError("unreachable")
+
+    def _post(self, body: bytes) -> bytes:
+        """One attempt. Raises :class:`_TemporaryError` where another may succeed."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "rlchat"}
+        if self.token_env:
+            headers["Authorization"] = f"Bearer {os.environ.get(self.token_env, '')}"
+        request = urllib.request.Request(self.url, body, headers, method="POST")
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as answer:
+                return self._read(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                text = " ".join(error.read(200).decode("utf-8", "replace").split())
+            what = f"answered HTTP {error.code} {error.reason}" + (f" ({text})" if text else "")
+            if error.code >= 500 or error.code in _TEMPORARY:
+                raise _TemporaryError(what, _seconds(error.headers.get("Retry-After"))) from error
+            raise self.error(f"{self.url} {what}") from error
+        except TimeoutError as error:
+            raise _TemporaryError(f"did not answer within {self.timeout:g} s") from error
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise _TemporaryError(f"did not answer within {self.timeout:g} s") from error
+            raise _TemporaryError(f"cannot be reached ({error.reason})") from error
+        except (OSError, HTTPException) as error:
+            raise _TemporaryError(f"broke off its answer ({type(error).__name__})") from error
+
+    def _read(self, answer: Any) -> bytes:
+        """The whole answer. The timeout holds for all of it, because a socket's own holds for each part."""
+        end = time.monotonic() + self.timeout
+        parts = []
+        size = 0
+        while part := answer.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > _MAX_BYTES:
+                raise self.error(f"{self.url} answered more than {_MAX_BYTES >> 20} MiB")
+            if time.monotonic() > end:
+                raise TimeoutError
+        return b"".join(parts)
+
+    def _scores(self, answer: bytes, count: int) -> list[float]:
+        try:
+            found = json.loads(answer)
+        except ValueError as error:
+            raise self.error(
+                f"{self.url} answered {_shown(answer)}, which is not JSON; {_EXPECTED.format(count)}"
+            ) from error
+        scores = found.get("scores") if isinstance(found, dict) else None
+        if not isinstance(scores, list):
+            raise self.error(f"{self.url} answered {_shown(answer)}; {_EXPECTED.format(count)}")
+        if len(scores) != count:
+            raise self.error(f"{self.url} answered {len(scores)} scores for {count} responses")
+        for row, score in enumerate(scores):
+            if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
+                raise self.error(f"{self.url} answered {json.dumps(score)} as score {row}: expected a finite number")
+        return [float(score) for score in scores]
+
+
+_EXPECTED = 'expected {{"scores": [...]}} with {} numbers'
+
+
+class _TemporaryError(Exception):
+    """What went wrong in an attempt that may be repeated. ``wait`` is the least number of seconds before the next."""
+
+    def __init__(self, what: str, wait: float = 0.0) -> None:
+        super().__init__(what)
+        self.wait = wait
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects, which urllib would follow with a GET request without the body."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> None:
+        return None
+
+
+def is_local(url: str) -> bool:
+    """Whether ``url`` is on this machine, so that nothing sent to it leaves the machine."""
+    return (urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
+
+
+def _seconds(value: str | None) -> float:
+    """The seconds of a ``Retry-After`` header; 0 without one, or if it is a date."""
+    return min(float(value), _MAX_WAIT) if value is not None and value.strip().isdigit() else 0.0
+
+
+def _is_finite(score: float) -> bool:
+    try:
+        return math.isfinite(score)
+    except OverflowError:  # an integer that exceeds every float
+        return False
+
+
+def _shown(answer: bytes) -> str:
+    text = answer[:100].decode("utf-8", "replace")
+    return repr(text + "…" if len(answer) > 100 else text)
