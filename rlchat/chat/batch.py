@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -51,8 +52,8 @@ def add_rewards(
 ) -> str:
     """Add ``reward`` and ``factors`` to ``rows`` if the model file contains a reward; return the reasons if not.
 
-    ``unscored`` names the factors that are left out of the reward because they cannot be used. Rows whose reward
-    cannot be computed at all stay unchanged.
+    ``unscored`` names the factors that are left out of the reward because they cannot be used, or cannot score the
+    responses to this prompt. Rows whose reward cannot be computed at all stay without one.
     """
     if not chat.bundle.about.get("reward"):
         return ""
@@ -66,14 +67,19 @@ def add_rewards(
     except UserError as error:
         return f"the responses have no reward: {error}"
     names = chat.reward.reward.factors  # those that did not fail on any chunk
-    for row, factors in zip(rows, scored, strict=True):
+    without: Counter[tuple[str, str]] = Counter()
+    for row, prompt, factors in zip(rows, prompts, scored, strict=True):
         kept = {name: score for name, score in factors.items() if name in names}
-        row["reward"] = round(sum(kept.values()), 6)
-        row["factors"] = {name: round(score, 6) for name, score in kept.items()}
-        if chat.reward.left_out:
-            row["unscored"] = list(chat.reward.left_out)
+        if kept:
+            row["reward"] = round(sum(kept.values()), 6)
+            row["factors"] = {name: round(score, 6) for name, score in kept.items()}
+        if not_scored := chat.reward.not_scored(prompt):
+            row["unscored"] = list(not_scored)
+        without.update((name, why) for name, why in not_scored.items() if name not in chat.reward.left_out)
     left_out = chat.reward.describe_left_out()
-    return f"the reward leaves out {left_out}" if left_out else ""
+    notes = [f"the reward leaves out {left_out}"] if left_out else []
+    notes += [f"{name} does not score {n} of {len(rows)} responses ({why})" for (name, why), n in without.items()]
+    return "; ".join(notes)
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> str:

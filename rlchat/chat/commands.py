@@ -208,7 +208,9 @@ def _reward(session: Session, _: str) -> None:
     session.note(f"  {'reward':<{width}}  {sum(factors.values()):+.3f}")
     for name, contribution in factors.items():
         session.note(f"  {name:<{width}}  {contribution:+.3f}")
-    for name, why in session.chat.reward.left_out.items():
+    turn = session.chat.last_turn
+    assert turn is not None  # it has just been scored
+    for name, why in session.chat.reward.not_scored(turn[0]).items():
         session.note(f"  not included: {name} ({why})")
     session.note("  no trained critic" if value is None else f"  critic's value of the prompt: {value:+.3f}")
 

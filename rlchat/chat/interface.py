@@ -203,7 +203,7 @@ class ChatInterface:
         Raises :class:`UserError` if there is no response, or if the model file contains no reward.
         """
         prompt, reply = self._required_turn()
-        return self.reward.breakdown([prompt], [reply])[0], self.reward.value(prompt)
+        return self.reward.score(prompt, reply), self.reward.value(prompt)
 
     @cached_property
     def reward(self) -> RewardScorer:

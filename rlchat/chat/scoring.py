@@ -13,7 +13,8 @@ from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.rewards import Factor, Reply, Reward
-from rlchat.rewards.described import find_factor
+from rlchat.rewards.classifier import HFReward
+from rlchat.rewards.described import check_arguments, find_factor
 from rlchat.rewards.learned import LearnedQuality
 
 
@@ -54,19 +55,40 @@ class RewardScorer:
     def breakdown(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, float]]:
         """The weighted score of each factor for each of ``replies``, by the factor's name.
 
-        A factor that fails is added to ``left_out`` and not used again. Raises :class:`UserError` if all fail.
+        A factor that cannot score the responses to a prompt, such as :class:`rlchat.rewards.Verified` without an
+        answer, is missing in their rows; :meth:`not_scored` has the reason. A factor that fails is added to
+        ``left_out`` and not used again. Raises :class:`UserError` if all fail.
         """
-        columns: dict[str, list[float]] = {}
+        rows: list[dict[str, float]] = [{} for _ in replies]
         for name, factor in list(self.reward.factors.items()):
+            numbers = [i for i, prompt in enumerate(prompts) if factor.unavailable(prompt) is None]
+            if not numbers:
+                continue
             try:
-                ((_, scores),) = Reward([factor]).breakdown(prompts, replies).items()
-                columns[name] = scores.tolist()
+                scored = Reward([factor]).breakdown([prompts[i] for i in numbers], [replies[i] for i in numbers])
             except Exception as error:  # a factor can be any code; if one fails, the others are still shown
-                self.left_out[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                cause = error if isinstance(error, UserError) else error.__cause__ or error
+                self.left_out[name] = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
                 del self.reward.factors[name]
-        if not columns:
+                continue
+            for i, score in zip(numbers, next(iter(scored.values())).tolist(), strict=True):
+                rows[i][name] = score
+        if not self.reward.factors:
             raise UserError(f"{self._path}: no factor of the reward can be used: {self.describe_left_out()}")
-        return [{name: column[row] for name, column in columns.items()} for row in range(len(replies))]
+        return rows
+
+    def not_scored(self, prompt: Conversation) -> dict[str, str]:
+        """The factors that do not score responses to ``prompt``, with the reason."""
+        reasons = {name: factor.unavailable(prompt) for name, factor in self.reward.factors.items()}
+        return self.left_out | {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def score(self, prompt: Conversation, reply: Reply) -> dict[str, float]:
+        """The factors of one response. Raises :class:`UserError` if none can score it."""
+        factors = self.breakdown([prompt], [reply])[0]
+        if not factors:
+            why = "; ".join(f"{name} ({reason})" for name, reason in self.not_scored(prompt).items())
+            raise UserError(f"{self._path}: no factor of the reward can score this response: {why}")
+        return factors
 
     def score_text(
         self, prompt: Conversation, text: str, *, ended: bool = True
@@ -76,7 +98,7 @@ class RewardScorer:
         ``ended`` is False for a truncated response.
         """
         tokens = len(self._bundle.tokenizer.encode(text)) + ended  # the end marker counts
-        return self.breakdown([prompt], [Reply(text, tokens, ended)])[0], self.value(prompt)
+        return self.score(prompt, Reply(text, tokens, ended)), self.value(prompt)
 
     @torch.no_grad()
     def value(self, prompt: Conversation) -> float | None:
@@ -103,6 +125,9 @@ class RewardScorer:
         if factor is LearnedQuality:
             bundle = self._reward_model(init_args.get("bundle"))
             init_args = {**init_args, "bundle": str(bundle), "device": self._device}
+        elif issubclass(factor, HFReward):
+            init_args = {**init_args, "device": self._device}
+        check_arguments(factor, init_args)
         try:
             return factor(**init_args)
         except UserError:

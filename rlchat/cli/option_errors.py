@@ -24,6 +24,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from rlchat.cli.option_aliases import ALIASES
 from rlchat.errors import UserError
+from rlchat.rewards import Factor
 
 _NAMES = {
     int: "an integer",
@@ -265,6 +266,11 @@ def imported_class(place: str, class_path: Any, base: type) -> Any:
         return UserError(f"{place}: {module} has no {name}; {cure}")
     except Exception as error:
         return UserError(f"{place}: {class_path} cannot be imported: {_one_line(str(error), 200)}")
+    if not isinstance(found, type) and callable(found):
+        cure = f"specify a subclass of {base.__name__}"
+        if base is Factor:
+            cure = f"set class_path to rlchat.rewards.FunctionReward and its init_args to {{function: {class_path}}}"
+        return UserError(f"{place}: {class_path} is a function; {cure}")
     if isinstance(found, type) and not issubclass(found, base):
         return UserError(f"{place}: {class_path} is not a {base.__name__}; specify a subclass of {base.__name__}")
     return found

@@ -252,7 +252,8 @@ class _Classifier:
             return dict(self.tokenizer(rendered, add_special_tokens=False, **options))
         if self.text == "pair":
             prompt = "\n\n".join(turn["content"] for turn in turns)
-            return dict(self.tokenizer(prompt, response, **options))
+            # As a batch: as single texts, an empty response would not make a pair.
+            return {name: rows[0] for name, rows in self.tokenizer([(prompt, response)], **options).items()}
         return dict(self.tokenizer(response, **options))
 
 

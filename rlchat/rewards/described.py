@@ -6,15 +6,24 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rlchat import rewards
 from rlchat.errors import UserError
 from rlchat.rewards.base import Factor
+from rlchat.rewards.classifier import HFReward
+from rlchat.rewards.function import FunctionReward, imported_function
+from rlchat.rewards.remote import HTTPReward, host_of
 from rlchat.rewards.reward import Reward
 
 _log = logging.getLogger("rlchat")
+
+ALLOWED_HOSTS = "RLCHAT_REWARD_HOSTS"
+"""The environment variable with the hosts, separated by commas, to which a described :class:`HTTPReward` may send."""
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def describe_fully(reward: Reward) -> list[dict[str, Any]]:
@@ -41,6 +50,7 @@ def rebuild(described: Sequence[dict[str, Any]]) -> Reward:
             )
         factor = find_factor(row["class_path"])
         try:
+            check_arguments(factor, row["init_args"])
             factors.append(factor(**row["init_args"]))
         except UserError as error:
             raise UserError(f"{row['class_path']} cannot be rebuilt: {error}") from error
@@ -73,6 +83,36 @@ def find_factor(class_path: str) -> type[Factor]:
     if module.partition(".")[0] != "rlchat":
         _log.warning("the reward uses your class %s from %s", class_path, inspect.getfile(found))
     return found
+
+
+def check_arguments(factor: type[Factor], init_args: dict[str, Any]) -> None:
+    """Raises :class:`UserError` if ``factor`` must not be built with what a file from someone else may contain.
+
+    A function is imported only as the class of a factor is: from the import path, with a warning, and not from the
+    standard library. A service on another machine, which would receive the conversation, must be allowed by
+    ``RLCHAT_REWARD_HOSTS``. Code that comes with a model is not run.
+    """
+    if issubclass(factor, FunctionReward):
+        path = str(init_args.get("function"))
+        module = path.rpartition(".")[0]
+        top = module.partition(".")[0]
+        if not top or top in sys.stdlib_module_names or importlib.util.find_spec(top) is None:
+            raise UserError(f"cannot import the function {path}: its module is not on the import path")
+        found = imported_function(path)
+        if not inspect.isfunction(found) or found.__module__ != module:
+            raise UserError(f"{path} is not a function that {module} defines")
+        _log.warning("the reward uses your function %s from %s", path, inspect.getfile(found))
+    elif issubclass(factor, HTTPReward):
+        host = host_of(str(init_args.get("url")))
+        if host not in (*_LOCAL, *os.environ.get(ALLOWED_HOSTS, "").split(",")):
+            raise UserError(
+                f"it would send the conversation to {host}; to allow it, set the environment variable "
+                f"{ALLOWED_HOSTS}={host}"
+            )
+    elif issubclass(factor, HFReward) and init_args.get("trust_remote_code"):
+        raise UserError(
+            f"the model {init_args.get('model')} runs code that comes with it, which only a configuration can allow"
+        )
 
 
 def _unknown_arguments(factor: Factor) -> list[str]:

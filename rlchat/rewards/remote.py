@@ -197,9 +197,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def is_local(url: str) -> bool:
-    """Whether ``url`` is on this machine, so that nothing sent to it leaves the machine."""
-    return (urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
+def host_of(url: str) -> str:
+    """The name of the host of ``url``; empty if it has none."""
+    return urlsplit(url).hostname or ""
 
 
 def _seconds(value: str | None) -> float:

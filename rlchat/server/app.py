@@ -165,7 +165,7 @@ def _add_reward(app: FastAPI, load: Callable[[], RewardScorer] | None) -> None:
                 factors, value = loaded[0].score_text(body.prompt, body.reply, ended=body.ended)
         except UserError as error:
             raise APIError(400, str(error)) from error
-        left_out = dict(loaded[0].left_out)
+        left_out = loaded[0].not_scored(body.prompt)
         return RewardReply(reward=sum(factors.values()), factors=factors, value=value, left_out=left_out)
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers.chat_models import random_policy
 
 from rlchat.chat.scoring import RewardScorer
-from rlchat.conversation import Conversation, Message
+from rlchat.conversation import Check, Conversation, Message
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
@@ -143,3 +143,49 @@ def test_the_critic_values_the_prompt(byte_tokenizer: ChatTokenizer, hidden_dim:
     ids = torch.tensor([byte_tokenizer.render_prompt(PROMPT).ids])
     hidden = policy.model(ids, torch.ones_like(ids))
     assert scorer.value(PROMPT) == pytest.approx(policy.model.value_head(hidden[0, -1]).item())
+
+
+VERIFIED = {"class_path": "rlchat.rewards.Verified"}
+
+
+def test_a_factor_that_cannot_score_a_response_says_so(byte_tokenizer: ChatTokenizer) -> None:
+    asked = Conversation(PROMPT.messages, check=Check(("Hi",)))
+    scorer = RewardScorer(bundle(byte_tokenizer, NO_END, VERIFIED), "rl.pt")
+    found = scorer.breakdown([asked, PROMPT], [Reply("Hi", 3, True)] * 2)
+    assert found == [{"missing_end": 0.0, "verified": 1.0}, {"missing_end": 0.0}]
+    assert (scorer.not_scored(asked), scorer.left_out) == ({}, {})
+    assert scorer.not_scored(PROMPT) == {"verified": "the prompt has no answer to check"}
+    alone = RewardScorer(bundle(byte_tokenizer, VERIFIED), "rl.pt")
+    with pytest.raises(
+        UserError, match=r"no factor of the reward can score this response: verified \(the prompt has no"
+    ):
+        alone.score_text(PROMPT, "Hi")
+
+
+def test_what_the_factors_of_a_file_may_not_do(
+    byte_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "functions_of_a_file.py").write_text(
+        "from os import system\n\ndef polite(prompt, reply):\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def why_not(kind: str, **init_args: Any) -> str | None:
+        row = {"class_path": f"rlchat.rewards.{kind}", "init_args": init_args}
+        return RewardScorer(bundle(byte_tokenizer, NO_END, row), "rl.pt").left_out.get(f"rlchat.rewards.{kind}")
+
+    assert why_not("FunctionReward", function="functions_of_a_file.polite") is None
+    assert f"your function functions_of_a_file.polite from {tmp_path / 'functions_of_a_file.py'}" in caplog.text
+    for path in ("os.system", "nowhere_at_all.polite", "polite"):
+        assert why_not("FunctionReward", function=path) == (
+            f"cannot import the function {path}: its module is not on the import path"
+        )
+    refused = "functions_of_a_file.system is not a function that functions_of_a_file defines"
+    assert why_not("FunctionReward", function="functions_of_a_file.system") == refused
+    assert why_not("HTTPReward", url="http://localhost:1/") is None
+    refused = "it would send the conversation to a.b; to allow it, set the environment variable RLCHAT_REWARD_HOSTS=a.b"
+    assert why_not("HTTPReward", url="https://a.b/score") == refused
+    monkeypatch.setenv("RLCHAT_REWARD_HOSTS", "c.d,a.b")
+    assert why_not("HTTPReward", url="https://a.b/score") is None
+    assert why_not("HFReward", model="m") is None
+    assert (why_not("HFReward", model="m", trust_remote_code=True) or "").startswith("the model m runs code that comes")

@@ -63,8 +63,8 @@ def message_list(rows: object, name: str = "messages", row: dict[str, Any] | Non
     """The messages of a list of objects: OpenAI's layout (``role``, ``content``) or ShareGPT's (``from``, ``value``).
 
     Without roles, the speakers alternate, starting with the user. ``quality``, ``answer``, ``check``, ``weight`` and
-    ``train`` are optional. ``row`` is the row that contains the list; its ``quality`` (or KTO ``label``), ``system`` and
-    ``weight`` apply to all messages without such a key.
+    ``train`` are optional. ``row`` is the row that contains the list; its ``quality`` (or KTO ``label``), ``system``
+    and ``weight`` apply to all messages without such a key.
     """
     if not isinstance(rows, list) or not rows:
         raise BadLineError(f"{name} is not a non-empty list of messages")
