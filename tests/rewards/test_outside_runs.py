@@ -69,7 +69,7 @@ def test_every_factor_of_the_documentation_trains_and_chats(
         # The chat scores with the same factors: Verified only where the row has an answer.
         Path("ask.jsonl").write_text('{"prompt": "What is 1 + 1?", "answer": 2}\n{"prompt": "Hello"}\n')
         capsys.readouterr()
-        assert main(["chat", "--model", MODEL, "--prompts", "ask.jsonl", "--max-new-tokens", "4"]) == 0
+        assert main(["chat", MODEL, "--prompts", "ask.jsonl", "--max_new_tokens", "4"]) == 0
         out, err = capsys.readouterr()
     with_answer, without = json.loads(out)
     assert list(with_answer["factors"]) == NAMES
