@@ -256,7 +256,7 @@ def test_chat_from_python(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_reward_factor_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards.py").write_text(block("docs/rewards.md", "python", "ReplyFactor"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    named = yaml.safe_load(block("docs/rewards.md", "yaml", "my_rewards"))["model"]["init_args"]["reward"]
+    named = yaml.safe_load(block("docs/rewards.md", "yaml", "my_rewards.Polite"))["model"]["init_args"]["reward"]
     named["init_args"]["factors"] = named["init_args"]["factors"][:1]  # the second one needs a trained reward model
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--reward", type=Reward)

@@ -40,6 +40,7 @@ _FAST = [
     "--trainer.max_epochs=1",
     "--trainer.val_check_interval=1.0",
 ]
+_FAST_PPO = ["--model.critic_warmup=0", "--model.schedule=constant"]
 
 
 def main(args: list[str]) -> int:
@@ -156,7 +157,7 @@ class Demo:
         began = time.monotonic()
         threads = self.threads or fastest_threads()
         torch.set_num_threads(threads)
-        _run([*argv, *(_FAST if self.fast else [])])
+        _run([*argv, *(_FAST if self.fast else []), *(_FAST_PPO if self.fast and stage == "ppo" else [])])
         self.report[stage] = {"seconds": round(time.monotonic() - began, 1), "threads": threads}
 
     def test(self, stage: str, checkpoint: str | None) -> tuple[dict[str, float], list[Conversation]]:
