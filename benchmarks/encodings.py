@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rlchat.conversation import Conversation
 from rlchat.data.formats import Tree, read_trees
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import format_ranks, train_ranks
 
 BACKBONE_PARAMETERS = 3 * (4 * 128 * 128 + 3 * 128 * 344)
 WIDTH = 128

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, packaged_encodings, train_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.load import packaged_encodings
+from rlchat.tokenizer.ranks import format_ranks, train_ranks
 
 
 @pytest.fixture(autouse=True, scope="session")

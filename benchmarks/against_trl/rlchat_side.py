@@ -42,7 +42,8 @@ from rlchat.models.model_file import PolicyBundle, new_policy, save_bundle
 from rlchat.models.sampling import Generated
 from rlchat.ppo.module import PPOModule
 from rlchat.rewards import Reply, ReplyFactor, Reward
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import format_ranks
 from rlchat.utils.padding import pad
 
 # Hyperparameters with which a value head on the policy's backbone learns better than with the common ones.

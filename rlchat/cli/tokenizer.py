@@ -1,6 +1,7 @@
-"""`rlchat tokenizer train`: a tiktoken rank file from your own data.
+"""`rlchat tokenizer train`: a tiktoken rank file from your own data. `rlchat tokenizer convert`: from a base model.
 
 rlchat tokenizer train conversations.jsonl --vocab-size 4096 -o mine.tiktoken
+rlchat tokenizer convert SmolLM2-135M-Instruct -o smollm2.tiktoken
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Any
 from rlchat.data.formats import Tree, read_trees
 from rlchat.data.sources import data_file
 from rlchat.errors import UserError
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks, train_ranks
+from rlchat.tokenizer.base_files import tokenizer_files
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.load import sidecar, write_encoding
+from rlchat.tokenizer.own import own_encoding, own_format_of
+from rlchat.tokenizer.ranks import format_ranks, train_ranks
 from rlchat.utils.files import write_atomically
 
 _SMALLEST, _LARGEST = 256, 1_000_000  # the single bytes; several times the size of the largest common encoding
@@ -26,18 +31,19 @@ def main(args: list[str]) -> int:
     """Runs ``rlchat tokenizer`` with ``args``; returns the exit code.
 
     Raises :class:`UserError` for a vocabulary size out of range, data that cannot be read, and an output file that
-    already exists (without ``--force``), cannot be written, or has a suffix other than ``.tiktoken``.
+    already exists (without ``--force``), cannot be written, or has another suffix than ``.tiktoken``, and for a
+    tokenizer that cannot be converted exactly.
     """
     try:
         options = _parser().parse_args(args)
     except SystemExit as stop:
         return int(stop.code or 0)
-    _train(options)
+    options.run(options)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlchat tokenizer", description="Train a tokenizer.")
+    parser = argparse.ArgumentParser(prog="rlchat tokenizer", description="Train or convert a tokenizer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser(
         "train",
@@ -53,10 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"size of the vocabulary without control tokens, at least {_SMALLEST} (the single bytes)",
     )
-    train.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE.tiktoken", help="the rank file to write"
-    )
-    train.add_argument("--force", action="store_true", help="overwrite FILE.tiktoken if it exists")
+    _add_output(train)
     train.add_argument("--lang", default="en", help="language of the OASST trees to use, or any (default: %(default)s)")
     train.add_argument(
         "--on_bad_line",
@@ -65,20 +68,59 @@ def _parser() -> argparse.ArgumentParser:
         default="error",
         help="what to do with an invalid line (default: %(default)s)",
     )
+    train.set_defaults(run=_train)
+    convert = commands.add_parser(
+        "convert",
+        help="convert the tokenizer of a base model, exactly or not at all",
+        description="Convert the byte-level BPE tokenizer and the chat template of a Hugging Face model to a rank file "
+        "and a JSON file beside it (FILE.tiktoken.json) with pattern, special tokens and chat format.",
+    )
+    convert.add_argument("model", metavar="FOLDER", help="a folder with a tokenizer.json, or the name of a model")
+    convert.add_argument("--no-chat-format", action="store_true", help="leave out the chat template")
+    _add_output(convert)
+    convert.set_defaults(run=_convert)
     return parser
 
 
-def _train(options: argparse.Namespace) -> None:
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.tiktoken", help="the rank file to write"
+    )
+    command.add_argument("--force", action="store_true", help="overwrite FILE.tiktoken if it exists")
+
+
+def _check_output(options: argparse.Namespace) -> Path:
     output: Path = options.output
-    if not _SMALLEST <= options.vocab_size <= _LARGEST:
-        raise UserError(f"invalid value {options.vocab_size} for --vocab-size: expected {_SMALLEST} to {_LARGEST:,}")
     if output.suffix != ".tiktoken":
         raise UserError(f"{output}: the name of a rank file must end in .tiktoken; use another name")
     if output.exists() and not options.force:
         raise UserError(f"{output} already exists; use another name, or --force to overwrite it")
+    return output
+
+
+def _convert(options: argparse.Namespace) -> None:
+    output = _check_output(options)
+    files = tokenizer_files(options.model)
+    if files is None:
+        raise UserError(f"{options.model}: found no tokenizer.json; pass a folder that holds one")
+    conversion = own_encoding(files)
+    encoding, form = conversion.encoding, None
+    if not options.no_chat_format:
+        encoding, form = own_format_of(files, conversion)
+    write_encoding(output, encoding, form)
+    written = "the model's own chat format" if form else "no chat format, so rlchat's own markers are used"
+    print(f"{output}: {conversion.summary()}; {written}")
+    print(f"pattern, special tokens and chat format: {sidecar(output)}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    if not _SMALLEST <= options.vocab_size <= _LARGEST:
+        raise UserError(f"invalid value {options.vocab_size} for --vocab-size: expected {_SMALLEST} to {_LARGEST:,}")
+    output = _check_output(options)
     texts = _texts(options.data, None if options.lang == "any" else options.lang, options.on_bad_line)
 
     ranks = train_ranks(iter(texts), options.vocab_size, progress=sys.stderr.isatty())
+    sidecar(output).unlink(missing_ok=True)  # of an earlier file of this name, with another pattern
     write_atomically(output, lambda file: file.write(format_ranks(ranks)))
 
     size = sum(len(text.encode()) for text in texts)

@@ -19,7 +19,7 @@ from rlchat.conversation import Conversation, Message, conversation_to_dict, mes
 from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
 from rlchat.data.formats import Tree, ranked_pairs
 from rlchat.data.imitation import Imitation, ImitationCounts, MessageTree
-from rlchat.tokenizer.chat_tokenizer import Rendered
+from rlchat.tokenizer.rendering import Rendered
 from rlchat.utils.progress import with_progress
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from transformers.utils import cached_file
 
 from rlchat.models.base_models import configuration
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, from_byte_letters
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import from_byte_letters
 
 log = logging.getLogger("rlchat")
 
@@ -53,7 +54,8 @@ def kept_rows(base_model: str | dict[str, Any], tokenizer: ChatTokenizer) -> int
             tokenizer.name,
         )
         return 0
-    ours = tokenizer.base_vocabulary()
+    names = {token: text.encode() for text, token in tokenizer.encoding.special_tokens.items()}
+    ours = {**tokenizer.encoding.tokens, **names}
     different = [token for token, text in ours.items() if theirs.get(token) != text]
     if different:
         log.warning(

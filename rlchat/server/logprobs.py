@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from rlchat.models.networks import RLChatModel
-from rlchat.tokenizer.chat_tokenizer import MARKERS, ChatTokenizer
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 MAX_TOP = 20  # as in OpenAI's API
 _SMALLEST = -9999.0  # JSON has no infinity; this is OpenAI's value for "very unlikely"
@@ -71,8 +71,7 @@ def token_text(tokenizer: ChatTokenizer, token: int) -> str:
     """A unique name for ``token``: its text, or for example ``bytes:\\xe2`` for a part of a character."""
     raw = tokenizer.token_bytes(token)
     if not raw:
-        marker = token - tokenizer.base_size
-        return MARKERS[marker] if 0 <= marker < len(MARKERS) else f"<|{token}|>"
+        return tokenizer.token_name(token)
     try:
         return raw.decode()
     except UnicodeDecodeError:

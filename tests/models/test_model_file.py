@@ -29,7 +29,8 @@ from rlchat.models.model_file import (
     save_bundle,
 )
 from rlchat.models.networks import Critic, RewardModel
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import format_ranks
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "untied": {

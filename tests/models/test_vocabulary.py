@@ -13,7 +13,8 @@ import torch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from rlchat.models.vocabulary import kept_rows
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, format_ranks
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import format_ranks
 from rlchat.training.initial_model import open_policy
 
 RANKS = {**{bytes([i]): i for i in range(256)}, b" t": 256, b"he": 257, " é".encode(): 258}

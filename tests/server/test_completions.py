@@ -11,7 +11,7 @@ import torch
 from helpers.servers import HTTP, Server
 
 from rlchat.models.model_file import PolicyBundle
-from rlchat.tokenizer.chat_tokenizer import MARKERS
+from rlchat.tokenizer.chat_format import MARKERS
 
 
 def opening(bundle: PolicyBundle) -> int:

@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 
 from rlchat.conversation import Conversation, Message, Role
 from rlchat.errors import UserError
-from rlchat.tokenizer.chat_tokenizer import (
-    MARKERS,
-    ChatTokenizer,
-    format_ranks,
-    packaged_encodings,
-    parse_ranks,
-    train_ranks,
-)
+from rlchat.tokenizer.chat_format import MARKERS
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.load import packaged_encodings
+from rlchat.tokenizer.ranks import format_ranks, parse_ranks, train_ranks
 
 PAD, SYSTEM, USER, ASSISTANT, END = range(256, 261)  # of byte_tokenizer
 

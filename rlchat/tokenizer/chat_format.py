@@ -1,0 +1,125 @@
+"""ChatFormat: how a conversation is written as text and control tokens. A table; there is no Jinja at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rlchat.conversation import Message
+from rlchat.errors import UserError
+
+MARKERS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What is written before and after the text of each role.
+
+    The texts may contain the names of special tokens. Only there, and never in the text of a message, such a name is
+    the control token.
+    """
+
+    name: str
+    start: str  # before a first message that is not the system's: a BOS token, or a default system message
+    start_system: str  # before a system message at the beginning
+    before: dict[str, str]  # by role; a role that is missing cannot be written
+    after: dict[str, str]  # by role; the assistant's begins with ``end``
+    opening: str  # what asks for a response; a beginning of ``before["assistant"]``
+    end: str  # the special token that ends a response
+    pad: str  # a special token that no response contains
+    strips: tuple[str, ...] = ()  # roles whose text loses white space at both ends
+    late_system: bool = True  # whether a system message may come later than at the beginning
+    single_turn: bool = False  # whether earlier responses are written in another way than the last one
+    template: str = ""  # the Jinja template that this table replaces, for export
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> ChatFormat:
+        """The format that :meth:`state` described. Raises KeyError, TypeError or ValueError for damaged values."""
+        if unknown := state.keys() - {field.name for field in fields(cls)}:
+            raise ValueError(f"unknown part {sorted(unknown)[0]} of the chat format")
+        for role in ("before", "after"):
+            if not all(isinstance(text, str) for text in state[role].values()):
+                raise TypeError(f"{role} of the chat format is not text")
+        return cls(**{**state, "strips": tuple(state.get("strips", ()))})
+
+    def state(self) -> dict[str, Any]:
+        """Plain values from which :meth:`from_state` builds the same format."""
+        return {**asdict(self), "strips": list(self.strips)}
+
+    def text_of(self, message: Message) -> str:
+        """The text of ``message`` as it is encoded."""
+        return message.text.strip() if message.role in self.strips else message.text
+
+    def head(self, role: str, previous: str | None) -> str:
+        """What is written before a message of ``role`` after one of the role ``previous``; None at the beginning.
+
+        Before a response it is what asks for it: what follows up to the response itself is :meth:`reply_prefix`.
+        """
+        if previous is None:
+            between = self.start_system if role == "system" else self.start
+        else:
+            # What a template writes after the end token belongs to the next message: a response ends with the token.
+            between = self.after["assistant"].removeprefix(self.end) if previous == "assistant" else ""
+        return between + (self.opening if role == "assistant" else self.before[role])
+
+    def opening_after(self, previous: str | None) -> str:
+        """What asks for a response after a message of the role ``previous``; None without any message."""
+        return self.head("assistant", previous) if previous else self.opening
+
+    def tail(self, role: str) -> str:
+        """What is written after a message of ``role``."""
+        return self.end if role == "assistant" else self.after[role]
+
+    def reply_prefix(self, text: str) -> str:
+        """What a template writes before a response without thoughts of its own (``<think>\\n\\n</think>\\n\\n``)."""
+        prefix = self.before["assistant"].removeprefix(self.opening)
+        return "" if not prefix or text.startswith(prefix.split()[0]) else prefix
+
+    def text(self, messages: Sequence[Message], opening: bool) -> str:
+        """The conversation as one text, as a Jinja template writes it."""
+        written, previous = "", None
+        for message in messages:
+            said = self.text_of(message)
+            prefix = self.reply_prefix(said) if message.role == "assistant" else ""
+            written += self.head(message.role, previous) + prefix + said + self.tail(message.role)
+            previous = message.role
+        if opening:
+            return written + self.opening_after(previous)
+        return written + (self.after["assistant"].removeprefix(self.end) if previous == "assistant" else "")
+
+    def check(self, messages: Sequence[Message]) -> None:
+        """Raises :class:`UserError` for a conversation that this format cannot write."""
+        roles = [message.role for message in messages]
+        for place, role in enumerate(roles):
+            if role not in self.before:
+                raise UserError(
+                    f"the chat format of {self.name} has no {role} message; remove it, or use "
+                    f"--model.chat_format rlchat"
+                )
+            if role == "system" and place and not self.late_system:
+                raise UserError(
+                    f"the chat format of {self.name} has a system message only at the beginning, and message "
+                    f"{place + 1} of a conversation is one; move it, or use --model.chat_format rlchat"
+                )
+        if self.single_turn and "assistant" in roles[:-1]:
+            raise UserError(
+                f"the chat template of {self.name} writes a response differently once another message follows it; only "
+                f"conversations with one response can be used ({' '.join(roles)} was given), or use "
+                f"--model.chat_format rlchat"
+            )
+
+
+def rlchat_format() -> ChatFormat:
+    """rlchat's own markers: ``<|user|>Hello<|end|><|assistant|>Hi there.<|end|>``."""
+    roles = ("system", "user", "assistant")
+    return ChatFormat(
+        name="rlchat",
+        start="",
+        start_system="",
+        before={role: f"<|{role}|>" for role in roles},
+        after=dict.fromkeys(roles, "<|end|>"),
+        opening="<|assistant|>",
+        end="<|end|>",
+        pad="<|pad|>",
+    )

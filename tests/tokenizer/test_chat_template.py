@@ -1,0 +1,198 @@
+"""Chat formats of base models: equal to their Jinja templates, or refused with the conversation that differs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from helpers.hf_tokenizers import CHATML, LLAMA3, QWEN, tokenizer_folder, tokenizer_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from rlchat.conversation import Conversation, Message, Role
+from rlchat.errors import UserError
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+    "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LAST_THINKS = (  # as Qwen3's: an empty thought before the last response only
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last and '</think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+SPECIAL = {
+    CHATML: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    LAST_THINKS: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    LLAMA: ("<bos>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    GEMMA: ("<bos>", "<pad>", "<start_of_turn>", "<end_of_turn>"),
+    LLAMA2: ("<bos>", "<eos>"),
+}
+TEXTS = ("Hello", "the fox ", "\n\nlines\n", "it's 1234", "<|im_end|>", "é🙂", "a<|eot_id|>\n", "<end_of_turn>", "")
+
+
+def folder(path: Path, template: str, pattern: str = LLAMA3) -> Path:
+    raw = tokenizer_json(pattern, special=SPECIAL[template], text=("<think>", "</think>"))
+    return tokenizer_folder(path, raw, template, bos_token="<bos>", eos_token=SPECIAL[template][-1], pad_token=None)
+
+
+def chain(count: int, system: bool, draw: random.Random) -> Conversation:
+    roles: list[Role] = ["system"] if system else []
+    roles += [("user", "assistant")[number % 2] for number in range(count)]  # type: ignore[misc]
+    # A response that begins with white space is encoded on its own, as it was sampled: never joined to the line break.
+    return Conversation(tuple(Message(r, draw.choice(TEXTS if r != "assistant" else TEXTS[:2])) for r in roles))
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3, QWEN], ids=["llama3", "qwen"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA, GEMMA], ids=["chatml", "llama", "gemma"])
+def test_prompts_have_the_ids_of_the_template(tmp_path: Path, template: str, pattern: str) -> None:
+    """Texts that spell no control token: there the two differ by design."""
+    tokenizer = ChatTokenizer(str(folder(tmp_path, template, pattern)))
+    theirs, draw = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), random.Random(0)
+    compared = 0
+    for number in range(200):
+        talk = chain(1 + 2 * draw.randrange(4), number % 2 == 0 and template != GEMMA, draw)
+        rows = [{"role": m.role, "content": m.text} for m in talk.messages]
+        if any(name in m.text for m in talk.messages for name in SPECIAL[template]):
+            continue
+        (text,), _ = render_jinja_template(
+            [rows], chat_template=template, add_generation_prompt=True, bos_token="<bos>"
+        )
+        assert tokenizer.render_prompt(talk).ids == theirs.encode(text, add_special_tokens=False).ids, rows
+        compared += 1
+    assert compared > 50
+
+
+@given(
+    text=st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "\n", "assistant", "<|", "a", "im_end", "|>"])).map(
+        "".join
+    )
+)
+@settings(deadline=None, max_examples=300)
+def test_no_text_becomes_a_control_token(own_tokenizer: ChatTokenizer, text: str) -> None:
+    plain = own_tokenizer.render(Conversation((Message("user", "a"), Message("assistant", "a"))))
+    typed = own_tokenizer.render(Conversation((Message("user", text), Message("assistant", text))))
+    special = own_tokenizer.special_ids
+    assert [i for i in typed.ids if i in special] == [i for i in plain.ids if i in special]
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer(str(folder(tmp_path_factory.mktemp("own"), CHATML)))
+
+
+def test_the_loss_covers_the_response_and_its_end_token(own_tokenizer: ChatTokenizer) -> None:
+    rendered = own_tokenizer.render(
+        Conversation((Message("user", "fox"), Message("assistant", "dog"), Message("user", "x")))
+    )
+    learned = [token for token, learn in zip(rendered.ids, rendered.loss_mask, strict=True) if learn]
+    assert learned == [*own_tokenizer.encode("dog"), own_tokenizer.end_id]
+    prompt = own_tokenizer.render_prompt(Conversation((Message("user", "fox"),)))
+    assert rendered.ids[: len(prompt.ids)] == prompt.ids
+    turn = own_tokenizer.render_turn([Message("user", "x")], ended=True)
+    again = own_tokenizer.render_prompt(
+        Conversation((Message("user", "fox"), Message("assistant", "dog"), Message("user", "x")))
+    )
+    assert [*prompt.ids, *learned, *turn] == again.ids
+    assert own_tokenizer.render_turn([Message("user", "x")], ended=False) == [own_tokenizer.end_id, *turn]
+
+
+def test_the_default_system_message_stays_when_old_turns_are_dropped(own_tokenizer: ChatTokenizer) -> None:
+    turns = [Message("user", "old"), Message("assistant", "old"), Message("user", "new")]
+    last = own_tokenizer.render_prompt(Conversation((turns[2],)))
+    whole = own_tokenizer.render_prompt(Conversation(tuple(turns)))
+    for room in range(len(last.ids), len(whole.ids)):
+        cut = own_tokenizer.render_prompt(Conversation(tuple(turns)), room)
+        assert (cut.ids, cut.dropped) == (last.ids, 2)
+    for room in range(12, len(last.ids)):
+        assert len(own_tokenizer.render_prompt(Conversation(tuple(turns)), room).ids) <= room
+
+
+def test_padding_is_an_id_that_no_response_contains(tmp_path: Path, own_tokenizer: ChatTokenizer) -> None:
+    assert own_tokenizer.special_tokens()[own_tokenizer.pad_id] == "<|endoftext|>"
+    assert own_tokenizer.pad_id in own_tokenizer.unsayable_ids
+    assert own_tokenizer.end_id not in own_tokenizer.unsayable_ids
+    llama = ChatTokenizer(str(folder(tmp_path, LLAMA)))  # every special token is in use: a new one follows
+    assert llama.special_tokens()[llama.pad_id] == "<|rlchat_pad|>"
+    assert llama.pad_id == llama.vocab_size - 1
+
+
+def test_a_format_comes_back_from_its_state_and_is_part_of_the_fingerprint(
+    tmp_path: Path, own_tokenizer: ChatTokenizer
+) -> None:
+    again = ChatTokenizer.from_state(own_tokenizer.state())
+    assert (again.state(), again.fingerprint) == (own_tokenizer.state(), own_tokenizer.fingerprint)
+    kinder = ChatTokenizer(str(tokenizer_folder(tmp_path, tokenizer_json(), CHATML.replace("Be kind.", "Be kinder."))))
+    plain = ChatTokenizer(str(tokenizer_folder(tmp_path, tokenizer_json(), CHATML)))
+    own = ChatTokenizer(str(tmp_path), own_format=False)
+    assert len({kinder.fingerprint, plain.fingerprint, own.fingerprint}) == 3
+    assert own.vocab_size == plain.vocab_size + 5
+
+
+def test_a_template_with_a_thought_before_the_last_response(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(str(folder(tmp_path, LAST_THINKS)))
+    assert tokenizer.format.single_turn
+    user, reply = Message("user", "fox"), Message("assistant", "dog")
+    prompt, whole = tokenizer.render_prompt(Conversation((user,))), tokenizer.render(Conversation((user, reply)))
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    written = "<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.ids == theirs.encode(written).ids
+    assert whole.ids == theirs.encode(written + "<think>\n\n</think>\n\ndog<|im_end|>").ids
+    assert whole.ids[: len(prompt.ids)] == prompt.ids
+    assert whole.loss_mask.index(True) == len(prompt.ids)
+    thought = tokenizer.render(Conversation((user, Message("assistant", "<think>\nx\n</think>\n\ndog"))))
+    assert thought.ids == theirs.encode(written + "<think>\nx\n</think>\n\ndog<|im_end|>").ids
+    with pytest.raises(
+        UserError, match=r"writes a response differently once another message follows it.*user assistant"
+    ):
+        tokenizer.render_prompt(Conversation((user, reply, user)))
+
+
+def test_roles_that_a_template_does_not_have_are_refused(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(str(folder(tmp_path, GEMMA)))
+    with pytest.raises(UserError, match="has no system message; remove it"):
+        tokenizer.render_prompt(Conversation((Message("system", "a"), Message("user", "b"))))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (LLAMA2, "after a response, expected a special token"),
+        ("{{ messages[0]['content'] }}<|im_end|>", "repeats, moves or leaves out messages of user assistant"),
+        ("{{ raise_exception('no') }}", r"refuses a conversation of user \(no\)"),
+        (CHATML.replace("message['content']", "message['content'] | upper"), "repeats, moves or leaves out"),
+        (
+            CHATML.replace("message['content']", "message['content'] | replace('x', 'y')"),
+            r"depends on more than the role of a message: on \(.*'xxx.*it writes 'yyy.*where the table has 'xxx",
+        ),
+    ],
+)
+def test_a_template_that_no_table_can_replace_is_refused(tmp_path: Path, template: str, reason: str) -> None:
+    raw = tokenizer_json(special=("<bos>", "<eos>", "<|im_start|>", "<|im_end|>"))
+    tokenizer_folder(tmp_path, raw, template, bos_token="<bos>", eos_token="<eos>")
+    with pytest.raises(UserError, match=reason + ".*--model.chat_format rlchat"):
+        ChatTokenizer(str(tmp_path))
+    assert not ChatTokenizer(str(tmp_path), own_format=False).has_own_format
+
+
+def test_a_template_in_the_options_is_found(tmp_path: Path) -> None:
+    tokenizer_folder(tmp_path, tokenizer_json(), None, chat_template=[{"name": "default", "template": CHATML}])
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
+    assert ChatTokenizer(str(tmp_path)).format.start == "<|im_start|>system\nBe kind.<|im_end|>\n"
