@@ -35,7 +35,7 @@ def random_model(path: Path) -> Path:
     """A model file with the demo's shape and random weights."""
     torch.manual_seed(0)
     tokenizer = ChatTokenizer("rlchat_1k")
-    backbone = Backbone({**SHAPE, "num_attention_heads": 4}, tokenizer.vocab_size, 512, tokenizer.base_size)
+    backbone = Backbone({**SHAPE, "num_attention_heads": 4}, tokenizer.vocab_size, 512)
     save_bundle(path, PolicyBundle(new_policy(backbone, tokenizer), tokenizer, 512))
     return path
 

@@ -9,6 +9,7 @@ that training or chat relies on, an error names the model family and the propert
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,14 +18,19 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlchat.errors import UserError
 from rlchat.models.base_models import (
+    LogitsForm,
+    attention_name,
     config_from_json,
     configuration,
     from_config,
     hidden_width,
     is_tied,
+    logits_form,
+    one_line,
     pretrained,
 )
 from rlchat.models.causal_attention import causal_mask
+from rlchat.models.embeddings import rows_from
 from rlchat.models.families import EncoderFamily, encoder_families
 from rlchat.models.kv_cache import Cache, EncoderCache
 from rlchat.models.probe import probe
@@ -34,14 +40,24 @@ class Backbone(nn.Module):
     """Maps token ids to hidden states, causally.
 
     ``base_model`` is a hub name, a folder, or an inline configuration (``{"model_type": "llama", "hidden_size": 128,
-    …}``, random weights). A pretrained embedding is resized to the tokenizer's ``vocab_size``; its first ``kept_rows``
-    rows are kept (see :func:`rlchat.models.vocabulary.kept_rows`), the others are initialized randomly. Raises
-    :class:`UserError` for a model that cannot be loaded, has too few positions, or fails the probe.
+    …}``, random weights). The embedding of a pretrained one gets ``vocab_size`` rows, the tokenizer's: row i starts
+    from the rows ``rows[i]`` of the base model, or from random values where there are none (see
+    :func:`rlchat.models.vocabulary.plan_rows`). ``attention`` is an attention implementation of transformers; None is
+    sdpa, or eager where the family has no sdpa. Raises :class:`UserError` for a model that cannot be loaded, has too
+    few positions, or fails the probe.
     """
 
     _family: EncoderFamily | None  # None for a decoder
+    logits_form: LogitsForm  # what becomes of the product of hidden states and head_weight
 
-    def __init__(self, base_model: str | dict[str, Any], vocab_size: int, max_length: int, kept_rows: int = 0) -> None:
+    def __init__(
+        self,
+        base_model: str | dict[str, Any],
+        vocab_size: int,
+        max_length: int,
+        rows: Sequence[Sequence[int]] | None = None,
+        attention: str | None = None,
+    ) -> None:
         super().__init__()
         config = configuration(base_model, vocab_size, max_length)
         if getattr(config, "is_encoder_decoder", False):
@@ -51,10 +67,13 @@ class Backbone(nn.Module):
             )
         self._family = encoder_families().get(config.model_type)
         if isinstance(base_model, str):
-            self.transformer, head = pretrained(base_model, config)
-            self._fit_vocabulary(head, vocab_size, kept_rows)
+            base = pretrained(base_model, config, attention)
+            self.transformer, self.logits_form = base.trunk, base.form
+            self._fit_vocabulary(base.head, rows or [()] * vocab_size)
         else:
-            self._build(config)
+            self._build(config, attention)
+            self.logits_form = logits_form(config)
+        self.transformer.config.rlchat_logits = list(self.logits_form)
         _trim(self.transformer)
         probe(self, max_length)
 
@@ -65,39 +84,55 @@ class Backbone(nn.Module):
         nn.Module.__init__(backbone)
         config = config_from_json(text)
         backbone._family = encoder_families().get(config.model_type)
+        # Model files of version 1 do not have it: their models were trained without scale, cap and bias.
+        backbone.logits_form = LogitsForm(*getattr(config, "rlchat_logits", ()))
         backbone._build(config)
         _trim(backbone.transformer)
         return backbone
+
+    def set_attention(self, attention: str) -> None:
+        """Changes the attention implementation. Raises :class:`UserError` where the family does not have it."""
+        config = self.transformer.config
+        try:
+            self.transformer.set_attn_implementation(attention_name(config, attention) or attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"invalid value {attention!r} for attn_implementation: {config.model_type} cannot run with it "
+                f"({one_line(error)})"
+            ) from error
 
     def config_json(self) -> str:
         """The shape of the backbone, for :meth:`from_config_json`."""
         return self.transformer.config.to_json_string(use_diff=False)
 
-    def _build(self, config: PretrainedConfig) -> None:
-        self.transformer = from_config(config)
+    def _build(self, config: PretrainedConfig, attention: str | None = None) -> None:
+        self.transformer = from_config(config, attention)
         self.head = None if is_tied(self.transformer) else self._new_head()
 
     def _new_head(self) -> nn.Linear:
-        head = nn.Linear(self.hidden_size, self.vocab_size, bias=False)
+        bias = hasattr(self, "logits_form") and self.logits_form.bias
+        head = nn.Linear(self.hidden_size, self.vocab_size, bias=bias)
         nn.init.normal_(head.weight, std=_initial_std(self.transformer.config))
+        if bias:
+            nn.init.zeros_(head.bias)
         return head
 
-    def _fit_vocabulary(self, head: nn.Linear | None, vocab_size: int, kept_rows: int) -> None:
-        """Resizes embeddings and head to the tokenizer's ids.
-
-        The first ``kept_rows`` rows are kept, the others are initialized randomly.
-        """
-        config = self.transformer.config
-        self.transformer.resize_token_embeddings(vocab_size, mean_resizing=False)
-        std = _initial_std(config)
+    def _fit_vocabulary(self, head: nn.Linear | None, rows: Sequence[Sequence[int]]) -> None:
+        """Replaces the rows of embedding and head by those that ``rows`` names, one for each id of the tokenizer."""
+        std = _initial_std(self.transformer.config)
+        new = rows_from(_embedding_weight(self.transformer), rows, std)
+        self.transformer.resize_token_embeddings(len(rows), mean_resizing=False)
         with torch.no_grad():
-            _embedding_weight(self.transformer)[kept_rows:].normal_(std=std)
+            _embedding_weight(self.transformer).copy_(new)
         self.head = None
-        if head is not None or not is_tied(self.transformer):
-            self.head = self._new_head()
-            if head is not None and kept_rows:
-                with torch.no_grad():
-                    self.head.weight[:kept_rows] = head.weight[:kept_rows]
+        if head is None and is_tied(self.transformer):
+            return
+        self.head = self._new_head()
+        if head is not None:
+            with torch.no_grad():
+                self.head.weight.copy_(rows_from(head.weight, rows, std))
+                if self.head.bias is not None:
+                    self.head.bias.copy_(rows_from(head.bias, rows, 0.0))
 
     @property
     def is_encoder(self) -> bool:
@@ -118,6 +153,11 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """The device of the embedding matrix."""
         return _embedding_weight(self.transformer).device
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[vocabulary]: the bias of the policy head, where the base model has one."""
+        return None if self.head is None else self.head.bias
 
     @property
     def head_weight(self) -> Tensor:

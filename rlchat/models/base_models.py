@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,6 +21,27 @@ from rlchat.models.causal_attention import ATTENTION_NAME
 from rlchat.models.families import encoder_families
 
 T = TypeVar("T")
+
+
+class LogitsForm(NamedTuple):
+    """What a family does to the product of hidden states and output matrix: ``cap * tanh(scale * logits / cap)``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    bias: bool = False  # whether the output layer adds a bias
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """``logits`` [..., vocabulary] as the family gives them."""
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class Pretrained(NamedTuple):
+    """A loaded base model: its trunk, the output layer where it is not tied to the embeddings, and its logits."""
+
+    trunk: PreTrainedModel
+    head: nn.Linear | None
+    form: LogitsForm
 
 
 def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length: int) -> PretrainedConfig:
@@ -54,33 +75,63 @@ def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length:
     return config
 
 
-def from_config(config: PretrainedConfig) -> PreTrainedModel:
-    """An untrained model with the shape of ``config``. Raises :class:`UserError` if it cannot be built."""
+def from_config(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    """An untrained model of the shape of ``config``. Raises :class:`UserError` where it cannot be built."""
     try:
-        model = AutoModel.from_config(config, attn_implementation=attention_name(config))
+        model = AutoModel.from_config(config, attn_implementation=attention_name(config, attention))
     except (TypeError, ValueError, AttributeError, AssertionError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"base_model: cannot build a {config.model_type} model: {one_line(error)}") from error
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def pretrained(name: str, config: PretrainedConfig) -> tuple[PreTrainedModel, nn.Linear | None]:
-    """The model without its head, and the output layer if it is not tied to the embeddings."""
-    attention = attention_name(config)
+def pretrained(name: str, config: PretrainedConfig, attention: str | None = None) -> Pretrained:
+    """The weights of the base model ``name`` in float32.
+
+    Raises :class:`UserError` where they cannot be loaded, are incomplete, or where its logits cannot be reproduced.
+    """
+    options: dict[str, Any] = {"attn_implementation": attention_name(config, attention), "dtype": torch.float32}
     if config.model_type in encoder_families() or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = _fetch(
-            name, lambda: AutoModel.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
-        )
-        return model, None
-    whole = _fetch(
-        name, lambda: AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
-    )
+        model, _ = _fetch(name, lambda: AutoModel.from_pretrained(name, output_loading_info=True, **options))
+        return Pretrained(model, None, LogitsForm())
+    loaded: Any = _fetch(name, lambda: AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options))
+    whole, report = loaded
     trunk, head = whole.base_model, whole.get_output_embeddings()
     assert isinstance(trunk, PreTrainedModel)
-    if is_tied(whole):
-        return trunk, None
-    assert isinstance(head, nn.Linear)
-    return trunk, head
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"base_model {name}: its weights lack {missing[0]} and {len(missing) - 1} more tensors of a "
+            f"{config.model_type} model; download it again"
+        )
+    form = logits_form(config)._replace(bias=getattr(head, "bias", None) is not None)
+    tied = is_tied(whole)
+    _check_logits(name, whole, trunk, form, head)
+    assert tied or isinstance(head, nn.Linear)
+    return Pretrained(trunk, None if tied else head, form)
+
+
+def logits_form(config: PretrainedConfig) -> LogitsForm:
+    """Scale and soft cap of the logits: ``logit_scale`` (Cohere), ``logits_scaling`` (Granite), Gemma's soft cap."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return LogitsForm(scale, None if not cap else float(cap))
+
+
+@torch.no_grad()
+def _check_logits(name: str, whole: Any, trunk: PreTrainedModel, form: LogitsForm, head: Any) -> None:
+    """Raises :class:`UserError` where ``whole`` computes other logits from the states of ``trunk`` than ``form``."""
+    ids = torch.arange(6)[None] % whole.config.vocab_size
+    whole.eval()
+    try:
+        theirs, hidden = whole(ids, use_cache=False).logits, trunk(ids, use_cache=False).last_hidden_state
+    except Exception:  # the probe of the backbone reports what fails
+        return
+    ours = form(nn.functional.linear(hidden, head.weight, getattr(head, "bias", None)))
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=0):
+        raise UserError(
+            f"base_model {name}: the output layer of the family {whole.config.model_type} computes its logits in a way "
+            f"that is not supported; choose another model"
+        )
 
 
 def config_from_json(text: str) -> PretrainedConfig:
@@ -97,9 +148,19 @@ def config_from_json(text: str) -> PretrainedConfig:
     return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
-def attention_name(config: PretrainedConfig) -> str:
-    """The attention implementation to request from transformers."""
-    return ATTENTION_NAME if config.model_type in encoder_families() else "sdpa"
+def attention_name(config: PretrainedConfig, asked: str | None = None) -> str | None:
+    """The attention implementation to ask transformers for; None lets it take sdpa, or eager where there is no sdpa.
+
+    Raises :class:`UserError` where ``asked`` cannot be used.
+    """
+    if config.model_type in encoder_families():
+        if asked is not None:
+            raise UserError(
+                f"invalid value {asked!r} for attn_implementation: {config.model_type} is an encoder, which runs with "
+                f"rlchat's causal attention; leave the option out"
+            )
+        return ATTENTION_NAME
+    return asked
 
 
 def hidden_width(config: PretrainedConfig) -> int:
@@ -142,15 +203,17 @@ def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> 
 
 
 def _fetch(name: str, load: Callable[[], T]) -> T:
+    """What ``load`` returns. Raises :class:`UserError` that says what failed."""
     try:
         return load()
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except OSError as error:
         if Path(name).is_dir():
-            raise UserError(
-                f"base_model {name}: the folder contains no model that transformers can load: {one_line(error)}"
-            ) from error
+            raise UserError(f"base_model {name}: the folder has no complete model: {one_line(error)}") from error
         raise UserError(
             f"base_model {name} is neither a folder nor a model that could be downloaded; connect to the network, pass "
             f"the path of a downloaded model, or an inline configuration such as "
             f"{{model_type: llama, hidden_size: 128}}"
         ) from error
+    except (ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        # An unknown family, an attention that the family lacks, tensors of another shape, code that is not trusted.
+        raise UserError(f"base_model {name}: transformers cannot load it: {one_line(error)}") from error

@@ -28,7 +28,8 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.files import write_atomically
 
 FORMAT = "rlchat-bundle"
-VERSION = 1
+VERSION = 2  # 1 has rlchat's own markers only, and no bias, scale or soft cap of logits
+_READABLE = (1, 2)
 Kind = Literal["policy", "reward"]
 _NAMES = {"policy": "a chat model", "reward": "a reward model"}
 _TYPES: dict[str, type] = {
@@ -155,10 +156,10 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise UserError(f"{path}: damaged, or not an rlchat model file; create it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not an rlchat model file; `rlchat fit` writes them to checkpoints/*.pt")
-    if content.get("version") != VERSION:
+        raise UserError(f"{path}: not a model file of rlchat; `rlchat fit` writes them to checkpoints/*.pt")
+    if content.get("version") not in _READABLE:
         found = content.get("version")
-        raise UserError(f"{path}: unsupported model file version {found}, expected {VERSION}; update rlchat")
+        raise UserError(f"{path}: a model file of version {found}, this rlchat reads 1 to {VERSION}; update rlchat")
     if missing := sorted(_TYPES.keys() - content.keys()):
         raise UserError(f"{path}: incomplete model file, {', '.join(missing)} missing; create it again")
     _check_types(content, _TYPES, path)

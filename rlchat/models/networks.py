@@ -57,7 +57,7 @@ class RLChatModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of the token that follows each of ``hidden`` [..., hidden]."""
-        logits = _linear_fp32(hidden, self.backbone.head_weight)
+        logits = self.backbone.logits_form(_linear_fp32(hidden, self.backbone.head_weight, self.backbone.head_bias))
         return logits.masked_fill(self.unsayable.bool(), _UNSAYABLE_LOGIT)
 
     def token_stats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
@@ -140,10 +140,13 @@ class Critic(nn.Module):
         return torch.squeeze_copy(_head_fp32(self.value_head, hidden), -1)  # FSDP2: forward must not return a view
 
 
-def _linear_fp32(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``hidden`` @ ``weight``.T in float32, also under autocast: in bfloat16 log-probs would be off by up to 0.25."""
+def _linear_fp32(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden`` @ ``weight``.T + ``bias`` in float32, also under autocast.
+
+    In bfloat16 log-probs would be off by up to 0.25.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), weight.float())
+        return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _head_fp32(head: nn.Module, hidden: Tensor) -> Tensor:

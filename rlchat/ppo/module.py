@@ -37,7 +37,7 @@ from rlchat.ppo.minibatches import local_minibatches, not_empty, shuffled_rows
 from rlchat.ppo.rollouts import Rollout
 from rlchat.ppo.state import saving_last_good, stop_run
 from rlchat.rewards import Reward
-from rlchat.training.initial_model import open_policy
+from rlchat.training.initial_model import ChatFormatName, base_options, open_policy
 from rlchat.training.options import Schedule
 
 
@@ -57,7 +57,8 @@ class PPOModule(ResumableModule):
 
     Args:
         base_model: a transformers model by name or path, or an inline configuration (random weights).
-        tiktoken_encoding: a tiktoken or packaged encoding by name, or the path of a rank file.
+        tiktoken_encoding: a tiktoken or packaged encoding by name, the path of a rank file, or a folder or model whose
+            tokenizer is converted exactly; by default the base model's own.
         max_length: the maximum number of tokens in a conversation, responses included.
         hidden_dim: units in the hidden layer of the value head; 0 for a linear head.
         init_from: the model file of an SFT model to start from instead of base_model.
@@ -108,6 +109,11 @@ class PPOModule(ResumableModule):
         lora_targets: the linear layers that get an adapter, such as [q_proj, v_proj]; by default all.
         train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
         gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
+        chat_format: own for the chat template of the base model, rlchat for rlchat's markers; by default own where the
+            base model has a template.
+        new_embeddings: start every row of the embedding from random values, not from the base model's tokens.
+        attn_implementation: an attention implementation of transformers, such as eager or sdpa; by default sdpa where
+            the model family has it.
     """
 
     stage = "ppo"
@@ -163,9 +169,12 @@ class PPOModule(ResumableModule):
         lora_targets: list[str] | None = None,
         train_layers: int | None = None,
         gradient_checkpointing: bool = False,
+        chat_format: ChatFormatName | None = None,
+        new_embeddings: bool = False,
+        attn_implementation: str | None = None,
     ) -> None:
         options = PPOConfig.of(locals())
-        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from)
+        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(locals()))
         super().__init__(bundle, options, reward or Reward())
         self.save_hyperparameters(ignore=["reward"])
 

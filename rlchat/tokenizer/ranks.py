@@ -94,3 +94,14 @@ def letter_bytes() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {**{chr(byte): byte for byte in printable}, **{chr(0x100 + i): byte for i, byte in enumerate(rest)}}
+
+
+def to_byte_letters(text: bytes) -> str:
+    """The inverse of :func:`from_byte_letters`."""
+    letters = _byte_letters()
+    return "".join(letters[byte] for byte in text)
+
+
+@functools.cache
+def _byte_letters() -> dict[int, str]:
+    return {byte: letter for letter, byte in letter_bytes().items()}

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
 from rlchat.models.networks import value_head
-from rlchat.models.vocabulary import kept_rows
+from rlchat.models.vocabulary import plan_rows
+from rlchat.tokenizer.base_files import tokenizer_files
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.own import own_encoding, own_format_of
+
+log = logging.getLogger("rlchat")
 
 DEFAULT_BASE_MODEL = "distilbert-base-uncased"
 DEFAULT_ENCODING = "cl100k_base"
 DEFAULT_MAX_LENGTH = 512
+
+ChatFormatName = Literal["own", "rlchat"]
 
 
 def open_policy(
@@ -22,24 +30,35 @@ def open_policy(
     max_length: int | None,
     hidden_dim: int | None,
     init_from: str | None,
+    *,
+    chat_format: ChatFormatName | None = None,
+    new_embeddings: bool = False,
+    attn_implementation: str | None = None,
 ) -> PolicyBundle:
     """A chat model from the model file ``init_from``, or a new one with the backbone ``base_model``.
 
     Raises:
-        UserError: if the other options contradict the model file.
+        UserError: if the other options contradict the model file, or the base model cannot be used.
     """
     if init_from is None:
-        tokenizer = ChatTokenizer(tiktoken_encoding or DEFAULT_ENCODING)
-        length = max_length or DEFAULT_MAX_LENGTH
+        tokenizer = open_tokenizer(base_model, tiktoken_encoding, chat_format)
         base_model = base_model or DEFAULT_BASE_MODEL
-        backbone = Backbone(base_model, tokenizer.vocab_size, length, kept_rows(base_model, tokenizer))
+        length = max_length or DEFAULT_MAX_LENGTH
+        plan = plan_rows(base_model, tokenizer, new_embeddings)
+        rows = None if plan is None else plan.sources
+        backbone = Backbone(base_model, tokenizer.vocab_size, length, rows, attn_implementation)
         return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
+    if new_embeddings or chat_format is not None:
+        option = "new_embeddings" if new_embeddings else "chat_format"
+        raise UserError(f"{option} applies to a new model, and init_from {init_from} is a trained one; leave it out")
     if base_model is not None:
         raise UserError(
             f"base_model and init_from {init_from} cannot be combined, because the model file contains a backbone; "
             f"set --model.base_model null, or leave out --model.init_from"
         )
     bundle = load_policy(init_from)
+    if attn_implementation is not None:
+        bundle.model.backbone.set_attention(attn_implementation)
     _check_encoding(init_from, bundle.tokenizer, tiktoken_encoding)
     if max_length is not None and max_length > bundle.max_length:
         raise UserError(
@@ -51,6 +70,38 @@ def open_policy(
         bundle.model.hidden_dim = hidden_dim
         bundle.model.value_head = value_head(bundle.model.backbone.hidden_size, hidden_dim)
     return bundle
+
+
+def base_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a new base model among ``arguments``, the local variables of a module's ``__init__``."""
+    return {name: arguments[name] for name in ("chat_format", "new_embeddings", "attn_implementation")}
+
+
+def open_tokenizer(
+    base_model: str | dict[str, Any] | None, tiktoken_encoding: str | None, chat_format: ChatFormatName | None = None
+) -> ChatTokenizer:
+    """The tokenizer that the options ask for: by default the base model's own, where it has tokenizer files.
+
+    Raises:
+        UserError: if ``chat_format`` is own and the encoding comes with none, or if the tokenizer or the chat template
+            of the base model cannot be reproduced exactly.
+    """
+    own_format = chat_format != "rlchat"
+    if tiktoken_encoding is not None:
+        tokenizer = ChatTokenizer(tiktoken_encoding, own_format)
+    elif isinstance(base_model, str) and (files := tokenizer_files(base_model)) is not None:
+        conversion = own_encoding(files)
+        log.info("%s: its own tokenizer under tiktoken: %s", base_model, conversion.summary())
+        encoding, form = own_format_of(files, conversion) if own_format else (conversion.encoding, None)
+        tokenizer = ChatTokenizer.of(encoding, form)
+    else:
+        tokenizer = ChatTokenizer(DEFAULT_ENCODING)
+    if chat_format == "own" and not tokenizer.has_own_format:
+        raise UserError(
+            f"invalid value 'own' for chat_format: the encoding {tokenizer.name} comes with no chat template; leave it "
+            f"out, or use the base model's own encoding"
+        )
+    return tokenizer
 
 
 def _check_encoding(path: str, tokenizer: ChatTokenizer, requested: str | None) -> None:

@@ -18,7 +18,7 @@ from rlchat.models.adapters import AdapterKind
 from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
-from rlchat.training.initial_model import open_policy
+from rlchat.training.initial_model import ChatFormatName, base_options, open_policy
 from rlchat.training.options import Schedule, SupervisedOptions
 
 _log = logging.getLogger("rlchat")
@@ -84,10 +84,11 @@ class RewardModelModule(StageModule):
 
     Args:
         base_model: a transformers model by name or path, or an inline configuration (random weights).
-        tiktoken_encoding: a tiktoken or packaged encoding by name, or the path of a rank file.
-        max_length: the maximum number of tokens in a conversation, responses included.
-        init_from: the model file of an SFT model whose backbone initializes the reward model, instead of base_model.
-        label_coef: the weight of the regression loss on quality labels, relative to the ranking loss.
+        tiktoken_encoding: a tiktoken or packaged encoding by name, the path of a rank file, or a folder or model whose
+            tokenizer is converted exactly; by default the base model's own.
+        max_length: the maximum number of tokens in a conversation, replies included.
+        init_from: the model file of an SFT model whose backbone to start from instead of base_model.
+        label_coef: the weight of the regression on quality labels beside the ranks.
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
@@ -100,6 +101,11 @@ class RewardModelModule(StageModule):
         lora_dropout: the dropout probability of the adapters' inputs in training.
         train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
         gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
+        chat_format: own for the chat template of the base model, rlchat for rlchat's markers; by default own where the
+            base model has a template.
+        new_embeddings: start every row of the embedding from random values, not from the base model's tokens.
+        attn_implementation: an attention implementation of transformers, such as eager or sdpa; by default sdpa where
+            the model family has it.
     """
 
     stage = "reward"
@@ -125,9 +131,12 @@ class RewardModelModule(StageModule):
         lora_dropout: float = 0.0,
         train_layers: int | None = None,
         gradient_checkpointing: bool = False,
+        chat_format: ChatFormatName | None = None,
+        new_embeddings: bool = False,
+        attn_implementation: str | None = None,
     ) -> None:
         options = SupervisedOptions.of(locals())
-        start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from)
+        start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from, **base_options(locals()))
         super().__init__(RewardModel(start.model.backbone), options, start.tokenizer, start.max_length)
         self.save_hyperparameters()
         self.label_coef = label_coef

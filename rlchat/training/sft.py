@@ -14,7 +14,7 @@ from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind
 from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
-from rlchat.training.initial_model import open_policy
+from rlchat.training.initial_model import ChatFormatName, base_options, open_policy
 from rlchat.training.options import Schedule, SupervisedOptions, check_room, positive_integers
 
 
@@ -23,7 +23,8 @@ class SFTModule(PolicyModule):
 
     Args:
         base_model: a transformers model by name or path, or an inline configuration (random weights).
-        tiktoken_encoding: a tiktoken or packaged encoding by name, or the path of a rank file.
+        tiktoken_encoding: a tiktoken or packaged encoding by name, the path of a rank file, or a folder or model whose
+            tokenizer is converted exactly; by default the base model's own.
         max_length: the maximum number of tokens in a conversation.
         hidden_dim: units in the hidden layer of the value head, which PPO trains; 0 for a linear head.
         init_from: a model file to start from instead of base_model.
@@ -43,6 +44,11 @@ class SFTModule(PolicyModule):
         lora_dropout: the dropout probability of the adapters' inputs in training.
         train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
         gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
+        chat_format: own for the chat template of the base model, rlchat for rlchat's markers; by default own where the
+            base model has a template.
+        new_embeddings: start every row of the embedding from random values, not from the base model's tokens.
+        attn_implementation: an attention implementation of transformers, such as eager or sdpa; by default sdpa where
+            the model family has it.
     """
 
     stage = "sft"
@@ -70,12 +76,15 @@ class SFTModule(PolicyModule):
         lora_dropout: float = 0.0,
         train_layers: int | None = None,
         gradient_checkpointing: bool = False,
+        chat_format: ChatFormatName | None = None,
+        new_embeddings: bool = False,
+        attn_implementation: str | None = None,
     ) -> None:
         options = SupervisedOptions.of(locals())
         positive_integers(max_new_tokens=max_new_tokens)
         if temperature != 0 and not 1e-6 <= temperature <= 1e6:
             raise UserError(f"invalid value {temperature} for temperature: expected 0 or a number from 1e-6 to 1e6")
-        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from)
+        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(locals()))
         sampling = Sampling(max_new_tokens or max(min(100, bundle.max_length // 2), 1), temperature)
         check_room(sampling.max_new_tokens, bundle.max_length)
         super().__init__(bundle, options, sampling, seed)

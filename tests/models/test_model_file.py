@@ -110,7 +110,9 @@ def test_a_policy_built_from_a_folder_saves_and_loads_unchanged(byte_tokenizer: 
         vocab_size=256, n_positions=16, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False, pad_token_id=0
     )
     GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path / "gpt2")
-    backbone = Backbone(str(tmp_path / "gpt2"), byte_tokenizer.vocab_size, 16, kept_rows=256)
+    backbone = Backbone(
+        str(tmp_path / "gpt2"), byte_tokenizer.vocab_size, 16, rows=[(token,) for token in range(256)] + [()] * 5
+    )
     bundle = PolicyBundle(new_policy(backbone, byte_tokenizer).eval(), byte_tokenizer, 16)
     save_bundle(tmp_path / "model.pt", bundle)
     for one, other in zip(outputs(load_policy(tmp_path / "model.pt")), outputs(bundle), strict=True):

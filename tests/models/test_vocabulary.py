@@ -1,131 +1,295 @@
-"""Embedding rows of a base model are kept only if its tokenizer files contain the tokens of the encoding."""
+"""Rows of a base model's embedding by the bytes of the tokens, and what becomes of the rest."""
 
 from __future__ import annotations
 
 import json
-import logging
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiktoken
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from helpers.hf_tokenizers import CHATML, CORPUS, LLAMA3, tokenizer_folder, tokenizer_json
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from rlchat.models.vocabulary import kept_rows
+from rlchat.conversation import Conversation, Message
+from rlchat.errors import UserError
+from rlchat.models.embeddings import rows_from
+from rlchat.models.model_file import load_policy, save_bundle
+from rlchat.models.vocabulary import AVERAGE, plan_rows
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
-from rlchat.tokenizer.ranks import format_ranks
-from rlchat.training.initial_model import open_policy
+from rlchat.tokenizer.ranks import from_byte_letters
+from rlchat.training.initial_model import open_policy, open_tokenizer
 
-RANKS = {**{bytes([i]): i for i in range(256)}, b" t": 256, b"he": 257, " é".encode(): 258}
-# The same tokens in the spelling of byte-level vocabularies: bytes without a printable letter follow from U+0100 on.
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-LETTERS = [chr(byte) if byte in PRINTABLE else chr(256 + OTHERS.index(byte)) for byte in range(256)]
-SPELLED = {**{letter: byte for byte, letter in enumerate(LETTERS)}, "Ġt": 256, "he": 257, "ĠÃ©": 258}
+SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> ChatTokenizer:
-    (tmp_path / "mine.tiktoken").write_bytes(format_ranks(RANKS))
-    return ChatTokenizer(str(tmp_path / "mine.tiktoken"))
-
-
-def model_folder(folder: Path, vocab_size: int = 259, **files: Any) -> str:
-    """A llama's folder; a file whose content is None is left out, a dict is written as JSON."""
-    folder.mkdir()
-    LlamaConfig(vocab_size=vocab_size, hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
-        folder
+def base_model(
+    folder: Path, raw: dict[str, Any], template: str | None = CHATML, rows: int = 450, **more: Any
+) -> LlamaForCausalLM:
+    """A small Llama with a tokenizer in ``folder``; its embedding has more rows than the tokenizer has ids."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{**SHAPE, "vocab_size": rows, "max_position_embeddings": 64, "initializer_range": 0.3, **more}
     )
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    return str(folder)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    tokenizer_folder(folder, raw, template)
+    return model
 
 
-def bpe(vocabulary: dict[str, int], *added: dict[str, Any]) -> dict[str, Any]:
-    return {"added_tokens": list(added), "model": {"type": "BPE", "vocab": vocabulary}}
+def shuffled(raw: dict[str, Any]) -> dict[str, Any]:
+    vocabulary = raw["model"]["vocab"]
+    ids = list(vocabulary.values())
+    random.Random(1).shuffle(ids)
+    raw["model"]["vocab"] = dict(zip(vocabulary, ids, strict=True))
+    return raw
 
 
-@pytest.mark.parametrize("files", [{"tokenizer": bpe(SPELLED)}, {"vocab": SPELLED}], ids=["tokenizer", "vocab"])
-def test_rows_of_the_same_tokens_are_kept(tokenizer: ChatTokenizer, tmp_path: Path, files: dict[str, Any]) -> None:
-    assert kept_rows(model_folder(tmp_path / "model", **files), tokenizer) == 259
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("order", ["merges", "shuffled"])
+@torch.no_grad()
+def test_the_own_vocabulary_gives_the_logits_of_the_base_model(tmp_path: Path, tied: bool, order: str) -> None:
+    raw = tokenizer_json(LLAMA3)
+    whole = base_model(tmp_path, shuffled(raw) if order == "shuffled" else raw, tie_word_embeddings=tied)
+    bundle = open_policy(str(tmp_path), None, 64, None, None)
+    model, tokenizer = bundle.model.eval(), bundle.tokenizer
+    assert tokenizer.has_own_format
+    ids = tokenizer.render_prompt(Conversation((Message("user", CORPUS[0]),))).ids[:60]
+    from rlchat.tokenizer.convert import convert
+
+    moved = convert(raw, "own").moved
+    back = {new: old for old, new in moved.items()}
+    assert bool(back) == (order == "shuffled")
+    theirs = whole(torch.tensor([[back.get(token, token) for token in ids]])).logits
+    ours = model.logits(model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)))
+    said = [token for token in range(tokenizer.vocab_size) if token not in tokenizer.unsayable_ids]
+    expected = theirs[..., [back.get(token, token) for token in said]]
+    torch.testing.assert_close(ours[..., said], expected, atol=1e-5, rtol=0)
 
 
-SWAPPED = {**SPELLED, "Ġt": 257, "he": 256}
+@torch.no_grad()
+def test_a_model_file_keeps_vocabulary_format_and_logits(tmp_path: Path) -> None:
+    base_model(tmp_path / "base", tokenizer_json(LLAMA3))
+    bundle = open_policy(str(tmp_path / "base"), None, 64, None, None)
+    save_bundle(tmp_path / "own.pt", bundle)
+    again = load_policy(tmp_path / "own.pt")
+    assert again.tokenizer.state() == bundle.tokenizer.state()
+    assert again.tokenizer.fingerprint == bundle.tokenizer.fingerprint
+    ids = torch.tensor([again.tokenizer.encode("the fox")])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    bundle.model.eval()
+    assert torch.equal(again.model.logits(again.model(ids, mask)), bundle.model.logits(bundle.model(ids, mask)))
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"tokenizer": bpe(SWAPPED)}, "2 of them differ"),
-        ({"vocab": {**SPELLED, "ĠÃ©": 300}}, "1 of them differ"),
-        (
-            {"tokenizer": bpe({k: v for k, v in SPELLED.items() if v < 258}, {"id": 258, "content": "</s>"})},
-            "1 of them",
-        ),
-        ({"tokenizer": bpe({"▁the": 0})}, "no byte-level tokenizer.json or vocab.json"),
-        ({"tokenizer": {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}}, "no byte-level tokenizer.json"),
-        ({"tokenizer": "not JSON"}, "no byte-level tokenizer.json"),
-        ({}, "no byte-level tokenizer.json or vocab.json that could show whether they are the same"),
-    ],
-    ids=["swapped", "another id", "special", "sentencepiece", "unigram", "damaged", "none"],
-)
-def test_an_equal_number_of_different_tokens_is_reinitialized_with_a_warning(
-    tokenizer: ChatTokenizer,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    files: dict[str, Any],
-    message: str,
-) -> None:
-    with caplog.at_level(logging.WARNING, "rlchat"):
-        assert kept_rows(model_folder(tmp_path / "model", **files), tokenizer) == 0
-    (record,) = caplog.records
-    assert message in record.getMessage()
-    assert record.getMessage().endswith("the embeddings are initialized randomly")
+@torch.no_grad()
+def test_a_head_with_a_bias_keeps_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    raw = tokenizer_json(LLAMA3)
+    whole = PhiForCausalLM(PhiConfig(**SHAPE, vocab_size=450, max_position_embeddings=64)).eval()
+    whole.lm_head.bias.normal_()
+    whole.save_pretrained(tmp_path)
+    tokenizer_folder(tmp_path, raw)
+    bundle = open_policy(str(tmp_path), None, 64, None, None)
+    ids = torch.tensor([bundle.tokenizer.encode(CORPUS[0])[:20]])
+    ours = bundle.model.eval().logits(bundle.model(ids, torch.ones_like(ids, dtype=torch.bool)))
+    torch.testing.assert_close(ours[..., :400], whole(ids).logits[..., :400], atol=1e-5, rtol=0)
+    save_bundle(tmp_path / "own.pt", bundle)
+    again = load_policy(tmp_path / "own.pt").model
+    assert torch.equal(again.logits(again(ids, torch.ones_like(ids, dtype=torch.bool))), ours)
 
 
-def test_a_different_number_of_tokens_is_reinitialized(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    assert kept_rows(model_folder(tmp_path / "model", vocab_size=260, vocab=SPELLED), tokenizer) == 0
-    assert kept_rows({"model_type": "llama"}, tokenizer) == 0
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+@torch.no_grad()
+def test_scale_and_soft_cap_of_logits_are_those_of_the_family(tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    more: dict[str, Any] = {
+        "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 4.0},
+    }[family]
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(
+        family,
+        **SHAPE,
+        num_key_value_heads=2,
+        vocab_size=450,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        **ids,
+        **more,
+    )
+    whole = AutoModelForCausalLM.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer_folder(tmp_path, tokenizer_json(LLAMA3))
+    bundle = open_policy(str(tmp_path), None, 64, None, None)
+    tokens = torch.tensor([bundle.tokenizer.encode(CORPUS[0])[:20]])
+    ours = bundle.model.eval().logits(bundle.model(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+    torch.testing.assert_close(ours[..., :400], whole(tokens).logits[..., :400], atol=1e-4, rtol=0)
 
 
-def test_special_tokens_of_the_encoding_are_compared_by_their_spelling(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoding = tiktoken.Encoding("one", pat_str=".", mergeable_ranks=RANKS, special_tokens={"<|end|>": 259})
-    monkeypatch.setattr("tiktoken.list_encoding_names", lambda: ["one"])
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
-    tokenizer = ChatTokenizer("one")
-    same = model_folder(tmp_path / "same", 260, tokenizer=bpe(SPELLED, {"id": 259, "content": "<|end|>"}))
-    other = model_folder(tmp_path / "other", 260, tokenizer=bpe(SPELLED, {"id": 259, "content": "<|pad|>"}))
-    assert kept_rows(same, tokenizer) == 260
-    assert kept_rows(other, tokenizer) == 0
+def test_another_vocabulary_is_matched_by_bytes_pieces_and_roles(tmp_path: Path) -> None:
+    raw = tokenizer_json(LLAMA3)
+    base_model(tmp_path, raw)
+    vocabulary = raw["model"]["vocab"]
+    tokenizer = ChatTokenizer("rlchat_1k")
+    plan = plan_rows(str(tmp_path), tokenizer)
+    assert plan is not None
+    assert len(plan.sources) == tokenizer.vocab_size
+    names = {number: name for name, number in vocabulary.items()}
+    known = {from_byte_letters(name) for name in vocabulary}
+    letters = [tokenizer.encode(letter)[0] for letter in "ax!"]
+    assert [plan.sources[token] for token in letters] == [(vocabulary[letter],) for letter in "ax!"]
+    several = {token: source for token, source in enumerate(plan.sources[:-5]) if len(source) > 1}
+    assert len(several) == plan.composed > 100
+    for token, source in several.items():
+        text = tokenizer.token_bytes(token)
+        assert b"".join(from_byte_letters(names[piece]) for piece in source) == text
+        assert text not in known
+    start, end, nothing = (raw["added_tokens"][n]["id"] for n in (1, 2, 0))
+    pad, system, user, assistant, ends = plan.sources[-5:]
+    assert (ends, pad) == ((end,), (end,))
+    assert user == (start, *ids_of(raw, "user\n"))
+    assert assistant == (start, *ids_of(raw, "assistant\n"))
+    assert system == (start, *ids_of(raw, "system\n"))
+    assert (plan.copied, plan.by_role) == (sum(len(s) == 1 for s in plan.sources[:-5]), 5)
+    assert plan.copied + plan.composed == tokenizer.base_size
+    assert nothing not in {token for source in plan.sources for token in source}
 
 
-@pytest.mark.parametrize(("name", "kept"), [("gpt2", 50257), ("cl100k_base", 0)])
+def ids_of(raw: dict[str, Any], text: str) -> list[int]:
+    from helpers.hf_tokenizers import reference
+
+    return list(reference(raw).encode(text).ids)
+
+
+def test_rows_from_pieces_have_the_norm_of_the_pieces() -> None:
+    old = torch.tensor([[3.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
+    new = rows_from(old, [(2,), (0, 1), AVERAGE], std=1.0)
+    assert torch.equal(new[0], old[2])
+    # The mean of (3, 0) and (0, 5) is (1.5, 2.5), of norm 2.915; the norms of the two have the mean 4.
+    torch.testing.assert_close(new[1], torch.tensor([1.5, 2.5]) * 4 / 2.9154759)
+    torch.testing.assert_close(new[2], torch.tensor([4 / 3, 2.0]))
+
+
+def test_wordpiece_is_transplanted(tmp_path: Path) -> None:
+    raw = tokenizer_json(LLAMA3)
+    vocabulary = ["[PAD]", "[UNK]", "[SEP]", "the", "##s", "a", "##he", "t", "bad"]
+    raw.update(
+        added_tokens=[
+            {**raw["added_tokens"][0], "content": name, "id": number} for number, name in enumerate(vocabulary[:3])
+        ],
+        normalizer={"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True},
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        decoder=None,
+        model={
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {name: number for number, name in enumerate(vocabulary)},
+        },
+    )
+    base_model(tmp_path, raw, None, rows=9)
+    tokenizer = ChatTokenizer("rlchat_1k")
+    plan = plan_rows(str(tmp_path), tokenizer)
+    assert plan is not None
+    (the,), (s,), (a,) = (tokenizer.encode(text) for text in (" the", "s", " a"))
+    assert [plan.sources[token] for token in (the, s, a)] == [(3,), (4,), (5,)]
+    assert plan.sources[tokenizer.encode("\n")[0]] == AVERAGE
+    assert (plan.sources[tokenizer.end_id], plan.sources[tokenizer.pad_id]) == ((2,), (0,))
+    with pytest.raises(UserError, match="a WordPiece model; only byte-level BPE"):
+        open_tokenizer(str(tmp_path), None)
+
+
+def test_embeddings_start_anew_only_on_request(tmp_path: Path) -> None:
+    model = base_model(tmp_path, tokenizer_json(LLAMA3))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer files.*set --model.new_embeddings true"):
+        open_policy(str(tmp_path), "rlchat_1k", 64, None, None)
+    policy = open_policy(str(tmp_path), "rlchat_1k", 64, None, None, new_embeddings=True).model
+    old, new = model.get_input_embeddings().weight, policy.backbone.transformer.get_input_embeddings().weight
+    assert isinstance(old, torch.Tensor)
+    assert isinstance(new, torch.Tensor)
+    assert not torch.equal(old[:100], new[:100])
+    assert plan_rows({"model_type": "llama"}, ChatTokenizer("rlchat_1k")) is None
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    base_model(tmp_path, tokenizer_json(LLAMA3), rows=300)
+    with pytest.raises(UserError, match="has ids up to 402, but its embedding has 300 rows"):
+        open_policy(str(tmp_path), None, 64, None, None)
+
+
+def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
+    base_model(tmp_path, tokenizer_json(LLAMA3))
+    (tmp_path / "tokenizer.json").write_text("not JSON")
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
+        open_policy(str(tmp_path), None, 64, None, None)
+
+
+def test_weights_that_lack_a_tensor_or_have_another_shape_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base_model(tmp_path, tokenizer_json(LLAMA3))
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    without = {key: value for key, value in state.items() if key != name}
+    for changed, message in ((without, f"lack {name}"), ({**state, name: torch.zeros(3, 16)}, "cannot load it")):
+        save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            open_policy(str(tmp_path), None, 64, None, None)
+
+
+def test_the_chat_format_can_be_chosen(tmp_path: Path) -> None:
+    base_model(tmp_path, tokenizer_json(LLAMA3))
+    assert open_tokenizer(str(tmp_path), None, "rlchat").format.name == "rlchat"
+    assert open_tokenizer(str(tmp_path), "rlchat_1k").format.name == "rlchat"
+    with pytest.raises(UserError, match="invalid value 'own' for chat_format"):
+        open_tokenizer(str(tmp_path), "rlchat_1k", "own")
+    assert open_tokenizer({"model_type": "llama"}, "rlchat_1k").name == "rlchat_1k"
+
+
+def test_an_attention_implementation_that_does_not_exist(tmp_path: Path) -> None:
+    base_model(tmp_path, tokenizer_json(LLAMA3))
+    policy = open_policy(str(tmp_path), None, 64, None, None, attn_implementation="eager")
+    assert policy.model.backbone.transformer.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match=r"transformers cannot load it: .*fast"):
+        open_policy(str(tmp_path), None, 64, None, None, attn_implementation="fast")
+    with pytest.raises(UserError, match="invalid value 'fast' for attn_implementation: llama cannot run with it"):
+        policy.model.backbone.set_attention("fast")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("gpt2", True), ("cl100k_base", False)])
 def test_gpt2_without_tokenizer_files_is_kept_under_its_own_encoding_only(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-    kept: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, kept: bool
 ) -> None:
-    ranks = {**RANKS, **{b"token%d" % i: i for i in range(259, 50257)}}
+    ranks = {**{bytes([i]): i for i in range(256)}, **{b"token%d" % i: i for i in range(256, 50257)}}
     encoding = tiktoken.Encoding(name, pat_str=".", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
     GPT2Config(vocab_size=50257).save_pretrained(tmp_path / "model")
-    with caplog.at_level(logging.WARNING, "rlchat"):
-        assert kept_rows(str(tmp_path / "model"), ChatTokenizer(name)) == kept
-    assert ("kept as those of GPT-2" in caplog.text) == bool(kept)
+    if kept:
+        plan = plan_rows(str(tmp_path / "model"), ChatTokenizer(name))
+        assert plan is not None
+        assert plan.sources[:3] == ((0,), (1,), (2,))
+        assert plan.copied == 50257
+        assert "kept as those of GPT-2" in caplog.text
+    else:
+        with pytest.raises(UserError, match="has no tokenizer files"):
+            plan_rows(str(tmp_path / "model"), ChatTokenizer(name))
 
 
-@pytest.mark.parametrize(("vocabulary", "same"), [(SPELLED, True), (SWAPPED, False)])
-def test_a_new_policy_keeps_rows_only_for_equal_tokens(
-    tmp_path: Path, tokenizer: ChatTokenizer, vocabulary: dict[str, int], same: bool
-) -> None:
-    folder = model_folder(tmp_path / "model", vocab=vocabulary)
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder, intermediate_size=8))
-    model.save_pretrained(folder)
-    policy = open_policy(folder, str(tmp_path / "mine.tiktoken"), 16, None, None).model
-    assert torch.equal(policy.backbone.head_weight[:259], model.lm_head.weight) == same
+def test_an_old_layout_of_files_is_read(tmp_path: Path) -> None:
+    """GPT-2's own: vocab.json and merges.txt."""
+    raw = tokenizer_json(None)
+    GPT2Config(vocab_size=450).save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"] | {"<|endoftext|>": 400}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(m) for m in raw["model"]["merges"])]))
+    plan = plan_rows(str(tmp_path), ChatTokenizer("rlchat_1k"))
+    assert plan is not None
+    (a,) = ChatTokenizer("rlchat_1k").encode("a")
+    assert plan.sources[a] == (raw["model"]["vocab"]["a"],)
