@@ -159,7 +159,7 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
         raise UserError(f"{path}: not a model file of rlchat; `rlchat fit` writes them to checkpoints/*.pt")
     if content.get("version") not in _READABLE:
         found = content.get("version")
-        raise UserError(f"{path}: a model file of version {found}, this rlchat reads 1 to {VERSION}; update rlchat")
+        raise UserError(f"{path}: unsupported model file version {found}, expected 1 or {VERSION}; update rlchat")
     if missing := sorted(_TYPES.keys() - content.keys()):
         raise UserError(f"{path}: incomplete model file, {', '.join(missing)} missing; create it again")
     _check_types(content, _TYPES, path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlchat.conversation import Conversation, Message

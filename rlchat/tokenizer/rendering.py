@@ -16,13 +16,14 @@ class Rendered:
 
     ``loss_mask[t]`` is True where ``ids[t]`` belongs to an assistant message to be learned, its end marker included.
     ``dropped`` counts the messages left out on the left, ``cut`` the tokens removed from a message that alone was too
-    long.
+    long. ``response_cut`` is True for a response that was cut and closed, see :meth:`ChatTokenizer.render_response`.
     """
 
     ids: list[int]
     loss_mask: list[bool]
     dropped: int = 0
     cut: int = 0
+    response_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
