@@ -156,7 +156,7 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise UserError(f"{path}: damaged, or not an rlchat model file; create it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a model file of rlchat; `rlchat fit` writes them to checkpoints/*.pt")
+        raise UserError(f"{path}: not an rlchat model file; `rlchat fit` writes them to checkpoints/*.pt")
     if content.get("version") not in _READABLE:
         found = content.get("version")
         raise UserError(f"{path}: unsupported model file version {found}, expected 1 or {VERSION}; update rlchat")

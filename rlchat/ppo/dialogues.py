@@ -67,7 +67,7 @@ class Dialogue:
         assert self.reply is not None
         following, *later = self.later_prompts
         turn = tuple(m for m in following.messages[self.recorded_messages :] if m.role != "assistant")
-        # A truncated response has no end marker. It is added here, and does not count as sampled.
+        # A truncated response has no end marker. It is added here and does not count as sampled.
         ids = tokenizer.render_turn(turn, self.reply.ended)
         if len(self.ids) + len(ids) > most_ids:
             return False

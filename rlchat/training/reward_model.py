@@ -86,9 +86,9 @@ class RewardModelModule(StageModule):
         base_model: a transformers model by name or path, or an inline configuration (random weights).
         tiktoken_encoding: a tiktoken or packaged encoding by name, the path of a rank file, or a folder or model whose
             tokenizer is converted exactly; by default the base model's own.
-        max_length: the maximum number of tokens in a conversation, replies included.
-        init_from: the model file of an SFT model whose backbone to start from instead of base_model.
-        label_coef: the weight of the regression on quality labels beside the ranks.
+        max_length: the maximum number of tokens in a conversation, responses included.
+        init_from: the model file of an SFT model whose backbone initializes the reward model, instead of base_model.
+        label_coef: the weight of the regression loss on quality labels, relative to the ranking loss.
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.

@@ -329,7 +329,7 @@ def test_a_reloaded_backbone_has_the_shape_in_its_json(tmp_path: Path) -> None:
         assert twin.vocab_size == 35
 
 
-def test_half_precision_weights_are_trained_in_full(tmp_path: Path) -> None:
+def test_half_precision_weights_are_trained_in_float32(tmp_path: Path) -> None:
     backbone = Backbone(saved(llama().bfloat16(), tmp_path), 35, POSITIONS, rows=KEPT)
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
     twin = Backbone.from_config_json(backbone.config_json())
