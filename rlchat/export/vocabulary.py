@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlchat.tokenizer.chat_tokenizer import MARKERS, ChatTokenizer, parse_ranks
+from rlchat.tokenizer.chat_format import MARKERS
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import parse_ranks
 
 # rlchat's own chat format, as ChatTokenizer.render writes it.
 _OWN_TEMPLATE = (

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from rlchat.export.tokenizer_json import oniguruma, tokenizer_json
 from rlchat.export.vocabulary import Vocabulary, spell
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer, from_byte_letters
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.ranks import from_byte_letters
 
 PIECES = (
     *(
