@@ -18,6 +18,8 @@ from rlchat import ChatInterface
 from rlchat.cli.recipes import recipes
 from rlchat.models.model_file import load_policy
 
+NEW_EMBEDDINGS = ["--model.new_embeddings", "true"]  # the tiny model has no tokenizer
+
 
 def tiny_distilbert(folder: Path) -> str:
     """A small model of the architecture of ``distilbert-base-uncased``, without a download."""
@@ -34,7 +36,7 @@ def test_every_recipe_runs(name: str, workplace: Path, trained: Path) -> None:
     shutil.copytree(trained / "data", "data")
     words = ["fit", "--config", name, "--trainer.fast_dev_run=1", "--data.path", "data/demo.jsonl"]
     if name == "sft":  # this recipe downloads its base model
-        words += ["--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:]]
+        words += ["--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:], *NEW_EMBEDDINGS]
     if name == "ppo":  # its max_new_tokens is too large for the tiny model
         words += ["--model.max_new_tokens", "16"]
     before = {path: path.stat().st_mtime for path in Path("checkpoints").iterdir()}
@@ -48,7 +50,8 @@ def test_the_three_stages_on_an_encoder(workplace: Path) -> None:
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     brief = ["--data.path", "pairs.jsonl", "--data.batch_size=4", "--trainer.max_epochs=1"]
     brief += ["--trainer.limit_train_batches=1", "--trainer.val_check_interval=1.0"]
-    rlchat("fit", "--config", "sft", *brief, "--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:])
+    words = ["--model.base_model", tiny_distilbert(workplace / "distilbert"), *TINY[2:], *NEW_EMBEDDINGS]
+    rlchat("fit", "--config", "sft", *brief, *words)
     rlchat("fit", "--config", "reward", *brief)
     rlchat("fit", "--config", "ppo", *brief, "--model.max_new_tokens", "8")
     names = {"sft_model", "reward_model", "rl_chat_model_tiktoken"}

@@ -120,8 +120,8 @@ def _train(options: argparse.Namespace) -> None:
     texts = _texts(options.data, None if options.lang == "any" else options.lang, options.on_bad_line)
 
     ranks = train_ranks(iter(texts), options.vocab_size, progress=sys.stderr.isatty())
-    sidecar(output).unlink(missing_ok=True)  # of an earlier file of this name, with another pattern
     write_atomically(output, lambda file: file.write(format_ranks(ranks)))
+    sidecar(output).unlink(missing_ok=True)  # of an earlier file of this name, with another pattern
 
     size = sum(len(text.encode()) for text in texts)
     few = " (the data has no more pairs)" if len(ranks) < options.vocab_size else ""

@@ -204,6 +204,8 @@ def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> 
 
 def _fetch(name: str, load: Callable[[], T]) -> T:
     """What ``load`` returns. Raises :class:`UserError` that says what failed."""
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise UserError(f"base_model {name}: the folder contains no config.json, expected a model of transformers")
     try:
         return load()
     except OSError as error:

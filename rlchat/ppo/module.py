@@ -37,8 +37,8 @@ from rlchat.ppo.minibatches import local_minibatches, not_empty, shuffled_rows
 from rlchat.ppo.rollouts import Rollout
 from rlchat.ppo.state import saving_last_good, stop_run
 from rlchat.rewards import Reward
-from rlchat.training.initial_model import ChatFormatName, base_options, open_policy
-from rlchat.training.options import Schedule
+from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.options import ChatFormatName, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class PPOModule(ResumableModule):
         attn_implementation: str | None = None,
     ) -> None:
         options = PPOConfig.of(locals())
-        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(locals()))
+        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(options))
         super().__init__(bundle, options, reward or Reward())
         self.save_hyperparameters(ignore=["reward"])
 

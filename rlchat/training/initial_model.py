@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
@@ -14,14 +13,13 @@ from rlchat.models.vocabulary import plan_rows
 from rlchat.tokenizer.base_files import tokenizer_files
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.own import own_encoding, own_format_of
+from rlchat.training.options import ChatFormatName, StageOptions
 
 log = logging.getLogger("rlchat")
 
 DEFAULT_BASE_MODEL = "distilbert-base-uncased"
 DEFAULT_ENCODING = "cl100k_base"
 DEFAULT_MAX_LENGTH = 512
-
-ChatFormatName = Literal["own", "rlchat"]
 
 
 def open_policy(
@@ -72,9 +70,13 @@ def open_policy(
     return bundle
 
 
-def base_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a new base model among ``arguments``, the local variables of a module's ``__init__``."""
-    return {name: arguments[name] for name in ("chat_format", "new_embeddings", "attn_implementation")}
+def base_options(options: StageOptions) -> dict[str, Any]:
+    """The options of a new base model, as keyword arguments of :func:`open_policy`."""
+    return {
+        "chat_format": options.chat_format,
+        "new_embeddings": options.new_embeddings,
+        "attn_implementation": options.attn_implementation,
+    }
 
 
 def open_tokenizer(

@@ -10,6 +10,7 @@ from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, TrainedPart
 
 Schedule = Literal["constant", "linear", "cosine"]
+ChatFormatName = Literal["own", "rlchat"]
 T = TypeVar("T", bound="StageOptions")
 
 
@@ -40,6 +41,9 @@ class StageOptions:
     lora_targets: list[str] | None = None
     train_layers: int | None = None
     gradient_checkpointing: bool = False
+    chat_format: ChatFormatName | None = None
+    new_embeddings: bool = False
+    attn_implementation: str | None = None
 
     @classmethod
     def of(cls: type[T], arguments: Mapping[str, Any]) -> T:

@@ -18,8 +18,8 @@ from rlchat.models.adapters import AdapterKind
 from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
-from rlchat.training.initial_model import ChatFormatName, base_options, open_policy
-from rlchat.training.options import Schedule, SupervisedOptions
+from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions
 
 _log = logging.getLogger("rlchat")
 
@@ -136,7 +136,7 @@ class RewardModelModule(StageModule):
         attn_implementation: str | None = None,
     ) -> None:
         options = SupervisedOptions.of(locals())
-        start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from, **base_options(locals()))
+        start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from, **base_options(options))
         super().__init__(RewardModel(start.model.backbone), options, start.tokenizer, start.max_length)
         self.save_hyperparameters()
         self.label_coef = label_coef

@@ -14,8 +14,8 @@ from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind
 from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
-from rlchat.training.initial_model import ChatFormatName, base_options, open_policy
-from rlchat.training.options import Schedule, SupervisedOptions, check_room, positive_integers
+from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions, check_room, positive_integers
 
 
 class SFTModule(PolicyModule):
@@ -84,7 +84,7 @@ class SFTModule(PolicyModule):
         positive_integers(max_new_tokens=max_new_tokens)
         if temperature != 0 and not 1e-6 <= temperature <= 1e6:
             raise UserError(f"invalid value {temperature} for temperature: expected 0 or a number from 1e-6 to 1e6")
-        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(locals()))
+        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(options))
         sampling = Sampling(max_new_tokens or max(min(100, bundle.max_length // 2), 1), temperature)
         check_room(sampling.max_new_tokens, bundle.max_length)
         super().__init__(bundle, options, sampling, seed)

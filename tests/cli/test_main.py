@@ -193,7 +193,10 @@ def test_an_invalid_configuration(text: str, answer: str, here: Path, capsys: py
         (["--trainer.default_root_dir", "talk.jsonl"], r"\S*talk.jsonl\S*: Not a directory; specify a path"),
         (["--best_model.folder", "talk.jsonl/x"], r"best_model.folder talk.jsonl/x: cannot be written \(Not a dir"),
         (["--model.base_model", "no-such-folder/model"], r"base_model no-such-folder/model is neither a folder nor"),
-        (["--model.base_model", "."], r"base_model .: the folder contains no model"),
+        (
+            ["--model.base_model", "."],
+            r"base_model .: the folder contains no config.json, expected a model",
+        ),
         (["--model.base_model", "{model_type: foo}"], r"base_model: unknown model_type 'foo'; expected a model family"),
         (["--model.base_model", "{model_type: llama, hidden_sice: 8}"], r"base_model: llama has no option 'hidden_si"),
         (["--model.tiktoken_encoding", "foo"], r"unknown encoding 'foo'; choose one of rlchat_1k, gpt2"),

@@ -358,7 +358,7 @@ def test_a_missing_base_model_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at import
     with pytest.raises(UserError, match="no-such-owner/no-such-model is neither a folder nor a model"):
         Backbone("no-such-owner/no-such-model", 35, POSITIONS)
-    with pytest.raises(UserError, match="the folder has no complete model"):
+    with pytest.raises(UserError, match=r"the folder contains no config\.json, expected a model of transformers"):
         Backbone(str(tmp_path), 35, POSITIONS)
 
 
