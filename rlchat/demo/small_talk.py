@@ -21,7 +21,7 @@ def _small_talk(
         openers=openers,
         closers=closers,
         wrong_full=wrong_full,
-        share=7,
+        share=5,
         casual=True,
         reliable=True,
         greets=greets,
