@@ -17,3 +17,8 @@ def at_least_one(owner: str, option: str, value: int) -> int:
     if value < 1:
         raise UserError(f"invalid value {value} for {owner}.{option}: expected a positive integer")
     return value
+
+
+def one_line(error: Exception) -> str:
+    """The message of ``error`` on one line, or the name of its class if there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__

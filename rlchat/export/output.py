@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlchat.errors import UserError
+from rlchat.utils.files import give_usual_permissions
 
 
 def check_file(path: Path, suffix: str, force: bool) -> None:
@@ -73,10 +74,8 @@ def _restore(old: Path, target: Path) -> None:
 
 def _finish(new: Path) -> None:
     """Flushes all files to the disk and gives them the usual permissions."""
-    umask = os.umask(0)
-    os.umask(umask)
     for path in [new, *new.rglob("*")] if new.is_dir() else [new]:
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        give_usual_permissions(path)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

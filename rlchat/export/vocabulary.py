@@ -12,7 +12,7 @@ from typing import Any
 
 from rlchat.tokenizer.chat_format import MARKERS
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
-from rlchat.tokenizer.ranks import parse_ranks
+from rlchat.tokenizer.ranks import parse_ranks, to_byte_letters
 
 # rlchat's own chat format, as ChatTokenizer.render writes it.
 _OWN_TEMPLATE = (
@@ -78,7 +78,7 @@ class Vocabulary:
     @property
     def spelled(self) -> dict[str, int]:
         """Every token as byte-level vocabularies spell it, with its id."""
-        ordinary = {spell(token): number for token, number in self.ranks.items()}
+        ordinary = {to_byte_letters(token): number for token, number in self.ranks.items()}
         return {**ordinary, **self.texts, **self.normalized_texts, **self.special}
 
     @property
@@ -92,26 +92,8 @@ class Vocabulary:
             cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
             known = [cut for cut in cuts if cut[0] in self.ranks and cut[1] in self.ranks]
             known.sort(key=lambda cut: max(self.ranks[cut[0]], self.ranks[cut[1]]))
-            pairs += [(spell(left), spell(right)) for left, right in known]
+            pairs += [(to_byte_letters(left), to_byte_letters(right)) for left, right in known]
         return pairs
-
-
-def spell(token: bytes) -> str:
-    """``token`` in GPT-2's byte-level alphabet: a space is ``Ġ``."""
-    return "".join(map(_LETTERS.__getitem__, token))
-
-
-def _letters() -> list[str]:
-    """The letter of each byte: printable bytes are their own letters, the others follow from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters, following = [], 0x100
-    for byte in range(256):
-        letters.append(chr(byte if byte in printable else following))
-        following += byte not in printable
-    return letters
-
-
-_LETTERS = _letters()
 
 
 def _start_token(form: Mapping[str, Any], special: Mapping[str, int]) -> str | None:

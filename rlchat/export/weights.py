@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from rlchat.errors import UserError
+from rlchat.errors import UserError, one_line
 from rlchat.export.output import complete
-from rlchat.models.base_models import one_line
 from rlchat.models.model_file import PolicyBundle
 
 _TEMPERATURE = 0.7  # the default of rlchat's chat

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from rlchat.errors import UserError
+from rlchat.errors import UserError, one_line
 from rlchat.models.base_models import (
     LogitsForm,
     attention_name,
@@ -26,7 +26,6 @@ from rlchat.models.base_models import (
     hidden_width,
     is_tied,
     logits_form,
-    one_line,
     pretrained,
 )
 from rlchat.models.causal_attention import causal_mask

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from rlchat.errors import UserError
+from rlchat.errors import UserError, one_line
 from rlchat.models.causal_attention import ATTENTION_NAME
-from rlchat.models.families import encoder_families
+from rlchat.models.families import encoder_families, positions_of
 
 T = TypeVar("T")
 
@@ -176,11 +176,6 @@ def is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", True)) and width == hidden_width(model.config)
 
 
-def one_line(error: Exception) -> str:
-    """The message of ``error`` on one line, or the name of its class if there is no message."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _require_known(values: dict[str, Any], default: PretrainedConfig, family: str) -> None:
     """transformers ignores unknown keys: a misspelled size would build a model of billions of parameters."""
     known = {*default.to_dict(), *default.attribute_map}
@@ -192,10 +187,8 @@ def _require_known(values: dict[str, Any], default: PretrainedConfig, family: st
 
 
 def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> None:
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    if (family := encoder_families().get(config.model_type)) is not None:
-        positions -= family.first_position(config)
-    if positions < max_length:
+    positions = positions_of(config)
+    if positions is not None and positions < max_length:
         raise UserError(
             f"max_length {max_length} exceeds the {positions} positions of base_model {name}; lower max_length, "
             f"or choose a base model with more positions"

@@ -18,10 +18,10 @@ import transformers
 from torch import Tensor
 
 from rlchat.distributed.collectives import is_first
-from rlchat.errors import UserError
+from rlchat.errors import UserError, one_line
 from rlchat.models.adapters import merged_state
 from rlchat.models.backbones import Backbone
-from rlchat.models.base_models import config_from_json, one_line
+from rlchat.models.base_models import config_from_json
 from rlchat.models.networks import Critic, RewardModel, RLChatModel
 from rlchat.models.probe import check_cache_is_used
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer

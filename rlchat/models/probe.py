@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from rlchat.errors import UserError
-from rlchat.models.base_models import one_line
+from rlchat.errors import UserError, one_line
 from rlchat.models.families import encoder_families
 from rlchat.models.kv_cache import Cache, is_empty, keep_rows
 

@@ -69,18 +69,20 @@ class Factor(abc.ABC):
 
     Attributes:
         weight: the contribution of a score of 1; :class:`rlchat.rewards.Reward` multiplies by it.
-        name: the name in logs (``reward/<name>``): the class's name in snake_case, unless a subclass overrides it.
+        name: the name in logs (``reward/<name>``): the class's name in snake_case, unless a subclass sets another.
     """
 
     weight: float = 1.0
+    _name: str = ""  # set by factors that have the option ``name``
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
 
     @property
     def name(self) -> str:
-        """``TooShort`` → ``too_short``."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__).lower()
+        """The name that was set, or the class's: ``TooShort`` → ``too_short``."""
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__)
+        return self._name or words.lower()
 
     def describe(self) -> dict[str, Any]:
         """Plain values from which the factor can be created again: ``class_path``, and ``init_args`` by name.

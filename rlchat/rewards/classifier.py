@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation
-from rlchat.errors import at_least_one
-from rlchat.models.families import encoder_families
+from rlchat.errors import at_least_one, one_line
+from rlchat.models.families import positions_of
 from rlchat.rewards.base import Factor, Reply, RowCount
 
 _log = logging.getLogger("rlchat")
@@ -95,10 +95,6 @@ class HFReward(Factor):
             raise self.error(f"invalid value {clip} for clip: expected a number above 0")
         if max_length is not None:
             at_least_one("HFReward", "max_length", max_length)
-
-    @property
-    def name(self) -> str:
-        return self._name or super().name
 
     def to(self, device: torch.device) -> None:
         """Moves the model to ``device``, now or when it is loaded, unless the configuration sets another."""
@@ -185,7 +181,7 @@ class HFReward(Factor):
                 where = "the folder holds no model and tokenizer that transformers can load"
             else:
                 where = "it is neither a folder nor a model that could be downloaded"
-            raise self.error(f"model {self.model}: {where}: {_one_line(error)}") from error
+            raise self.error(f"model {self.model}: {where}: {one_line(error)[:300]}") from error
         if missing := sorted(info["missing_keys"]):
             raise self.error(
                 f"model {self.model} has no trained classification head: {', '.join(missing[:3])} missing in its file"
@@ -287,12 +283,5 @@ def shortened(
 
 def _limit(config: Any, tokenizer: Any) -> int:
     """The largest number of tokens that model and tokenizer take."""
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if (family := encoder_families().get(config.model_type)) is not None:
-        positions -= family.first_position(config)
-    limit = min(positions, tokenizer.model_max_length)
+    limit = min(positions_of(config) or tokenizer.model_max_length, tokenizer.model_max_length)
     return int(limit) if limit < 1 << 30 else _DEFAULT_LENGTH
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -41,10 +41,6 @@ class FunctionReward(ReplyFactor):
                 "reply)"
             ) from error
 
-    @property
-    def name(self) -> str:
-        return self._name
-
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return self._function(prompt, reply)
 

@@ -84,10 +84,6 @@ class HTTPReward(Factor):
         if token_env and not os.environ.get(token_env):
             raise self.error(f"the environment variable {token_env}, which token_env names, is not set")
 
-    @property
-    def name(self) -> str:
-        return self._name or super().name
-
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         """The service's scores, ``[batch]``."""
         items = [

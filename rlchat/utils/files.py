@@ -31,9 +31,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
+        give_usual_permissions(Path(name))
         Path(name).replace(path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
@@ -42,6 +40,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if isinstance(cause, OSError):
             raise UserError(f"{path}: cannot be written: {cause.strerror}; the existing file is unchanged") from error
         raise
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Gives a temporary file or folder, which only its owner can read, the permissions of a new one."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

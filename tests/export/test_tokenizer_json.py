@@ -10,9 +10,9 @@ import tiktoken
 from tokenizers import Tokenizer
 
 from rlchat.export.tokenizer_json import oniguruma, tokenizer_json
-from rlchat.export.vocabulary import Vocabulary, spell
+from rlchat.export.vocabulary import Vocabulary
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
-from rlchat.tokenizer.ranks import from_byte_letters
+from rlchat.tokenizer.ranks import format_ranks, from_byte_letters, to_byte_letters
 
 PIECES = (
     *(
@@ -90,16 +90,17 @@ def test_the_names_of_control_tokens_have_their_ids(byte_tokenizer: ChatTokenize
     assert theirs.token_to_id("<|pad|>") == 256
 
 
+def with_special_tokens(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> ChatTokenizer:
+    """A tokenizer over an encoding that has special tokens."""
+    return ChatTokenizer.from_state(
+        {"name": "test", "pattern": pattern, "ranks": format_ranks(ranks), "special_tokens": special}
+    )
+
+
 def test_ids_behind_a_gap_stay_where_they_are() -> None:
     """cl100k_base has no token 100256; transformers' own conversion moves all special tokens by one."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"abc": 300}
-    state = {
-        "name": "gaps",
-        "pattern": r"\p{L}+|[\s\S]",
-        "ranks": b"".join(tiktoken_lines(ranks)),
-        "special_tokens": {"<|endoftext|>": 310},
-    }
-    tokenizer = ChatTokenizer.from_state(state)
+    tokenizer = with_special_tokens(ranks, r"\p{L}+|[\s\S]", {"<|endoftext|>": 310})
     theirs = exported(tokenizer)
     assert theirs.encode("abc ab", add_special_tokens=False).ids == tokenizer.encode("abc ab") == [300, 32, 256]
     assert theirs.token_to_id("<|endoftext|>") == 310
@@ -110,23 +111,11 @@ def test_ids_behind_a_gap_stay_where_they_are() -> None:
 def test_an_end_marker_of_the_encoding_itself_gets_another_name() -> None:
     """o200k_harmony has its own <|end|>; the name must belong to rlchat's."""
     ranks = {bytes([byte]): byte for byte in range(256)}
-    state = {
-        "name": "h",
-        "pattern": r"[\s\S]",
-        "ranks": b"".join(tiktoken_lines(ranks)),
-        "special_tokens": {"<|end|>": 256},
-    }
-    tokenizer = ChatTokenizer.from_state(state)
+    tokenizer = with_special_tokens(ranks, r"[\s\S]", {"<|end|>": 256})
     theirs = exported(tokenizer)
     assert theirs.encode("a<|end|>", add_special_tokens=False).ids == [97, tokenizer.end_id]
     assert tokenizer.end_id == 261
     assert theirs.id_to_token(256) == "<|end|>#256"
-
-
-def tiktoken_lines(ranks: dict[bytes, int]) -> list[bytes]:
-    from base64 import b64encode
-
-    return [b"%s %d\n" % (b64encode(token), rank) for token, rank in ranks.items()]
 
 
 def test_all_pairs_are_merges_in_the_order_of_ranks() -> None:
@@ -137,8 +126,8 @@ def test_all_pairs_are_merges_in_the_order_of_ranks() -> None:
 
 def test_every_byte_is_spelled_as_in_gpt2() -> None:
     every = bytes(range(256))
-    assert from_byte_letters(spell(every)) == every
-    assert spell(b" a\n") == "ĠaĊ"
+    assert from_byte_letters(to_byte_letters(every)) == every
+    assert to_byte_letters(b" a\n") == "ĠaĊ"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,14 @@ class EncoderFamily:
         return int(config.pad_token_id) + 1 if self.positions_follow_padding else 0
 
 
+def positions_of(config: Any) -> int | None:
+    """The number of tokens for which the model of ``config`` has positions; None if it states no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and (family := encoder_families().get(config.model_type)) is not None:
+        positions -= family.first_position(config)
+    return positions or None
+
+
 @functools.cache
 def encoder_families() -> Mapping[str, EncoderFamily]:
     """All declared encoder families by ``model_type``."""
