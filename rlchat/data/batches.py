@@ -26,6 +26,9 @@ _log = logging.getLogger("rlchat")
 # keep the order random.
 BATCHES_PER_WINDOW = 32
 
+# At most this many rows that begin alike are put into one batch: more would make the rows of a batch too similar.
+_ALIKE_IN_A_BATCH = 4
+
 # The index of a row in a dataset; in PPO with mixed-in sequences, the indices of a prompt and a thread.
 Row = int | tuple[int, int]
 R = TypeVar("R", bound=Row)
@@ -108,6 +111,26 @@ class SequenceRows(Dataset[SequenceBatch]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def groups(self) -> list[int]:
+        """The group [rows] of each row: neighbours of one tree that share at least half of their tokens.
+
+        In a batch, a backbone computes the tokens that they share once (see :mod:`rlchat.models.packing`).
+        """
+        trees = self.sequences.tree[torch.tensor(self.rows, dtype=torch.int64)].tolist()
+        groups: list[int] = []
+        size = 0
+        for row, (tree, length) in enumerate(zip(trees, self.lengths, strict=True)):
+            half = -(-max(length, self.lengths[row - 1]) // 2)
+            alike = row > 0 and tree == trees[row - 1] and size < _ALIKE_IN_A_BATCH and self._begin_alike(row, half)
+            size = size + 1 if alike else 1
+            groups.append(groups[-1] + (not alike) if groups else 0)
+        return groups
+
+    def _begin_alike(self, row: int, tokens: int) -> bool:
+        """Whether ``row`` and the row before have the same first ``tokens`` tokens."""
+        this, before = (self.sequences.ids[self.rows[i]][:tokens] for i in (row, row - 1))
+        return torch.equal(this, before)
+
     def __getitem__(self, index: int | Sequence[int]) -> SequenceBatch:
         rows = [self.rows[i] for i in _as_list(index)]
         ids = [self.sequences.ids[row].tolist() for row in rows]
@@ -170,22 +193,43 @@ def _as_list(index: int | Sequence[R]) -> Sequence[int | R]:
     return [index] if isinstance(index, int) else index
 
 
-def bucketed_plan(lengths: Sequence[int], batch_size: int, world: int, seed: int) -> Callable[[int], list[list[int]]]:
+def bucketed_plan(
+    lengths: Sequence[int], batch_size: int, world: int, seed: int, groups: Sequence[int] | None = None
+) -> Callable[[int], list[list[int]]]:
     """Shuffled global batches of rows of similar length; every row once per epoch.
 
-    Rows are shuffled, sorted by length inside windows of :data:`BATCHES_PER_WINDOW` global batches and cut into
-    batches, which are shuffled. Fewer rows than ranks are repeated, so that every rank has one.
+    Groups of rows are shuffled, sorted by the length of their longest row inside windows of
+    :data:`BATCHES_PER_WINDOW` global batches and cut into batches, which are shuffled. Fewer rows than ranks are
+    repeated, so that every rank has one.
+
+    Args:
+        lengths: [rows].
+        batch_size: rows per rank.
+        world: the number of ranks.
+        seed: of the shuffling.
+        groups: [rows], the number of each row's group, in ascending order; None: each row alone. The rows of a group
+            stay together, unless they do not fit in a batch.
     """
+    members: list[list[int]] = []
+    for row, group in enumerate(range(len(lengths)) if groups is None else groups):
+        if group == len(members):
+            members.append([])
+        members[group].append(row)
+    longest = [0] * len(lengths)
+    for rows in members:
+        for row in rows:
+            longest[row] = max(lengths[i] for i in rows)
 
     def plan(epoch: int) -> list[list[int]]:
         generator = _generator(seed, epoch, "rows")
-        order = at_least(torch.randperm(len(lengths), generator=generator).tolist(), world)
+        shuffled = torch.randperm(len(members), generator=generator).tolist()
+        order = at_least([row for group in shuffled for row in members[group]], world)
         size = batch_size * world
         window = size * BATCHES_PER_WINDOW
         by_length = [
             row
             for start in range(0, len(order), window)
-            for row in sorted(order[start : start + window], key=lengths.__getitem__)
+            for row in sorted(order[start : start + window], key=longest.__getitem__)
         ]
         batches = _in_batches(by_length, size, world)
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -198,7 +198,8 @@ class OASST2DataModule(LightningDataModule):
             return self._resumed(self._loader(prompts, plan))
         rows = self._sequences() if needs.task == "sft" else self._ranked()
         self._require(rows, "responses to imitate" if needs.task == "sft" else "ranked or labelled responses")
-        return self._resumed(self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed)))
+        groups = rows.groups() if isinstance(rows, SequenceRows) else None
+        return self._resumed(self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed, groups)))
 
     def val_dataloader(self) -> list[BatchLoader]:
         """One loader for SFT and the reward model, two for PPO: prompts, then sequences. Each row occurs once."""

@@ -32,7 +32,8 @@ from rlchat.models.causal_attention import causal_mask
 from rlchat.models.embeddings import rows_from
 from rlchat.models.families import EncoderFamily, encoder_families
 from rlchat.models.kv_cache import Cache, EncoderCache
-from rlchat.models.probe import probe
+from rlchat.models.packing import Packing, plan_packing
+from rlchat.models.probe import can_pack, probe
 
 
 class Backbone(nn.Module):
@@ -48,6 +49,7 @@ class Backbone(nn.Module):
 
     _family: EncoderFamily | None  # None for a decoder
     logits_form: LogitsForm  # what becomes of the product of hidden states and head_weight
+    _packs: bool | None = None  # whether batches are packed; None before the first one, which is checked
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class Backbone(nn.Module):
     def set_attention(self, attention: str) -> None:
         """Changes the attention implementation. Raises :class:`UserError` where the family does not have it."""
         config = self.transformer.config
+        self._packs = None
         try:
             self.transformer.set_attn_implementation(attention_name(config, attention) or attention)
         except (ValueError, ImportError) as error:
@@ -170,11 +173,18 @@ class Backbone(nn.Module):
         return EncoderCache() if self.is_encoder else DynamicCache(config=self.transformer.config)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states [batch, time, hidden] of ``ids`` [batch, time].
+        """Hidden states [batch, time, hidden] of ``ids`` [batch, time]; those of padding have no meaning.
 
         ``attention_mask`` [batch, cached + time] is True on real tokens, cached ones included; padding may be on either
-        side. Positions count real tokens only, so padding does not affect the result.
+        side. Positions count real tokens only, so padding does not affect the result. Without a cache, a right-padded
+        batch is packed (see :mod:`rlchat.models.packing`).
         """
+        right_padded = cache is None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        if right_padded and (packing := plan_packing(ids, attention_mask)) is not None:
+            if self._packs is None:
+                self._packs = can_pack(self)
+            if self._packs:
+                return packing.spread(self.packed(ids, packing))
         time = ids.shape[1]
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
         if self._family is not None:
@@ -184,8 +194,7 @@ class Backbone(nn.Module):
                 position_ids=positions + self._family.first_position(self.transformer.config),
                 rlchat_cache=cache,
             )
-        elif cache is None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
-            # Padding on the right only: no real token can see it, and purely causal attention is fast.
+        elif right_padded:  # no real token can see the padding, and purely causal attention is fast
             output = self.transformer(ids, use_cache=False)
         else:
             output = self.transformer(
@@ -197,6 +206,25 @@ class Backbone(nn.Module):
             )
         hidden = output.last_hidden_state
         assert isinstance(hidden, Tensor)
+        return hidden
+
+    def packed(self, ids: Tensor, packing: Packing) -> Tensor:
+        """Hidden states [P, hidden] of the packed tokens of ``ids`` [batch, time]."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        options: dict[str, Any] = {}
+        if self._family is not None:
+            positions = positions + self._family.first_position(self.transformer.config)
+        else:
+            options["use_cache"] = False
+        output = self.transformer(
+            packing.pack(ids),
+            position_ids=packing.pack(positions),
+            # Packed attention needs no mask; transformers does not build one if it gets one with four dimensions.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+            rlchat_packing=packing,
+            **options,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
 

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rlchat.models.kv_cache import EncoderCache
+from rlchat.models.packing import Packing, check_plain, packed_attention
 
 ATTENTION_NAME = "rlchat_causal"
-
-# Keyword arguments with which transformers requests more than plain attention; ignoring one would change the result.
-_NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 def causal_mask(attention_mask: Tensor, time: int) -> Tensor:
@@ -39,15 +37,17 @@ def _causal_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     rlchat_cache: EncoderCache | None = None,
+    rlchat_packing: Packing | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Attention [batch, heads, time, width] under a mask [batch, 1, time, cached + time], appending to a cache.
 
-    Raises NotImplementedError if the family requests more than plain attention.
+    Packed tokens need neither mask nor cache. Raises NotImplementedError if the family requests more than plain
+    attention.
     """
-    for name in _NOT_SUPPORTED:
-        if other.get(name) is not None:
-            raise NotImplementedError(f"its attention uses {name}, which is not supported for encoders")
+    check_plain(other)
+    if rlchat_packing is not None:
+        return packed_attention(query, key, value, rlchat_packing, scaling, dropout), None
     if rlchat_cache is not None:
         if module in rlchat_cache:
             past_key, past_value = rlchat_cache[module]

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlchat.models.backbones import Backbone
 from rlchat.models.kv_cache import Cache
-
-# Logits in memory at a time: 64 million numbers, 256 MiB. More tokens are processed in chunks whose logits are computed
-# again in the backward pass, so that no [batch · time, vocabulary] tensor exists with a vocabulary of 100,000.
-_LOGITS_AT_A_TIME = 2**26
-
-# Not -inf, so that 0 · log 0 in an entropy is 0 instead of NaN; finite at every temperature that Sampling accepts.
-_UNSAYABLE_LOGIT = -1e30
-
-
-class TokenStats(NamedTuple):
-    """Statistics of given tokens under the policy; each [tokens], float32."""
-
-    logprobs: Tensor  # log-probability of the token, in nats
-    entropy: Tensor  # of the distribution over the token, in nats
-    correct: Tensor  # 1 where the token is the most likely one
+from rlchat.models.token_stats import UNSAYABLE_LOGIT, Head, TokenStats, token_stats
 
 
 class RLChatModel(nn.Module):
@@ -58,26 +42,13 @@ class RLChatModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of the token that follows each of ``hidden`` [..., hidden]."""
         logits = self.backbone.logits_form(_linear_fp32(hidden, self.backbone.head_weight, self.backbone.head_bias))
-        return logits.masked_fill(self.unsayable.bool(), _UNSAYABLE_LOGIT)
+        return logits.masked_fill(self.unsayable.bool(), UNSAYABLE_LOGIT)
 
     def token_stats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
         """Statistics of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], at ``temperature``."""
-        rows = max(1, _LOGITS_AT_A_TIME // self.backbone.vocab_size)
-        if len(targets) <= rows:
-            return self._stats(hidden, targets, temperature)
-        chunks = [
-            checkpoint(self._stats, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-        return TokenStats(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-    def _stats(self, hidden: Tensor, targets: Tensor, temperature: float) -> TokenStats:
-        logprobs = (self.logits(hidden) / temperature).log_softmax(-1)
-        return TokenStats(
-            logprobs=logprobs.gather(-1, targets[:, None]).squeeze(-1),
-            entropy=-(logprobs.exp() * logprobs).sum(-1),
-            correct=(logprobs.argmax(-1) == targets).float(),
-        )
+        backbone, unsayable = self.backbone, self.unsayable.nonzero().squeeze(1)
+        head = Head(backbone.head_weight, backbone.head_bias, backbone.logits_form, unsayable, temperature)
+        return token_stats(hidden, targets, head)
 
     def values(self, hidden: Tensor) -> Tensor:
         """Values [...] in float32: the expected return after each of ``hidden`` [..., hidden]."""

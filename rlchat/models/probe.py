@@ -6,6 +6,7 @@ hundredth of the effect of the second-to-last token on the last hidden state.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from rlchat.errors import UserError, one_line
 from rlchat.models.families import encoder_families
 from rlchat.models.kv_cache import Cache, is_empty, keep_rows
+from rlchat.models.packing import PACKABLE_SDPA, plan_packing
 
 if TYPE_CHECKING:
     from rlchat.models.backbones import Backbone
@@ -23,8 +25,10 @@ _LENGTH = 10  # tokens of a probed row
 _PADDING = 3
 _LONGEST = 160  # tokens; a row longer than a sliding window is probed up to here
 _ROUNDING = 1e-4  # of the largest hidden value
+_LOW_PRECISION_ROUNDING = 2e-2  # in bfloat16 and float16
 
 T = TypeVar("T")
+_log = logging.getLogger("rlchat")
 
 
 @torch.no_grad()
@@ -57,6 +61,52 @@ def check_cache_is_used(backbone: Backbone) -> None:
     backbone.train(training)
     if is_empty(cache):
         _refuse(backbone, "ignores the cache argument")
+
+
+@torch.no_grad()
+def can_pack(backbone: Backbone) -> bool:
+    """Whether ``backbone`` gives the same hidden states for a packed batch; see :mod:`rlchat.models.packing`.
+
+    Sets its attention to the one that takes packed tokens if it is plain sdpa attention.
+    """
+    transformer = backbone.transformer
+    config = transformer.config
+    whole_rows = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    if not whole_rows or _window(backbone) is not None or getattr(config, "attention_chunk_size", None):
+        return False
+    before = config._attn_implementation
+    if not backbone.is_encoder and before != "sdpa":
+        return False
+    if not backbone.is_encoder:
+        transformer.set_attn_implementation(PACKABLE_SDPA)
+    training = backbone.training
+    backbone.eval()
+    try:
+        with torch.autocast(backbone.device.type, enabled=False):
+            equal = _packed_equals_plain(backbone)
+    except Exception as error:  # any error means that the family cannot be packed
+        _log.debug("batches of %s are not packed: %s", config.model_type, one_line(error))
+        equal = False
+    backbone.train(training)
+    if not equal and not backbone.is_encoder:
+        transformer.set_attn_implementation(before)
+    return equal
+
+
+def _packed_equals_plain(backbone: Backbone) -> bool:
+    row, _ = _row(backbone, _LENGTH)
+    ids = torch.cat([row, _changed(backbone, row, _LENGTH // 2)])  # the first half is shared
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, -_PADDING:] = False
+    packing = plan_packing(ids, mask)
+    assert packing is not None
+    packed = packing.spread(backbone.packed(ids, packing))
+    for number, length in enumerate((_LENGTH, _LENGTH - _PADDING)):
+        plain = backbone(ids[number, None, :length], mask[number, None, :length])[0]
+        rounding = _ROUNDING if plain.dtype == torch.float32 else _LOW_PRECISION_ROUNDING
+        if not _equal(packed[number, :length], plain, rounding * float(plain.abs().max())):
+            return False
+    return True
 
 
 def _probe(backbone: Backbone, max_length: int) -> None:

@@ -33,13 +33,14 @@ def local_minibatches(
         local row      0  1    0  1    2  3    2  3      prompt // world_size · group_size + row % group_size
 
     With order = (5, 2, 0, 7, 1, 3, 6, 4) and 2 minibatches, the first is global rows 5, 2, 0, 7: rank 0 takes its local
-    rows 3 and 0, rank 1 its local rows 0 and 3.
+    rows 0 and 3, rank 1 its local rows 0 and 3. They are sorted, so that responses to a prompt are neighbours and the
+    prompt is computed once.
     """
     result = []
     for rows in order.tensor_split(min(minibatches, len(order))):
         prompt, copy = rows // group_size, rows % group_size
         owner = prompt % world_size
-        local = (prompt // world_size * group_size + copy)[owner == rank]
+        local = (prompt // world_size * group_size + copy)[owner == rank].sort().values
         most = int(owner.bincount().max())  # the largest number of rows of any process
         size = micro_batch_size or most
         result.append([local[start : start + size] for start in range(0, most, size)])

@@ -269,7 +269,9 @@ class PPOModule(ResumableModule):
         clips: dict[str, Any] = {"clip_eps_high": o.clip_eps_high, "dual_clip": o.dual_clip}
         policy = policy_loss(new.logprobs, old_logprobs, advantages, mask, o.clip_eps, tokens, **clips)
         entropy = masked_mean(new.entropy, mask, tokens)
-        loss = policy.loss - o.entropy_coef * entropy
+        loss = policy.loss
+        if o.entropy_coef:  # otherwise, the gradient of the entropy is not computed
+            loss = loss - o.entropy_coef * entropy
         if o.kl_in == "loss":
             kl = kl_estimate(new.logprobs, rollout.ref_logprobs[rows], o.kl_estimator)
             loss = loss + self.kl_coef * masked_mean(kl, mask, tokens)

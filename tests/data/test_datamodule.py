@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import pickle
@@ -24,8 +25,17 @@ from torch.utils.data import Dataset
 
 import rlchat
 from rlchat.conversation import Conversation, Message
-from rlchat.data.batches import BatchLoader, Plan, RankSampler, bucketed_plan, fixed_plan, full_batches_plan
+from rlchat.data.batches import (
+    BatchLoader,
+    Plan,
+    RankSampler,
+    SequenceRows,
+    bucketed_plan,
+    fixed_plan,
+    full_batches_plan,
+)
 from rlchat.data.cache import cache_key, code_hash
+from rlchat.data.corpus import Ragged, Sequences
 from rlchat.data.datamodule import DataNeeds, OASST2DataModule, PromptBatch, RankedBatch, SequenceBatch, split_trees
 from rlchat.data.formats import read_trees
 from rlchat.data.sources import data_file
@@ -313,6 +323,8 @@ def merged(parts: Sequence[list[list[Any]]]) -> list[list[Any]]:
 def plans(kind: str, lengths: list[int], batch_size: int, world: int) -> Plan:
     if kind == "bucketed":
         return bucketed_plan(lengths, batch_size, world, seed=3)
+    if kind == "grouped":
+        return bucketed_plan(lengths, batch_size, world, seed=3, groups=[row // 3 for row in range(len(lengths))])
     if kind == "full":
         return full_batches_plan(len(lengths), batch_size, world, seed=3)
     if kind == "mixed":
@@ -320,21 +332,23 @@ def plans(kind: str, lengths: list[int], batch_size: int, world: int) -> Plan:
     return fixed_plan(range(len(lengths)), batch_size, world)
 
 
-@pytest.mark.parametrize("kind", ["bucketed", "full", "mixed", "fixed"])
+@pytest.mark.parametrize("kind", ["bucketed", "grouped", "full", "mixed", "fixed"])
 @pytest.mark.parametrize("count", [2, 7, 8, 9, 16, 100, 130])
 def test_two_ranks_see_the_same_rows_as_one_process_with_twice_the_batch_size(kind: str, count: int) -> None:
     lengths = [(i * 37) % 11 for i in range(count)]
     for epoch in (0, 1):
         one = of_rank(plans(kind, lengths, 8, 1), count, 0, 1, epoch)
         two = merged([of_rank(plans(kind, lengths, 4, 2), count, rank, 2, epoch) for rank in (0, 1)])
-        if kind in ("bucketed", "fixed") and count % 8 == 1:
+        if kind in ("bucketed", "grouped", "fixed") and count % 8 == 1:
             # A single row cannot be shared by two ranks: it joins the previous batch in its window.
             assert sorted(row for b in one for row in b) == sorted(row for b in two for row in b)
         else:
             assert one == two
 
 
-@given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 4), st.sampled_from(["bucketed", "full", "fixed"]))
+@given(
+    st.integers(1, 70), st.integers(1, 5), st.integers(1, 4), st.sampled_from(["bucketed", "grouped", "full", "fixed"])
+)
 @settings(max_examples=150)
 def test_all_ranks_take_the_same_number_of_steps_and_rows_occur_once(
     count: int, size: int, world: int, kind: str
@@ -373,6 +387,35 @@ def test_batches_have_rows_of_similar_length_and_are_shuffled() -> None:
     longest = [max(lengths[row] for row in batch) for batch in batches]
     assert longest != sorted(longest)
     assert longest != sorted(longest, reverse=True)
+
+
+def test_rows_of_a_group_stay_together_in_order() -> None:
+    lengths = torch.randint(1, 500, (640,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = bucketed_plan(lengths, 8, 1, seed=0, groups=[row // 4 for row in range(640)])(0)
+    for batch in batches:
+        assert [row // 4 for row in batch] == [batch[0] // 4] * 4 + [batch[4] // 4] * 4
+        assert [row % 4 for row in batch] == [0, 1, 2, 3] * 2
+    longest = [[max(lengths[row] for row in half) for half in (batch[:4], batch[4:])] for batch in batches]
+    assert sum(abs(one - other) for one, other in longest) / len(longest) < 20  # without sorting it is about 90
+
+
+def test_threads_that_begin_alike_are_a_group() -> None:
+    """Trees 0 0 0 0 0 0 1 1: the third row is too different, and a group has at most four rows."""
+    rows = [
+        [1, 2, 3, 4],
+        [1, 2, 3, 5],
+        [1, 7, 7, 7],
+        *[[1, 7, 7, 8, i] for i in range(3)],
+        [1, 7, 7, 8],
+        [1, 7, 7, 8, 9],
+    ]
+    flat = torch.tensor([token for row in rows for token in row])
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, rows))])
+    ids = Ragged(flat, offsets)
+    sequences = Sequences(ids, Ragged(flat > 0, offsets), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]))
+    assert SequenceRows(sequences, range(8), 0).groups() == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert SequenceRows(sequences, [0, 2, 3, 7], 0).groups() == [0, 1, 1, 2]
+    assert SequenceRows(sequences, [], 0).groups() == []
 
 
 def test_all_mixed_in_rows_are_used() -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rlchat.models.backbones import Backbone
+from rlchat.models.base_models import LogitsForm
 from rlchat.models.networks import RewardModel, RLChatModel, value_head
+from rlchat.models.token_stats import Head, token_stats
 
 VOCABULARY = 12
 UNSAYABLE = [0, 7, 11]
@@ -98,9 +100,45 @@ def test_chunks_do_not_change_the_result(at_a_time: int, monkeypatch: pytest.Mon
         return (*(part.detach() for part in stats), hidden.grad, model.backbone.head_weight.grad.clone())
 
     whole = run()
-    monkeypatch.setattr("rlchat.models.networks._LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_LOGITS_AT_A_TIME", at_a_time)
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("form", [LogitsForm(), LogitsForm(scale=0.5, cap=2.0, bias=True), LogitsForm(scale=3.0)])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.7])
+def test_gradients_equal_those_of_plain_operations(form: LogitsForm, entropy_coef: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*size, generator=generator) for size in ((6, 8), (VOCABULARY, 8), (VOCABULARY,))
+    )
+    targets, coefs = torch.tensor([1, 2, 3, 4, 5, 10]), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, -1.0])
+    inputs = [hidden.requires_grad_(), weight.requires_grad_(), *([bias.requires_grad_()] if form.bias else [])]
+
+    def plain() -> tuple[Tensor, Tensor]:
+        logits = form(torch.nn.functional.linear(hidden, weight, bias if form.bias else None)) / 0.8
+        logprobs = logits[:, SAYABLE].log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor([[SAYABLE.index(i)] for i in targets.tolist()])).squeeze(1)
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
+
+    head = Head(weight, bias if form.bias else None, form, torch.tensor(UNSAYABLE), 0.8)
+    stats = token_stats(hidden, targets, head)
+    expected = plain()
+    torch.testing.assert_close((stats.logprobs, stats.entropy), expected, atol=1e-6, rtol=1e-6)
+    found, wanted = (
+        torch.autograd.grad((coefs * logprobs).sum() + entropy_coef * (coefs * entropy).sum(), inputs)
+        for logprobs, entropy in ((stats.logprobs, stats.entropy), expected)
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_no_gradient_for_a_frozen_head() -> None:
+    model, hidden = policy(), hidden_states(2)
+    model.backbone.head_weight.requires_grad_(False)
+    model.token_stats(hidden, torch.tensor([1, 2])).logprobs.sum().backward()
+    assert model.backbone.head_weight.grad is None
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
 
 
 def test_no_tokens_give_empty_stats() -> None:
