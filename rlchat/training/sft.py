@@ -103,9 +103,10 @@ class SFTModule(PolicyModule):
         stats = self.token_stats(batch)
         tokens = self.global_sum(len(stats.logprobs))
         loss = self.mean_loss("train/loss", -stats.logprobs.sum(), tokens)
-        nll, correct = (self.global_sum(x.sum()) / tokens.clamp(min=1) for x in (-stats.logprobs, stats.correct))
-        self.log_dict({"train/accuracy": correct, "train/perplexity": nll.exp()})
-        self.log("train/learning_rate", self.current_learning_rate())
+        if self.logs_this_step:
+            nll, correct = (self.global_sum(x.sum()) / tokens.clamp(min=1) for x in (-stats.logprobs, stats.correct))
+            self.log_dict({"train/accuracy": correct, "train/perplexity": nll.exp()})
+            self.log("train/learning_rate", self.current_learning_rate())
         return loss
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:

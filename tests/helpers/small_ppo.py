@@ -94,7 +94,14 @@ def serve(batches: Iterable[Any]) -> DataLoader[Any]:
 
 def trainer(**options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, max_epochs=1, **{**quiet, **options})
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        enable_model_summary=False,
+        max_epochs=1,
+        log_every_n_steps=1,
+        **{**quiet, **options},
+    )
 
 
 def fit(module: PPOModule, iterations: int, batch: PromptBatch | None = None, **options: Any) -> list[dict[str, float]]:

@@ -255,6 +255,8 @@ class Script(RLChatModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.position += 1
+        if len(hidden) < len(self.lines):  # rows that have ended have left the batch
+            self.lines = [line for line in self.lines if END not in line[: self.position]]
         logits = torch.full((len(hidden), VOCABULARY), -100.0)
         for i, line in enumerate(self.lines):
             logits[i, line[self.position]] = 100.0
@@ -324,6 +326,35 @@ def test_temperature_0_takes_the_most_likely_token() -> None:
         hidden = model(ids, torch.ones_like(ids, dtype=torch.bool))
         likeliest = model.logits(hidden)[0].argmax(-1).tolist()
         assert likeliest[len(prompt) - 1 : -1] == said
+
+
+@every_family
+def test_rows_that_have_ended_leave_the_batch(family: str) -> None:
+    """The responses have 1 to 8 tokens; when a fifth of the rows has ended, the next step is without them."""
+    model = policy(family)
+    sizes: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    ids, mask = pad(PROMPTS, PAD, "left")
+    each = [Sampling(row + 1, temperature=1.0) for row in range(8)]
+    noise = addressed_uniforms(3, 0, torch.arange(8))
+    together = generate(model, ids, mask, each, noise, end_id=END, pad_id=PAD)
+    assert sizes[0] == 8
+    assert sizes == sorted(sizes, reverse=True)
+    lengths = together.mask.sum(1)
+    for step, size in enumerate(sizes):
+        unfinished = int((lengths > step).sum())
+        assert unfinished <= size <= max(unfinished / 0.8, unfinished + 2)
+    for row in range(8):
+        said = generate(
+            model,
+            *pad([PROMPTS[row]], PAD, "left"),
+            each[row],
+            addressed_uniforms(3, 0, rows(row)),
+            end_id=END,
+            pad_id=PAD,
+        )
+        assert together.ids[row][together.mask[row]].tolist() == said.ids[0].tolist()
+        torch.testing.assert_close(together.logprobs[row][together.mask[row]], said.logprobs[0], atol=1e-5, rtol=1e-4)
 
 
 # ---- rows that differ, leave and join --------------------------------------------------------------------------------

@@ -157,7 +157,14 @@ class Log(L.Callback):
 
 def trainer(**options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, max_epochs=1, **{**quiet, **options})
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        enable_model_summary=False,
+        max_epochs=1,
+        log_every_n_steps=1,
+        **{**quiet, **options},
+    )
 
 
 FRUIT = [("a plum", "a stone"), ("plum it is", "it is not"), ("one plum", "one nail", "one"), ("my plum", "my shoe")]
