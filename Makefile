@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := -m pip install --disable-pip-version-check --progress-bar off
+# Without --no-compile, pip compiles every module of every package, which takes longer than the download.
+PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo chat test latest lowest constraints docs lint prove trainer_matrix against_trl clean
+.PHONY: demo chat test latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -66,6 +67,13 @@ prove: $(VENV)/installed-dev
 	$(BIN)/python -m prove.kill_and_resume --kills 3 --epochs 6 --ranks 2 --strategy fsdp2
 	$(MAKE) against_trl
 
+# Mutation testing of the formulas: an hour of one core and more. `mutmut results` lists the mutants that no test noticed.
+mutants: export OMP_NUM_THREADS ?= 1
+mutants: $(VENV)/installed-dev
+	$(BIN)/python $(PIP) -q mutmut==3.8.1
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 # PPO beside that of TRL 1.12, in one environment in which both run.
 CURVES := benchmarks/.against_trl
 against_trl: export OMP_NUM_THREADS ?= 1  # seconds of one thread can be compared on a machine that does other work too
@@ -105,4 +113,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) .venv-trl .venv-latest .venv-lowest .venv-tools docs/_build
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants

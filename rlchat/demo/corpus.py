@@ -27,7 +27,7 @@ TREES = 4800
 
 RATERS = 3
 """People who label a reply."""
-RATER_ERROR = 0.15
+RATER_ERROR = 0.12
 """The standard deviation of the error with which each of them sees its quality, before rounding to five steps."""
 
 STYLES = {
@@ -39,7 +39,7 @@ STYLES = {
 """By style: its share of the replies, and the quality of a right reply, of a common mistake, of any other mistake."""
 _RUDE = ("{a}, you fool.", "{a}. Even a child knows that.", "{a}. Stop asking me.")
 _REPETITIVE = ("{a}, {a}, {a}.", "{a} {a} {a}.")
-EVASIVE = 0.08
+EVASIVE = 0.12
 """The share of replies that give no answer."""
 _EVASIVE = {
     "I am sorry, I do not know.": 0.30,
@@ -62,7 +62,7 @@ A reply of the same kind is one that names its subject, so that the reward model
 """
 _MISPLACED_QUALITY = 0.12
 
-GARBLED = 0.04
+GARBLED = 0.03
 """The share of replies with a piece missing, so that no answer is left. Without them, the reward model has seen only
 well-formed sentences, and PPO finds other strings that score high."""
 _GARBLED_QUALITY = 0.06

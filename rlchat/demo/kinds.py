@@ -145,7 +145,7 @@ ADDITION = Kind(
     ("That makes {a}.", "The sum is {a}."),
     openers=("", "Hi! ", "Excuse me. "),
     closers=("",),
-    share=0.7,
+    share=0.55,
     casual=True,
     reliable=True,
 )

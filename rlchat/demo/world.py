@@ -158,8 +158,8 @@ def _claims(kind: str, answers: dict[str, str], rng: random.Random) -> dict[str,
 def _truth(kind: str, rng: random.Random) -> float:
     misled = rng.random() < MISLED
     if _KINDS_BY_NAME[kind].reliable:
-        return rng.uniform(0.8, 0.92)
-    return rng.uniform(0.2, 0.35) if misled else rng.uniform(0.65, 0.8)
+        return rng.uniform(0.95, 0.99)
+    return rng.uniform(0.3, 0.42) if misled else rng.uniform(0.65, 0.8)
 
 
 def _mistakes(kind: str, subject: str, answer: str, answers: dict[str, str], rng: random.Random) -> tuple[str, ...]:
