@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without --no-compile, pip compiles every module of every package, which takes longer than the download.
 PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo chat test latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
+.PHONY: demo chat test test_slow latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -13,9 +13,18 @@ demo: $(VENV)/installed
 chat: $(VENV)/installed
 	$(BIN)/rlchat chat
 
-test: export OMP_NUM_THREADS ?= 1  # two test processes on two cores
+# Two test processes on two cores; a process that is done takes over tests of the other.
+FAST_TESTS := -m pytest -m "not slow" -n 2 --dist worksteal
+
+# The linters and the tests without those marked `slow`.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python $(FAST_TESTS)
+
+# The tests marked `slow`: resuming from many checkpoints, kills at random moments, every stage on two processes, ...
+test_slow: export OMP_NUM_THREADS ?= 1
+test_slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -23,15 +32,15 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The suite with the newest versions that pyproject.toml allows.
+# The tests of `make test` with the newest versions that pyproject.toml allows.
 latest: export OMP_NUM_THREADS ?= 1
 latest: pyproject.toml
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python $(PIP) -q --upgrade --upgrade-strategy eager -e '.[dev]'
-	.venv-latest/bin/python -m pytest -n 2
+	.venv-latest/bin/python $(FAST_TESTS)
 
-# The suite with the lowest versions that pyproject.toml allows. PyTorch keeps its pin, since old CPU builds are not
-# available everywhere; test tools are the newest that fit.
+# The tests of `make test` with the lowest versions that pyproject.toml allows. PyTorch keeps its pin, since old CPU builds
+# are not available everywhere; test tools are the newest that fit.
 lowest: export OMP_NUM_THREADS ?= 1
 lowest: .venv-tools/bin/uv pyproject.toml constraints.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
@@ -39,7 +48,7 @@ lowest: .venv-tools/bin/uv pyproject.toml constraints.txt
 	.venv-tools/bin/uv pip compile pyproject.toml --extra serve --resolution lowest-direct --quiet --no-header \
 	  --no-annotate --python .venv-lowest/bin/python --override .venv-lowest/torch.txt -o .venv-lowest/lowest.txt
 	.venv-lowest/bin/python $(PIP) -q -c .venv-lowest/lowest.txt -e '.[dev]'
-	.venv-lowest/bin/python -m pytest -n 2
+	.venv-lowest/bin/python $(FAST_TESTS)
 
 # Resolves the versions that `make demo` and `make test` install, for Linux, macOS and Windows; installs none of them.
 constraints: .venv-tools/bin/uv

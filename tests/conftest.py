@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.load import packaged_encodings
@@ -55,33 +52,22 @@ def byte_tokenizer(encoding: str) -> ChatTokenizer:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(tmp_path: Path) -> Iterator[Path]:
     """An empty working directory for the command line, whose changes to this process are undone."""
-    monkeypatch.chdir(tmp_path)
-    yield from _undisturbed(monkeypatch, tmp_path)
+    from helpers.command_line import working_in
 
-
-def _undisturbed(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
-    log, threads, show = logging.getLogger("rlchat"), torch.get_num_threads(), warnings.formatwarning
-    level = log.level
-    patch.setattr(sys, "path", [*sys.path])
-    patch.setenv("COLUMNS", "120")
-    yield folder
-    log.setLevel(level)
-    torch.set_num_threads(threads)
-    warnings.formatwarning = show
+    with working_in(tmp_path):
+        yield tmp_path
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with tiny models of stages 1 and 2 of the demo; copy what you need."""
-    from helpers.command_line import train_bundles
+    from helpers.command_line import train_bundles, working_in
 
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for place in _undisturbed(patch, folder):
-            train_bundles(place)
+    with working_in(folder):
+        train_bundles(folder)
     return folder
 
 

@@ -65,7 +65,7 @@ def test_the_three_stages_on_an_encoder(workplace: Path) -> None:
 def test_from_a_file_to_a_chat(workplace: Path) -> None:
     """`fit` → `validate` in a new process, as a user of the installed command would → `ChatInterface`."""
     data = write_talk(workplace / "talk.jsonl")
-    rlchat("fit", "--config", "smoke", "--data.path", str(data), "--data.batch_size", "2")
+    rlchat("fit", "--config", "smoke", "--data.path", str(data), "--data.batch_size", "2", plot=True)
     command = [sys.executable, "-m", "rlchat", "validate", "--ckpt_path", "best"]
     root = str(Path(__file__).parents[1])
     run = subprocess.run(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.command_line import SHAPE, TINY, rlchat, write_talk
+from helpers.command_line import SHAPE, TINY, rlchat, working_in, write_talk
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 
 from rlchat.__main__ import main
@@ -467,9 +467,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `smoke` ran on ``talk.jsonl``; copy it to continue from there."""
     folder = tmp_path_factory.mktemp("ran")
     write_talk(folder / "talk.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "path", [*sys.path])
+    with working_in(folder):
         rlchat(*SMOKE)
     return folder
 

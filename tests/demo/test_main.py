@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.command_line import rlchat
+from helpers.command_line import rlchat, working_in
 from rich.cells import cell_len
 
 from rlchat import ChatInterface
@@ -29,14 +28,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the demo ran, and its output."""
     folder = tmp_path_factory.mktemp("demo")
     screen = folder / "screen.txt"
-    with pytest.MonkeyPatch.context() as patch, screen.open("w+") as file:
-        patch.chdir(folder)
-        patch.setattr(sys, "path", [*sys.path])
+    with working_in(folder), pytest.MonkeyPatch.context() as patch, screen.open("w+") as file:
         patch.setattr(sys, "stdout", file)
         patch.setenv("COLUMNS", "80")
-        threads = torch.get_num_threads()
         rlchat("demo", "--fast", "--trees", str(TREES), "--threads", "1")
-        torch.set_num_threads(threads)
     return folder, screen.read_text()
 
 

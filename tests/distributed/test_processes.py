@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command_line import rlchat, working_in
 from prove.many_processes import STAGES, compare, run, words
 from prove.runs import differences, last_checkpoint, prepare, trace
 
@@ -26,36 +27,65 @@ from rlchat.distributed.collectives import (
 from rlchat.models.model_file import load_policy
 
 PREDICT = ["--data.predict_path=questions.txt", "--trainer.accelerator=cpu", "--data.val_batch_size=4"]
+SAVING = ["--best_model.save_last_every=1", "--trainer.plugins+=keeper.Keeper"]
+FEW_STEPS = "--model.minibatches=2"  # a step with FSDP2 takes longer
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs of this module. Runs with two processes follow one another in one launch."""
+    """The folder of runs of PPO. Those with two processes follow one another in one launch."""
     folder = prepare(tmp_path_factory.mktemp("processes") / "runs")
     (folder / "questions.txt").write_text("".join(f"How about {n}?\n" for n in range(6)))
     bundle = "--model.init_from=one-ppo/checkpoints/rl_chat_model_tiktoken.pt"
-    say = ["predict", *PREDICT, "--model=rlchat.PPOModule", "--model.max_new_tokens=12", bundle]
-    run(
-        folder, [words(f"one-{stage}", stage, 1, "auto") for stage in STAGES] + [[*say, "--predictions.path=one.jsonl"]]
-    )
-    kept = "fsdp2-ppo/lightning_logs/ppo/version_0/checkpoints/kept/01.ckpt"
-    saving = ["--best_model.save_last_every=1", "--trainer.plugins+=keeper.Keeper"]
+    predict = ["predict", *PREDICT, "--model=rlchat.PPOModule", "--model.max_new_tokens=12", bundle]
+    with working_in(folder):
+        rlchat(*words("one-ppo", "ppo", 1, "auto"))
+        rlchat(*words("one-few", "ppo", 1, "auto", FEW_STEPS))
+        rlchat(*predict, "--predictions.path=one.jsonl")
+    kept = "fsdp2-few/lightning_logs/ppo/version_0/checkpoints/kept/01.ckpt"
     run(
         folder,
         [
-            *(words(f"ddp-{stage}", stage, 2, "ddp") for stage in STAGES),
-            *(words(f"fsdp2-{stage}", stage, 2, "fsdp2", *saving) for stage in STAGES),
-            words("fsdp2-resumed", "ppo", 2, "fsdp2", *saving, "--ckpt_path", kept),
-            [*say, "--predictions.path=two.jsonl", "--trainer.devices=2", "--trainer.strategy=fsdp2"],
+            words("ddp-ppo", "ppo", 2, "ddp"),
+            words("fsdp2-few", "ppo", 2, "fsdp2", *SAVING, FEW_STEPS),
+            words("fsdp2-resumed", "ppo", 2, "fsdp2", *SAVING, FEW_STEPS, "--ckpt_path", kept),
+            [*predict, "--predictions.path=two.jsonl", "--trainer.devices=2", "--trainer.strategy=fsdp2"],
         ],
     )
     return folder
 
 
+@pytest.fixture(scope="module")
+def all_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs of all stages with both strategies."""
+    folder = prepare(tmp_path_factory.mktemp("processes") / "all")
+    with working_in(folder):
+        for stage in STAGES:
+            rlchat(*words(f"one-{stage}", stage, 1, "auto"))
+    run(
+        folder,
+        [
+            *(words(f"ddp-{stage}", stage, 2, "ddp") for stage in STAGES),
+            *(words(f"fsdp2-{stage}", stage, 2, "fsdp2", *SAVING) for stage in STAGES),
+        ],
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("ddp", "ppo"), ("fsdp2", "few")])
+def test_two_processes_train_ppo_like_one(strategy: str, name: str, runs: Path) -> None:
+    compare(runs / f"one-{name}", runs / f"{strategy}-{name}", ranks=2, stage="ppo").check()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("all_runs")
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_like_one(strategy: str, stage: str, runs: Path) -> None:
-    compare(runs / f"one-{stage}", runs / f"{strategy}-{stage}", ranks=2, stage=stage).check()
+def test_two_processes_train_like_one(strategy: str, stage: str, all_runs: Path) -> None:
+    compare(all_runs / f"one-{stage}", all_runs / f"{strategy}-{stage}", ranks=2, stage=stage).check()
+    checkpoints = list(all_runs.glob(f"{strategy}-{stage}/lightning_logs/*/version_*/checkpoints/*.ckpt"))
+    assert checkpoints
+    assert all(path.is_file() for path in checkpoints)
 
 
 def test_the_compared_runs_cover_the_hard_cases(runs: Path) -> None:
@@ -71,7 +101,7 @@ def test_the_compared_runs_cover_the_hard_cases(runs: Path) -> None:
 def test_fsdp2_resumes_exactly(runs: Path) -> None:
     """From the second of three iterations."""
     assert [line["batch"] for line in trace(runs / "fsdp2-resumed")] == [3]
-    whole_run, resumed = (last_checkpoint(runs / name) for name in ("fsdp2-ppo", "fsdp2-resumed"))
+    whole_run, resumed = (last_checkpoint(runs / name) for name in ("fsdp2-few", "fsdp2-resumed"))
     assert differences(whole_run, resumed) == []
 
 
@@ -79,12 +109,12 @@ def test_fsdp2_saves_whole_models(runs: Path) -> None:
     """The model file of two processes, each with a part of the model, equals that of one process."""
     one, two = (
         load_policy(runs / name / "checkpoints" / "rl_chat_model_tiktoken.pt").model
-        for name in ("one-ppo", "fsdp2-ppo")
+        for name in ("one-few", "fsdp2-few")
     )
     for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, atol=1e-5, rtol=0, msg=name)
-    assert len(list(runs.glob("fsdp2-ppo/checkpoints/*.pt"))) == 1
-    assert all(path.is_file() for path in runs.glob("fsdp2-*/lightning_logs/*/version_*/checkpoints/*.ckpt"))
+    assert len(list(runs.glob("fsdp2-few/checkpoints/*.pt"))) == 1
+    assert all(path.is_file() for path in runs.glob("fsdp2-few/lightning_logs/*/version_*/checkpoints/*.ckpt"))
 
 
 def test_fsdp2_generates_the_responses_of_one_process(runs: Path) -> None:
@@ -93,7 +123,7 @@ def test_fsdp2_generates_the_responses_of_one_process(runs: Path) -> None:
     assert [row["reply"] for row in one] == [row["reply"] for row in two]
 
 
-@pytest.mark.parametrize("name", ["ddp-ppo", "fsdp2-ppo"])
+@pytest.mark.parametrize("name", ["ddp-ppo", "fsdp2-few"])
 def test_all_processes_write_into_one_folder(name: str, runs: Path) -> None:
     assert [path.name for path in (runs / name / "lightning_logs" / "ppo").iterdir()] == ["version_0"]
     left = {path.name for path in (runs / name / "lightning_logs" / "ppo" / "version_0").iterdir()}

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from matplotlib.figure import Figure
 
 from rlchat.__main__ import main
+from rlchat.callbacks.stats_figure import draw_stats
 from rlchat.demo.corpus import write_demo_corpus
 
 WIDTH, HEADS = 16, 2
@@ -30,9 +42,32 @@ BRIEF = [
 ]
 
 
-def rlchat(*words: str) -> None:
-    """Runs a command that must succeed."""
-    assert main(words) == 0, words
+def rlchat(*words: str, plot: bool = False) -> None:
+    """Runs a command that must succeed.
+
+    Drawing the panels of the plot takes longer than most runs here: without ``plot``, the image is empty.
+    """
+    with mock.patch("rlchat.callbacks.stats_plot.draw_stats", draw_stats if plot else _draw_nothing):
+        assert main(words) == 0, words
+
+
+def _draw_nothing(*_: Any) -> Figure:
+    return Figure((1, 1))
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """``folder`` as the working directory of commands in this process; what they change in the process is undone."""
+    log, threads, show = logging.getLogger("rlchat"), torch.get_num_threads(), warnings.formatwarning
+    level = log.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setenv("COLUMNS", "120")
+        yield
+    log.setLevel(level)
+    torch.set_num_threads(threads)
+    warnings.formatwarning = show
 
 
 def write_talk(path: Path, count: int = 12) -> Path:

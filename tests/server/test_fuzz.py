@@ -49,16 +49,23 @@ def test_operations_of_the_schema(api: Any) -> None:
     assert [operation.ok().label for operation in api.get_all_operations()] == OPERATIONS
 
 
+@pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_generated_requests(api: Any, name: str, mode: GenerationMode) -> None:
+def test_generated_requests(api: Any, name: str, mode: GenerationMode, examples: int) -> None:
     """Valid and invalid requests."""
     operation = api.find_operation_by_label(name)
     statuses = Counter[int]()
     accepted: list[Any] = []
 
     @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
     def check(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and case.method == "POST":  # what the description says in words alone
             for name_of_list in ("messages", "input"):
@@ -93,6 +100,7 @@ def test_generated_requests(api: Any, name: str, mode: GenerationMode) -> None:
     except Unsatisfiable:
         assert name.startswith("GET")  # where there is nothing to get wrong
     if mode is GenerationMode.POSITIVE:
-        assert statuses[200] > (5 if name.startswith("POST /v1/") else -1 if name == "POST /reward" else 0), statuses
+        if name != "POST /reward":  # this server has no reward model
+            assert statuses[200] > (examples // 8 if name.startswith("POST /v1/") else 0), statuses
     else:
         assert not statuses[200], (statuses, accepted)

@@ -22,9 +22,11 @@ PARTS: list[dict[str, Any]] = [
     {"train_layers": 1, "critic": "separate", "gradient_checkpointing": True},
 ]
 NAMES = ["lora", "critic", "rloo", "layers", "layers-critic"]
+# Where the number of optimizer steps does not matter: one per iteration.
+ONE_STEP: dict[str, Any] = {"minibatches": 1, "ppo_epochs": 1}
 
 
-def trained(module: PPOModule, path: Path, iterations: int = 2) -> dict[str, Any]:
+def trained(module: PPOModule, path: Path, iterations: int = 1) -> dict[str, Any]:
     """The checkpoint of a short run of ``module``."""
     run = trainer()
     run.fit(module, serve([prompts(module.tokenizer)] * iterations))
@@ -70,7 +72,7 @@ def test_the_networks_share_the_frozen_weights(encoding: str) -> None:
 
 @pytest.mark.parametrize("options", PARTS, ids=NAMES)
 def test_a_checkpoint_contains_what_is_trained(encoding: str, tmp_path: Path, options: dict[str, Any]) -> None:
-    module = ppo(encoding, **options)
+    module = ppo(encoding, **ONE_STEP, **options)
     checkpoint = trained(module, tmp_path / "run.ckpt")
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     heads = {"model.value_head.weight", "model.value_head.bias"}
@@ -82,7 +84,7 @@ def test_a_checkpoint_contains_what_is_trained(encoding: str, tmp_path: Path, op
 
 
 def test_a_checkpoint_of_all_weights_is_as_before(encoding: str, tmp_path: Path) -> None:
-    module = ppo(encoding)
+    module = ppo(encoding, **ONE_STEP)
     assert trained(module, tmp_path / "run.ckpt")["state_dict"].keys() == module.state_dict().keys()
 
 
@@ -90,8 +92,8 @@ def test_a_checkpoint_of_all_weights_is_as_before(encoding: str, tmp_path: Path)
 def test_a_model_file_starts_the_next_stage_with_the_trained_policy_as_reference(
     encoding: str, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    module = ppo(encoding, **options)
-    fit(module, 2)
+    module = ppo(encoding, minibatches=1, **options)
+    fit(module, 1)
     module.save_bundle(tmp_path / "model.pt")
     plain = load_policy(tmp_path / "model.pt").model
     assert not any("lora" in name for name in plain.state_dict())
@@ -109,7 +111,9 @@ def test_a_checkpoint_is_loaded_with_the_file_that_its_run_started_from(
     encoding: str, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     save(ppo(encoding), tmp_path / "start.pt")
-    module = PPOModule(init_from=str(tmp_path / "start.pt"), max_new_tokens=8, learning_rate=1e-2, **options)
+    module = PPOModule(
+        init_from=str(tmp_path / "start.pt"), max_new_tokens=8, learning_rate=1e-2, **ONE_STEP, **options
+    )
     trained(module, tmp_path / "run.ckpt")
     loaded = PPOModule.load_from_checkpoint(tmp_path / "run.ckpt")
     for name, weight in module.state_dict().items():
@@ -129,14 +133,14 @@ def test_a_checkpoint_is_loaded_with_the_file_that_its_run_started_from(
 def test_resuming_with_other_options_is_an_error(
     encoding: str, tmp_path: Path, before: dict[str, Any], now: dict[str, Any], message: str
 ) -> None:
-    trained(ppo(encoding, **before), tmp_path / "run.ckpt", 1)
+    trained(ppo(encoding, **ONE_STEP, **before), tmp_path / "run.ckpt")
     module = ppo(encoding, **now)
     with pytest.raises(UserError, match=message):
         trainer().fit(module, serve([prompts(module.tokenizer)]), ckpt_path=tmp_path / "run.ckpt")
 
 
 def test_resuming_with_another_base_model_is_an_error(encoding: str, tmp_path: Path) -> None:
-    trained(ppo(encoding, adapter="lora"), tmp_path / "run.ckpt", 1)
+    trained(ppo(encoding, adapter="lora", **ONE_STEP), tmp_path / "run.ckpt")
     other = ppo(encoding)
     torch.nn.init.normal_(other.model.backbone.head_weight)
     save(other, tmp_path / "other.pt")

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.command_line import rlchat
-from prove.kill_and_resume import PPO, kill_and_resume
-from prove.runs import KEEPER, QUIET, differences, last_checkpoint, metrics, write_talk
+import torch
+from helpers.command_line import rlchat, working_in
+from prove.kill_and_resume import PPO, RESUME, compare, kill_and_resume
+from prove.runs import (
+    KEEPER,
+    QUIET,
+    differences,
+    finish,
+    fit_words,
+    last_checkpoint,
+    metrics,
+    prepare,
+    start,
+    trace,
+    write_talk,
+)
 
 # Two epochs of five batches, saved after each of them and around validations.
 FIT = ["--data.path=talk.jsonl", "--data.batch_size=8", "--data.val_fraction=0.2", "--trainer.limit_train_batches=5"]
@@ -28,19 +43,27 @@ STAGES["ppo_lora"] = [*STAGES["ppo"], *LORA, "--model.critic=separate"]
 STAGES["ppo_layers"] = [*STAGES["ppo"], "--model.train_layers=1", "--model.gradient_checkpointing=true"]
 
 
+def slow(*values: Any) -> Any:
+    """A case of the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("stage", "validate_every", "tried"),
     [
-        # Before and after the first validation, after the third batch, after an epoch that ends without a validation.
-        ("sft", 2, [1, 2, 3, 6]),
-        ("ppo", 2, [1, 2, 3, 6]),
+        # After the third batch.
+        ("sft", 2, [3]),
+        ("ppo", 2, [3]),
+        # Before and after the first validation, after an epoch that ends without a validation.
+        slow("sft", 2, [1, 2, 6]),
+        slow("ppo", 2, [1, 2, 6]),
         # Before the last batch of an epoch, before and after the validation at its end, before the very last one.
-        ("reward", 5, [3, 4, 5, 10]),
-        ("ppo", 5, [3, 4, 5, 10]),
-        ("sft_lora", 2, [3]),
-        ("reward_lora", 2, [3]),
-        ("ppo_lora", 2, [3]),
-        ("ppo_layers", 2, [3]),
+        slow("reward", 5, [3, 4, 5, 10]),
+        slow("ppo", 5, [3, 4, 5, 10]),
+        slow("sft_lora", 2, [3]),
+        slow("reward_lora", 2, [3]),
+        slow("ppo_lora", 2, [3]),
+        slow("ppo_layers", 2, [3]),
     ],
 )
 def test_resuming_from_any_checkpoint_gives_the_same_result(
@@ -60,7 +83,7 @@ def test_resuming_from_any_checkpoint_gives_the_same_result(
         assert logged[step, name] == value, (step, name)
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", slow("ppo")])
 def test_more_epochs_continue_the_schedule(stage: str, workplace: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A linear schedule over 5 steps ends at 0; over 10 steps, its sixth step has half of the peak."""
     write_talk(workplace / "talk.jsonl", 60)
@@ -80,6 +103,38 @@ def rates(folder: Path) -> list[float]:
     return [value for _, name, value in sorted(metrics(folder)) if name == "train/learning_rate"]
 
 
+KILLER = """
+import os, signal
+from pathlib import Path
+from lightning.pytorch import Callback
+
+class Killer(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 3 and Path("kill").exists():
+            Path("kill").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_is_resumed_exactly(tmp_path: Path) -> None:
+    """Killed without cleanup in the fourth batch, one batch after the last checkpoint."""
+    words = [*(word.format(batch=8) for word in PPO), "--trainer.max_epochs=1", "--trainer.callbacks+=killer.Killer"]
+    whole, broken = prepare(tmp_path / "whole"), prepare(tmp_path / "broken")
+    for folder in (whole, broken):
+        (folder / "killer.py").write_text(KILLER)
+    (broken / "kill").touch()
+    assert finish(start(broken, fit_words(words)), broken) == -signal.SIGKILL
+    assert [line["batch"] for line in trace(broken)] == [1, 2, 3]
+    for folder, more in ((whole, []), (broken, RESUME)):
+        with working_in(folder):
+            torch.set_num_threads(1)  # as in the other process
+            rlchat(*fit_words(words), *more)
+    report = compare(whole, broken, ranks=1, kills=1)
+    assert (report.batches, report.repeated) == (5, 1)
+    assert report.compared > 100
+
+
+@pytest.mark.slow
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     """A short version of the 20 kills in `make prove`: real processes, killed without cleanup."""
     words = [*(word.format(batch=8) for word in PPO), "--trainer.max_epochs=6"]
