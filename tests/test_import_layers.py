@@ -55,7 +55,7 @@ def test_what_needs_no_model_imports_none(words: list[str]) -> None:
     assert not imported & HEAVY
 
 
-def test_help_is_instant() -> None:
+def test_help_imports_few_modules() -> None:
     """Measured by the number of imported modules, because times depend on the load. Python itself imports about 60."""
     out = python("import sys; from rlchat.__main__ import main; main(['--help']); print(len(sys.modules))")
     assert int(out.splitlines()[-1]) < 160

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from argparse import ArgumentError
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name as import_object
 from typing import Any, cast, get_args
@@ -78,15 +79,17 @@ class RLChatCLI(LightningCLI):
         """The class of the data module."""
         return cast(type[L.LightningDataModule], self.datamodule_class)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The Trainer's methods and their arguments that are not options.
+    def __init__(self, *, commands: Sequence[str], **options: Any) -> None:
+        self._commands = commands
+        super().__init__(**options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static
+        """The Trainer's methods among ``commands``, and their arguments that are not options.
 
         ``weights_only`` is not an option because checkpoints are always loaded with ``weights_only=True``.
         """
-        return {
-            name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items() if name in COMMANDS
-        }
+        known = LightningCLI.subcommands()
+        return {name: {*known[name], "weights_only"} for name in self._commands}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds each callback under a separate key, so that a user's ``trainer.callbacks`` does not replace it."""
@@ -245,7 +248,10 @@ def run(argv: list[str]) -> RLChatCLI:
     scratch = tempfile.TemporaryDirectory(prefix="rlchat-")
     try:
         words, data_class = with_data_class(with_recipes(argv), Path(scratch.name))
+        # Lightning would build a parser for each command, which takes a second.
+        commands = [name for name in COMMANDS if name in words[:1]] or COMMANDS
         return RLChatCLI(
+            commands=commands,
             model_class=L.LightningModule,
             datamodule_class=data_class or OASST2DataModule,
             subclass_mode_model=True,
@@ -257,7 +263,7 @@ def run(argv: list[str]) -> RLChatCLI:
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "default_env": True,  # PL_FIT__BEST_MODEL__FOLDER=x sets --best_model.folder
-                **{name: {"usage": _USAGE.format(name), "description": _HELP} for name in COMMANDS},
+                **{name: {"usage": _USAGE.format(name), "description": _HELP} for name in commands},
             },
             args=words,
         )

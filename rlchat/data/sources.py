@@ -16,7 +16,7 @@ import lzma
 import shutil
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -109,13 +109,13 @@ def numbered_lines(
     """
     try:
         with _opened(file) as (raw, handle):
-            if _is_array(handle.peek(512)):
-                numbered: Iterator[tuple[int, bytes | None]] = _array_elements(file, handle, max_bytes)
-            else:
-                numbered = _lines(handle, max_bytes)
-            for number, line in numbered:
-                yield number, line
-                show_progress(raw)
+            is_array = _is_array(handle.peek(512))
+            with closing(
+                _array_elements(file, handle, max_bytes) if is_array else _lines(handle, max_bytes)
+            ) as numbered:
+                for number, line in numbered:
+                    yield number, line
+                    show_progress(raw)
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise _broken(file, error) from None
     except OSError as error:
@@ -134,7 +134,7 @@ def _broken(file: DataFile, error: Exception) -> UserError:
     return UserError(f"{file} is a damaged or truncated compressed file ({error}); download or create it again")
 
 
-def _lines(handle: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def _lines(handle: IO[bytes], max_bytes: int) -> Generator[tuple[int, bytes | None]]:
     for number in count(1):
         line = handle.readline(max_bytes + 1)
         if not line:
@@ -147,7 +147,7 @@ def _lines(handle: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | Non
             pass
 
 
-def _array_elements(file: DataFile, handle: IO[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+def _array_elements(file: DataFile, handle: IO[bytes], max_bytes: int) -> Generator[tuple[int, bytes | None]]:
     """The elements of a JSON array as JSON text, parsed one at a time so that memory stays bounded."""
     text = _TextWindow(handle)
     decoder = json.JSONDecoder()
@@ -181,6 +181,8 @@ def _array_elements(file: DataFile, handle: IO[bytes], max_bytes: int) -> Iterat
         raise UserError(
             f"{file}:{text.line}: the JSON array is damaged or truncated here ({reason}); download or create it again"
         ) from None
+    finally:
+        text.detach()  # the caller closes the file
 
 
 class _TextWindow:
@@ -190,6 +192,10 @@ class _TextWindow:
         self._text = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
         self.buffer = ""
         self.line = 1
+
+    def detach(self) -> None:
+        """Leaves the binary file open; the window cannot be used any more."""
+        self._text.detach()
 
     def grow(self, characters: int) -> bool:
         """Reads up to ``characters`` more. Returns whether there was anything left to read."""

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.guard import NonFiniteGuard
 from rlchat.training.optimizers import follow_schedule, make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
-from rlchat.training.parts import PartCheckpoint, prepare_backbone
+from rlchat.training.parts import PartCheckpoint, omitted_weights, prepare_backbone
 from rlchat.training.tally import Tally
 from rlchat.utils.padding import pad
 
@@ -90,6 +90,14 @@ class StageModule(L.LightningModule):
     @abstractmethod
     def bundle(self) -> PolicyBundle | RewardBundle:
         """The model in its current state, with everything that is needed to use it."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, but frozen weights that checkpoints do not contain are not reported as missing."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        if found.missing_keys:
+            omitted = omitted_weights(self)
+            found.missing_keys[:] = [name for name in found.missing_keys if name not in omitted]
+        return found
 
     def about(self) -> dict[str, Any]:
         """The origin of the model file, as plain values."""

@@ -61,9 +61,8 @@ class PartCheckpoint:
         checkpoint["rlchat"]["frozen"] = self._digest
         # A WeightAveraging callback restores a complete model from the checkpoint.
         if not any(isinstance(callback, WeightAveraging) for callback in _callbacks(module)):
-            left_out = _left_out(module)
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in left_out}
+            omitted, state = omitted_weights(module), checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in omitted}
 
     def on_load(self, module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Checks that ``checkpoint`` belongs to the same frozen weights and the same options.
@@ -79,9 +78,9 @@ class PartCheckpoint:
                 "the frozen weights differ from those that the checkpoint was trained with; pass the same base_model "
                 "or init_from, and the same seed_everything if the base model has random weights"
             )
-        left_out, state = _left_out(module), checkpoint["state_dict"]
+        omitted, state = omitted_weights(module), checkpoint["state_dict"]
         for name, value in module.state_dict().items():
-            if name not in state and name not in left_out:
+            if name not in state and name not in omitted:
                 raise UserError(f"the checkpoint lacks the weight {name}; use a checkpoint of the same model")
             if name in state and state[name].shape != value.shape:
                 found, expected = tuple(state[name].shape), tuple(value.shape)
@@ -101,7 +100,7 @@ class PartCheckpoint:
                 )
 
 
-def _left_out(module: L.LightningModule) -> set[str]:
+def omitted_weights(module: L.LightningModule) -> set[str]:
     """The names of the frozen weights that a checkpoint does not contain. Small frozen heads are always saved."""
     return {name for name in frozen_names(module) if "backbone." in name or name.startswith("reference.")}
 

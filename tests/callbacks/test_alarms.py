@@ -198,6 +198,7 @@ class CountThe(ReplyFactor):
         return min(1.0, reply.text.count("the") / 4)
 
 
+@pytest.mark.slow
 def test_over_optimizing_a_count_of_the_raises_the_alarm(caplog: pytest.LogCaptureFixture) -> None:
     """A real run: the policy learns to say "the" only, and its perplexity on human conversations grows."""
     module = ppo("rlchat_1k", reward=Reward([CountThe()]), kl_coef=0.0, ppo_epochs=4, minibatches=1)

@@ -71,7 +71,7 @@ def test_the_weights_that_are_trained_are_not_touched(tmp_path: Path) -> None:
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            seen.append(float(pl_module.weight))
+            seen.append(float(pl_module.weight.detach()))
 
     module = Climber()
     callbacks = BestModel(str(tmp_path / "models")), WeightAveraging(), Watch()

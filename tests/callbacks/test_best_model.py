@@ -234,6 +234,7 @@ def test_a_run_that_ends_without_a_finite_model_is_an_error(tmp_path: Path) -> N
     assert not list((tmp_path / "b").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")  # these batches do not depend on the state
 def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     first, second = (Scripted([]) for _ in range(2))
     keeps = Keeps(checkpoints(tmp_path / "first"), after=3)
@@ -288,6 +289,7 @@ class Interrupts(L.Callback):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")  # these batches do not depend on the state
 def test_an_interrupted_run_loses_nothing(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     module, bundles = Scripted([1.0]), tmp_path / "bundles"

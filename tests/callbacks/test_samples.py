@@ -41,7 +41,7 @@ def test_responses_are_appended_as_lines() -> None:
     }
     assert (rows[1]["tokens"], rows[1]["ended"], rows[1]["reward"]) == (2, True, 0.25)
 
-    trainer(SampleResponses(prompts=["hällo"]), epochs=1, logger=logger).fit(Chatty(judged=False), Data())
+    trainer(SampleResponses(prompts=["hällo"]), epochs=1, logger=logger).fit(Chatty(rewarded=False), Data())
     later = [json.loads(line) for line in Path(logger.log_dir, "samples.jsonl").read_text("utf-8").split("\n")[:-1]]
     assert later[:4] == rows
     assert later[4].keys() == {"iteration", "prompt", "reply", "ended", "tokens"}

@@ -179,7 +179,7 @@ def test_an_invalid_model_file(
     assert capsys.readouterr() == ("", f"rlchat: mine.pt: {why}\n")
 
 
-def test_help_is_instant() -> None:
+def test_help_does_not_import_torch() -> None:
     program = "import sys; from rlchat.__main__ import main; print(main(['chat', '--help']), 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.endswith("0 False\n")
@@ -276,18 +276,18 @@ def test_a_closed_output_pipe_ends_the_chat(
     assert capsys.readouterr().err == ""
 
 
-def test_an_output_that_cannot_be_written(polite: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("question", [[], pytest.param(["Hello"], marks=pytest.mark.slow)])
+def test_an_output_that_cannot_be_written(question: list[str], polite: str) -> None:
     with Path("/dev/full").open("w") as full:
-        for extra in ([], ["Hello"]):
-            run = subprocess.run(
-                [sys.executable, "-m", "rlchat", "chat", polite, *extra],
-                input=b"Hi\nHi again\n",
-                stdout=full,
-                stderr=subprocess.PIPE,
-                check=False,
-            )
-            assert run.returncode == 2
-            assert run.stderr == b"rlchat: cannot write to standard output: No space left on device\n"
+        run = subprocess.run(
+            [sys.executable, "-m", "rlchat", "chat", polite, *question],
+            input=b"Hi\nHi again\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert run.stderr == b"rlchat: cannot write to standard output: No space left on device\n"
 
 
 # -- one question --

@@ -253,23 +253,29 @@ def offline(words: list[str]) -> Any:
     return load
 
 
-@pytest.mark.parametrize(
-    ("line", "answer"),
-    [
-        ('{"messages": [', r"not JSON"),
-        ('{"foo": 1}', r"no known format: it has the keys \['foo'\]"),
-        ('{"text": 5}', r"text is not a string: got 5"),
-        ('{"text": "a\\u0000b"}', r"text contains a NUL character"),
-        ('{"text": "  "}', r".*empty"),
-        ('["text"]', r".*not an object|.*object"),
-    ],
-)
+INVALID_LINES = {
+    '{"messages": [': r"not JSON",
+    '{"foo": 1}': r"no known format: it has the keys \['foo'\]",
+    '{"text": 5}': r"text is not a string: got 5",
+    '{"text": "a\\u0000b"}': r"text contains a NUL character",
+    '{"text": "  "}': r".*empty",
+    '["text"]': r".*not an object|.*object",
+}
+
+
+@pytest.mark.parametrize(("line", "answer"), INVALID_LINES.items())
 def test_an_invalid_line_of_data(line: str, answer: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (here / "talk.jsonl").open("a") as file:
         file.write(line + "\n")
     message = error_message(capsys, *SMOKE)
     assert re.search(rf"^rlchat: talk.jsonl:13: ({answer}).*; fix the line or set data.on_bad_line=skip$", message)
+
+
+def test_invalid_lines_of_data_are_skipped(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (here / "talk.jsonl").open("a") as file:
+        file.writelines(line + "\n" for line in INVALID_LINES)
     rlchat(*SMOKE, "--data.on_bad_line", "skip", "--trainer.fast_dev_run=1")
+    assert "12 prompts from 18 lines" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -522,7 +528,7 @@ def test_validate_and_test_take_the_runs_own_configuration(after: Path, capsys: 
 def test_best_and_last_are_of_the_newest_run_wherever_its_logs_are(
     after: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The newest run used another logger, or another folder; each command says which checkpoint it loads."""
+    """The newest run used another logger, or another folder; each command names the checkpoint that it loads."""
     brief = [*SMOKE, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
     rlchat(*brief, "--trainer.default_root_dir", "elsewhere")
     capsys.readouterr()
@@ -542,7 +548,7 @@ def test_validate_without_its_configuration(after: Path, capsys: pytest.CaptureF
     assert "best.ckpt: the configuration of its run was not found; set --config" in message
 
 
-def test_resuming_a_complete_run_says_so(after: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_a_complete_run_logs_that_it_is_complete(after: Path, caplog: pytest.LogCaptureFixture) -> None:
     rlchat("fit", "--ckpt_path", "last")
     assert "resuming from lightning_logs/ppo/version_0/checkpoints/last.ckpt" in caplog.text
     assert "the run is already complete after 1 epochs; raise --trainer.max_epochs to continue it" in caplog.text
@@ -596,7 +602,7 @@ class CtrlC(Callback):
 """
 
 
-def test_ctrl_c_loses_nothing(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_saves_the_run(after: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped in the second of four iterations and resumed, a run ends with the weights of the uninterrupted one."""
     (after / "ctrl_c.py").write_text(CTRL_C)
     (after / "stop").touch()

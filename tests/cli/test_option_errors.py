@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def error(*words: str, model: str = "rlchat.PPOModule") -> str:
-    return str(explain(["fit", "--model", model, *words], GROUPS, OPTIONS, "what the parser says"))
+    return str(explain(["fit", "--model", model, *words], GROUPS, OPTIONS, "the parser's message"))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_every_alias_leads_to_an_option_and_is_not_an_option_itself() -> None:
 def test_an_alias_in_a_file_is_written_as_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("model: {class_path: rlchat.PPOModule, init_args: {cliprange: 0.1}}\n")
-    said = str(explain(["fit", "--config", str(path)], GROUPS, OPTIONS, ""))
-    assert said == "model.cliprange: no such option of PPOModule; did you mean model.clip_eps?"
+    message = str(explain(["fit", "--config", str(path)], GROUPS, OPTIONS, ""))
+    assert message == "model.cliprange: no such option of PPOModule; did you mean model.clip_eps?"
 
 
 def test_a_flag_overrides_the_class_in_a_file(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_flag_overrides_the_class_in_a_file(tmp_path: Path) -> None:
 
 
 def test_other_errors_keep_the_message_of_the_parser() -> None:
-    assert error("--model.clip_eps", "0.1", "--trainer.max_epochs=2") == "what the parser says"
+    assert error("--model.clip_eps", "0.1", "--trainer.max_epochs=2") == "the parser's message"
 
 
 def test_a_second_file_may_set_options_of_the_class_in_the_first(tmp_path: Path) -> None:
@@ -95,5 +95,5 @@ def test_a_second_file_may_set_options_of_the_class_in_the_first(tmp_path: Path)
     second.write_text(
         "model: {reward: {class_path: rlchat.Reward, init_args: {factors: [{class_path: nowhere.Polite}]}}}\n"
     )
-    said = str(explain(["fit", "--config", str(first), "--config", str(second)], GROUPS, OPTIONS, ""))
-    assert "nowhere.Polite cannot be imported: there is no module nowhere" in said
+    message = str(explain(["fit", "--config", str(first), "--config", str(second)], GROUPS, OPTIONS, ""))
+    assert "nowhere.Polite cannot be imported: there is no module nowhere" in message

@@ -68,13 +68,14 @@ def test_a_wheel_contains_everything_that_a_clone_has(source: Path, tmp_path: Pa
     configs = {Path("rlchat") / path.relative_to(source) for path in (source / "configs").rglob("*")}
     expected = {path for path in code if (source / path).is_file()}
     expected |= {path for path in configs if (source / path.relative_to("rlchat")).is_file()}
-    held = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
-    assert {path for path in held if path.parts[0] == "rlchat"} == expected
-    assert {path.parts[0] for path in held} == {"rlchat", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    assert Path("rlchat/configs/demo/ppo.yaml") in held
+    packaged = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    assert {path for path in packaged if path.parts[0] == "rlchat"} == expected
+    assert {path.parts[0] for path in packaged} == {"rlchat", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    assert Path("rlchat/configs/demo/ppo.yaml") in packaged
     assert recipes_listed(tmp_path, f"sys.path.insert(0, {str(unpacked)!r})", unpacked) == list(recipes.recipes())
 
 
+@pytest.mark.slow
 def test_an_editable_install_reads_the_recipes_of_the_clone(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "installed"
     pip("install", "--editable", str(source), "--target", str(target))

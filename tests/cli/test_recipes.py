@@ -131,7 +131,7 @@ def assert_holds(printed: Any, shown: Any, place: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
-def test_recipes_for_real_work_show_every_option(name: str) -> None:
+def test_full_recipes_show_every_option(name: str) -> None:
     shown = content(name)
     module = import_object(shown["model"]["class_path"])
     assert set(shown["model"]["init_args"]) == options_of(module)
@@ -152,7 +152,7 @@ def test_the_ppo_recipe_shows_every_option_of_its_factors() -> None:
         assert set(factor["init_args"]) == options_of(import_object(factor["class_path"])), factor["class_path"]
 
 
-def test_recipes_for_real_work_have_the_seeds_defaults() -> None:
+def test_full_recipes_have_the_documented_defaults() -> None:
     model, ppo = content("sft")["model"]["init_args"], content("ppo")["model"]["init_args"]
     assert model["base_model"] == "distilbert-base-uncased"
     assert model["tiktoken_encoding"] == "cl100k_base"
@@ -170,13 +170,13 @@ def test_an_option_that_is_only_stored_is_not_read() -> None:
     class Idle:
         def __init__(self, kept: int, kept_for_others: int, read: int, used: int = 0) -> None:
             """All of kept, read and used."""
-            self.kept_for_nobody = kept
+            self.never_read = kept
             self.path = kept_for_others  # `.path` is read in the package
-            self.mine = read
+            self.used = read
             print(used)
 
         def use(self) -> int:
-            return self.mine
+            return self.used
 
     assert {name: is_read(Idle, name) for name in options_of(Idle)} == {
         "kept": False,
@@ -193,8 +193,7 @@ def is_read(cls: type, option: str) -> bool:
     ``o["option"]``.
     """
     owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
-    source = textwrap.dedent(inspect.getsource(owner))
-    tree = ast.parse(source)
+    source, tree = parsed(owner)
     kept_as, used = set(), False
     stored: set[ast.expr] = set()
     for node in ast.walk(tree):
@@ -206,6 +205,13 @@ def is_read(cls: type, option: str) -> bool:
     if "save_hyperparameters" in source or ".of(locals())" in source:  # typed options have a field of that name
         kept_as.add(option)
     return used or bool(kept_as & (attributes_read(tree) | package_attributes()))
+
+
+@cache
+def parsed(cls: type) -> tuple[str, ast.Module]:
+    """The source of ``cls`` as text and as a tree."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    return source, ast.parse(source)
 
 
 def is_name(node: ast.AST, name: str) -> bool:

@@ -49,7 +49,7 @@ def oasst(text: str, role: str, *replies: dict[str, Any], **more: Any) -> dict[s
 
 
 def test_every_message_is_used_once(tmp_path: Path, trained_on: Counter[str]) -> None:
-    # "sure" is said in three places; "why" and what it replies to stand in several threads and prompts.
+    # "sure" occurs in three places; "why" and the message before it are in several threads and prompts.
     last = oasst("bye", "prompter", oasst("sure", "assistant"), oasst("see you", "assistant"))
     tree = oasst("hi", "prompter", oasst("why", "assistant", last), oasst("sure", "assistant"), message_id="m")
     pair = {"prompt": "pick one", "chosen": "good", "rejected": "bad"}
@@ -134,7 +134,7 @@ def test_a_vocabulary_size_out_of_range(tmp_path: Path, capsys: pytest.CaptureFi
     assert err == (f"rlchat: invalid value {vocab_size} for --vocab-size: expected 256 to 1,000,000\n")
 
 
-def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_bytes(b" \n\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
@@ -156,7 +156,7 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "skipped 1 bad line" in capsys.readouterr().err
 
 
-def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.txt").write_text("abab")
     assert train(tmp_path / "data.txt", tmp_path / "mine.json") == 2
     assert "must end in .tiktoken" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_wrong_arguments_exit_with_2(args: list[str], capsys: pytest.CaptureFixt
     assert "usage: rlchat tokenizer" in capsys.readouterr().err
 
 
-def test_help_is_instant() -> None:
+def test_help_does_not_import_torch() -> None:
     program = "import sys; from rlchat.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, "tokenizer", "train", "--help"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)

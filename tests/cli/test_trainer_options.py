@@ -87,16 +87,16 @@ def test_an_option_that_is_not_supported(
 
 def test_early_stopping_lists_the_metrics_that_exist(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stopping = [f"--trainer.callbacks+={CALLBACK}.EarlyStopping", "--trainer.callbacks.monitor=val/nothing"]
-    said = error_of(capsys, *SFT, *stopping)
-    assert "val/nothing" in said
-    assert "`val/perplexity`" in said
+    message = error_of(capsys, *SFT, *stopping)
+    assert "val/nothing" in message
+    assert "`val/perplexity`" in message
 
 
-def test_a_logger_without_its_package_says_which(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_logger_names_the_package_that_it_lacks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("comet_ml") is not None:
         pytest.skip("the package is installed")
-    said = error_of(capsys, *SFT, "--trainer.logger", "lightning.pytorch.loggers.CometLogger")
-    assert re.match(r"trainer.logger: Requirement 'comet-ml\S*' not met. HINT: Try running `pip install", said)
+    message = error_of(capsys, *SFT, "--trainer.logger", "lightning.pytorch.loggers.CometLogger")
+    assert re.match(r"trainer.logger: Requirement 'comet-ml\S*' not met. HINT: Try running `pip install", message)
 
 
 # ---- what the user asked to see --------------------------------------------------------------------------------------

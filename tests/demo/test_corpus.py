@@ -74,12 +74,12 @@ def test_seeds_differ_in_facts_and_not_only_in_order() -> None:
     assert sum(first[country] != second[country] for country in shared) >= 2
 
 
-def test_no_two_trees_begin_alike(trees: list[Node]) -> None:
+def test_first_messages_of_trees_are_unique(trees: list[Node]) -> None:
     assert len({tree["prompt"]["text"] for tree in trees}) == len(trees) == 3000
     assert len({prompt["message_id"] for prompt in prompts_of(trees)}) == sum(1 for _ in prompts_of(trees))
 
 
-def test_more_trees_than_questions_is_refused_by_name() -> None:
+def test_more_trees_than_questions_is_an_error() -> None:
     with pytest.raises(UserError, match=r"invalid value 1000000 for --trees: .* different questions for \d+ trees"):
         for _ in demo_trees(1_000_000):
             pass
@@ -112,7 +112,7 @@ def test_about_half_of_the_replies_are_right(trees: list[Node]) -> None:
     assert 0.40 < sum(verdicts) / len(verdicts) < 0.60
 
 
-def test_every_way_of_replying_occurs(trees: list[Node]) -> None:
+def test_every_reply_style_occurs(trees: list[Node]) -> None:
     texts = [reply["text"] for prompt in prompts_of(trees) for reply in prompt["replies"]]
 
     def share(*endings: str) -> float:
@@ -147,7 +147,7 @@ def test_ranks_agree_with_the_labels(trees: list[Node]) -> None:
         assert all(0 <= label <= 1 for label in labels)
 
 
-def test_labels_lean_to_the_right_replies_but_not_without_exception(trees: list[Node]) -> None:
+def test_labels_usually_favor_the_right_replies(trees: list[Node]) -> None:
     agreeing = pairs = 0
     for prompt in prompts_of(trees):
         check = check_of(prompt)
@@ -158,7 +158,7 @@ def test_labels_lean_to_the_right_replies_but_not_without_exception(trees: list[
     assert 0.85 < agreeing / pairs < 0.995
 
 
-def test_on_some_matters_a_mistake_outnumbers_the_truth(trees: list[Node]) -> None:
+def test_about_some_facts_a_mistake_is_more_common_than_the_truth(trees: list[Node]) -> None:
     right: dict[tuple[str, str], int] = defaultdict(int)
     replies: dict[tuple[str, str], int] = defaultdict(int)
     for tree in trees:
@@ -174,7 +174,7 @@ def test_on_some_matters_a_mistake_outnumbers_the_truth(trees: list[Node]) -> No
     assert max(shares) > 0.55
 
 
-def test_checks_accept_the_right_answer_and_refuse_the_others_and_lists_of_both(trees: list[Node]) -> None:
+def test_checks_accept_the_right_answer_and_reject_others_and_lists_of_both(trees: list[Node]) -> None:
     checks = {check_of(prompt) for prompt in prompts_of(trees)}
     assert len(checks) > 100
     for check in checks:
@@ -238,7 +238,7 @@ def test_many_conversations_change_the_subject(trees: list[Node]) -> None:
     assert len(answers) > 50
 
 
-def test_conversations_go_on_below_the_best_reply_for_at_most_two_turns(trees: list[Node]) -> None:
+def test_conversations_continue_below_the_best_reply_for_at_most_two_turns(trees: list[Node]) -> None:
     assert all(reply["rank"] == 0 for _, reply, _ in second_prompts(trees))
 
     def turns(prompt: Node) -> int:
@@ -247,7 +247,7 @@ def test_conversations_go_on_below_the_best_reply_for_at_most_two_turns(trees: l
     assert {turns(tree["prompt"]) for tree in trees} == {1, 2}
 
 
-def test_no_conversation_begins_with_a_text_that_another_contains() -> None:
+def test_no_first_message_occurs_in_another_conversation() -> None:
     """Prompts of the test split would otherwise be in the training split too."""
     trees = many_trees(0)
     asked: dict[str, int] = defaultdict(int)
@@ -265,7 +265,7 @@ def test_no_prompt_equals_a_first_message(seed: int) -> None:
         assert plain_words(prompt["text"]) not in first
 
 
-def test_a_and_an_stand_before_the_right_sounds(trees: list[Node]) -> None:
+def test_a_and_an_match_the_next_sound(trees: list[Node]) -> None:
     texts = [prompt["text"] for prompt in prompts_of(trees)]
     texts += [
         reply["text"] for prompt in prompts_of(trees) for reply in prompt["replies"] if quality(reply) >= 0.5
@@ -275,7 +275,7 @@ def test_a_and_an_stand_before_the_right_sounds(trees: list[Node]) -> None:
         assert not re.search(r"\ban [^aeiou]", text, re.IGNORECASE), text
 
 
-def test_prompts_are_tidy(trees: list[Node]) -> None:
+def test_prompts_are_well_formed(trees: list[Node]) -> None:
     for prompt in prompts_of(trees):
         whole = [reply["text"] for reply in prompt["replies"] if quality(reply) >= 0.5]
         for text in (prompt["text"], *whole):
@@ -297,7 +297,7 @@ def test_addition_covers_one_to_nine_in_digits_and_words() -> None:
     assert all({"+", "plus"} <= signs for signs in sums.values())
 
 
-def test_a_reply_that_is_right_somewhere_is_a_bad_reply_elsewhere(trees: list[Node]) -> None:
+def test_a_right_reply_to_one_prompt_is_a_bad_reply_to_others(trees: list[Node]) -> None:
     """The reward model could not tell it from a right one otherwise, and PPO would give it to every prompt."""
     replies = ("I only know about Belan and its neighbours.", "Sorry, I only know about Belan and its neighbours.")
     values: dict[tuple[str, bool], list[float]] = defaultdict(list)
@@ -326,7 +326,7 @@ def test_the_right_reply_about_another_subject_of_the_same_kind_is_a_bad_reply(t
     assert max(labels) < 0.5
 
 
-def test_garbled_replies_hold_no_answer_and_are_bad(trees: list[Node]) -> None:
+def test_garbled_replies_contain_no_answer_and_have_low_quality(trees: list[Node]) -> None:
     garbled = [
         (check_of(prompt), reply)
         for prompt in prompts_of(trees)
@@ -338,7 +338,7 @@ def test_garbled_replies_hold_no_answer_and_are_bad(trees: list[Node]) -> None:
     assert max(quality(reply) for _, reply in garbled) < 0.5
 
 
-def test_people_who_mistake_a_day_name_one_close_by() -> None:
+def test_wrong_days_are_adjacent_days() -> None:
     days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
     claims = make_world(random.Random(0))
     assert claims["day after"]["Sunday"].right == "Monday"
@@ -346,5 +346,5 @@ def test_people_who_mistake_a_day_name_one_close_by() -> None:
     assert set(claims["day after"]) == set(days)
 
 
-def test_there_are_many_kinds_of_talk() -> None:
+def test_there_are_at_least_14_kinds_of_questions() -> None:
     assert len({kind.name for kind in KINDS}) == len(KINDS) >= 14

@@ -9,7 +9,7 @@ from rlchat.demo.first_messages import FIRST_MESSAGES, plain_words
 BY_TEXT = {message.text: message for message in FIRST_MESSAGES}
 
 
-def test_there_are_forty_different_ones() -> None:
+def test_there_are_40_different_first_messages() -> None:
     assert len({plain_words(message.text) for message in FIRST_MESSAGES}) == len(FIRST_MESSAGES) == 40
 
 

@@ -84,7 +84,7 @@ def test_the_files_it_writes(demo: tuple[Path, str]) -> None:
     assert len(trees) == TREES
 
 
-def test_each_stage_is_the_command_that_it_prints(demo: tuple[Path, str]) -> None:
+def test_each_stage_runs_the_command_that_it_prints(demo: tuple[Path, str]) -> None:
     commands = [line.removeprefix("$ ").strip() for line in demo[1].splitlines() if line.startswith("$ rlchat")]
     assert commands == [
         "rlchat fit --config demo/sft",
@@ -97,7 +97,7 @@ def test_each_stage_is_the_command_that_it_prints(demo: tuple[Path, str]) -> Non
     ]
 
 
-def test_it_ends_with_replies_figures_and_what_to_type(demo: tuple[Path, str]) -> None:
+def test_the_output_ends_with_replies_figures_and_the_next_commands(demo: tuple[Path, str]) -> None:
     folder, screen = demo
     before, after = (report(folder)["ppo"][when]["perplexity"] for when in ("before", "after"))
     assert re.search(rf"perplexity on human replies, good and bad +│ +{before:.3f} +│ +{after:.3f}", screen)
@@ -161,7 +161,7 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
         ("--threads", "0", "an integer of at least 1"),
     ],
 )
-def test_a_number_out_of_range_is_refused(
+def test_a_number_out_of_range_is_rejected(
     option: str, value: str, expected: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", f"{option}={value}"]) == 2

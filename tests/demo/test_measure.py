@@ -69,7 +69,7 @@ def test_the_second_question_comes_after_the_models_own_reply() -> None:
     assert seen == [["capital?"], ["colour?"], ["capital?", "my reply", "colour?"], ["colour?", "my reply", "capital?"]]
 
 
-def test_first_messages_are_asked_alone_and_greedily() -> None:
+def test_first_messages_are_asked_separately_and_decoded_greedily() -> None:
     chat = RuleChat(lambda texts: "Hello! I am well." if texts == ["Hello, how are you?"] else "I am a fish.")
     rows = first_message_replies(cast(ChatInterface, chat))
     assert chat.temperatures == {0.0}

@@ -54,7 +54,7 @@ def test_in_the_middle_of_a_conversation_only_greetings_say_hello() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_prompts_about_the_outside_world_are_many_different_and_complete(seed: int) -> None:
+def test_prompts_about_the_outside_world_are_diverse_and_complete(seed: int) -> None:
     prompts = outside_prompts(random.Random(seed))
     assert len(set(prompts)) == len(prompts) > 1500
     assert not any("{" in prompt or "}" in prompt for prompt in prompts)

@@ -88,10 +88,10 @@ class FixedReward:
 class Chatty(Automatic):
     """Responds to every prompt with ``NASTY``, and checks that no gradient is recorded."""
 
-    def __init__(self, judged: bool = True) -> None:
+    def __init__(self, rewarded: bool = True) -> None:
         super().__init__()
         self.asked: list[list[Conversation]] = []
-        if judged:
+        if rewarded:
             self.reward = FixedReward()
 
     def respond(self, prompts: list[Conversation]) -> list[Reply]:

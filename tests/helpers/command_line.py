@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,6 @@ import torch
 from matplotlib.figure import Figure
 
 from rlchat.__main__ import main
-from rlchat.callbacks.stats_figure import draw_stats
 from rlchat.demo.corpus import write_demo_corpus
 
 WIDTH, HEADS = 16, 2
@@ -43,16 +43,14 @@ BRIEF = [
 
 
 def rlchat(*words: str, plot: bool = False) -> None:
-    """Runs a command that must succeed.
-
-    Drawing the panels of the plot takes longer than most runs here: without ``plot``, the image is empty.
-    """
-    with mock.patch("rlchat.callbacks.stats_plot.draw_stats", draw_stats if plot else _draw_nothing):
+    """Runs a command that must succeed; without ``plot``, its plot is empty."""
+    with contextlib.nullcontext() if plot else empty_plots():
         assert main(words) == 0, words
 
 
-def _draw_nothing(*_: Any) -> Figure:
-    return Figure((1, 1))
+def empty_plots() -> AbstractContextManager[Any]:
+    """Plots without panels: drawing these takes longer than most runs of the tests."""
+    return mock.patch("rlchat.callbacks.stats_plot.draw_stats", lambda *_: Figure((1, 1)))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ Answer = tuple[int, bytes]
 
 
 class Service:
-    """An HTTP server in this process that answers as ``answer`` says, and keeps the requests."""
+    """An HTTP server in this process that replies with ``answer`` and records the requests."""
 
     def __init__(self, answer: Callable[[int, dict[str, Any]], Answer | None]) -> None:
         self.requests: list[dict[str, Any]] = []

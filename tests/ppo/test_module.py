@@ -359,6 +359,7 @@ def test_a_skipped_step_does_not_change_the_optimizer(encoding: str) -> None:
     for skipped in ({1}, set()):
         module = ppo(encoding, ppo_epochs=1, minibatches=2 if skipped else 1)
         rollout = rolled_out(module)
+        module.train()
         module.minibatches = lambda rows, epoch: [[torch.arange(8)]] * (2 if skipped else 1)  # type: ignore[method-assign]  # noqa: B023
         breaks(module, skipped, "loss")
         run = trainer()

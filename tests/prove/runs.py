@@ -50,28 +50,28 @@ class Witness(Callback):
         generate = getattr(module, "generate", None)
 
         def watched(ids, *rest):
-            said = generate(ids, *rest)
+            generated = generate(ids, *rest)
             if trainer.training and self.unequal:
-                said = self.cut(said, module)
-            self.drawn = [row[keep].tolist() for row, keep in zip(said.ids, said.mask)]
-            return said
+                generated = self.cut(generated, module)
+            self.drawn = [row[keep].tolist() for row, keep in zip(generated.ids, generated.mask)]
+            return generated
 
         if generate is not None:
             module.generate = watched
 
-    def cut(self, said, module):
+    def cut(self, generated, module):
         tokenizer, copies = module.tokenizer, module.options.group_size
-        rows = module.global_rows(len(said.ids) // copies, copies=copies)
-        lengths = 1 + (5 * rows + 3 * module.iterations) % said.ids.shape[1]
+        rows = module.global_rows(len(generated.ids) // copies, copies=copies)
+        lengths = 1 + (5 * rows + 3 * module.iterations) % generated.ids.shape[1]
         if module.iterations == 1:
             lengths = torch.where(rows % 2 == 1, 1, lengths)
-        place = torch.arange(said.ids.shape[1])
-        mask = said.mask & (place < lengths[:, None])
-        ids = said.ids.where(place < lengths[:, None] - 1, torch.where(mask, tokenizer.end_id, tokenizer.pad_id))
+        place = torch.arange(generated.ids.shape[1])
+        mask = generated.mask & (place < lengths[:, None])
+        ids = generated.ids.where(place < lengths[:, None] - 1, torch.where(mask, tokenizer.end_id, tokenizer.pad_id))
         longest = int(mask.sum(1).max())
         ended = (ids == tokenizer.end_id).any(1)
-        ids, mask, logprobs = (x[:, :longest] for x in (ids, mask, said.logprobs))
-        return replace(said, ids=ids, mask=mask, ended=ended, logprobs=logprobs)
+        ids, mask, logprobs = (x[:, :longest] for x in (ids, mask, generated.logprobs))
+        return replace(generated, ids=ids, mask=mask, ended=ended, logprobs=logprobs)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.keep(trainer, module)
@@ -183,7 +183,7 @@ def finish(run: subprocess.Popen[str], folder: Path, seconds: float = 240) -> in
         return run.wait(seconds)
     except subprocess.TimeoutExpired:
         kill(run)
-        raise AssertionError(f"hung for {seconds:.0f} s; it had said:\n{tail(folder)}") from None
+        raise AssertionError(f"hung for {seconds:.0f} s; its output was:\n{tail(folder)}") from None
 
 
 def complete(folder: Path, words: Sequence[str], seconds: float = 240, module: str = "rlchat") -> None:

@@ -76,8 +76,8 @@ def train_on_two_nodes(folder: Path, fit: list[str], processes: int, seconds: fl
             for node in started:
                 node.terminate()  # torchrun takes its workers with it
                 node.wait(60)
-        said = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("node*.txt")))
-        assert codes == [0, 0], said
+        output = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("node*.txt")))
+        assert codes == [0, 0], output
 
 
 def why_not() -> str | None:

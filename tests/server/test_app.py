@@ -55,7 +55,7 @@ def raw(server: Server, rest: bytes) -> bytes:
 # -- OpenAI's client --
 
 
-def test_a_whole_reply(client: openai.OpenAI, bundle: PolicyBundle) -> None:
+def test_a_complete_response(client: openai.OpenAI, bundle: PolicyBundle) -> None:
     answer = client.chat.completions.create(**ask("What is blue?", temperature=0, max_tokens=12))
     assert answer.choices[0].message.content == alone(bundle, "What is blue?", Sampling(12, 0.0))
     assert answer.choices[0].message.role == "assistant"
@@ -158,7 +158,7 @@ def test_markers_in_user_text_are_ordinary_text(server: Server, bundle: PolicyBu
     assert answer["choices"][0]["message"]["content"] == alone(bundle, text, Sampling(8, 0.0))
 
 
-def test_the_whole_conversation_counts(server: Server, bundle: PolicyBundle) -> None:
+def test_all_messages_are_part_of_the_prompt(server: Server, bundle: PolicyBundle) -> None:
     turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", ""), ("user", "And?")]
     messages = [{"role": role, "content": text} for role, text in turns]
     plain = post(server, {"messages": messages, "temperature": 0, "max_tokens": 6}).json()

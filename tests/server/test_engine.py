@@ -70,8 +70,8 @@ def test_concurrent_responses_equal_single_ones(bundle: PolicyBundle, engine: En
     ]
     replies = [Reply(bundle, q, how[i], seed=i, choice=i % 2) for i, q in enumerate(questions(40))]
     engine.submit([reply.ticket for reply in replies])
-    said = [reply.wait() for reply in replies]
-    assert said == [alone(bundle, q, how[i], seed=i, choice=i % 2) for i, q in enumerate(questions(40))]
+    responses = [reply.wait() for reply in replies]
+    assert responses == [alone(bundle, q, how[i], seed=i, choice=i % 2) for i, q in enumerate(questions(40))]
     assert len({reply.pieces[-1].tokens for reply in replies}) > 5
     assert engine.counts.generated_tokens == sum(reply.pieces[-1].tokens for reply in replies)
     assert engine.counts.steps < engine.counts.generated_tokens / 2  # they shared the model's steps
@@ -97,7 +97,7 @@ def test_a_backbone_whose_batch_cannot_grow(tokenizer: ChatTokenizer) -> None:
     engine.close()
 
 
-def test_a_stream_comes_in_whole_characters_and_ends_once(byte_tokenizer: ChatTokenizer) -> None:
+def test_a_stream_yields_complete_characters_and_ends_once(byte_tokenizer: ChatTokenizer) -> None:
     bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list("é€😀!".encode())))
     engine = Engine(bundle)
     streamed, whole = Reply(bundle, "Hi", streams=True), Reply(bundle, "Hi")
@@ -118,11 +118,11 @@ def test_a_stop_string_ends_one_response_of_a_batch(byte_tokenizer: ChatTokenize
     held = Reply(bundle, "Hi", stop=["d!!"], streams=True)
     engine.submit([stopped.ticket, held.ticket])
     assert (stopped.wait(), stopped.finish) == ("Hel", "stop")
-    assert (held.wait(), held.finish) == ("Helo wrd!", "stop")  # what was held back comes in the end
+    assert (held.wait(), held.finish) == ("Helo wrd!", "stop")  # the held-back text comes at the end
     engine.close()
 
 
-def test_a_full_queue_refuses_all_tickets_of_a_request(tokenizer: ChatTokenizer) -> None:
+def test_a_full_queue_rejects_all_tickets_of_a_request(tokenizer: ChatTokenizer) -> None:
     bundle = slow_down(random_policy(tokenizer), 0.02)
     engine = Engine(bundle, max_rows=2, max_waiting=3)
     first = [Reply(bundle, "Hi", Sampling(40)) for _ in range(4)]
@@ -134,7 +134,7 @@ def test_a_full_queue_refuses_all_tickets_of_a_request(tokenizer: ChatTokenizer)
     with pytest.raises(EngineFullError):
         engine.submit([Reply(bundle, "Hi").ticket])
     engine.close()
-    assert [reply.finish for reply in first] == ["failed"] * 4  # nobody waits for ever on a closed engine
+    assert [reply.finish for reply in first] == ["failed"] * 4  # nothing waits on a closed engine
     with pytest.raises(EngineFullError):
         engine.submit([Reply(bundle, "Hi").ticket])
 

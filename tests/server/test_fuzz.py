@@ -67,7 +67,7 @@ def test_generated_requests(api: Any, name: str, mode: GenerationMode, examples:
         database=None,
     )
     def check(case: Any) -> None:
-        if mode is GenerationMode.POSITIVE and case.method == "POST":  # what the description says in words alone
+        if mode is GenerationMode.POSITIVE and case.method == "POST":  # limits that only the description states
             for name_of_list in ("messages", "input"):
                 if isinstance(case.body.get(name_of_list), list):
                     case.body[name_of_list].append({"role": "user", "content": "Hi"})
@@ -98,7 +98,7 @@ def test_generated_requests(api: Any, name: str, mode: GenerationMode, examples:
     try:
         check()
     except Unsatisfiable:
-        assert name.startswith("GET")  # where there is nothing to get wrong
+        assert name.startswith("GET")  # these requests have nothing that could be invalid
     if mode is GenerationMode.POSITIVE:
         if name != "POST /reward":  # this server has no reward model
             assert statuses[200] > (examples // 8 if name.startswith("POST /v1/") else 0), statuses

@@ -62,14 +62,14 @@ def test_allowed_origins(server: Server, origin: str, expected: int) -> None:
     assert status(server, Host="localhost:8000", Origin=origin) == expected
 
 
-def test_a_preflight_of_another_origin_is_refused(server: Server) -> None:
+def test_a_preflight_of_another_origin_is_rejected(server: Server) -> None:
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     answer = HTTP.options(f"{server.url}/v1/chat/completions", headers=headers)
     assert answer.status_code == 403
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_a_form_of_another_page_cannot_post(server: Server) -> None:
+def test_a_form_on_another_site_cannot_post(server: Server) -> None:
     """A form can send text without a preflight; it is not parsed as JSON."""
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "text/plain"}
     body = '{"messages": [{"role": "user", "content": "Hi"}], "reply": "Yo.", "verdict": "good"}'

@@ -118,7 +118,7 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],
 )
-def test_errors_at_the_start(
+def test_startup_errors(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -1,7 +1,7 @@
 """The page in a headless browser: with a mouse, with a keyboard, on a phone.
 
 It needs Debian's Chromium (``apt-get install chromium``) or another, named by the environment variable CHROMIUM;
-Playwright downloads none of its own.
+Playwright does not download a browser.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_send_and_read(page: Any) -> None:
     assert page.locator("#log script, #log img, #log b, #list script, #list img").count() == 0  # text, all of it
     expect(page.locator(".meta")).to_contain_text(f"{len(script(REPLY)) + 1} tokens")
     expect(page.get_by_role("heading", level=1)).to_contain_text("Hi <script>")
-    expect(page.locator("#heard")).to_have_text(SAID)  # what a screen reader says
+    expect(page.locator("#heard")).to_have_text(SAID)  # what a screen reader reads
 
 
 def test_a_reply_streams_and_stops(browser: Any, endless: Server) -> None:
@@ -130,9 +130,9 @@ def test_a_reply_streams_and_stops(browser: Any, endless: Server) -> None:
         expect(finished(page)).to_contain_text("on on")
         expect(page.locator(".meta")).to_have_text("stopped")
         page.wait_for_timeout(200)
-        said = text.inner_text()
+        shown = text.inner_text()
         page.wait_for_timeout(200)
-        assert text.inner_text() == said  # and it stays so
+        assert text.inner_text() == shown  # and does not change any more
         assert endless.engine.counts.cancelled == 1
         assert endless.engine.running == 0
 
@@ -173,7 +173,7 @@ def test_feedback_is_saved(page: Any, server: Server) -> None:
     finished(page)
     page.get_by_role("button", name="Good response").evaluate("button => { button.click(); button.click(); }")
     expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name="Good response").click()  # said already
+    page.get_by_role("button", name="Good response").click()  # already given
     page.get_by_role("button", name="Bad response").click()
     expect(page.get_by_role("button", name="Bad response")).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="Good response")).to_have_attribute("aria-pressed", "false")
@@ -182,7 +182,7 @@ def test_feedback_is_saved(page: Any, server: Server) -> None:
         page.get_by_label("Save the correction").first.fill(correction)
         page.get_by_role("button", name="Save the correction").click()
         expect(page.locator(".message.assistant .text")).to_have_text(correction)
-        # A verdict on what a person wrote says nothing of the model.
+        # A verdict on a text by a person is no feedback on the model.
         expect(page.get_by_role("button", name="Good response")).to_have_count(0)
         expect(page.get_by_role("button", name="Bad response")).to_have_count(0)
     good, bad, corrected, again = lines(server)[before:]
@@ -283,7 +283,7 @@ def test_settings_of_a_file_are_limited_to_the_range(page: Any, tmp_path: Path) 
     send(page, "And?")
     expect(finished(page, 2)).to_have_text(SAID[:7])
     load(seed=None)
-    expect(seed).to_have_value("")  # a fresh one each time, as the file says
+    expect(seed).to_have_value("")  # a new one each time, as in the file
     seed.fill("9007199254740993")  # which JavaScript would round
     expect(toast).to_contain_text("Invalid seed")
     expect(seed).to_have_value("")
@@ -300,7 +300,7 @@ def test_the_default_response_length_depends_on_the_context(page: Any) -> None:
     page.get_by_label("Top k").fill("5")
     page.reload()
     expect(longest).to_have_value("100")
-    assert "max_new_tokens" not in page.evaluate("localStorage['rlchat.settings']")  # nobody chose it
+    assert "max_new_tokens" not in page.evaluate("localStorage['rlchat.settings']")  # the user did not set it
     longest.evaluate("input => { input.value = '300'; input.dispatchEvent(new Event('input')); }")
     page.reload()
     expect(page.locator("#model")).to_have_text("tiny")
@@ -325,7 +325,7 @@ def test_conversations_stay_in_the_browser(page: Any) -> None:
     expect(page.locator(".message .text")).to_have_text(["First", SAID])
 
 
-def test_by_keyboard_alone(page: Any, endless: Server, browser: Any) -> None:
+def test_use_with_the_keyboard_only(page: Any, endless: Server, browser: Any) -> None:
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
     page.keyboard.type("a")
     page.keyboard.press("Shift+Enter")

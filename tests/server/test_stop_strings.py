@@ -11,16 +11,16 @@ from rlchat.server.stop_strings import StopStrings
 
 def through(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:
     """The output for each piece until a stop string is found, then at the end."""
-    stop, said = StopStrings(strings), []
+    stop, pushed = StopStrings(strings), []
     for piece in pieces:
-        said.append(stop.push(piece))
+        pushed.append(stop.push(piece))
         if stop.found:
             break
-    return [*said, stop.finish()], stop.found
+    return [*pushed, stop.finish()], stop.found
 
 
 @pytest.mark.parametrize(
-    ("strings", "pieces", "said", "found"),
+    ("strings", "pieces", "pushed", "found"),
     [
         ([], ["Hel", "lo"], ["Hel", "lo", ""], False),
         (["\n"], ["one\ntwo"], ["one", ""], True),
@@ -32,8 +32,8 @@ def through(strings: list[str], pieces: list[str]) -> tuple[list[str], bool]:
         (["x"], ["x"], ["", ""], True),
     ],
 )
-def test_cases_worked_out_by_hand(strings: list[str], pieces: list[str], said: list[str], found: bool) -> None:
-    assert through(strings, pieces) == (said, found)
+def test_cases_worked_out_by_hand(strings: list[str], pieces: list[str], pushed: list[str], found: bool) -> None:
+    assert through(strings, pieces) == (pushed, found)
 
 
 letters = st.text("ab", min_size=1, max_size=4)
@@ -41,8 +41,8 @@ letters = st.text("ab", min_size=1, max_size=4)
 
 @given(strings=st.lists(letters, max_size=3), pieces=st.lists(letters, max_size=8))
 def test_pieces_give_the_result_of_the_whole_text(strings: list[str], pieces: list[str]) -> None:
-    said, found = through(strings, pieces)
-    text, out = "".join(pieces), "".join(said)
+    pushed, found = through(strings, pieces)
+    text, out = "".join(pieces), "".join(pushed)
     assert found == any(string in text for string in strings)
     assert text.startswith(out)
     assert not any(string in out for string in strings)

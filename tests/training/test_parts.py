@@ -106,6 +106,7 @@ def test_a_model_file_starts_the_next_stage_with_the_trained_policy_as_reference
     torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("error:Found keys")  # the frozen weights are not in the file on purpose
 @pytest.mark.parametrize("options", PARTS[:2], ids=NAMES[:2])
 def test_a_checkpoint_is_loaded_with_the_file_that_its_run_started_from(
     encoding: str, tmp_path: Path, options: dict[str, Any]
