@@ -50,7 +50,7 @@ def rlchat(*words: str, plot: bool = False) -> None:
 
 def empty_plots() -> AbstractContextManager[Any]:
     """Plots without panels: drawing these takes longer than most runs of the tests."""
-    return mock.patch("rlchat.callbacks.stats_plot.draw_stats", lambda *_: Figure((1, 1)))
+    return mock.patch("rlchat.callbacks.stats_plot.draw_stats", return_value=Figure((1, 1)))
 
 
 @contextlib.contextmanager
