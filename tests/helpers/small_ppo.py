@@ -33,6 +33,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "roberta": _ENCODER,
     "electra": {**_ENCODER, "embedding_size": 16},
 }
+# Where the number of optimizer steps does not matter: one per iteration.
+ONE_STEP: dict[str, Any] = {"minibatches": 1, "ppo_epochs": 1}
 QUESTIONS = ("Hi", "What is your name?", "x", "Who are you", "Tell me a story.", "", "Why", "Say e")
 
 

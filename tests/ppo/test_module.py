@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.small_ppo import (
     BACKBONES,
+    ONE_STEP,
     QUESTIONS,
     LetterE,
     Log,
@@ -243,7 +244,7 @@ def test_target_kl_stops_training_on_a_rollout(encoding: str) -> None:
 
 
 def test_mixed_in_conversations_add_their_loss(encoding: str) -> None:
-    module = ppo(encoding, sft_coef=2.0, learning_rate=0.0)
+    module = ppo(encoding, sft_coef=2.0, learning_rate=0.0, **ONE_STEP)
     batch = sequences(module.tokenizer)
     with torch.no_grad():  # by hand: the mean over all tokens of the assistant, including end markers
         logprobs = module.model.eval().logits(module.model(batch.ids, batch.attention_mask)).log_softmax(-1)
@@ -254,7 +255,7 @@ def test_mixed_in_conversations_add_their_loss(encoding: str) -> None:
     module.model.train()
     rows = fit(module, 1)
     assert rows[0]["train/sft_loss"] == pytest.approx(sum(said) / len(said), abs=1e-5)
-    assert "train/sft_loss" not in fit(ppo(encoding), 1)[0]
+    assert "train/sft_loss" not in fit(ppo(encoding, **ONE_STEP), 1)[0]
     assert ppo(encoding, sft_coef=0.0).data_needs.mix_sequences is False
     # Training makes the human responses more likely.
     rows = fit(ppo(encoding, sft_coef=2.0, ppo_epochs=2, minibatches=2), 6)
@@ -274,9 +275,9 @@ def test_the_adaptive_coefficient_adapts_to_the_kl(encoding: str) -> None:
 
 def test_the_adaptive_coefficient_stays_positive_and_fixed_during_critic_warmup(encoding: str) -> None:
     """For any number of episodes per iteration; in the warm-up, the KL carries no information."""
-    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1), 3)
+    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1, **ONE_STEP), 3)
     assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.08, 0.064])
-    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1, critic_warmup=2), 4)
+    rows = fit(ppo(encoding, kl_coef=0.1, kl_target=1e3, kl_horizon=1, critic_warmup=2, **ONE_STEP), 4)
     assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.08])
 
 
@@ -305,7 +306,7 @@ def test_during_warmup_only_the_critics_gradient_is_clipped(encoding: str) -> No
 
 
 def test_the_learning_rate_decays_over_the_iterations(encoding: str) -> None:
-    rows = fit(ppo(encoding, schedule="linear", learning_rate=1e-3), 4)
+    rows = fit(ppo(encoding, schedule="linear", learning_rate=1e-3, **ONE_STEP), 4)
     assert [row["train/learning_rate"] for row in rows] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
@@ -608,8 +609,8 @@ def test_options_that_a_resumed_run_keeps_and_those_it_changes(
     """A fixed KL coefficient comes from the new options; the optimizer keeps its state, with a warning."""
     saving = SavesAfterTwo(tmp_path / "two.ckpt")
     batch = prompts(ppo(encoding).tokenizer)
-    trainer(callbacks=[saving]).fit(ppo(encoding, kl_coef=0.1), serve([batch] * 4))
-    resumed = ppo(encoding, kl_coef=0.7, learning_rate=1e-4)
+    trainer(callbacks=[saving]).fit(ppo(encoding, kl_coef=0.1, **ONE_STEP), serve([batch] * 4))
+    resumed = ppo(encoding, kl_coef=0.7, learning_rate=1e-4, **ONE_STEP)
     log = Log()
     trainer(callbacks=[log], limit_train_batches=4).fit(
         resumed, serve([batch] * 4), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_ppo import fit, ppo, prompts, rolled_out, serve, trainer
+from helpers.small_ppo import ONE_STEP, fit, ppo, prompts, rolled_out, serve, trainer
 from torch.optim import AdamW
 
 from rlchat.errors import UserError
@@ -22,8 +22,6 @@ PARTS: list[dict[str, Any]] = [
     {"train_layers": 1, "critic": "separate", "gradient_checkpointing": True},
 ]
 NAMES = ["lora", "critic", "rloo", "layers", "layers-critic"]
-# Where the number of optimizer steps does not matter: one per iteration.
-ONE_STEP: dict[str, Any] = {"minibatches": 1, "ppo_epochs": 1}
 
 
 def trained(module: PPOModule, path: Path, iterations: int = 1) -> dict[str, Any]:
