@@ -45,9 +45,10 @@ lowest: export OMP_NUM_THREADS ?= 1
 lowest: .venv-tools/bin/uv pyproject.toml constraints.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	grep '^torch==' constraints.txt > .venv-lowest/torch.txt
-	.venv-tools/bin/uv pip compile pyproject.toml --extra serve --resolution lowest-direct --quiet --no-header \
-	  --no-annotate --python .venv-lowest/bin/python --override .venv-lowest/torch.txt -o .venv-lowest/lowest.txt
-	.venv-lowest/bin/python $(PIP) -q -c .venv-lowest/lowest.txt -e '.[dev]'
+	.venv-tools/bin/uv pip compile pyproject.toml --extra serve --extra export --extra lora --quiet --no-header \
+	  --resolution lowest-direct --no-annotate --python .venv-lowest/bin/python --override .venv-lowest/torch.txt \
+	  -o .venv-lowest/lowest.txt
+	.venv-tools/bin/uv pip install --quiet --python .venv-lowest/bin/python -c .venv-lowest/lowest.txt -e '.[dev]'
 	.venv-lowest/bin/python $(FAST_TESTS)
 
 # Resolves the versions that `make demo` and `make test` install, for Linux, macOS and Windows; installs none of them.
