@@ -101,8 +101,7 @@ def trainer(**options: Any) -> L.Trainer:
         devices=1,
         enable_model_summary=False,
         max_epochs=1,
-        log_every_n_steps=1,
-        **{**quiet, **options},
+        **{"log_every_n_steps": 1, **quiet, **options},
     )
 
 

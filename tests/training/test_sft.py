@@ -68,6 +68,22 @@ def test_the_loss_is_the_mean_over_the_assistants_tokens(encoding: str) -> None:
     assert {"train/grad_norm", "train/learning_rate"} <= set(log.rows[0])
 
 
+@pytest.mark.parametrize(("every", "with_metrics"), [(2, [1, 3, 4]), (50, [4]), (0, [4])])
+def test_metrics_are_computed_when_they_are_written_and_at_the_end(
+    encoding: str, every: int, with_metrics: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five batches; callbacks that monitor a metric at the end of an epoch find it."""
+    module, log = sft(encoding), Log()
+    computed: list[int] = []
+    rate = module.current_learning_rate
+    monkeypatch.setattr(module, "current_learning_rate", lambda: computed.append(module.trainer.global_step) or rate())
+    batches = [sequences(module.tokenizer, TALK)] * 5
+    trainer(callbacks=[log], log_every_n_steps=every).fit(module, serve(batches))
+    assert computed == with_metrics
+    assert all("train/loss" in row for row in log.rows)
+    assert {"train/perplexity", "train/grad_norm"} <= set(log.rows[-1])
+
+
 def test_held_out_metrics_by_hand_for_any_batches(encoding: str) -> None:
     module = sft(encoding)
     nats, hits = by_hand(module, TALK)
