@@ -180,11 +180,13 @@ class Backbone(nn.Module):
         batch is packed (see :mod:`rlchat.models.packing`).
         """
         right_padded = cache is None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-        if right_padded and (packing := plan_packing(ids, attention_mask)) is not None:
-            if self._packs is None:
-                self._packs = can_pack(self)
-            if self._packs:
-                return packing.spread(self.packed(ids, packing))
+        if cache is None and self._packs is None:
+            # For any first batch, whatever its lengths: the check runs forward passes, which are collectives if the
+            # backbone is sharded.
+            self._packs = False
+            self._packs = can_pack(self)
+        if right_padded and self._packs and (packing := plan_packing(ids, attention_mask)) is not None:
+            return packing.spread(self.packed(ids, packing))
         time = ids.shape[1]
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
         if self._family is not None:

@@ -112,8 +112,8 @@ def test_another_attention_implementation_is_not_packed() -> None:
 
 def test_a_family_that_ignores_the_packing_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rows, its attention would see the tokens of other rows."""
-    backbone = build("llama")
     monkeypatch.setattr("rlchat.models.packing.packed_attention", lambda query, key, value, *_: value.transpose(1, 2))
+    backbone = build("llama")
     ids, mask, lengths = ragged(backbone.vocab_size)
     hidden = backbone(ids, mask)
     assert backbone._packs is False
