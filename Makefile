@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Without --no-compile, pip compiles every module of every package, which takes longer than the download.
+# Without --no-compile, pip compiles every module of every package, although most are never imported.
 PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
 .PHONY: demo chat test test_slow latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean

@@ -111,6 +111,7 @@ FACTS: tuple[Kind, ...] = (
         ),
         ("After {x} comes {a}.", "The day after {x} is {a}."),
         (FollowUp("day after", "answer", ("And after that?", "What comes next?")),),
+        share=2,
         reliable=True,
     ),
     Kind(
@@ -123,6 +124,7 @@ FACTS: tuple[Kind, ...] = (
         ),
         ("The next number is {a}.", "Then comes {a}."),
         (FollowUp("number after", "answer", ("And after that?", "What comes next?")),),
+        share=2,
         reliable=True,
     ),
 )
@@ -145,7 +147,7 @@ ADDITION = Kind(
     ("That makes {a}.", "The sum is {a}."),
     openers=("", "Hi! ", "Excuse me. "),
     closers=("",),
-    share=0.55,
+    share=0.7,
     casual=True,
     reliable=True,
 )
