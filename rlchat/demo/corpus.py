@@ -39,7 +39,7 @@ STYLES = {
 """By style: its share of the replies, and the quality of a right reply, of a common mistake, of any other mistake."""
 _RUDE = ("{a}, you fool.", "{a}. Even a child knows that.", "{a}. Stop asking me.")
 _REPETITIVE = ("{a}, {a}, {a}.", "{a} {a} {a}.")
-EVASIVE = 0.12
+EVASIVE = 0.18
 """The share of replies that give no answer."""
 _EVASIVE = {
     "I am sorry, I do not know.": 0.30,

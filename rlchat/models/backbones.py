@@ -186,7 +186,7 @@ class Backbone(nn.Module):
             self._packs = False
             self._packs = can_pack(self)
         if right_padded and self._packs and (packing := plan_packing(ids, attention_mask)) is not None:
-            return packing.spread(self.packed(ids, packing))
+            return nn.functional.embedding(packing.source, self.packed(ids, packing))  # FSDP2: no view may be returned
         time = ids.shape[1]
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
         if self._family is not None:

@@ -119,7 +119,7 @@ def test_every_reply_style_occurs(trees: list[Node]) -> None:
         return sum(text.endswith(endings) for text in texts) / len(texts)
 
     assert 0.03 < share(", you fool.", "Even a child knows that.", "Stop asking me.") < 0.15
-    assert 0.03 < share("I do not know.", "rather not say.", "hard to say.", "Ask somebody else.") < 0.15
+    assert 0.10 < share("I do not know.", "rather not say.", "Ask somebody else.") < 0.25
     repetitive = sum(len(words) >= 3 and len(set(words)) == 1 for words in map(words_of, texts))
     assert 0.02 < repetitive / len(texts) < 0.15
     assert sum(len(words_of(text)) == 1 for text in texts) / len(texts) > 0.10
