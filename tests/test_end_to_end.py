@@ -44,6 +44,7 @@ def test_every_recipe_runs(name: str, workplace: Path, trained: Path) -> None:
     assert {path: path.stat().st_mtime for path in Path("checkpoints").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_three_stages_on_an_encoder(workplace: Path) -> None:
     """SFT of an encoder, a reward model on its backbone, PPO with both; one file of ranked responses for all stages."""
     pairs = [{"prompt": f"Say {n}.", "chosen": f"It is {n}.", "rejected": "No. No. No."} for n in range(12)]

@@ -104,6 +104,7 @@ def test_the_license_of_the_base_model_is_read_from_its_folder(tmp_path: Path, t
     assert "| License of the base model | not known; see the base model |" in model_card(bundle, "m", CardFacts())
 
 
+@pytest.mark.slow
 def test_the_code_in_the_card_runs(tmp_path: Path) -> None:
     assert export(MODEL, "--to", "hf", tmp_path / "out") == 0
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]

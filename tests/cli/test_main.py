@@ -525,6 +525,7 @@ def test_validate_and_test_take_the_runs_own_configuration(after: Path, capsys: 
     assert metrics(Path("lightning_logs/ppo_test/version_0"), "test/perplexity") != []
 
 
+@pytest.mark.slow
 def test_best_and_last_are_of_the_newest_run_wherever_its_logs_are(
     after: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

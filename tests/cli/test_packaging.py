@@ -58,6 +58,7 @@ def recipes_listed(folder: Path, before: str, place: Path) -> list[str]:
     return [line.split()[1] for line in ran.stderr.splitlines() if line.startswith("  --config")]
 
 
+@pytest.mark.slow
 def test_a_wheel_contains_everything_that_a_clone_has(source: Path, tmp_path: Path) -> None:
     pip("wheel", str(source), "-w", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")

@@ -72,6 +72,7 @@ def test_a_server_process_from_start_to_ctrl_c(folder: Path, bundle: PolicyBundl
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_a_key_from_the_environment_and_sigterm_during_a_response(folder: Path) -> None:
     with server_process("parrot.pt", cwd=folder, RLCHAT_API_KEY="s3cret") as (process, url):
         assert HTTP.get(f"{url}/v1/models").status_code == 401
