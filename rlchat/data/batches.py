@@ -217,8 +217,9 @@ def bucketed_plan(
         members[group].append(row)
     longest = [0] * len(lengths)
     for rows in members:
+        most = max(lengths[row] for row in rows)
         for row in rows:
-            longest[row] = max(lengths[i] for i in rows)
+            longest[row] = most
 
     def plan(epoch: int) -> list[list[int]]:
         generator = _generator(seed, epoch, "rows")

@@ -35,6 +35,17 @@ class LogitsForm(NamedTuple):
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    def apply_(self, logits: Tensor) -> Tensor:
+        """The same, in the memory of ``logits`` and without a gradient."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor, temperature: float) -> Tensor | float:
+        """The derivative of the logits at ``temperature``, given the ``logits`` [..., vocabulary] at it."""
+        slope = self.scale / temperature
+        return slope if self.cap is None else slope * (1 - (logits * (temperature / self.cap)).square())
+
 
 class Pretrained(NamedTuple):
     """A loaded base model: its trunk, the output layer where it is not tied to the embeddings, and its logits."""

@@ -94,7 +94,7 @@ class _TokenStats(torch.autograd.Function):
         to_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             for span, logits in _chunks(hidden, head):
-                slope = _slope_of_cap(logits, head)
+                slope = head.form.slope(logits, head.temperature)
                 logprobs = logits.sub_(log_total[span, None])
                 gradient = _gradient_of_logits(
                     logprobs,
@@ -103,9 +103,7 @@ class _TokenStats(torch.autograd.Function):
                     None if of_entropy is None else of_entropy[span, None],
                     entropy[span, None],
                 )
-                gradient.mul_(head.form.scale / head.temperature)
-                if slope is not None:
-                    gradient.mul_(slope)
+                gradient.mul_(slope)
                 gradient.index_fill_(1, head.unsayable, 0.0)
                 if to_hidden is not None:
                     torch.mm(gradient, weight32, out=to_hidden[span])
@@ -137,21 +135,10 @@ def _chunks(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
         torch.mm(part, weight.T, out=logits)
         if head.bias is not None:
             logits.add_(head.bias.detach().float())
-        if head.form.scale != 1:
-            logits.mul_(head.form.scale)
-        if head.form.cap is not None:
-            logits.div_(head.form.cap).tanh_().mul_(head.form.cap)
-        logits.index_fill_(1, head.unsayable, UNSAYABLE_LOGIT)
+        head.form.apply_(logits).index_fill_(1, head.unsayable, UNSAYABLE_LOGIT)
         if head.temperature != 1:
             logits.div_(head.temperature)
         yield slice(start, start + len(part)), logits
-
-
-def _slope_of_cap(logits: Tensor, head: Head) -> Tensor | None:
-    """The derivative of ``cap · tanh(x / cap)`` where it gave ``logits``, before they are overwritten."""
-    if head.form.cap is None:
-        return None
-    return 1 - (logits * (head.temperature / head.form.cap)).square()
 
 
 def _gradient_of_logits(
