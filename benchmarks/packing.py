@@ -68,7 +68,7 @@ def compare_heads(vocabulary: int, tokens: int = 1024, width: int = 128) -> None
     """Prints milliseconds of log-probs, entropies and the gradient of the log-probs."""
     hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,))
-    head = Head(weight, None, LogitsForm(), torch.tensor([], dtype=torch.long), 1.0)
+    head = Head(weight, None, LogitsForm(), torch.zeros(vocabulary, dtype=torch.bool), 1.0)
     variants: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain_stats(hidden, weight, targets)[0].sum().backward(),
         "chunks": lambda: token_stats(hidden, targets, head).logprobs.sum().backward(),

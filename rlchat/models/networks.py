@@ -46,8 +46,8 @@ class RLChatModel(nn.Module):
 
     def token_stats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
         """Statistics of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], at ``temperature``."""
-        backbone, unsayable = self.backbone, self.unsayable.nonzero().squeeze(1)
-        head = Head(backbone.head_weight, backbone.head_bias, backbone.logits_form, unsayable, temperature)
+        backbone = self.backbone
+        head = Head(backbone.head_weight, backbone.head_bias, backbone.logits_form, self.unsayable.bool(), temperature)
         return token_stats(hidden, targets, head)
 
     def values(self, hidden: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Log-probs, entropies and hits of given tokens, and their gradient, without a [tokens, vocabulary] tensor.
+"""Log-probs, entropies and hits of given tokens, and their gradient, without several [tokens, vocabulary] tensors.
 
 The policy head is by far the widest layer. Written with plain operations, it keeps several tensors of the size
-[tokens, vocabulary] for the backward pass. Here, logits exist for a few tokens at a time, in one buffer, and the
-backward pass computes them again.
+[tokens, vocabulary] for the backward pass. Here, logits are computed for a block of the vocabulary at a time, which
+stays in the cache. If all logits need little memory, the backward pass uses them again; otherwise it computes them
+again.
 
 With logits l, p = softmax(l), H = -Σ p log p, and the chosen token t:
 
@@ -23,9 +24,13 @@ from rlchat.models.base_models import LogitsForm
 # Not -inf, so that 0 · log 0 in an entropy is 0 instead of NaN; finite at every temperature that Sampling accepts.
 UNSAYABLE_LOGIT = -1e30
 
-# Logits in memory at a time. On a CPU, 8 MiB stay in the cache; a GPU needs larger products to be busy.
-_CPU_LOGITS_AT_A_TIME = 2**21
-_GPU_LOGITS_AT_A_TIME = 2**26
+# The number of logits in a block. On a CPU, 2 MiB stay in the cache; a GPU needs larger products to be busy.
+_CPU_BLOCK = 2**19
+_GPU_BLOCK = 2**26
+_MIN_BLOCK_WIDTH = 256
+
+# The most logits that are kept for the backward pass, which is faster than to compute them again: 256 MiB.
+_MOST_KEPT_LOGITS = 2**26
 
 
 class TokenStats(NamedTuple):
@@ -42,7 +47,7 @@ class Head(NamedTuple):
     weight: Tensor  # [vocabulary, hidden]
     bias: Tensor | None  # [vocabulary]
     form: LogitsForm
-    unsayable: Tensor  # Long: the ids that have probability 0
+    unsayable: Tensor  # Bool [vocabulary]: True for the ids that have probability 0
     temperature: float
 
 
@@ -59,58 +64,69 @@ class _TokenStats(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = len(targets)
-        logprobs, entropy, log_total, correct = torch.empty(4, tokens, dtype=torch.float32, device=hidden.device)
+        keeps = any(ctx.needs_input_grad) and len(targets) * len(weight) <= _MOST_KEPT_LOGITS
+        kept = []
+        # Of the blocks so far: the highest logit h, Σ exp(l - h) and Σ exp(l - h) (l - h); all [tokens].
+        highest = torch.full((len(targets),), UNSAYABLE_LOGIT, dtype=torch.float32, device=hidden.device)
+        total, weighted, chosen = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(highest)
         with torch.autocast(hidden.device.type, enabled=False):
-            for span, logits in _chunks(hidden, head):
-                highest = logits.amax(1, keepdim=True)
-                logits.sub_(highest)
-                chosen = logits.gather(1, targets[span, None]).squeeze(1)
-                weights = logits.exp()
-                total = weights.sum(1)
-                mean = torch.linalg.vecdot(weights, logits) / total  # of the shifted logits
-                log = total.log()
-                logprobs[span] = chosen - log
-                entropy[span] = log - mean
-                log_total[span] = log + highest.squeeze(1)
-                correct[span] = chosen >= 0
-        ctx.save_for_backward(hidden, weight, bias, targets, log_total, entropy)
+            for columns, logits in _blocks(hidden, head, reuse_memory=not keeps):
+                if keeps:
+                    kept.append(logits)
+                place, inside = _places(targets, columns)
+                chosen = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), chosen)
+                before, highest = highest, torch.maximum(highest, logits.amax(1))
+                step = before - highest
+                shifted = logits - highest[:, None]
+                weights = shifted.exp()
+                weighted = step.exp() * (weighted + step * total) + torch.linalg.vecdot(weights, shifted)
+                total = step.exp() * total + weights.sum(1)
+        log = total.log()
+        log_total, entropy = highest + log, log - weighted / total
+        correct = (chosen >= highest).float()
+        ctx.save_for_backward(hidden, weight, bias, targets, log_total, entropy, *kept)
         ctx.head = head
         ctx.mark_non_differentiable(correct)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy, correct
+        return chosen - highest - log, entropy, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_total, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, log_total, entropy, *kept = ctx.saved_tensors
         head: Head = ctx.head._replace(weight=weight, bias=bias)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if of_logprobs is None:
             of_logprobs = torch.zeros_like(entropy)
-        hidden32, weight32 = hidden.float(), weight.float()
-        to_hidden = torch.empty_like(hidden32) if need_hidden else None
-        to_weight = torch.zeros_like(weight32) if need_weight else None
-        to_bias = torch.zeros(len(weight), dtype=torch.float32, device=hidden.device) if need_bias else None
+        # An unsayable logit is a constant.
+        of_chosen = of_logprobs.masked_fill(head.unsayable[targets], 0.0)
+        hidden32 = hidden.float()
+        to_hidden = torch.zeros_like(hidden32) if need_hidden else None
+        to_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
+        to_bias = torch.empty_like(bias, dtype=torch.float32) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for span, logits in _chunks(hidden, head):
+            blocks = zip(_columns(hidden, weight), kept, strict=True) if kept else _blocks(hidden, head)
+            for columns, logits in blocks:
                 slope = head.form.slope(logits, head.temperature)
-                logprobs = logits.sub_(log_total[span, None])
-                gradient = _gradient_of_logits(
-                    logprobs,
-                    targets[span],
-                    of_logprobs[span, None],
-                    None if of_entropy is None else of_entropy[span, None],
-                    entropy[span, None],
-                )
-                gradient.mul_(slope)
-                gradient.index_fill_(1, head.unsayable, 0.0)
+                logprobs = logits - log_total[:, None]
+                if of_entropy is None:
+                    gradient = logprobs.exp_().mul_(-of_logprobs[:, None])
+                else:
+                    probabilities = logprobs.exp()
+                    gradient = logprobs.add_(entropy[:, None]).mul_(of_entropy[:, None]).add_(of_logprobs[:, None])
+                    gradient.mul_(probabilities).neg_()
+                place, inside = _places(targets, columns)
+                gradient.scatter_add_(1, place[:, None], torch.where(inside, of_chosen, 0.0)[:, None])
+                if isinstance(slope, Tensor):  # infinite where the logit is unsayable
+                    gradient.mul_(slope).masked_fill_(head.unsayable[columns], 0.0)
+                elif slope != 1:
+                    gradient.mul_(slope)
                 if to_hidden is not None:
-                    torch.mm(gradient, weight32, out=to_hidden[span])
+                    to_hidden.addmm_(gradient, weight[columns].float())
                 if to_weight is not None:
-                    to_weight.addmm_(gradient.T, hidden32[span])
+                    torch.mm(gradient.T, hidden32, out=to_weight[columns])
                 if to_bias is not None:
-                    to_bias.add_(gradient.sum(0))
+                    torch.sum(gradient, 0, out=to_bias[columns])
         return (
             None if to_hidden is None else to_hidden.to(hidden.dtype),
             None if to_weight is None else to_weight.to(weight.dtype),
@@ -120,38 +136,34 @@ class _TokenStats(torch.autograd.Function):
         )
 
 
-def _chunks(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
-    """Spans of the tokens with their logits [chunk, vocabulary] in float32, at the temperature of ``head``.
+def _columns(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """The ids of each block of the vocabulary."""
+    logits = _CPU_BLOCK if hidden.device.type == "cpu" else _GPU_BLOCK
+    width = max(_MIN_BLOCK_WIDTH, logits // max(1, len(hidden)))
+    return [slice(start, min(start + width, len(weight))) for start in range(0, len(weight), width)]
 
-    The logits are in a buffer that the next chunk overwrites.
+
+def _blocks(hidden: Tensor, head: Head, reuse_memory: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of the vocabulary, with their logits [tokens, block] in float32 at the temperature of ``head``.
+
+    With ``reuse_memory``, a block overwrites the one before.
     """
-    weight = head.weight.detach().float()
-    at_a_time = _CPU_LOGITS_AT_A_TIME if hidden.device.type == "cpu" else _GPU_LOGITS_AT_A_TIME
-    rows = min(max(1, at_a_time // len(weight)), max(1, len(hidden)))
-    buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
-    for start in range(0, len(hidden), rows):
-        part = hidden[start : start + rows].detach().float()
-        logits = buffer[: len(part)]
-        torch.mm(part, weight.T, out=logits)
+    hidden, weight = hidden.detach().float(), head.weight.detach()
+    columns = _columns(hidden, weight)
+    memory = hidden.new_empty(len(hidden) * columns[0].stop if reuse_memory else 0)
+    for ids in columns:
+        rows = weight[ids].float()
+        out = memory[: len(hidden) * len(rows)].view(len(hidden), len(rows)) if reuse_memory else None
+        logits = torch.mm(hidden, rows.T, out=out)
         if head.bias is not None:
-            logits.add_(head.bias.detach().float())
-        head.form.apply_(logits).index_fill_(1, head.unsayable, UNSAYABLE_LOGIT)
+            logits.add_(head.bias[ids].detach().float())
+        head.form.apply_(logits).masked_fill_(head.unsayable[ids], UNSAYABLE_LOGIT)
         if head.temperature != 1:
             logits.div_(head.temperature)
-        yield slice(start, start + len(part)), logits
+        yield ids, logits
 
 
-def _gradient_of_logits(
-    logprobs: Tensor, targets: Tensor, of_logprobs: Tensor, of_entropy: Tensor | None, entropy: Tensor
-) -> Tensor:
-    """The gradient [chunk, vocabulary] with respect to the logits, in the memory of ``logprobs``.
-
-    The gradients with respect to the log-probs of ``targets`` and to the entropies, and the entropies, are [chunk, 1].
-    """
-    if of_entropy is None:
-        gradient = logprobs.exp_().mul_(-of_logprobs)
-    else:
-        probabilities = logprobs.exp()
-        gradient = logprobs.add_(entropy).mul_(of_entropy).add_(of_logprobs).mul_(probabilities).neg_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] += of_logprobs.squeeze(1)
-    return gradient
+def _places(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """The column of each of ``targets`` in a block (any column if it is not there), and whether it is there."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return torch.where(inside, targets - columns.start, 0), inside

@@ -86,8 +86,9 @@ def test_token_stats_equal_a_plain_softmax_over_sayable_tokens(temperature: floa
     assert stats.correct.tolist() == [float(a == b) for a, b in zip(logprobs.argmax(-1), places, strict=True)]
 
 
-@pytest.mark.parametrize("at_a_time", [1, VOCABULARY, 3 * VOCABULARY])  # one, one and three tokens of seven
-def test_chunks_do_not_change_the_result(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [1, 4, VOCABULARY])  # with 4, the last block is narrower
+@pytest.mark.parametrize("kept", [0, 7 * VOCABULARY])
+def test_blocks_do_not_change_the_result(width: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, targets = policy(), torch.tensor([1, 2, 3, 4, 5, 6, 8])
 
     def run() -> tuple[Tensor, ...]:
@@ -100,14 +101,20 @@ def test_chunks_do_not_change_the_result(at_a_time: int, monkeypatch: pytest.Mon
         return (*(part.detach() for part in stats), hidden.grad, model.backbone.head_weight.grad.clone())
 
     whole = run()
-    monkeypatch.setattr("rlchat.models.token_stats._CPU_LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_BLOCK", 7 * width)
+    monkeypatch.setattr("rlchat.models.token_stats._MIN_BLOCK_WIDTH", 1)
+    monkeypatch.setattr("rlchat.models.token_stats._MOST_KEPT_LOGITS", kept)
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("form", [LogitsForm(), LogitsForm(scale=0.5, cap=2.0, bias=True), LogitsForm(scale=3.0)])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.7])
-def test_gradients_equal_those_of_plain_operations(form: LogitsForm, entropy_coef: float) -> None:
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_gradients_equal_those_of_plain_operations(
+    form: LogitsForm, entropy_coef: float, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlchat.models.token_stats._MOST_KEPT_LOGITS", kept)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*size, generator=generator) for size in ((6, 8), (VOCABULARY, 8), (VOCABULARY,))
@@ -121,7 +128,9 @@ def test_gradients_equal_those_of_plain_operations(form: LogitsForm, entropy_coe
         chosen = logprobs.gather(1, torch.tensor([[SAYABLE.index(i)] for i in targets.tolist()])).squeeze(1)
         return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
-    head = Head(weight, bias if form.bias else None, form, torch.tensor(UNSAYABLE), 0.8)
+    head = Head(
+        weight, bias if form.bias else None, form, torch.tensor([i in UNSAYABLE for i in range(VOCABULARY)]), 0.8
+    )
     stats = token_stats(hidden, targets, head)
     expected = plain()
     torch.testing.assert_close((stats.logprobs, stats.entropy), expected, atol=1e-6, rtol=1e-6)
