@@ -297,10 +297,12 @@ def _validation_follows(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def _is_finite(module: L.LightningModule) -> bool:
-    """Whether the norm of every weight of all processes is finite in float32; a collective.
+    """Whether the norm of every weight of all processes is finite, in float32 or the weights' wider type; a collective.
 
     Weights above about 1e19 are finite numbers, but normalization layers square the numbers that they lead to.
     """
     local = (getattr(weight, "to_local", lambda weight=weight: weight)().detach() for weight in module.parameters())
-    norms = (torch.linalg.vector_norm(weight, dtype=torch.float32) for weight in local)
+    norms = (
+        torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in local
+    )
     return not greatest(module, int(not all(bool(norm.isfinite()) for norm in norms)))

@@ -29,8 +29,9 @@ def user_error_in(error: BaseException) -> UserError | None:
     while inner is not None:
         if isinstance(inner, UserError):
             return inner
-        if isinstance(inner, ImportError) and _raised_in(inner).startswith("lightning.pytorch.loggers"):
-            return UserError(f"trainer.logger: {' '.join(str(inner).split())}")
+        if isinstance(inner, ImportError) and (module := _raised_in(inner)).startswith("lightning."):
+            option = "trainer.logger" if module.startswith("lightning.pytorch.loggers") else "trainer"
+            return UserError(f"{option}: {' '.join(str(inner).split())}")
         inner = inner.__cause__ or inner.__context__
     text = " ".join(str(error).split())
     # PyTorch and Lightning raise these as RuntimeError or MisconfigurationException without more specific types, so

@@ -15,6 +15,7 @@ _NOT_FOR_PPO = {
     "GradientAccumulationScheduler": "set --model.micro_batch_size instead",
     "StochasticWeightAveraging": f"use {_CALLBACKS}.EMAWeightAveraging or WeightAveraging instead",
     "LearningRateFinder": "set --model.learning_rate, and compare short runs",
+    "SpikeDetection": "steps that are not finite are skipped in any case, and the alarms watch the rest",
     "BatchSizeFinder": "set --data.batch_size, and --model.micro_batch_size to bound memory",
 }
 

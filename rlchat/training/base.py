@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -114,7 +115,8 @@ class StageModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a learning rate schedule over the batches of the run."""
         o = self.options
-        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, o.adam_beta2)
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, o.adam_beta2, mixed)
         scheduler = make_scheduler(optimizer, o.schedule, o.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -726,20 +726,15 @@ def test_the_fastest_device_is_the_default(random_model: Path, monkeypatch: pyte
 
 def test_chat_does_not_import_lightning(random_model: Path) -> None:
     program = """
-import sys, time
-import torch, transformers
-begin = time.perf_counter()
+import sys
 from rlchat import ChatInterface
-seconds = time.perf_counter() - begin
 assert ChatInterface(sys.argv[1], seed=0).generate_response("Hello", 5) is not None
 assert not [name for name in sys.modules if name.split(".")[0] in ("lightning", "torchmetrics", "matplotlib")]
-print(seconds)
 """
     run = subprocess.run(
         [sys.executable, "-c", program, str(random_model)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < 20  # beyond torch and transformers; seconds where nothing else runs
 
 
 def test_chat_interface_is_exported() -> None:

@@ -42,7 +42,9 @@ from rlchat.training.sft import SFTModule
 
 SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
 """These have no model: they extend another recipe."""
-NAMES = ["demo/ppo", "demo/reward", "demo/sft", "ppo", "reward", *SCALE, "sft", "smoke"]
+MODELS = ["distilbert", "from-scratch", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"]
+"""These start from a certain base model; tests/cli/test_model_recipes.py runs them."""
+NAMES = sorted(["demo/ppo", "demo/reward", "demo/sft", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
 MODULES = [SFTModule, RewardModelModule, PPOModule]
 CALLBACKS = {
     "alarms": Alarms,
@@ -150,6 +152,18 @@ def test_the_ppo_recipe_shows_every_option_of_its_factors() -> None:
     assert len(factors) == 7
     for factor in factors:
         assert set(factor["init_args"]) == options_of(import_object(factor["class_path"])), factor["class_path"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recipes_for_a_model_explain_their_options(name: str) -> None:
+    text = recipes()[name].read_text(encoding="utf-8")
+    lines = text.split("\nmodel:")[1].split("\ntrainer:")[0].splitlines()
+    options = [line.strip() for line in lines if re.match(r"\s+[a-z_]+: \S", line)]
+    assert [line for line in options if "#" not in line and not line.startswith(("init_args", "class_path"))] == [
+        "model_type: llama"
+    ] * (name == "from-scratch")
+    assert f"rlchat fit --config {name} --data.path" in text
+    assert f"rlchat fit --config {name} --config scale/ddp" in text
 
 
 def test_full_recipes_have_the_documented_defaults() -> None:

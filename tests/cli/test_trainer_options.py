@@ -41,6 +41,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 # ---- refused, with what to do instead --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
+def test_a_precision_with_clipped_gradients(precision: str, here: Path) -> None:
+    rlchat(*SFT, "--trainer.precision", precision, "--trainer.gradient_clip_val=0.5")
+    assert Path("checkpoints/sft_model.pt").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
@@ -56,6 +62,15 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
             [f"--trainer.callbacks+={CALLBACK}.LearningRateFinder"],
             r"trainer.callbacks: LearningRateFinder is not supported by PPO; set --model.learning_rate",
         ),
+        (
+            [f"--trainer.callbacks+={CALLBACK}.SpikeDetection"],
+            r"trainer.callbacks: SpikeDetection is not supported by PPO; steps that are not finite are skipped",
+        ),
+        (
+            ["--trainer.precision", "transformer-engine"],
+            r"trainer: Requirement 'transformer_engine\S*' not met. HINT: ",
+        ),
+        (["--trainer.accelerator", "tpu"], r"trainer: Requirement 'torch_xla\S*' not met. HINT: Try running `pip"),
         (["--ckpt_path", "hpc"], r"ckpt_path hpc is not supported: .*; set --ckpt_path last"),
         (["--ckpt_path", "registry:mine"], r"ckpt_path registry is not supported; set --ckpt_path to best, last or"),
         (

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from rlchat.errors import UserError
 from rlchat.models import families
@@ -46,7 +47,7 @@ def test_families_are_found_automatically() -> None:
 
 def test_a_declared_encoder_with_windows_is_refused(declare: Any) -> None:
     declare("modernbert")
-    with pytest.raises(UserError, match="'modernbert' attends within a sliding window of 64 tokens"):
+    with pytest.raises(UserError, match=r"'modernbert' attends within a sliding window of \d+ tokens"):
         build("modernbert")
 
 
@@ -57,7 +58,10 @@ def test_a_declared_encoder_whose_layers_share_modules_is_refused(declare: Any) 
 
 
 def test_different_results_with_left_padding_are_an_error() -> None:
-    with pytest.raises(UserError, match="'recurrent_gemma' gives different results for a left-padded row"):
+    # In transformers 5.0, this family has no cache.
+    with pytest.raises(
+        UserError, match=r"'recurrent_gemma' (gives different results for a left-padded row|ignores the c)"
+    ):
         Backbone(
             {
                 "model_type": "recurrent_gemma",
@@ -86,9 +90,13 @@ def test_narrow_embeddings_of_opt_give_a_head_that_fits() -> None:
 
 
 def test_an_infinite_value_in_a_configuration_is_restored() -> None:
-    backbone = build(
-        "granitemoehybrid", mamba_n_heads=4, mamba_expand=2, mamba_d_head=8, layer_types=["mamba", "attention"]
-    )
+    if hasattr(DynamicCache, "has_previous_state"):
+        backbone = build(
+            "granitemoehybrid", mamba_n_heads=4, mamba_expand=2, mamba_d_head=8, layer_types=["mamba", "attention"]
+        )
+    else:  # in transformers 5.0, this family does not work with a cache
+        backbone = build("llama")
+        backbone.transformer.config.time_step_limit = (0.0, float("inf"))
     assert "Infinity" in backbone.config_json()
     twin = Backbone.from_config_json(backbone.config_json())
     assert twin.config_json() == backbone.config_json()

@@ -87,7 +87,7 @@ def test_a_model_file_keeps_vocabulary_format_and_logits(tmp_path: Path) -> None
 def test_a_head_with_a_bias_keeps_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     raw = tokenizer_json(LLAMA3)
-    whole = PhiForCausalLM(PhiConfig(**SHAPE, vocab_size=450, max_position_embeddings=64)).eval()
+    whole = PhiForCausalLM(PhiConfig(**SHAPE, vocab_size=450, max_position_embeddings=64, pad_token_id=None)).eval()
     whole.lm_head.bias.normal_()
     whole.save_pretrained(tmp_path)
     tokenizer_folder(tmp_path, raw)
