@@ -102,6 +102,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
+    appended: dict[tuple[str, ...], Any] = {}  # the class that --trainer.callbacks+=CLASS has appended to a list
     for flag, text in _flags(words):
         if flag == "--config" or flag.endswith((".help", "--help", "--print_config")):
             continue
@@ -110,6 +111,12 @@ def _of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
             continue
         keys = tuple(key for key in flag.lstrip("-").rstrip("+").split(".") if key != "init_args")
         value = text if text is None else _from_yaml(text)
+        if flag.endswith("+"):
+            appended[keys] = value
+        elif keys[:-1] in appended and value is not None:  # an option of that class
+            one = {"class_path": appended[keys[:-1]], "init_args": {keys[-1]: value}}
+            yield Setting("--" + ".".join(keys), keys[:-1], [one])
+            continue
         yield Setting("--" + ".".join(keys), keys, [value] if flag.endswith("+") and value is not None else value)
 
 
@@ -157,6 +164,8 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
         if found is None or isinstance(found, UserError):
             return found
         return _option_problem(setting.place, setting.keys[1], _nested(setting), found)
+    if group == "seed_everything" and setting.value is not None:
+        return _value_problem(setting.place, setting.value, int | bool)
     if group in _OWN_OPTIMIZER:
         return UserError(
             f"{setting.place} is not supported: each stage uses AdamW with its own schedule; set "

@@ -97,3 +97,17 @@ def test_a_second_file_may_set_options_of_the_class_in_the_first(tmp_path: Path)
     )
     message = str(explain(["fit", "--config", str(first), "--config", str(second)], GROUPS, OPTIONS, ""))
     assert "nowhere.Polite cannot be imported: there is no module nowhere" in message
+
+
+def test_options_of_a_callback_that_a_flag_appended() -> None:
+    append = "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"
+    wrong = "invalid value 'soon' for --trainer.callbacks.patience: expected an integer"
+    assert error(append, "--trainer.callbacks.monitor=val/reward", "--trainer.callbacks.patience=soon") == wrong
+    unknown = "--trainer.callbacks.patient: no such option of EarlyStopping; did you mean patience?"
+    assert error(append, "--trainer.callbacks.patient=3") == unknown
+
+
+def test_a_seed_that_is_no_number() -> None:
+    assert error("--seed_everything", "often") == (
+        "invalid value 'often' for --seed_everything: expected an integer or true or false"
+    )

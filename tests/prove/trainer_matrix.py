@@ -173,7 +173,7 @@ OPTIONS = [
         f"--trainer.callbacks+={CALLBACK}.RichModelSummary",
         f"--trainer.callbacks+={CALLBACK}.RichProgressBar",
         f"--trainer.callbacks+={CALLBACK}.TQDMProgressBar",
-        f"--trainer.callbacks+={CALLBACK}.GradientAccumulationScheduler --trainer.callbacks.scheduling={{0:2}}",
+        f'--trainer.callbacks+={CALLBACK}.GradientAccumulationScheduler --trainer.callbacks.scheduling={{"0":2}}',
         f"--trainer.callbacks+={CALLBACK}.BackboneFinetuning",
         f"--trainer.callbacks+={CALLBACK}.LearningRateFinder --trainer.callbacks.num_training_steps 3",
         f"--trainer.callbacks+={CALLBACK}.BatchSizeFinder --trainer.callbacks.max_trials 1",
@@ -220,7 +220,13 @@ OPTIONS = [
         "validate", "--ckpt_path best", "--ckpt_path last", "", "--trainer.limit_val_batches 0", command="validate"
     ),
     *_options("test", "--ckpt_path best", "--ckpt_path last", "--trainer.limit_test_batches 1", command="test"),
-    *_options("predict", "--ckpt_path best --predictions.path out.jsonl", "--ckpt_path last", command="predict"),
+    *_options(
+        "predict",
+        "--ckpt_path best --data.predict_path questions.txt --predictions.path out.jsonl",
+        "--ckpt_path last --data.predict_path questions.txt",
+        "--ckpt_path last",
+        command="predict",
+    ),
 ]
 
 
@@ -294,6 +300,7 @@ def prepare(folder: Path) -> None:
 
     os.chdir(folder)
     train_bundles(folder)
+    (folder / "questions.txt").write_text("What comes after 2?\nHow do you spell cat?\n", encoding="utf-8")
     rlchat("fit", "--config", "demo/ppo", *BRIEF)
 
 
