@@ -1,7 +1,7 @@
 """The setup that rlchat and TRL share: initial model, prompts, reward and hyperparameters.
 
 The reward of a response is the fraction of its tokens that are in the first eighth of the vocabulary. Prompts are
-random tokens, and responses always have exactly :data:`REPLY` tokens, so that a curve only shows how well the policy is
+random tokens, and all responses of a size have the same length, so that a curve only shows how well the policy is
 optimized.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import random
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,18 +21,19 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-SHORTEST_PROMPT, LONGEST_PROMPT, REPLY = 8, 32, 16
+SHORTEST_PROMPT, LONGEST_PROMPT = 8, 32
 SPECIALS = 5  # rlchat's markers are the last ids of the vocabulary: the first is padding, the last the end of a turn
 
 
 class Size(NamedTuple):
-    """The shape of a GPT-2, and a learning rate with which it learns in 40 iterations."""
+    """The shape of a GPT-2, a learning rate with which it learns in 40 iterations, and the tokens of a response."""
 
     vocabulary: int
     layers: int
     width: int
     heads: int
     learning_rate: float
+    response: int = 16
 
     @property
     def sayable(self) -> int:
@@ -48,6 +50,8 @@ class Size(NamedTuple):
 
 
 SIZES = {"T": Size(512, 2, 64, 2, 6e-3), "S": Size(8192, 4, 128, 4, 3e-3)}
+# For `benchmarks.ppo`, which measures time and memory of a few iterations.
+SIZES |= {"S64": SIZES["S"]._replace(response=64), "M64": Size(50257, 6, 384, 6, 1e-4, 64)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def gpt2_config(size: Size) -> GPT2Config:
     """The configuration, without dropout, so that the sampled and the trained distribution are the same."""
     return GPT2Config(
         vocab_size=size.vocabulary,
-        n_positions=LONGEST_PROMPT + REPLY,
+        n_positions=LONGEST_PROMPT + size.response,
         n_layer=size.layers,
         n_embd=size.width,
         n_head=size.heads,
@@ -128,7 +132,7 @@ class Record:
         torch.set_num_threads(1)
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def add(self, episodes: int, reward: float, kl: float) -> None:
+    def add(self, episodes: int, reward: float, kl: float, **more: float) -> None:
         """Adds an iteration; ``reward`` is the mean over the sampled responses, before the update."""
         row = {
             "episodes": episodes,
@@ -136,6 +140,8 @@ class Record:
             "kl": round(kl, 4),
             "cpu_s": round(time.process_time() - self.cpu, 2),
             "wall_s": round(time.perf_counter() - self.wall, 2),
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            **more,
         }
         self.content["curve"].append(row)
         unfinished = self.path.with_suffix(".unfinished")

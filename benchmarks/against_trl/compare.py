@@ -196,7 +196,7 @@ def write_results(runs_of_size: dict[str, Runs], tables: dict[str, Table], path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", type=Path, help="folder of the curves")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["T", "S"])
     parser.add_argument("--figure", type=Path, default=HERE.parent.parent / "docs" / "against_trl.png")
     parser.add_argument("--json", type=Path, default=HERE / "results.json")
     options = parser.parse_args()

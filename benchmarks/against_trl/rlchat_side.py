@@ -20,7 +20,6 @@ import lightning as L
 import torch
 import transformers
 from common import (
-    REPLY,
     SIZES,
     Hyperparameters,
     Record,
@@ -77,17 +76,19 @@ class IdPPO(PPOModule):
 class Recorder(L.Callback):
     """Passes the logged metrics to the record."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, size: Size) -> None:
         self.record = record
+        self.size = size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.record.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if logged["train/response_length"] != REPLY:
+        if logged["train/response_length"] != self.size.response:
             raise RuntimeError("a response ended early, so the responses no longer have the same length")
-        self.record.add(int(logged["train/episodes"]), logged["train/reward"], logged["train/kl"])
+        phases = {name: round(logged[f"time/{name}"], 3) for name in ("rollout_s", "score_s", "update_s")}
+        self.record.add(int(logged["train/episodes"]), logged["train/reward"], logged["train/kl"], **phases)
 
 
 def make_tokenizer(size: Size, folder: Path) -> ChatTokenizer:
@@ -126,7 +127,7 @@ def options_of(
     return {
         "init_from": str(folder / "initial.pt"),
         "reward": Reward([InSet(size)]),
-        "max_new_tokens": REPLY,
+        "max_new_tokens": size.response,
         "temperature": h.temperature,
         "learning_rate": h.learning_rate,
         "schedule": h.schedule,
@@ -182,7 +183,7 @@ def main() -> None:
         versions={"lightning": L.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
     module = IdPPO(**options_of(h, size, options.seed, options.critic, initial, Path(tempfile.mkdtemp())))
-    fit(module, make_batches(prompts, size, h.batch_size), Recorder(record))
+    fit(module, make_batches(prompts, size, h.batch_size), Recorder(record, size))
 
 
 if __name__ == "__main__":

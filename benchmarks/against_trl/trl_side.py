@@ -19,7 +19,6 @@ import torch
 import transformers
 import trl
 from common import (
-    REPLY,
     SIZES,
     Hyperparameters,
     Record,
@@ -63,8 +62,8 @@ class RewardRule(nn.Module):
         self.backbone = lambda input_ids, **_: SimpleNamespace(hidden_states=(input_ids,))
 
     def score(self, ids: Tensor) -> Tensor:
-        """Scores [batch, time, 1] of ``ids`` Long [batch, prompt + REPLY]; TRL reads that of the last token."""
-        scores = torch.tensor([reward(row, self.size) for row in ids[:, -REPLY:].tolist()])
+        """Scores [batch, time, 1] of ``ids`` Long [batch, prompt + response]; TRL reads that of the last token."""
+        scores = torch.tensor([reward(row, self.size) for row in ids[:, -self.size.response :].tolist()])
         return scores[:, None, None].expand(*ids.shape, 1)
 
 
@@ -121,7 +120,7 @@ def make_trainer(
         total_episodes=len(prompts),
         per_device_train_batch_size=h.batch_size,
         local_rollout_forward_batch_size=h.batch_size,
-        response_length=REPLY,
+        response_length=size.response,
         num_ppo_epochs=h.ppo_epochs,
         num_mini_batches=h.minibatches,
         learning_rate=h.learning_rate,
