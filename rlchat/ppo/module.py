@@ -56,7 +56,7 @@ class PPOModule(ResumableModule):
     """PPO as a LightningModule with manual optimization.
 
     Args:
-        base_model: a transformers model by name or path, or an inline configuration (random weights).
+        base_model: a transformers model by name or path, a GGUF file, or an inline configuration (random weights).
         tiktoken_encoding: a tiktoken or packaged encoding by name, the path of a rank file, or a folder or model whose
             tokenizer is converted exactly; by default the base model's own.
         max_length: the maximum number of tokens in a conversation, responses included.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from rlchat.errors import UserError
@@ -13,6 +14,7 @@ from rlchat.models.vocabulary import plan_rows
 from rlchat.tokenizer.base_files import tokenizer_files
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.own import own_encoding, own_format_of
+from rlchat.training.gguf_base import unpacked_gguf
 from rlchat.training.options import ChatFormatName, StageOptions
 
 log = logging.getLogger("rlchat")
@@ -39,6 +41,8 @@ def open_policy(
         UserError: if the other options contradict the model file, or the base model cannot be used.
     """
     if init_from is None:
+        if isinstance(base_model, str) and base_model.lower().endswith(".gguf"):
+            base_model = str(unpacked_gguf(Path(base_model).expanduser()))
         tokenizer = open_tokenizer(base_model, tiktoken_encoding, chat_format)
         base_model = base_model or DEFAULT_BASE_MODEL
         length = max_length or DEFAULT_MAX_LENGTH
