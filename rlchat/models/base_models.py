@@ -23,6 +23,10 @@ from rlchat.models.families import encoder_families, positions_of
 T = TypeVar("T")
 
 
+# Without it, transformers asks in the terminal whether to run the code that comes with a model.
+NO_CODE = {"trust_remote_code": False}
+
+
 class LogitsForm(NamedTuple):
     """What a family does to the product of hidden states and output matrix: ``cap * tanh(scale * logits / cap)``."""
 
@@ -61,7 +65,7 @@ def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length:
     Raises :class:`UserError` if it cannot be loaded, has too few positions, or has unknown options.
     """
     if isinstance(base_model, str):
-        config = _fetch(base_model, lambda: AutoConfig.from_pretrained(base_model))
+        config = _fetch(base_model, lambda: AutoConfig.from_pretrained(base_model, **NO_CODE))
         _require_positions(config, max_length, base_model)
         return config
     values = dict(base_model)
@@ -102,6 +106,7 @@ def pretrained(name: str, config: PretrainedConfig, attention: str | None = None
     Raises :class:`UserError` where they cannot be loaded, are incomplete, or where its logits cannot be reproduced.
     """
     options: dict[str, Any] = {"attn_implementation": attention_name(config, attention), "dtype": torch.float32}
+    options |= NO_CODE
     if config.model_type in encoder_families() or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         model, _ = _fetch(name, lambda: AutoModel.from_pretrained(name, output_loading_info=True, **options))
         return Pretrained(model, None, LogitsForm())
@@ -221,5 +226,19 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
             f"{{model_type: llama, hidden_size: 128}}"
         ) from error
     except (ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        # An unknown family, an attention that the family lacks, tensors of another shape, code that is not trusted.
+        if _has_code(name):
+            raise UserError(
+                f"base_model {name} comes with its own code, which rlchat does not run; choose a model whose family is "
+                f"part of transformers"
+            ) from error
+        # An unknown family, an attention that the family lacks, tensors of another shape.
         raise UserError(f"base_model {name}: transformers cannot load it: {one_line(error)}") from error
+
+
+def _has_code(name: str) -> bool:
+    """Whether the configuration of ``name`` refers to Python files that come with the model."""
+    try:
+        values, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        return False
+    return "auto_map" in values

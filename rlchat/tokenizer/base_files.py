@@ -79,7 +79,7 @@ def _converted_by_transformers(source: str) -> dict[str, Any] | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception:  # whatever a family of transformers raises for files that are not complete
         return None

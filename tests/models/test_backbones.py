@@ -213,6 +213,15 @@ def test_the_head_fits_the_vocabulary(family: str) -> None:
     assert (backbone.head is not None) == (family in own)
 
 
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "configuration_new.New"}}')
+    (tmp_path / "configuration_new.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer to transformers' question
+    with pytest.raises(UserError, match="comes with its own code, which rlchat does not run; choose a model whose"):
+        Backbone(str(tmp_path), VOCABULARY, POSITIONS)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
