@@ -205,11 +205,16 @@ class RLChatCLI(LightningCLI):
     def _print_metrics(self, prefix: str, split: str) -> None:
         if not (self.prints_metrics and self.trainer.is_global_zero):
             return
+        logged = sorted(self.trainer.callback_metrics.items())
+        # A module of the user may log metrics under any names.
+        metrics = [(name.removeprefix(prefix), value) for name, value in logged if name.startswith(prefix)] or logged
+        if not metrics:
+            _log.warning("there are no metrics: the %s has no rows for this stage, or the model logs nothing", split)
+            return
         table = Table("metric", split, title_justify="left")
         table.columns[1].justify = "right"
-        for name, value in sorted(self.trainer.callback_metrics.items()):
-            if name.startswith(prefix):
-                table.add_row(name.removeprefix(prefix), f"{float(value):.4g}")
+        for name, value in metrics:
+            table.add_row(name, f"{float(value):.4g}")
         get_console().print(table)
 
 

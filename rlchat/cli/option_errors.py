@@ -207,7 +207,8 @@ def _value_problem(place: str, value: Any, hint: Any) -> UserError | None:
         return None
     for member in members:
         base = _class_of(member)
-        if base is not None and isinstance(value, dict | str):
+        # A string is not the path of a class where plain strings are allowed too, such as trainer.accelerator auto.
+        if base is not None and (isinstance(value, dict) or (isinstance(value, str) and str not in members)):
             return _class_problem(place, value, base)
         item = next(iter(get_args(member)), None)
         if get_origin(member) in (list, abc.Sequence, abc.Iterable) and isinstance(value, list):

@@ -170,6 +170,8 @@ class OASST2DataModule(LightningDataModule):
         if stage in (None, "fit") and self._rank_and_world()[0] == 0:
             if not self.val_fraction:
                 _log.warning("validation is off, because data.val_fraction is 0: no model is selected as the best")
+            elif getattr(self.trainer, "limit_val_batches", 1) == 0 and not getattr(self.trainer, "fast_dev_run", 0):
+                _log.warning("validation is off, because trainer.limit_val_batches is 0: no model is selected as best")
             elif not any("val" in self._split_of_tree[tree] for tree in self._task_trees(corpus)):
                 _log.warning("validation is off, because the validation split has no rows for this stage")
 

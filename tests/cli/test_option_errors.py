@@ -11,6 +11,7 @@ import pytest
 from rlchat.cli.main import CALLBACKS, STAGES
 from rlchat.cli.option_aliases import ALIASES
 from rlchat.cli.option_errors import explain
+from rlchat.cli.recipes import checked_recipe
 from rlchat.data.datamodule import OASST2DataModule
 
 GROUPS = {"trainer": L.Trainer, "data": OASST2DataModule, **CALLBACKS}
@@ -111,3 +112,15 @@ def test_a_seed_that_is_no_number() -> None:
     assert error("--seed_everything", "often") == (
         "invalid value 'often' for --seed_everything: expected an integer or true or false"
     )
+
+
+@pytest.mark.parametrize("recipe", ["demo/sft", "demo/reward", "demo/ppo", "sft", "reward", "ppo"])
+def test_options_of_a_recipe_are_not_blamed_for_an_invalid_flag(recipe: str) -> None:
+    words = ["fit", "--config", str(checked_recipe(recipe)), "--data.nothing_like_it", "1"]
+    assert str(explain(words, GROUPS, OPTIONS, "")).startswith("--data.nothing_like_it: no such option")
+
+
+def test_a_word_for_a_class_may_be_a_plain_string() -> None:
+    flags = ("--trainer.accelerator=auto", "--trainer.strategy=ddp", "--trainer.profiler=simple")
+    assert error(*flags) == "the parser's message"
+    assert error("--trainer.logger=csv").startswith("--trainer.logger: csv is not a known class")

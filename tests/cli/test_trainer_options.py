@@ -193,6 +193,22 @@ def test_any_model_with_any_data_module(here: Path) -> None:
     assert list(Path("lightning_logs").rglob("last.ckpt"))
 
 
+def test_metrics_of_any_name_are_printed_and_an_empty_table_is_not(
+    here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    boring = "lightning.pytorch.demos.boring_classes"
+    words = ["--data", f"{boring}.BoringDataModule", "--trainer.limit_val_batches=1"]
+    Path("loud.py").write_text(
+        f"from {boring} import BoringModel\n\n\nclass Loud(BoringModel):\n"
+        "    def validation_step(self, batch, batch_idx):\n        self.log('height', 2.5)\n"
+    )
+    rlchat("validate", "--model", "loud.Loud", *words)
+    assert "height" in capsys.readouterr().out
+    rlchat("validate", "--model", f"{boring}.BoringModel", *words)
+    assert "metric" not in capsys.readouterr().out
+    assert "there are no metrics: the validation split has no rows for this stage" in caplog.text
+
+
 def test_checkpoints_of_the_last_runs_only(here: Path) -> None:
     for _ in range(3):
         rlchat(*SMOKE, *SHORT, "--best_model.keep_runs=2")

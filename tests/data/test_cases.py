@@ -12,6 +12,7 @@ import threading
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from helpers.data_rows import RowReader, prompts_of, threads_of, tree_row, words, write
@@ -127,6 +128,26 @@ def test_keys_that_change_the_meaning_of_a_row_are_used_or_reported(read: RowRea
         "1 rows have `weight other than 0 and 1`, which is not supported",
     ]
     assert "unused keys: source (1 rows), id (1 rows)" in report.summary()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TALK,
+        {"prompt": "Hi", "completion": "Hello!"},
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go!"},
+        {"text": "Hello!"},
+        {"instruction": "Hi", "output": "Hello!"},
+    ],
+)
+def test_weights_of_a_row_in_any_layout(read: RowReader, row: dict[str, Any]) -> None:
+    other = {"prompt": "Bye", "completion": "See you."}
+    for key in ("weight", "loss_weight", "train", "loss_mask"):
+        trees, report = read({**row, key: 0}, other)
+        assert threads_of(trees) == ["u:Bye a:See you."]
+        assert report.warning_lines() == []
+        _, report = read({**row, key: 0.5}, other)
+        assert report.warning_lines() == [f"1 rows have `{key} other than 0 and 1`, which is not supported"]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +371,11 @@ def test_validation_that_is_off_is_reported(
     assert "validation is off" not in caplog.text
     module(path, byte_tokenizer, tmp_path, val_fraction=0.0)
     assert "validation is off, because data.val_fraction is 0" in caplog.text
+    data = OASST2DataModule(path, cache_dir=str(tmp_path))
+    data.needs = DataNeeds("sft", byte_tokenizer, 64)
+    data.trainer = mock.Mock(limit_val_batches=0, fast_dev_run=0, global_rank=0, world_size=1)
+    data.setup("fit")
+    assert "validation is off, because trainer.limit_val_batches is 0" in caplog.text
 
 
 def test_warnings_are_restored_from_the_cache(

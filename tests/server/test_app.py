@@ -268,6 +268,12 @@ def test_head_and_a_slash_at_the_end(server: Server) -> None:
             "repetition_penalty",
         ),
         (ask(min_p=0.05), "min_p is not supported by this server: remove it", "min_p"),
+        (
+            ask(xtc_probability=0.5),
+            "xtc_probability is not supported by this server: remove it",
+            "xtc_probability",
+        ),
+        (ask(grammar="root ::= x"), "grammar is not supported by this server: remove it", "grammar"),
         (ask(top_logprobs=3), "top_logprobs: requires logprobs: true", "top_logprobs"),
         (ask(None), "messages.0.content: expected a string or a list of text parts, got null", "messages.0.content"),
         (ask(3), "messages.0.content: expected a string or a list of text parts, got int", "messages.0.content"),

@@ -10,7 +10,7 @@ from rlchat.data.readers.fields import row_check
 from rlchat.data.readers.turns import message_list
 
 CHECKED = frozenset({"answer", "check"})
-WHOLE_ROW = frozenset({"quality", "label", "system", "weight", "loss_weight", "train"}) | CHECKED
+WHOLE_ROW = frozenset({"quality", "label", "system", "weight", "loss_weight", "train", "loss_mask"}) | CHECKED
 
 
 class MessagesReader(Reader):

@@ -9,7 +9,7 @@ from rlchat.data.jsonl import BadLineError
 from rlchat.data.readers.base import Reader, Row
 from rlchat.data.readers.fields import learn_field, row_check, text_field
 from rlchat.data.readers.prompts import prompt_turns
-from rlchat.data.readers.turns import hh_turns, is_hh_text, message_list
+from rlchat.data.readers.turns import hh_turns, is_hh_text, message_list, notes_of_row
 
 
 class PairReader(Reader):
@@ -21,7 +21,7 @@ class PairReader(Reader):
 
     name = "chosen and rejected"
     required = frozenset({"chosen", "rejected"})
-    optional = frozenset({"prompt", "check", "answer", "weight", "loss_weight", "train"})
+    optional = frozenset({"prompt", "check", "answer", "weight", "loss_weight", "train", "loss_mask"})
     # UltraFeedback: the chosen conversation again, and an id.
     ignored = frozenset({"messages", "prompt_id"})
     priority = 1
@@ -111,4 +111,4 @@ def _pair(
         return Row(prompt=prompt, flaw="pairs of weight 0")
     replies = Message("assistant", chosen, rank=0), Message("assistant", rejected, rank=1)
     prompt = Conversation(messages, replies, check)
-    return Row(messages, (prompt.with_reply(replies[0]),), (prompt,), prompt, notes=notes)
+    return Row(messages, (prompt.with_reply(replies[0]),), (prompt,), prompt, notes=notes | notes_of_row(row))

@@ -9,7 +9,7 @@ from rlchat.conversation import Conversation, Message
 from rlchat.data.jsonl import BadLineError
 from rlchat.data.readers.base import Reader, Row, conversation_row
 from rlchat.data.readers.fields import learn_field, role_field, row_quality, text_field
-from rlchat.data.readers.turns import Turns, for_whole_row, joined_turns
+from rlchat.data.readers.turns import Turns, for_whole_row, joined_turns, notes_of_row
 
 # The name of a chat markup → a regular expression for the beginning of a turn; its group is the speaker.
 _MARKUP = {
@@ -31,7 +31,7 @@ class TextReader(Reader):
 
     name = "text"
     required = frozenset({"text"})
-    optional = frozenset({"quality", "label", "weight", "loss_weight", "train"})
+    optional = frozenset({"quality", "label", "weight", "loss_weight", "train", "loss_mask"})
     priority = -2
 
     def read(self, row: dict[str, Any]) -> Row:
@@ -39,7 +39,7 @@ class TextReader(Reader):
         markup = next((name for name, opening in _MARKUP.items() if len(opening.findall(text)) > 1), None)
         if markup is not None and self.options.split_text:
             return _split(text, markup, row)
-        notes = set()
+        notes = set(notes_of_row(row))
         if markup is not None:
             notes.add(
                 f"`text` in the markup of a chat ({markup}), all of which is learned, the user's messages too; "

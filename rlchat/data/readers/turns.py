@@ -104,10 +104,15 @@ def for_whole_row(turns: Turns, row: dict[str, Any]) -> Turns:
     checks = turns.checks
     if isinstance(row.get("system"), str) and row["system"].strip() and messages[0].role != "system":
         messages, checks = (Message("system", text_field(row["system"], "system")), *messages), (None, *checks)
-    notes = turns.notes | {note_of_unread(f"{key} other than 0 and 1") for key in unread_weights(row)}
+    return Turns(messages, checks, turns.notes | notes_of_row(row))
+
+
+def notes_of_row(row: dict[str, Any]) -> frozenset[str]:
+    """The warnings about a weight or a label of the whole ``row`` whose value is not supported."""
+    notes = {note_of_unread(f"{key} other than 0 and 1") for key in unread_weights(row)}
     if row.get("label") is not None and not isinstance(row["label"], bool):
-        notes |= {note_of_unread("label")}
-    return Turns(messages, checks, frozenset(notes))
+        notes.add(note_of_unread("label"))
+    return frozenset(notes)
 
 
 def _either(row: dict[str, Any], key: str, other: str) -> Any:
