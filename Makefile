@@ -64,7 +64,7 @@ docs: .venv-tools/docs
 trainer_matrix: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m prove.trainer_matrix --out docs/trainer-options.md
 
-# The long proofs, whose figures docs/multi-gpu.md quotes: an hour and more of two cores. Two nodes need root, for network
+# The long proofs, whose figures docs/multi-gpu.md quotes: several hours of two cores. Two nodes need root, for network
 # namespaces, and iproute2.
 prove: export OMP_NUM_THREADS ?= 1
 prove: export PYTHONPATH := $(CURDIR):$(CURDIR)/tests
@@ -75,6 +75,7 @@ prove: $(VENV)/installed-dev
 	$(BIN)/python -m prove.kill_and_resume --kills 20
 	$(BIN)/python -m prove.kill_and_resume --kills 20 --ranks 2
 	$(BIN)/python -m prove.kill_and_resume --kills 3 --epochs 6 --ranks 2 --strategy fsdp2
+	$(MAKE) mutants
 	$(MAKE) against_trl
 
 # Mutation testing of the formulas: an hour of one core and more. `mutmut results` lists the mutants that no test noticed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from rlchat.cli.data_class import BatchCheck, check_data_needs, with_data_class
 from rlchat.cli.hyperparameters import HyperparameterLog, options_to_log
 from rlchat.cli.library_errors import user_error_in
 from rlchat.cli.messages import configure_messages
-from rlchat.cli.option_errors import explain
+from rlchat.cli.option_errors import explain, ignored_variables
 from rlchat.cli.recipes import checked_recipe
 from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configuration_of, newest_run
 from rlchat.cli.trainer_options import check_checkpoint_keyword, check_trainer, check_trainer_for_ppo
@@ -98,12 +99,14 @@ class RLChatCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Raises :class:`UserError` instead of showing the usage and exiting, as jsonargparse does."""
+        words = args if isinstance(args, list) else []
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            words = args if isinstance(args, list) else []
             groups: dict[str, type] = {"trainer": L.Trainer, "data": self.data_class, **CALLBACKS}
             raise explain(words, groups, self._options(words[0] if words else "fit"), str(error)) from error
+        for variable, reason in ignored_variables(os.environ, words, self._options(words[0])) if words else ():
+            _log.warning("the environment variable %s has no effect: %s", variable, reason)
 
     def _options(self, command: str) -> list[str]:
         """All flags of ``command``, with the options of the stages, which jsonargparse resolves by class only."""

@@ -81,6 +81,28 @@ def explain(argv: Sequence[str], groups: Mapping[str, type], options: Iterable[s
     return UserError(_one_line(detail, 300))
 
 
+def ignored_variables(
+    environment: Mapping[str, str], argv: Sequence[str], options: Iterable[str]
+) -> Iterator[tuple[str, str]]:
+    """The environment variables that look like options of the command in ``argv`` but have no effect, and why.
+
+    ``PL_FIT__TRAINER__MAX_EPOCHS`` sets ``--trainer.max_epochs`` of ``fit``, unless a file or a flag sets it.
+    """
+    prefix = f"PL_{argv[0].upper()}__"
+    names = {option.lstrip("-").upper().replace(".", "__"): option for option in options}
+    words = list(argv[1:])
+    set_by_user = [setting for path in _configs(words) for setting in _of_file(path)]
+    set_by_user += [setting for setting in _of_flags(words) if isinstance(setting, Setting)]
+    for variable in sorted(environment):
+        if not variable.startswith(prefix):
+            continue
+        option = names.get(variable.removeprefix(prefix))
+        if option is None:
+            yield variable, f"{argv[0]} has no option of that name"
+        elif any(setting.keys == tuple(option.lstrip("-").split(".")) for setting in set_by_user):
+            yield variable, f"a configuration file or a flag sets {option}"
+
+
 # ---- the settings of the user ----------------------------------------------------------------------------------------
 
 

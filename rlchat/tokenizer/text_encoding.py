@@ -13,6 +13,9 @@ import tiktoken
 from rlchat.errors import UserError
 from rlchat.tokenizer.ranks import format_ranks, parse_ranks
 
+MAX_SPACES = 100_000
+"""The most white-space characters in a row that a text may have; tiktoken's patterns fail on about a million."""
+
 
 @dataclass(frozen=True)
 class TextEncoding:
@@ -111,6 +114,11 @@ class TextEncoding:
         return str(normalizers.NFC().normalize_str(text))
 
     def _encode_plain(self, text: str) -> list[int]:
+        # Where tiktoken fails, it writes a traceback to the terminal; a long run of spaces is the usual cause.
+        if len(text) > MAX_SPACES and max(map(len, re.findall(r"\s+", text)), default=0) > MAX_SPACES:
+            raise UserError(
+                f"the tokenizer cannot encode more than {MAX_SPACES:,} white-space characters in a row; remove some"
+            )
         try:
             return self._tiktoken.encode_ordinary(text)
         except BaseException as error:

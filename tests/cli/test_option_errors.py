@@ -10,7 +10,7 @@ import pytest
 
 from rlchat.cli.main import CALLBACKS, STAGES
 from rlchat.cli.option_aliases import ALIASES
-from rlchat.cli.option_errors import explain
+from rlchat.cli.option_errors import explain, ignored_variables
 from rlchat.cli.recipes import checked_recipe
 from rlchat.data.datamodule import OASST2DataModule
 
@@ -124,3 +124,22 @@ def test_a_word_for_a_class_may_be_a_plain_string() -> None:
     flags = ("--trainer.accelerator=auto", "--trainer.strategy=ddp", "--trainer.profiler=simple")
     assert error(*flags) == "the parser's message"
     assert error("--trainer.logger=csv").startswith("--trainer.logger: csv is not a known class")
+
+
+def test_environment_variables_without_effect(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("trainer:\n  max_epochs: 3\n")
+    environment = {
+        "PL_FIT__NOPE": "1",
+        "PL_FIT__TRAINER__MAX_EPOCHS": "2",
+        "PL_FIT__DATA__BATCH_SIZE": "2",
+        "PL_FIT__BEST_MODEL__FOLDER": "here",
+        "PL_TEST__NOPE": "1",
+        "PL_GLOBAL_SEED": "0",
+    }
+    words = ["fit", "--config", str(path), "--data.batch_size", "4"]
+    assert list(ignored_variables(environment, words, OPTIONS)) == [
+        ("PL_FIT__DATA__BATCH_SIZE", "a configuration file or a flag sets --data.batch_size"),
+        ("PL_FIT__NOPE", "fit has no option of that name"),
+        ("PL_FIT__TRAINER__MAX_EPOCHS", "a configuration file or a flag sets --trainer.max_epochs"),
+    ]

@@ -400,9 +400,28 @@ def test_an_end_marker_that_the_encoding_already_has(monkeypatch: pytest.MonkeyP
     assert tokenizer.decode([257, 263]) == ""
 
 
-def test_text_that_makes_tiktoken_panic_is_a_user_error(tokenizer: ChatTokenizer) -> None:
-    with pytest.raises(UserError, match="cannot encode a text of 1,000,001 characters; shorten it"):
-        tokenizer.encode(" " * 1_000_000 + "a")
+def test_a_long_run_of_spaces_is_a_user_error_before_tiktoken_sees_it(
+    tokenizer: ChatTokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for text in (" " * 1_000_000 + "a", "a" + "\n" * 100_001):
+        with pytest.raises(UserError, match="cannot encode more than 100,000 white-space characters in a row; remove"):
+            tokenizer.encode(text)
+    assert capfd.readouterr().err == ""
+    assert tokenizer.decode(tokenizer.encode("a" + " " * 100_000)) == "a" + " " * 100_000
+
+
+def test_text_that_makes_tiktoken_panic_is_a_user_error(
+    byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic(text: str) -> list[int]:
+        raise PanicException("called `Result::unwrap()` on an `Err` value: RuntimeError(StackOverflow)")
+
+    monkeypatch.setattr("tiktoken.Encoding.encode_ordinary", lambda self, text: panic(text))
+    with pytest.raises(UserError, match="cannot encode a text of 9 characters; shorten it"):
+        byte_tokenizer.encode("long text")
 
 
 def test_an_interrupt_during_encoding_is_not_a_user_error(

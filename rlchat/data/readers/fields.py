@@ -9,11 +9,10 @@ from typing import Any, cast
 
 from rlchat.conversation import CHECK_KINDS, Check, CheckKind, Role, is_number, spaced_words
 from rlchat.data.jsonl import BadLineError
+from rlchat.tokenizer.text_encoding import MAX_SPACES
 
 # Every prefix of a thread that ends with a user message is a prompt, so the number of prompts grows with its length.
 MAX_MESSAGES = 1000
-# tiktoken's regular expressions panic on about a million consecutive white-space characters.
-MAX_SPACES = 100_000
 
 _ROLES: dict[str, Role] = {
     "user": "user",
