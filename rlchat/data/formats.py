@@ -53,6 +53,7 @@ class ReadReport(LineReport):
     Attributes:
         dropped: the reason for leaving something out, as a plural noun → how often.
         warnings: a warning about some rows → the number of rows.
+        used: a weight or a label, of a row or of its messages → the number of rows.
         unread: a key that has no effect → the number of rows.
     """
 
@@ -62,6 +63,7 @@ class ReadReport(LineReport):
     responses: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
+    used: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
@@ -80,6 +82,8 @@ class ReadReport(LineReport):
             parts.append("dropped " + ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.most_common()))
         if self.bad_lines:
             parts.append(f"skipped {self.bad_lines:,} bad lines ({' | '.join(self.bad_line_examples)})")
+        if used := [f"{key} ({n:,} rows)" for key, n in self.used.items() if n]:
+            parts.append("weights and labels: " + ", ".join(used))
         if self.unread:
             keys = [f"{key} ({n:,} rows)" for key, n in self.unread.most_common(_SHOWN_KEYS)]
             more = len(self.unread) - len(keys)
@@ -272,6 +276,7 @@ class _Forest:
         for name in [name for name, count in self.dropped.items() if not count]:
             del self.dropped[name]
         self.report.warnings, self.report.unread = self.readers.warnings, self.readers.unread
+        self.report.used = self.readers.used
         for planted in self.readers.linked():
             self._grow(planted.id, planted.threads, planted.prompts.values())
         trees = []

@@ -8,6 +8,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -122,12 +123,17 @@ def test_keys_that_change_the_meaning_of_a_row_are_used_or_reported(read: RowRea
         assert prompts_of([tree]) == ["u:Hi", "u:Hi a:Hello! u:Again"]
         assert tree.prompts[1].references == ()
         assert not report.warnings
+        assert re.search(r"weights and labels: \w+ \(1 rows\)$", report.summary())
+    labelled = [{"prompt": "Hi", "completion": "Hello!", "label": label} for label in (True, False)]
+    _, report = read(*labelled, {**TALK, "weight": 0}, TALK)
+    assert "weights and labels: weight (1 rows), label (2 rows)" in report.summary()
     _, report = read({**TALK, "rank": 3, "source": "x"}, {**TALK, "rank": 1, "weight": 0.5}, {**TALK, "id": 1})
     assert report.warning_lines() == [
         "2 rows have `rank`, which is not supported beside messages",
         "1 rows have `weight other than 0 and 1`, which is not supported",
     ]
     assert "unused keys: source (1 rows), id (1 rows)" in report.summary()
+    assert "weights and labels" not in report.summary()
 
 
 @pytest.mark.parametrize(

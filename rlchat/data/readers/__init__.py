@@ -14,7 +14,7 @@ from typing import Any
 
 from rlchat.data.jsonl import BadLineError
 from rlchat.data.readers.base import LinkedTree, Reader, ReadOptions, Row
-from rlchat.data.readers.fields import shown
+from rlchat.data.readers.fields import LEARN_KEYS, shown, unread_weights
 
 __all__ = ["LinkedTree", "ReadOptions", "Reader", "Readers", "Row", "reader_classes"]
 
@@ -48,6 +48,9 @@ _MEANINGFUL = frozenset(
     }
 )
 
+# Keys whose effect on the training data is reported whenever they occur.
+CHOOSING = (*LEARN_KEYS, "label")
+
 
 @cache
 def reader_classes() -> tuple[type[Reader], ...]:
@@ -62,12 +65,14 @@ def reader_classes() -> tuple[type[Reader], ...]:
 class Readers:
     """Reads rows of all formats, and counts what is left out.
 
-    ``dropped`` counts by reason. ``warnings`` counts rows by warning, ``unread`` counts rows by key without effect.
+    ``dropped`` counts by reason. ``warnings`` counts rows by warning. ``used`` and ``unread`` count rows by key: keys
+    that choose what is trained on, in a row or in its messages, and keys without effect.
     """
 
     def __init__(self, options: ReadOptions, dropped: Counter[str]) -> None:
         self.dropped = dropped
         self.warnings: Counter[str] = Counter()
+        self.used: Counter[str] = Counter()
         self.unread: Counter[str] = Counter()
         self._readers = [reader(options, dropped) for reader in reader_classes()]
 
@@ -87,7 +92,13 @@ class Readers:
 
     def _count(self, row: dict[str, Any], reader: Reader, result: Row) -> None:
         self.warnings.update(result.notes)
-        understood = reader.required | reader.optional | reader.ignored
+        understood = reader.required | reader.optional
+        nested = [message for value in row.values() if isinstance(value, list) for message in value]
+        for key in CHOOSING:
+            places = [part for part in (row, *nested) if isinstance(part, dict) and part.get(key) is not None]
+            honoured = (part is not row or key in understood for part in places if key not in unread_weights(part))
+            self.used[key] += any(honoured)
+        understood |= reader.ignored
         for key, value in row.items():
             if key in understood or value is None:
                 continue

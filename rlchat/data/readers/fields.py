@@ -26,7 +26,7 @@ _ROLES: dict[str, Role] = {
 }
 _TOOL_ROLES = ("tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation")
 # Fractions are not supported: a message is either trained on or not.
-_LEARN_KEYS = ("weight", "loss_weight", "train", "loss_mask")
+LEARN_KEYS = ("weight", "loss_weight", "train", "loss_mask")
 
 
 def shown(value: object) -> str:
@@ -114,7 +114,7 @@ def row_quality(row: dict[str, Any]) -> float | None:
 
 def learn_field(row: dict[str, Any]) -> bool:
     """Whether to train on a message or a row: False if a weight, ``train`` or ``loss_mask`` is 0 or false."""
-    for key in _LEARN_KEYS:
+    for key in LEARN_KEYS:
         value = row.get(key)
         if isinstance(value, bool | int | float) and not value:
             return False
@@ -123,7 +123,7 @@ def learn_field(row: dict[str, Any]) -> bool:
 
 def unread_weights(row: dict[str, Any]) -> set[str]:
     """The keys of ``row`` whose values :func:`learn_field` does not support: fractions and lists."""
-    return {key for key in _LEARN_KEYS if key in row and row[key] not in (None, 0, 1)}
+    return {key for key in LEARN_KEYS if key in row and row[key] not in (None, 0, 1)}
 
 
 def row_check(row: dict[str, Any]) -> Check | None:
