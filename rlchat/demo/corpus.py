@@ -23,7 +23,7 @@ from rlchat.demo.world import Claim, World, make_world
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-TREES = 4500
+TREES = 4800
 
 RATERS = 3
 """People who label a reply."""

@@ -81,7 +81,10 @@ def write_questions(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["distilbert", "from-scratch", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("distilbert", "from-scratch", "llama-lora")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen-lora", "smollm2-lora", *SLOW])
 def test_a_recipe_trains_a_model_that_chats(name: str, workplace: Path) -> None:
     words = ["fit", "--config", name, *BRIEF, "--trainer.accelerator=cpu", "--model.max_length=96"]
     if name == "from-scratch":

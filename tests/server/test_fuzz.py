@@ -49,7 +49,7 @@ def test_operations_of_the_schema(api: Any) -> None:
     assert [operation.ok().label for operation in api.get_all_operations()] == OPERATIONS
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_generated_requests(api: Any, name: str, mode: GenerationMode, examples: int) -> None:

@@ -22,6 +22,14 @@ PARTS: list[dict[str, Any]] = [
     {"train_layers": 1, "critic": "separate", "gradient_checkpointing": True},
 ]
 NAMES = ["lora", "critic", "rloo", "layers", "layers-critic"]
+SLOW = ("critic", "layers")
+EVERY_PART = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for options, name in zip(PARTS, NAMES, strict=True)
+    ],
+)
 
 
 def trained(module: PPOModule, path: Path, iterations: int = 1) -> dict[str, Any]:
@@ -38,7 +46,7 @@ def save(module: PPOModule, path: Path) -> None:
     save_bundle(path, PolicyBundle(module.model, module.tokenizer, module.max_length))
 
 
-@pytest.mark.parametrize("options", PARTS, ids=NAMES)
+@EVERY_PART
 def test_the_reference_is_the_initial_policy(encoding: str, options: dict[str, Any]) -> None:
     module = ppo(encoding, minibatches=1, **options)
     start = {name: value.clone() for name, value in module.state_dict().items()}
@@ -51,7 +59,7 @@ def test_the_reference_is_the_initial_policy(encoding: str, options: dict[str, A
     assert not any(name.startswith("reference.") for name in changed)
 
 
-@pytest.mark.parametrize("options", PARTS, ids=NAMES)
+@EVERY_PART
 def test_the_first_ratio_is_1(encoding: str, options: dict[str, Any]) -> None:
     row = fit(ppo(encoding, ppo_epochs=1, minibatches=1, **options), 1)[0]
     assert row["train/ratio_residual"] == 0
@@ -68,7 +76,7 @@ def test_the_networks_share_the_frozen_weights(encoding: str) -> None:
     assert sum("lora_A" in name for name in names) == 14  # seven linear layers in each of two layers
 
 
-@pytest.mark.parametrize("options", PARTS, ids=NAMES)
+@EVERY_PART
 def test_a_checkpoint_contains_what_is_trained(encoding: str, tmp_path: Path, options: dict[str, Any]) -> None:
     module = ppo(encoding, **ONE_STEP, **options)
     checkpoint = trained(module, tmp_path / "run.ckpt")
@@ -86,7 +94,7 @@ def test_a_checkpoint_of_all_weights_is_as_before(encoding: str, tmp_path: Path)
     assert trained(module, tmp_path / "run.ckpt")["state_dict"].keys() == module.state_dict().keys()
 
 
-@pytest.mark.parametrize("options", PARTS, ids=NAMES)
+@EVERY_PART
 def test_a_model_file_starts_the_next_stage_with_the_trained_policy_as_reference(
     encoding: str, tmp_path: Path, options: dict[str, Any]
 ) -> None:
