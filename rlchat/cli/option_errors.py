@@ -89,13 +89,14 @@ def ignored_variables(
     ``PL_FIT__TRAINER__MAX_EPOCHS`` sets ``--trainer.max_epochs`` of ``fit``, unless a file or a flag sets it.
     """
     prefix = f"PL_{argv[0].upper()}__"
+    variables = sorted(name for name in environment if name.startswith(prefix))
+    if not variables:
+        return
     names = {option.lstrip("-").upper().replace(".", "__"): option for option in options}
     words = list(argv[1:])
     set_by_user = [setting for path in _configs(words) for setting in _of_file(path)]
     set_by_user += [setting for setting in _of_flags(words) if isinstance(setting, Setting)]
-    for variable in sorted(environment):
-        if not variable.startswith(prefix):
-            continue
+    for variable in variables:
         option = names.get(variable.removeprefix(prefix))
         if option is None:
             yield variable, f"{argv[0]} has no option of that name"

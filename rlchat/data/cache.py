@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import rlchat
 from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
 from rlchat.data.sources import DataFile, cannot_read
 from rlchat.errors import UserError
-from rlchat.utils.files import write_atomically
+from rlchat.utils.files import user_cache, write_atomically
 
 _log = logging.getLogger("rlchat")
 
@@ -32,8 +31,7 @@ class CorpusCache:
     """Corpora on disk. ``folder`` is by default ``rlchat`` in the user's cache folder."""
 
     def __init__(self, folder: str | None = None) -> None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.folder = Path(folder).expanduser() if folder else Path(root) / "rlchat"
+        self.folder = Path(folder).expanduser() if folder else user_cache()
 
     def path(self, key: str) -> Path:
         """The file for the corpus of ``key``, whether it exists or not."""

@@ -17,6 +17,7 @@ from rlchat.export.output import complete
 from rlchat.export.vocabulary import Vocabulary
 from rlchat.export.weights import causal_lm
 from rlchat.models.model_file import PolicyBundle
+from rlchat.tokenizer.pattern import GPT2, GPT2_SINGLE_DIGITS, LLAMA3, QWEN2
 
 Array = np.ndarray[Any, Any]
 
@@ -58,17 +59,16 @@ _FAMILIES = {
 
 # llama.cpp knows pre-tokenizers by name. Its llama-bpe and the pattern of cl100k_base differ in one case: where a text
 # ends in a line break and then spaces, cl100k_base keeps them as one piece.
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LETTERS = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PRE_TOKENIZERS = {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s": "llama-bpe",
-    rf"{_SUFFIXES}|{_WORDS}": "llama-bpe",
-    rf"{_SUFFIXES}|{_WORDS}".replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
+    LLAMA3: "llama-bpe",
+    QWEN2: "qwen2",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": "gpt-2",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+": "smollm",
+    GPT2: "gpt-2",
+    GPT2_SINGLE_DIGITS: "smollm",
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_LETTERS[0]}]*[{_LETTERS[1]}]+{_SUFFIXES}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?[{_LETTERS[0]}]+[{_LETTERS[1]}]*{_SUFFIXES}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",

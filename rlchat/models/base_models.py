@@ -226,7 +226,7 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
             f"{{model_type: llama, hidden_size: 128}}"
         ) from error
     except (ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if _has_code(name):
+        if _needs_code(name):
             raise UserError(
                 f"base_model {name} comes with its own code, which rlchat does not run; choose a model whose family is "
                 f"part of transformers"
@@ -235,10 +235,10 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
         raise UserError(f"base_model {name}: transformers cannot load it: {one_line(error)}") from error
 
 
-def _has_code(name: str) -> bool:
-    """Whether the configuration of ``name`` refers to Python files that come with the model."""
+def _needs_code(name: str) -> bool:
+    """Whether the family of ``name`` is only defined by Python files that come with the model."""
     try:
         values, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError):
         return False
-    return "auto_map" in values
+    return "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING

@@ -16,6 +16,11 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 # Digits(individual_digits) splits before ByteLevel does, and to the latter a digit is the end of the text: white space
 # in front of a digit stays whole, as at the end. `Digits` uses Rust's char::is_numeric, which is \p{N}.
 GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 _CLASS = r"\\p\{[A-Z][a-z]?\}|\\[sSrnt]|\\[.\-'()\[\]/|?+*{}]"
 _SET = rf"\[\^?(?:{_CLASS}|[^\\\[\]^&])+\]"

@@ -17,6 +17,11 @@ MAX_SPACES = 100_000
 """The most white-space characters in a row that a text may have; tiktoken's patterns fail on about a million."""
 
 
+def longest_space_run(text: str) -> int:
+    """The most white-space characters in a row in ``text``; 0 if it is too short to have more than MAX_SPACES."""
+    return 0 if len(text) <= MAX_SPACES else max(map(len, re.findall(r"\s+", text)), default=0)
+
+
 @dataclass(frozen=True)
 class TextEncoding:
     """The vocabulary of a tokenizer and how text is split.
@@ -115,7 +120,7 @@ class TextEncoding:
 
     def _encode_plain(self, text: str) -> list[int]:
         # Where tiktoken fails, it writes a traceback to the terminal; a long run of spaces is the usual cause.
-        if len(text) > MAX_SPACES and max(map(len, re.findall(r"\s+", text)), default=0) > MAX_SPACES:
+        if longest_space_run(text) > MAX_SPACES:
             raise UserError(
                 f"the tokenizer cannot encode more than {MAX_SPACES:,} white-space characters in a row; remove some"
             )

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,15 +16,12 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from rlchat.errors import UserError, one_line
-from rlchat.utils.files import give_usual_permissions
+from rlchat.tokenizer.pattern import LLAMA3, QWEN2
+from rlchat.utils.files import give_usual_permissions, user_cache
 
 log = logging.getLogger("rlchat")
 
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF files
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -38,12 +34,12 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
-# A GGUF file only names its pre-tokenizer, and llama.cpp knows what that means.
+# A GGUF file contains only the name of its pre-tokenizer; llama.cpp defines these names.
 _PRE_TOKENIZERS = {
     "gpt-2": _byte_level(use_regex=True),
     "smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _byte_level(use_regex=True)]},
-    "llama-bpe": _split(_LLAMA3),
-    "qwen2": _split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+    "llama-bpe": _split(LLAMA3),
+    "qwen2": _split(QWEN2),
 }
 
 
@@ -60,7 +56,7 @@ def unpacked_gguf(path: Path) -> Path:
         raise UserError(f"base_model {path}: no such file")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"base_model {path} needs the package gguf; install it with: pip install 'rlchat[export]'")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlchat" / "base_models"
+    root = user_cache() / "base_models"
     folder = root / f"{path.stem}-{_digest(path)}"
     if folder.is_dir():
         return folder
@@ -116,20 +112,19 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
     tokens, types = value("tokenizer.ggml.tokens"), value("tokenizer.ggml.token_type")
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {"id": number, "content": token, "special": kind == _CONTROL, **plain}
-        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED)
+        {"id": number, "content": token, "special": of_type == _CONTROL, **plain}
+        for number, (token, of_type) in enumerate(zip(tokens, types, strict=True))
+        if of_type in (_CONTROL, _USER_DEFINED)
     ]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = [merge.split(" ", 1) for merge in value("tokenizer.ggml.merges", [])]
-    byte_level = _byte_level(use_regex=True)
     content = {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": _PRE_TOKENIZERS[pre],
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": _byte_level(use_regex=True),
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -144,7 +139,7 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
 def _write_weights(path: Path, folder: Path) -> None:
     """Writes config.json and the weights in float32."""
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # without it, these versions of transformers keep the quantized weights
+    if hasattr(transformers, "GgufConfig"):  # newer versions of transformers keep the quantized weights by default
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)

@@ -42,6 +42,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+def user_cache() -> Path:
+    """rlchat's folder in the user's cache folder, whether it exists or not."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlchat"
+
+
 def give_usual_permissions(path: Path) -> None:
     """Gives a temporary file or folder, which only its owner can read, the permissions of a new one."""
     umask = os.umask(0)

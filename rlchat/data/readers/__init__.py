@@ -72,7 +72,7 @@ class Readers:
     def __init__(self, options: ReadOptions, dropped: Counter[str]) -> None:
         self.dropped = dropped
         self.warnings: Counter[str] = Counter()
-        self.used: Counter[str] = Counter()
+        self.used: Counter[str] = Counter(dict.fromkeys(CHOOSING, 0))  # in a fixed order
         self.unread: Counter[str] = Counter()
         self._readers = [reader(options, dropped) for reader in reader_classes()]
 
@@ -93,11 +93,11 @@ class Readers:
     def _count(self, row: dict[str, Any], reader: Reader, result: Row) -> None:
         self.warnings.update(result.notes)
         understood = reader.required | reader.optional
-        nested = [message for value in row.values() if isinstance(value, list) for message in value]
-        for key in CHOOSING:
-            places = [part for part in (row, *nested) if isinstance(part, dict) and part.get(key) is not None]
-            honoured = (part is not row or key in understood for part in places if key not in unread_weights(part))
-            self.used[key] += any(honoured)
+        honoured = _choosing_keys(row) & understood
+        for messages in row.values():
+            if isinstance(messages, list):
+                honoured = honoured.union(*(_choosing_keys(part) for part in messages if isinstance(part, dict)))
+        self.used.update(honoured)
         understood |= reader.ignored
         for key, value in row.items():
             if key in understood or value is None:
@@ -106,3 +106,8 @@ class Readers:
                 self.warnings[f"`{key}`, which is not supported beside {reader.name}"] += 1
             else:
                 self.unread[key] += 1
+
+
+def _choosing_keys(part: dict[str, Any]) -> set[str]:
+    """The keys of a row or a message that choose what is trained on and have a supported value."""
+    return {key for key in CHOOSING if part.get(key) is not None} - unread_weights(part)

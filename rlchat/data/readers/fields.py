@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from rlchat.conversation import CHECK_KINDS, Check, CheckKind, Role, is_number, spaced_words
 from rlchat.data.jsonl import BadLineError
-from rlchat.tokenizer.text_encoding import MAX_SPACES
+from rlchat.tokenizer.text_encoding import MAX_SPACES, longest_space_run
 
 # Every prefix of a thread that ends with a user message is a prompt, so the number of prompts grows with its length.
 MAX_MESSAGES = 1000
@@ -44,7 +44,7 @@ def text_field(value: object, name: str, may_be_empty: bool = False) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise BadLineError(f"{name} contains a lone surrogate, which UTF-8 cannot encode") from None
-    if len(value) > MAX_SPACES and (longest := max(map(len, re.findall(r"\s+", value)), default=0)) > MAX_SPACES:
+    if (longest := longest_space_run(value)) > MAX_SPACES:
         raise BadLineError(
             f"{name} contains {longest:,} white-space characters in a row, more than the {MAX_SPACES:,} that can be "
             "tokenized"
