@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 8, 32
 SPECIALS = 5  # rlchat's markers are the last ids of the vocabulary: the first is padding, the last the end of a turn
 
 
 class Size(NamedTuple):
-    """The shape of a GPT-2, a learning rate with which it learns in 40 iterations, and the tokens of a response."""
+    """The shape of a model, a learning rate with which it learns in 40 iterations, and the tokens of a response."""
 
     vocabulary: int
     layers: int
@@ -34,6 +34,8 @@ class Size(NamedTuple):
     heads: int
     learning_rate: float
     response: int = 16
+    key_heads: int | None = None  # None is a GPT-2; otherwise a Llama with that many key heads
+    intermediate: int | None = None
 
     @property
     def sayable(self) -> int:
@@ -52,6 +54,8 @@ class Size(NamedTuple):
 SIZES = {"T": Size(512, 2, 64, 2, 6e-3), "S": Size(8192, 4, 128, 4, 3e-3)}
 # For `benchmarks.ppo`, which measures time and memory of a few iterations.
 SIZES |= {"S64": SIZES["S"]._replace(response=64), "M64": Size(50257, 6, 384, 6, 1e-4, 64)}
+# For `benchmarks.gpu`: GPT-2 124M, and a Llama with the shape of Qwen2.5-0.5B.
+SIZES |= {"G": Size(50257, 12, 768, 12, 1e-5, 128), "L": Size(151936, 24, 896, 14, 1e-5, 128, 2, 4864)}
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,21 @@ class Hyperparameters:
     temperature: float = 1.0
 
 
-def gpt2_config(size: Size) -> GPT2Config:
+def model_config(size: Size) -> PretrainedConfig:
     """The configuration, without dropout, so that the sampled and the trained distribution are the same."""
+    if size.key_heads is not None:
+        return LlamaConfig(
+            vocab_size=size.vocabulary,
+            max_position_embeddings=LONGEST_PROMPT + size.response,
+            num_hidden_layers=size.layers,
+            hidden_size=size.width,
+            intermediate_size=size.intermediate,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.key_heads,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     return GPT2Config(
         vocab_size=size.vocabulary,
         n_positions=LONGEST_PROMPT + size.response,
@@ -91,10 +108,10 @@ def gpt2_config(size: Size) -> GPT2Config:
     )
 
 
-def initial_model(size: Size, seed: int) -> GPT2LMHeadModel:
+def initial_model(size: Size, seed: int) -> PreTrainedModel:
     """Random weights, the same for a seed with equal versions of torch and transformers."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(gpt2_config(size))
+    return AutoModelForCausalLM.from_config(model_config(size))
 
 
 def make_prompts(size: Size, seed: int, count: int) -> list[list[int]]:
@@ -110,13 +127,20 @@ def reward(reply: Sequence[int], size: Size) -> float:
     return sum(token < size.vocabulary // 8 for token in reply) / len(reply)
 
 
-def digest(model: GPT2LMHeadModel, prompts: list[list[int]]) -> str:
+def digest(model: PreTrainedModel, prompts: list[list[int]]) -> str:
     """A hash of initial weights and prompts; runs with the same hash can be compared."""
     sha = hashlib.sha256(repr(prompts).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha.update(name.encode())
         sha.update(weight.contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def peak_mb() -> int:
+    """The peak of the memory that PyTorch has used on the GPU, or of the process if it has not used one."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 class Record:
@@ -134,13 +158,15 @@ class Record:
 
     def add(self, episodes: int, reward: float, kl: float, **more: float) -> None:
         """Adds an iteration; ``reward`` is the mean over the sampled responses, before the update."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         row = {
             "episodes": episodes,
             "reward": round(reward, 5),
             "kl": round(kl, 4),
             "cpu_s": round(time.process_time() - self.cpu, 2),
             "wall_s": round(time.perf_counter() - self.wall, 2),
-            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "peak_mb": peak_mb(),
             **more,
         }
         self.content["curve"].append(row)
@@ -155,6 +181,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights, the prompts and the sampling")
+    parser.add_argument("--gpu", action="store_true", help="run on a GPU, in bfloat16 mixed precision")
     parser.add_argument("--out", type=Path, required=True, help="output file for the curve")
     parser.add_argument(
         "--set", nargs="*", type=_setting, default=[], metavar="NAME=VALUE", help="hyperparameters for this run only"

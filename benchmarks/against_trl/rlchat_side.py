@@ -25,14 +25,14 @@ from common import (
     Record,
     Size,
     digest,
-    gpt2_config,
     initial_model,
     make_parser,
     make_prompts,
+    model_config,
     reward,
 )
 from torch.utils.data import DataLoader
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from rlchat.conversation import Conversation, Message
 from rlchat.data.batches import PromptBatch
@@ -99,13 +99,13 @@ def make_tokenizer(size: Size, folder: Path) -> ChatTokenizer:
     return ChatTokenizer(str(path))
 
 
-def save_initial(initial: GPT2LMHeadModel, size: Size, path: Path) -> None:
+def save_initial(initial: PreTrainedModel, size: Size, path: Path) -> None:
     """Saves a model file with the weights of ``initial`` and a value head of zeros."""
     tokenizer = make_tokenizer(size, path.parent)
-    config = gpt2_config(size)
+    config = model_config(size)
     backbone = Backbone.from_config_json(config.to_json_string(use_diff=False))
-    backbone.transformer.load_state_dict(initial.transformer.state_dict())
-    save_bundle(path, PolicyBundle(new_policy(backbone, tokenizer), tokenizer, config.n_positions))
+    backbone.transformer.load_state_dict(initial.base_model.state_dict())
+    save_bundle(path, PolicyBundle(new_policy(backbone, tokenizer), tokenizer, config.max_position_embeddings))
 
 
 def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> list[PromptBatch]:
@@ -120,7 +120,7 @@ def make_batches(prompts: Sequence[list[int]], size: Size, batch_size: int) -> l
 
 
 def options_of(
-    h: Hyperparameters, size: Size, seed: int, critic: str, initial: GPT2LMHeadModel, folder: Path
+    h: Hyperparameters, size: Size, seed: int, critic: str, initial: PreTrainedModel, folder: Path
 ) -> dict[str, Any]:
     """The options of :class:`IdPPO`; the initial model is saved in ``folder``."""
     save_initial(initial, size, folder / "initial.pt")
@@ -147,13 +147,15 @@ def options_of(
     }
 
 
-def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback) -> None:
+def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback, gpu: bool = False) -> None:
     """Trains on the batches in their order, without writing files."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if gpu else "cpu",
+        devices=1,
+        precision="bf16-mixed" if gpu else "32-true",
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -183,7 +185,7 @@ def main() -> None:
         versions={"lightning": L.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
     module = IdPPO(**options_of(h, size, options.seed, options.critic, initial, Path(tempfile.mkdtemp())))
-    fit(module, make_batches(prompts, size, h.batch_size), Recorder(record, size))
+    fit(module, make_batches(prompts, size, h.batch_size), Recorder(record, size), gpu=options.gpu)
 
 
 if __name__ == "__main__":

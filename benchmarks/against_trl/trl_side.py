@@ -24,21 +24,23 @@ from common import (
     Record,
     Size,
     digest,
-    gpt2_config,
     initial_model,
     make_parser,
     make_prompts,
+    model_config,
     reward,
 )
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # by version of transformers
 
-def make_policy(initial: GPT2LMHeadModel, size: Size) -> GPT2LMHeadModel:
+
+def make_policy(initial: PreTrainedModel, size: Size) -> PreTrainedModel:
     """A copy of ``initial`` that cannot sample the special ids: rlchat's policies cannot either, and to TRL, a sampled
     padding id is the end of the response."""
 
@@ -63,7 +65,8 @@ class RewardRule(nn.Module):
 
     def score(self, ids: Tensor) -> Tensor:
         """Scores [batch, time, 1] of ``ids`` Long [batch, prompt + response]; TRL reads that of the last token."""
-        scores = torch.tensor([reward(row, self.size) for row in ids[:, -self.size.response :].tolist()])
+        replies = ids[:, -self.size.response :].tolist()
+        scores = torch.tensor([reward(row, self.size) for row in replies], device=ids.device)
         return scores[:, None, None].expand(*ids.shape, 1)
 
 
@@ -99,19 +102,25 @@ def make_tokenizer(size: Size) -> PreTrainedTokenizerFast:
     )
 
 
-def make_critic(initial: GPT2LMHeadModel, size: Size) -> GPT2ForSequenceClassification:
+def make_critic(initial: PreTrainedModel, size: Size) -> PreTrainedModel:
     """The backbone of the initial model with a head of zeros."""
-    config = gpt2_config(size)
+    config = model_config(size)
     config.num_labels = 1
     config.pad_token_id = size.pad_id
-    critic = GPT2ForSequenceClassification(config)
-    critic.transformer.load_state_dict(initial.transformer.state_dict())
+    critic = AutoModelForSequenceClassification.from_config(config)
+    critic.base_model.load_state_dict(initial.base_model.state_dict())
     nn.init.zeros_(critic.score.weight)
     return critic
 
 
 def make_trainer(
-    record: Record, h: Hyperparameters, size: Size, seed: int, initial: GPT2LMHeadModel, prompts: list[list[int]]
+    record: Record,
+    h: Hyperparameters,
+    size: Size,
+    seed: int,
+    initial: PreTrainedModel,
+    prompts: list[list[int]],
+    gpu: bool = False,
 ) -> Recorded:
     """TRL's trainer with the common hyperparameters."""
     config = PPOConfig(
@@ -134,9 +143,9 @@ def make_trainer(
         gamma=h.gamma,
         lam=h.lam,
         temperature=h.temperature,
-        use_cpu=True,
-        bf16=False,
-        activation_checkpointing=False,
+        use_cpu=not gpu,
+        bf16=gpu,
+        **{name: False for name in CHECKPOINTING if name in PPOConfig.__dataclass_fields__},
         num_sample_generations=0,
         report_to=[],
         save_strategy="no",
@@ -169,7 +178,7 @@ def main() -> None:
         hyperparameters=asdict(h),
         versions={"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
-    make_trainer(record, h, size, options.seed, initial, prompts).train()
+    make_trainer(record, h, size, options.seed, initial, prompts, options.gpu).train()
 
 
 if __name__ == "__main__":

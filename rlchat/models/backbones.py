@@ -50,6 +50,7 @@ class Backbone(nn.Module):
     _family: EncoderFamily | None  # None for a decoder
     logits_form: LogitsForm  # what becomes of the product of hidden states and head_weight
     _packs: bool | None = None  # whether batches are packed; None before the first one, which is checked
+    fixed_cache: bool | None = None  # whether a cache of fixed size gives the same; None before the first use
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Backbone(nn.Module):
     def set_attention(self, attention: str) -> None:
         """Changes the attention implementation. Raises :class:`UserError` where the family does not have it."""
         config = self.transformer.config
-        self._packs = None
+        self._packs = self.fixed_cache = None
         try:
             self.transformer.set_attn_implementation(attention_name(config, attention) or attention)
         except (ValueError, ImportError) as error:
@@ -208,6 +209,16 @@ class Backbone(nn.Module):
             )
         hidden = output.last_hidden_state
         assert isinstance(hidden, Tensor)
+        return hidden
+
+    def decode(self, ids: Tensor, visible: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Hidden states [batch, time, hidden] of ``ids`` [batch, time] at given ``positions`` Long [batch, time].
+
+        ``visible`` Bool [batch, 1, time, columns] is True where a token attends to a column of ``cache``. For decoders.
+        """
+        options = {_cache_argument(self.transformer): cache}
+        output = self.transformer(ids, attention_mask=visible, position_ids=positions, use_cache=True, **options)
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
     def packed(self, ids: Tensor, packing: Packing) -> Tensor:

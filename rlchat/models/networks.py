@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from rlchat.models.backbones import Backbone
 from rlchat.models.kv_cache import Cache
-from rlchat.models.token_stats import UNSAYABLE_LOGIT, Head, TokenStats, token_stats
+from rlchat.models.token_stats import (
+    UNSAYABLE_LOGIT,
+    Head,
+    TokenStats,
+    float32_products,
+    is_lower_precision,
+    token_stats,
+)
 
 
 class RLChatModel(nn.Module):
@@ -112,11 +119,8 @@ class Critic(nn.Module):
 
 
 def _linear_fp32(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``hidden`` @ ``weight``.T + ``bias`` in float32, also under autocast.
-
-    In bfloat16 log-probs would be off by up to 0.25.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
+    """``hidden`` @ ``weight``.T + ``bias`` in float32, also under autocast."""
+    with float32_products(hidden.device, is_lower_precision(weight)):
         return F.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlchat.errors import UserError, one_line
 from rlchat.models.families import encoder_families
-from rlchat.models.kv_cache import Cache, is_empty, keep_rows
+from rlchat.models.kv_cache import Cache, can_append, is_empty, keep_rows
 from rlchat.models.packing import PACKABLE_SDPA, plan_packing
+from rlchat.models.token_stats import UNSAYABLE_LOGIT
 
 if TYPE_CHECKING:
     from rlchat.models.backbones import Backbone
@@ -71,8 +72,7 @@ def can_pack(backbone: Backbone) -> bool:
     """
     transformer = backbone.transformer
     config = transformer.config
-    whole_rows = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-    if not whole_rows or _window(backbone) is not None or getattr(config, "attention_chunk_size", None):
+    if not _attends_to_whole_rows(backbone):
         return False
     before = config._attn_implementation
     if not backbone.is_encoder and before != "sdpa":
@@ -91,6 +91,50 @@ def can_pack(backbone: Backbone) -> bool:
     if not equal and not backbone.is_encoder:
         transformer.set_attn_implementation(before)
     return equal
+
+
+@torch.no_grad()
+def can_fix_cache(backbone: Backbone, decoder: Callable[[int], Callable[[Tensor, Tensor], Tensor]]) -> bool:
+    """Whether ``decoder`` gives the logits that it gives with prompts that contain all tokens.
+
+    ``decoder(columns)`` is a :class:`rlchat.models.decoding.FixedDecoder` of this backbone.
+    """
+    if not _attends_to_whole_rows(backbone) or not can_append(backbone.new_cache()):
+        return False
+    training = backbone.training
+    backbone.eval()
+    ids, mask = _row(backbone, _LENGTH)
+    ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+    mask[1, :_PADDING] = False
+    try:
+        with torch.autocast(backbone.device.type, enabled=False):
+            rounding = _ROUNDING if backbone.head_weight.dtype == torch.float32 else _LOW_PRECISION_ROUNDING
+            return _steps_equal_prompts(ids, mask, decoder, rounding)
+    except Exception as error:  # any error means that the family needs a cache that grows
+        _log.debug("%s decodes with a growing cache: %s", backbone.transformer.config.model_type, one_line(error))
+        return False
+    finally:
+        backbone.train(training)
+
+
+def _steps_equal_prompts(
+    ids: Tensor, mask: Tensor, decoder: Callable[[int], Callable[[Tensor, Tensor], Tensor]], rounding: float
+) -> bool:
+    in_steps = decoder(_LENGTH)
+    in_steps(ids[:, :-3], mask[:, :-3])
+    for end in range(_LENGTH - 2, _LENGTH + 1):
+        logits, expected = in_steps(ids[:, end - 1 : end], mask[:, :end]), decoder(_LENGTH)(ids[:, :end], mask[:, :end])
+        sayable = expected > UNSAYABLE_LOGIT
+        if not _equal(logits[sayable], expected[sayable], rounding * float(expected[sayable].abs().max())):
+            return False
+    return True
+
+
+def _attends_to_whole_rows(backbone: Backbone) -> bool:
+    """Whether each token attends to all tokens before it."""
+    config = backbone.transformer.config
+    whole_rows = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    return whole_rows and _window(backbone) is None and not getattr(config, "attention_chunk_size", None)
 
 
 def _packed_equals_plain(backbone: Backbone) -> bool:

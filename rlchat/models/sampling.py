@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlchat.errors import NonFiniteError
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
 
 # Rows that have ended leave a batch when at most this share of it has not ended: each change copies the cache.
 _LEAVING = 0.8
+
+# Steps after which a GPU is asked whether rows have ended. To ask means to wait for it, and it idles meanwhile.
+_GPU_STEPS = 8
+
+_NOT_FINITE = "the model's logits are NaN or infinite, because its weights have diverged; use an earlier model file"
+
+Decode = Callable[[Tensor, Tensor], Tensor]
+"""New ids [batch, time] and the mask [batch, cached + time] → logits [batch, vocabulary] of the next token."""
 
 Uniforms = Callable[[int], Tensor]
 """Position in the response → one number in [0, 1) for each row, [batch]: the only randomness of sampling."""
@@ -95,6 +105,8 @@ def sample(
     goes_on: Callable[[Tensor], bool] = lambda alive: bool(alive.any()),
     cache: Cache | None = None,
     observe: Callable[[Tensor], None] = lambda logits: None,
+    decode: Decode | None = None,
+    check_every: int = 1,
 ) -> Generator[Step, Change | None, None]:
     """Yields the next token of every row until each has ended or reached its ``max_new_tokens``.
 
@@ -109,16 +121,23 @@ def sample(
 
     ``cache`` holds the tokens before ``ids``, and ``attention_mask`` covers them too: [batch, cached + prompt]. The
     cache grows by ``ids`` and by every yielded token except the last. With None, nothing precedes ``ids``. ``observe``
-    is called with the logits [batch, vocabulary] of each step before a token is drawn from them.
+    is called with the logits [batch, vocabulary] of each step before a token is drawn from them. ``decode`` replaces
+    the model and its cache; rows cannot change then. Only every ``check_every`` steps find out whether all rows have
+    ended, or raise :class:`NonFiniteError` because the weights have diverged.
     """
     cache = model.backbone.new_cache() if cache is None else cache
+    decode = decode or _decode_with(model, cache)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     step, mask, ends = ids, attention_mask, _ends(sampling, len(ids), 0).to(ids.device)
+    finite = torch.ones((), dtype=torch.bool, device=ids.device)
+    longest = max(one.max_new_tokens for one in _of_each(sampling, len(ids)))
     for position in itertools.count():
-        hidden = model(step, mask, cache)[:, -1]
-        logits = model.logits(hidden)
-        observe(logits)
+        checks = (position + 1) % check_every == 0 or position + 1 >= longest
+        observe(logits := decode(step, mask))
         drawn = choose(logits, sampling, uniforms(position).to(ids.device))
+        finite = finite & drawn.finite
+        if checks and not finite:
+            raise NonFiniteError(_NOT_FINITE)
         token = torch.where(alive, drawn.tokens, pad_id)
         change = yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
         # A finished row continues with padding that no token attends to, so that all positions stay the same.
@@ -132,14 +151,21 @@ def sample(
             alive = torch.cat([alive[keep], alive.new_ones(joining)])
             theirs = sampling if isinstance(sampling, Sampling) else sampling[len(keep) :]
             ends = torch.cat([ends[keep], _ends(theirs, joining, position + 1).to(ids.device)])
-        if not goes_on(alive):
+        if checks and not goes_on(alive):
             return
 
 
 def _ends(sampling: Sampling | Sequence[Sampling], rows: int, position: int) -> Tensor:
     """Long [rows]: the first position after the token limit of rows that start at ``position``."""
-    each = [sampling] * rows if isinstance(sampling, Sampling) else sampling
-    return torch.tensor([position + one.max_new_tokens for one in each], dtype=torch.long)
+    return torch.tensor([position + one.max_new_tokens for one in _of_each(sampling, rows)], dtype=torch.long)
+
+
+def _of_each(sampling: Sampling | Sequence[Sampling], rows: int) -> Sequence[Sampling]:
+    return [sampling] * rows if isinstance(sampling, Sampling) else sampling
+
+
+def _decode_with(model: RLChatModel, cache: Cache) -> Decode:
+    return lambda ids, mask: model.logits(model(ids, mask, cache)[:, -1])
 
 
 def _change_rows(
@@ -190,29 +216,50 @@ def generate(
 
     Rows that have ended leave the batch as soon as they are a fifth of it, so that they cost no more time.
     """
+    longest = max(one.max_new_tokens for one in _of_each(sampling, len(ids)))
+    fixed = FixedDecoder(model, ids.shape[1] + longest) if can_decode_fixed(model) else None
+    check_every = 1 if ids.device.type == "cpu" else _GPU_STEPS
     rows = torch.arange(len(ids), device=ids.device)  # in the batch now
     left = torch.ones_like(rows, dtype=torch.bool)  # of these, the ones that have not ended
     columns: list[Step] = []
-    steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, goes_on=goes_on)
+    more: dict[str, Any] = {"goes_on": goes_on, "decode": fixed, "check_every": check_every}
+    steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, **more)
     change: Change | None = None
-    while True:
-        try:
-            step = steps.send(change)
-        except StopIteration:
-            break
-        tokens = torch.full((len(ids),), pad_id, dtype=torch.long, device=ids.device)
-        logprobs = torch.zeros(len(ids), dtype=step.logprobs.dtype, device=ids.device)
-        columns.append(Step(tokens.index_copy(0, rows, step.tokens), logprobs.index_copy(0, rows, step.logprobs)))
-        left &= (step.tokens != end_id) & (step.tokens != pad_id)
-        stay = left.nonzero().squeeze(1)
-        change = None
-        if 0 < len(stay) <= _LEAVING * len(rows):
-            rows, left = rows[stay], left[stay]
-            change = Change(
-                stay.tolist(), (), _of_rows(sampling, rows), partial(_uniforms_of_rows, uniforms, rows.cpu())
-            )
+    with _casting_weights_once(ids.device):
+        while True:
+            try:
+                step = steps.send(change)
+            except StopIteration:
+                break
+            tokens = torch.full((len(ids),), pad_id, dtype=torch.long, device=ids.device)
+            logprobs = torch.zeros(len(ids), dtype=step.logprobs.dtype, device=ids.device)
+            columns.append(Step(tokens.index_copy(0, rows, step.tokens), logprobs.index_copy(0, rows, step.logprobs)))
+            left &= (step.tokens != end_id) & (step.tokens != pad_id)
+            change = None
+            if fixed is not None or len(columns) % check_every:
+                continue
+            stay = left.nonzero().squeeze(1)
+            if 0 < len(stay) <= _LEAVING * len(rows):
+                rows, left = rows[stay], left[stay]
+                noise = partial(_uniforms_of_rows, uniforms, rows.cpu())
+                change = Change(stay.tolist(), (), _of_rows(sampling, rows), noise)
     tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    return Generated(ids=tokens, mask=tokens != pad_id, ended=(tokens == end_id).any(1), logprobs=logprobs)
+    mask = tokens != pad_id
+    width = max(1, int(mask.any(0).sum()))  # the last columns are padding if a GPU was not asked after each step
+    return Generated(tokens[:, :width], mask[:, :width], (tokens == end_id).any(1), logprobs[:, :width])
+
+
+@contextmanager
+def _casting_weights_once(device: torch.device) -> Iterator[None]:
+    """Under autocast, weights are cast once for all forward passes in the context, in which they must not change."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    try:
+        with torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=True):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _of_rows(sampling: Sampling | Sequence[Sampling], rows: Tensor) -> Sampling | Sequence[Sampling]:
@@ -223,20 +270,24 @@ def _uniforms_of_rows(uniforms: Uniforms, rows: Tensor, position: int) -> Tensor
     return uniforms(position)[rows]
 
 
-def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Tensor) -> Step:
+class Drawn(NamedTuple):
+    """Tokens drawn from logits."""
+
+    tokens: Tensor  # Long [batch]
+    logprobs: Tensor  # [batch] under the distribution that was drawn from; 0 if greedy
+    finite: Tensor  # Bool []: no row of logits contains a NaN or an infinity; if False, the tokens have no meaning
+
+
+def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Tensor) -> Drawn:
     """Tokens drawn from ``logits`` [batch, vocabulary] by the numbers ``uniform`` [batch] in [0, 1).
 
-    ``sampling`` is one for all rows, or one for each. Of tokens with equal logits, ``top_k`` keeps the first. Raises
-    :class:`NonFiniteError` if a row of logits contains a NaN or an infinity, because the weights have diverged.
+    ``sampling`` is one for all rows, or one for each. Of tokens with equal logits, ``top_k`` keeps the first.
     """
     if not isinstance(sampling, Sampling):
         return _choose_each(logits, sampling, uniform)
-    if not logits.amax(-1).isfinite().all():  # the maximum of a row with a NaN is NaN
-        raise NonFiniteError(
-            "the model's logits are NaN or infinite, because its weights have diverged; use an earlier model file"
-        )
+    finite = logits.amax(-1).isfinite().all()  # the maximum of a row with a NaN is NaN
     if sampling.temperature == 0 or sampling.top_k == 1:
-        return Step(logits.argmax(-1), torch.zeros_like(logits[:, 0]))
+        return Drawn(logits.argmax(-1), torch.zeros_like(logits[:, 0]), finite)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = logits.sort(dim=-1, descending=True, stable=True).indices[:, : sampling.top_k]
@@ -244,11 +295,11 @@ def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Ten
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
     probabilities = logits.softmax(-1)
-    tokens = inverse_cdf(probabilities, uniform)
-    return Step(tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log())
+    tokens = inverse_cdf(probabilities, uniform).clamp(max=logits.shape[-1] - 1)  # NaN gives the id after the last
+    return Drawn(tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log(), finite)
 
 
-def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) -> Step:
+def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) -> Drawn:
     """Rows with equal options are drawn together."""
     alike: dict[Sampling, list[int]] = {}
     for row, one in enumerate(sampling):
@@ -256,10 +307,12 @@ def _choose_each(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) 
     if len(alike) == 1:
         return choose(logits, sampling[0], uniform)
     tokens, logprobs = torch.empty_like(uniform, dtype=torch.long), torch.empty_like(uniform)
+    finite = torch.ones((), dtype=torch.bool, device=logits.device)
     for one, numbers in alike.items():
         rows = torch.tensor(numbers, device=logits.device)
-        tokens[rows], logprobs[rows] = choose(logits[rows], one, uniform[rows])
-    return Step(tokens, logprobs)
+        tokens[rows], logprobs[rows], is_finite = choose(logits[rows], one, uniform[rows])
+        finite = finite & is_finite
+    return Drawn(tokens, logprobs, finite)
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -115,8 +115,13 @@ class StageModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a learning rate schedule over the batches of the run."""
         o = self.options
-        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
-        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, o.adam_beta2, mixed)
+        # For a fused optimizer, Lightning clips no gradients in mixed precision, and does not unscale those of float16.
+        precision = self.trainer.precision_plugin
+        may_fuse = not isinstance(precision, MixedPrecision) or (
+            not self.automatic_optimization and precision.scaler is None
+        )
+        beta2 = o.adam_beta2
+        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, beta2, may_fuse)
         scheduler = make_scheduler(optimizer, o.schedule, o.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

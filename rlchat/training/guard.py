@@ -80,7 +80,7 @@ class LastGoodWeights:
 
     def remember(self, network: nn.Module) -> None:
         """Copies the weights of ``network`` that require a gradient, as a candidate."""
-        self._candidate = {name: local.detach().cpu().clone() for name, local in _local_weights(network)}
+        self._candidate = {name: _on_cpu(local.detach()) for name, local in _local_weights(network)}
 
     def confirm(self) -> None:
         """Accepts the candidate if there is a new one."""
@@ -94,6 +94,12 @@ class LastGoodWeights:
             for name, local in _local_weights(network):
                 if name in good:
                     local.copy_(good[name])
+
+
+def _on_cpu(x: Tensor) -> Tensor:
+    """A copy of ``x``. From a GPU, it goes to pinned memory, so that the program does not wait for it."""
+    copy = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    return copy.copy_(x, non_blocking=x.is_cuda)
 
 
 def _local_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,17 +19,20 @@ def make_optimizer(
     weight_decay: float,
     eps: float = 1e-8,
     beta2: float = 0.95,
-    mixed_precision: bool = False,
+    may_fuse: bool = True,
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient. Weight decay applies to matrices, not to norms and biases."""
+    """AdamW over the parameters that require a gradient. Weight decay applies to matrices, not to norms and biases.
+
+    With ``may_fuse``, its fused kernel is used where there is one.
+    """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # The fused kernel is two to three times as fast on a CPU. Lightning clips no gradients for it in mixed precision.
-    on_cpu = bool(trained) and all(p.device.type == "cpu" for p in trained)
-    fused = True if on_cpu and not mixed_precision else None
+    # The fused kernel is two to three times as fast on a CPU, and more on a GPU.
+    has_kernel = bool(trained) and {p.device.type for p in trained} in ({"cpu"}, {"cuda"})
+    fused = True if may_fuse and has_kernel else None
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps, fused=fused)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,7 @@ from rlchat.models.sampling import (
 from rlchat.utils.padding import pad
 
 VOCABULARY, PAD, END = 24, 23, 22
+ENDS: dict[str, Any] = {"end_id": END, "pad_id": PAD}
 BELOW_ONE = 1 - 2**-24
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
@@ -549,11 +551,21 @@ def test_top_k_1_is_greedy_under_ties() -> None:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_k=3), Sampling(top_p=0.5)])
 @pytest.mark.parametrize("bad", [[1.0, math.nan, 0.0, 2.0], [1.0, math.inf, 0.0, 2.0], [-math.inf] * 4], ids=str)
 def test_logits_that_are_not_finite_are_an_error(sampling: Sampling, bad: list[float]) -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], bad])
-    with pytest.raises(UserError, match="logits are NaN or infinite"):
-        choose(logits, sampling, torch.tensor([0.5, 0.5]))
-    with pytest.raises(UserError, match="logits are NaN or infinite"):
-        choose(logits, [sampling, Sampling(top_k=2)], torch.tensor([0.5, 0.5]))
+    good, logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 2), torch.tensor([[0.0, 1.0, 2.0, 3.0], bad])
+    half = torch.tensor([0.5, 0.5])
+    for one in (sampling, [sampling, Sampling(top_k=2)]):
+        assert choose(good, one, half).finite
+        drawn = choose(logits, one, half)
+        assert not drawn.finite
+        assert drawn.tokens.max() < 4
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    for check_every in (1, 3, 8):
+        outputs = [good, good, logits, good, good, good]
+        more: dict[str, Any] = {"decode": lambda ids, mask: outputs.pop(0), "check_every": check_every}  # noqa: B023
+        said = sample(policy(), ids, ids == 0, replace(sampling, max_new_tokens=5), lambda _: half, **ENDS, **more)
+        with pytest.raises(UserError, match="logits are NaN or infinite"):
+            list(said)
+        assert len(outputs) == {1: 3, 3: 3, 8: 1}[check_every]  # the third token, the third, the last one
 
 
 def test_a_uniform_number_that_rounds_up_to_the_total_hits_a_token() -> None:

@@ -1,0 +1,174 @@
+"""PPO and generation on one GPU: GPT-2 124M and a Llama of 0.5 billion parameters, beside TRL and `generate()`.
+
+    python benchmarks/gpu.py generation --size G L
+    python benchmarks/gpu.py ppo --size G L [--trl]      (with TRL 1.12 in the same environment)
+
+The weights are random. `generation` samples 128 tokens after prompts of 32 tokens with bfloat16 weights: `sample` is
+rlchat's, `generate()` that of transformers. The bytes of a step are those of the weights and of the keys and values
+that it reads. `ppo` runs iterations of 128 prompts, responses of 128 tokens, and 4 passes of 4 minibatches, in bfloat16
+mixed precision, each contestant in a separate process. The first iteration is left out, and medians are taken. Shares
+are those of the speeds that a product of two large matrices and a copy reach on this GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "against_trl"))
+from common import LONGEST_PROMPT, SHORTEST_PROMPT, SIZES, Size, initial_model  # noqa: E402
+
+BATCH = 128  # prompts of an iteration
+PASSES = 4
+
+
+def seconds_of(work: Callable[[], Any], repeats: int = 5) -> float:
+    """The median time of ``work`` in seconds, after one call that does not count."""
+    work()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def peaks() -> tuple[float, float]:
+    """TFLOP/s of a bfloat16 product and TB/s of a copy, bytes read and written, on this GPU."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    x = torch.randn(2**30, device="cuda")
+    y = torch.empty_like(x)
+
+    def products() -> None:
+        for _ in range(10):
+            a @ b
+
+    return 10 * 2 * 8192**3 / seconds_of(products) / 1e12, 2 * 4 * 2**30 / seconds_of(lambda: y.copy_(x)) / 1e12
+
+
+def weights_of(model: PreTrainedModel) -> tuple[int, int]:
+    """The numbers of weights in the layers and in the policy head."""
+    head = model.get_output_embeddings().weight.numel()
+    positions = sum(x.numel() for name, x in model.named_parameters() if name.endswith("wpe.weight"))
+    return sum(x.numel() for x in model.parameters()) - head - positions, head
+
+
+def generation(name: str, batches: list[int], peak: tuple[float, float]) -> Iterator[dict[str, Any]]:
+    """Tokens per second of both, by batch."""
+    from rlchat_side import make_tokenizer, save_initial
+
+    from rlchat.models.model_file import load_policy
+    from rlchat.models.sampling import Sampling, addressed_uniforms, generate
+
+    size = SIZES[name]
+    initial = initial_model(size, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_initial(initial, size, Path(folder) / "initial.pt")
+        tokenizer = make_tokenizer(size, Path(folder))
+        model = load_policy(Path(folder) / "initial.pt").model.to("cuda", torch.bfloat16).eval()
+    model.unsayable[tokenizer.end_id] = True
+    theirs = initial.to("cuda", torch.bfloat16).eval()
+    trunk, head = weights_of(theirs)
+    for batch in batches:
+        ids = torch.randint(0, size.sayable, (batch, LONGEST_PROMPT), device="cuda")
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        uniforms = addressed_uniforms(0, 0, torch.arange(batch))
+        sampling = Sampling(size.response, 1.0)
+        ends: dict[str, Any] = {"end_id": tokenizer.end_id, "pad_id": tokenizer.pad_id}
+        words: dict[str, Any] = {"max_new_tokens": size.response, "min_new_tokens": size.response}
+        words |= {"do_sample": True, "top_k": 0, "pad_token_id": tokenizer.pad_id}
+        seconds = {
+            "sample": seconds_of(partial(generate, model, ids, mask, sampling, uniforms, **ends), 3),
+            "generate()": seconds_of(partial(theirs.generate, ids, attention_mask=mask.long(), **words), 3),
+        }
+        config = theirs.config
+        heads = size.key_heads or size.heads
+        cache = 2 * 2 * config.num_hidden_layers * heads * (size.width // size.heads)  # bytes of a token
+        read = 2 * (trunk + head) + batch * cache * (LONGEST_PROMPT + size.response / 2)
+        for who, s in seconds.items():
+            yield {
+                "size": name,
+                "batch": batch,
+                "contestant": who,
+                "tokens/s": round(batch * size.response / s),
+                "ms per step": round(1000 * s / size.response, 3),
+                "share of bandwidth": round(read / (s / size.response) / 1e12 / peak[1], 3),
+            }
+
+
+def update_flops(size: Size, critic: str) -> float:
+    """Operations of the update of one iteration: forward and backward passes of all passes over the rollout."""
+    with torch.device("meta"):
+        trunk, head = weights_of(initial_model(size, 0))
+    tokens = BATCH * ((SHORTEST_PROMPT + LONGEST_PROMPT) / 2 + size.response)
+    networks = 1 if critic == "shared" else 2
+    attention = 4 * size.layers * size.width * (tokens / BATCH) / 2
+    forward = networks * tokens * (2 * trunk + attention) + BATCH * size.response * 2 * head
+    return PASSES * 3 * forward
+
+
+def ppo(name: str, contestants: list[str], iterations: int, peak: tuple[float, float]) -> Iterator[dict[str, Any]]:
+    """An iteration of each contestant."""
+    for who in contestants:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "curve.json"
+            script = "trl_side.py" if who == "trl" else "rlchat_side.py"
+            words = [sys.executable, str(HERE / "against_trl" / script), "--gpu", "--size", name, "--out", str(out)]
+            words += [] if who == "trl" else ["--critic", who]
+            words += ["--set", f"iterations={iterations}", f"batch_size={BATCH}"]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                yield {"size": name, "contestant": who, "error": done.stderr.strip()[-600:]}
+                continue
+            curve = json.loads(out.read_text())["curve"]
+        for before, row in zip(reversed(curve[:-1]), reversed(curve[1:]), strict=True):
+            row["wall_s"] -= before["wall_s"]
+        wall = statistics.median(row["wall_s"] for row in curve[1:])
+        tokens = BATCH * SIZES[name].response
+        row = {"size": name, "contestant": who, "s": round(wall, 3), "tokens/s": round(tokens / wall)}
+        row["peak MB"] = max(row["peak_mb"] for row in curve)
+        if who != "trl":
+            phases = {p: statistics.median(row[p] for row in curve[1:]) for p in ("rollout_s", "update_s")}
+            share = update_flops(SIZES[name], who) / phases["update_s"] / 1e12 / peak[0]
+            row |= {**phases, "share of arithmetic in the update": round(share, 3)}
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("generation", "ppo"))
+    parser.add_argument("--size", choices=("G", "L"), nargs="+", default=["G", "L"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="for generation")
+    parser.add_argument("--critic", choices=("shared", "separate"), nargs="+", default=["shared", "separate"])
+    parser.add_argument("--trl", action="store_true", help="also run TRL's PPO")
+    parser.add_argument("--iterations", type=int, default=4, help="per process; the first is left out")
+    options = parser.parse_args()
+    peak = peaks()
+    print(f"{torch.cuda.get_device_name()}: {peak[0]:.0f} TFLOP/s in bfloat16, {peak[1]:.2f} TB/s", flush=True)
+    torch.cuda.empty_cache()
+    for name in options.size:
+        if options.what == "generation":
+            rows = generation(name, options.batch, peak)
+        else:
+            rows = ppo(name, [*options.critic, *(["trl"] if options.trl else [])], options.iterations, peak)
+        for row in rows:
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

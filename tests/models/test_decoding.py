@@ -1,0 +1,70 @@
+"""Decoding with a cache of fixed size; tests/test_cuda.py runs it as a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.small_ppo import BACKBONES
+
+from rlchat.models.backbones import Backbone
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed
+from rlchat.models.networks import RLChatModel
+from rlchat.models.probe import can_fix_cache
+from rlchat.models.sampling import Generated, Sampling, addressed_uniforms, generate, sample
+from rlchat.utils.padding import pad
+
+VOCABULARY, PAD, END = 24, 23, 22
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 0], [11, 12, 13, 14]]
+ENDS: dict[str, Any] = {"end_id": END, "pad_id": PAD}
+DECODERS = ("llama", "qwen3", "gpt_neox", "gpt2")
+
+
+def policy(family: str, **config: Any) -> RLChatModel:
+    torch.manual_seed(0)
+    options = {"model_type": family, **BACKBONES[family], "initializer_range": 0.3, **config}
+    return RLChatModel(Backbone(options, VOCABULARY, 40), unsayable=[PAD]).eval()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("check_every", [1, 4, 32])
+def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) -> None:
+    model, (ids, mask) = policy(family), pad(PROMPTS, PAD, "left")
+    sampling = [Sampling(n, temperature=1.0) for n in (9, 1, 12, 5)]
+    noise = addressed_uniforms(3, 0, torch.arange(4))
+    expected: Generated = generate(model, ids, mask, sampling, noise, **ENDS)
+    decoder = FixedDecoder(model, ids.shape[1] + 12)
+    steps = list(sample(model, ids, mask, sampling, noise, **ENDS, decode=decoder, check_every=check_every))
+    assert len(steps) <= 12
+    width = expected.ids.shape[1]
+    tokens, logprobs = (torch.stack(column, 1) for column in zip(*steps, strict=True))
+    assert torch.equal(tokens[:, :width], expected.ids)
+    assert (tokens[:, width:] == PAD).all()
+    torch.testing.assert_close(logprobs[:, :width], expected.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_these_families_can_have_a_fixed_cache(family: str) -> None:
+    model = policy(family)
+    assert can_fix_cache(model.backbone, lambda columns: FixedDecoder(model, columns))
+
+
+def test_a_cache_that_gives_other_logits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policy("llama")
+    right = Backbone.decode
+
+    def shifted(self: Backbone, ids: torch.Tensor, visible: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
+        return right(self, ids, visible, positions + 1, cache)
+
+    monkeypatch.setattr(Backbone, "decode", shifted)
+    assert not can_fix_cache(model.backbone, lambda columns: FixedDecoder(model, columns))
+
+
+def test_a_sliding_window_and_an_encoder_keep_their_caches() -> None:
+    for model in (policy("mistral", sliding_window=8), policy("distilbert")):
+        assert not can_fix_cache(model.backbone, lambda columns, model=model: FixedDecoder(model, columns))
+
+
+def test_on_a_cpu_the_cache_grows() -> None:
+    assert not can_decode_fixed(policy("llama"))
