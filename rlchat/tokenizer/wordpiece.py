@@ -38,16 +38,15 @@ class WordPieces:
     def by_bytes(self) -> dict[bytes, int]:
         """The tokens of the vocabulary by the bytes that stand for them in another encoding.
 
-        ``word`` has the bytes of `` word``. Without the space, they belong to the one token that :meth:`pieces` gives:
-        ``ing`` to ``##ing``, but ``,`` to ``,``, because no text gives ``##,`` where punctuation is a word of its own.
+        These are the bytes of which :meth:`pieces` makes the one token: `` word`` for ``word``, and ``ing`` for
+        ``##ing``. Where punctuation is a word of its own, ``,`` stands for ``,``, and no text for ``##,``.
         """
         found: dict[bytes, int] = {}
         for text, number in self._vocabulary.items():
             bare = text.removeprefix(self._prefix)
-            if bare == text:
-                found[f" {text}".encode()] = number
-            if self.pieces(bare) == (number,):
-                found[bare.encode()] = number
+            for written in (bare, f" {bare}"):
+                if self.pieces(written) == (number,):
+                    found[written.encode()] = number
         return found
 
     def pieces(self, text: str) -> tuple[int, ...]:
