@@ -194,6 +194,18 @@ def test_only_an_input_embedding_is_scaled(tmp_path: Path, tied: bool) -> None:
         torch.testing.assert_close(embedded.norm(), inputs.norm(dim=1).mean())
 
 
+def test_padding_and_truncation_in_tokenizer_files_have_no_effect(tmp_path: Path) -> None:
+    raw = tokenizer_json(LLAMA3)
+    base_model(tmp_path, raw)
+    without = plan_rows(str(tmp_path), ChatTokenizer("rlchat_1k"))
+    fixed = {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None}
+    raw["padding"] = {**fixed, "pad_id": 400, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    raw["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    tokenizer_folder(tmp_path, raw)
+    assert plan_rows(str(tmp_path), ChatTokenizer("rlchat_1k")) == without
+    assert open_tokenizer(str(tmp_path), None).has_own_format
+
+
 def test_wordpiece_is_transplanted(tmp_path: Path) -> None:
     raw = tokenizer_json(LLAMA3)
     vocabulary = ["[PAD]", "[UNK]", "[SEP]", "the", "##s", "a", "##he", "t", "bad"]
