@@ -39,7 +39,7 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.padding import pad
 
 STARTS: dict[str, dict[str, Any]] = {"transplanted": {}, "random": {"new_embeddings": True}, "own": {}}
-LEAST_BYTES_PER_TOKEN = 2  # a conversation of 2 bytes per token of the limit is not truncated; this is checked
+BYTES_PER_TOKEN = 2  # held-out conversations have at most this many bytes for each token of --max-length
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class HeldOut:
     bytes: int  # UTF-8 bytes of the scored text
 
     @classmethod
-    def of(cls, conversations: Sequence[Conversation], tokenizer: ChatTokenizer, max_length: int) -> HeldOut:
-        """Raises ValueError where ``tokenizer`` does not keep every byte of the conversations."""
+    def of(cls, conversations: Sequence[Conversation], tokenizer: ChatTokenizer) -> HeldOut:
+        """Whole conversations, however many tokens. Raises ValueError where ``tokenizer`` does not keep every byte."""
         ids, scored, count = [], [], 0
         for conversation in conversations:
-            rendered = tokenizer.render(conversation, max_length)
+            rendered = tokenizer.render(conversation)
             ids.append(rendered.ids)
             sizes = [len(tokenizer.token_bytes(token)) for token in rendered.ids]
             scored.append([learn and size > 0 for learn, size in zip(rendered.loss_mask, sizes, strict=True)])
             here = sum(size for size, learn in zip(sizes, scored[-1], strict=True) if learn)
             expected = sum(len(m.text.encode()) for m in conversation.messages if m.role == "assistant")
-            if rendered.dropped or rendered.cut or here != expected:
-                raise ValueError(f"{tokenizer.name} scores {here} of {expected} bytes; raise --max-length")
+            if here != expected:
+                raise ValueError(f"{tokenizer.name} scores {here} of {expected} bytes of a conversation")
             count += here
         return cls(ids, scored, count)
 
@@ -147,7 +147,7 @@ def run(start: str, seed: int, conversations: Sequence[Conversation], cache: str
         learning_rate=options.learning_rate,
         **STARTS[start],
     )
-    held_out = HeldOut.of(conversations, module.tokenizer, options.max_length)
+    held_out = HeldOut.of(conversations, module.tokenizer)
     measure = Measure(held_out, options.steps, options.batch_size)
     data = OASST2DataModule(
         [str(path) for path in options.data],
@@ -207,8 +207,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=STARTS, default=["transplanted", "random"])
     parser.add_argument("--batch-size", type=int, default=16, help="conversations in a batch")
-    parser.add_argument("--max-length", type=int, default=256, help="the most tokens of a conversation")
-    parser.add_argument("--held-out", type=int, default=200, help="held-out conversations to score")
+    parser.add_argument("--max-length", type=int, default=256, help="the most tokens of a training conversation")
+    parser.add_argument(
+        "--held-out", type=int, default=200, help="held-out conversations to score, each of at most 2 bytes per token"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="the highest, of a cosine schedule")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true", help="as in lightning.Trainer, such as bf16-mixed")
@@ -226,7 +228,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()
     conversations = held_out_conversations(
-        options.validation, options.data, options.held_out, LEAST_BYTES_PER_TOKEN * options.max_length
+        options.validation, options.data, options.held_out, BYTES_PER_TOKEN * options.max_length
     )
     values = {
         **vars(options),
