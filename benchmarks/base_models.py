@@ -59,6 +59,7 @@ def compare_ids(folder: str, paths: list[Path]) -> None:
     theirs = Tokenizer.from_str(json.dumps(files.tokenizer))
     theirs.encode_special_tokens = True
     theirs.no_truncation()
+    theirs.no_padding()
     unused = set(conversion.encoding.unused)
     print(conversion.summary())
     for path in paths:

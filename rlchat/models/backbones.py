@@ -123,12 +123,13 @@ class Backbone(nn.Module):
     def _fit_vocabulary(self, head: nn.Linear | None, rows: Sequence[Sequence[int]]) -> None:
         """Replaces the rows of embedding and head by those that ``rows`` names, one for each id of the tokenizer."""
         std = _initial_std(self.transformer.config)
-        new = rows_from(_embedding_weight(self.transformer), rows, std)
+        tied = head is None and is_tied(self.transformer)
+        new = rows_from(_embedding_weight(self.transformer), rows, std, match_norm=not tied)
         self.transformer.resize_token_embeddings(len(rows), mean_resizing=False)
         with torch.no_grad():
             _embedding_weight(self.transformer).copy_(new)
         self.head = None
-        if head is None and is_tied(self.transformer):
+        if tied:
             return
         self.head = self._new_head()
         if head is not None:

@@ -11,6 +11,7 @@ from rlchat.tokenizer.chat_format import ChatFormat
 from rlchat.tokenizer.chat_template import read_template
 from rlchat.tokenizer.pattern import NotExact
 from rlchat.tokenizer.ranks import from_byte_letters, to_byte_letters
+from rlchat.tokenizer.wordpiece import WordPieces
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # SentencePiece's space
@@ -19,8 +20,8 @@ _SPACE = "\u2581"  # SentencePiece's space
 class BaseVocabulary:
     """The tokens of a base model by the bytes that they stand for, and pieces for any other bytes.
 
-    Byte-level tokens are exact. WordPiece's ``word`` stands for `` word`` and ``##ing`` for ``ing``; in SentencePiece
-    vocabularies ``▁word`` stands for `` word`` and ``<0x0A>`` for a byte.
+    Byte-level tokens are exact. WordPiece's ``word`` stands for `` word`` and ``##ing`` for ``ing`` (see
+    :class:`WordPieces`); in SentencePiece vocabularies ``▁word`` stands for `` word`` and ``<0x0A>`` for a byte.
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -31,9 +32,11 @@ class BaseVocabulary:
         self.special = {text: int(token["id"]) for text, token in added.items() if token.get("special", True)}
         self._tokenizer = Tokenizer.from_str(json.dumps(raw))
         self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._byte_level = '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
-        self._wordpiece = raw["model"].get("type") == "WordPiece"
-        self.by_bytes: dict[bytes, int] = {}
+        wordpiece = raw["model"].get("type") == "WordPiece" and not self._byte_level
+        self._words = WordPieces(raw) if wordpiece else None
+        self.by_bytes: dict[bytes, int] = {} if self._words is None else self._words.by_bytes()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
         for text, number in vocabulary.items():
@@ -50,9 +53,10 @@ class BaseVocabulary:
         if self._byte_level:
             return tuple(piece.id for piece in self._tokenizer.model.tokenize(to_byte_letters(text)))
         try:
-            return self._encode(text.decode().removeprefix(" "))
+            decoded = text.decode()
         except UnicodeDecodeError:
             return ()
+        return self._encode(decoded.removeprefix(" ")) if self._words is None else self._words.pieces(decoded)
 
     def end(self) -> tuple[int, ...]:
         """The token that ends a response: that of the chat template, or else of a text."""
@@ -83,8 +87,8 @@ class BaseVocabulary:
                 return from_byte_letters(token)
             except KeyError:
                 return None
-        if self._wordpiece:
-            return token[2:].encode() if token.startswith("##") else f" {token}".encode()
+        if self._words is not None:
+            return None  # they are in by_bytes already
         if found := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(found[1], 16)])
         return token.replace(_SPACE, " ").encode()

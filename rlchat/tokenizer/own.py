@@ -80,6 +80,7 @@ def _check_ids(files: TokenizerFiles, conversion: Conversion, encoding: TextEnco
 
     theirs, ours = Tokenizer.from_str(json.dumps(files.tokenizer)), ChatTokenizer.of(encoding, form)
     theirs.no_truncation()
+    theirs.no_padding()
     texts = ("Hello", " a", "b ", "\n\nlines\n", "12 x", "'s", "\u00e9\U0001f642", "")
     chains = [[Message("user", text)] for text in texts]
     if "system" in form.before:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -76,3 +77,15 @@ def reference(raw: dict[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(raw))
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def wordpiece_json(words: Sequence[str]) -> dict[str, Any]:
+    """BERT's tokenizer, without case and accents: the special tokens, then ``words``."""
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    vocabulary = {word: number for number, word in enumerate((*special, *words))}
+    wordpiece = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.add_special_tokens(list(special))
+    raw: dict[str, Any] = json.loads(wordpiece.to_str())
+    return raw

@@ -166,13 +166,44 @@ def ids_of(raw: dict[str, Any], text: str) -> list[int]:
     return list(reference(raw).encode(text).ids)
 
 
-def test_rows_from_pieces_have_the_norm_of_the_pieces() -> None:
+@pytest.mark.parametrize("match_norm", [True, False])
+def test_rows_from_pieces_are_their_mean_or_have_their_norm(match_norm: bool) -> None:
     old = torch.tensor([[3.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
-    new = rows_from(old, [(2,), (0, 1), AVERAGE], std=1.0)
+    new = rows_from(old, [(2,), (0, 1), AVERAGE], 1.0, match_norm)
     assert torch.equal(new[0], old[2])
     # The mean of (3, 0) and (0, 5) is (1.5, 2.5), of norm 2.915; the norms of the two have the mean 4.
-    torch.testing.assert_close(new[1], torch.tensor([1.5, 2.5]) * 4 / 2.9154759)
+    factor = 4 / 2.9154759 if match_norm else 1.0
+    torch.testing.assert_close(new[1], torch.tensor([1.5, 2.5]) * factor)
     torch.testing.assert_close(new[2], torch.tensor([4 / 3, 2.0]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_only_an_input_embedding_is_scaled(tmp_path: Path, tied: bool) -> None:
+    whole = base_model(tmp_path, tokenizer_json(LLAMA3), tie_word_embeddings=tied)
+    plan = plan_rows(str(tmp_path), ChatTokenizer("rlchat_1k"))
+    assert plan is not None
+    row, pieces = next((row, list(pieces)) for row, pieces in enumerate(plan.sources) if len(pieces) == 2)
+    backbone = open_policy(str(tmp_path), "rlchat_1k", 64, None, None).model.backbone
+    inputs, outputs = (layer.weight[pieces] for layer in (whole.get_input_embeddings(), whole.get_output_embeddings()))
+    torch.testing.assert_close(backbone.head_weight[row], outputs.sum(0) / 2)
+    embedded = backbone.transformer.get_input_embeddings().weight[row]
+    if tied:
+        assert torch.equal(embedded, backbone.head_weight[row])
+    else:
+        torch.testing.assert_close(embedded.norm(), inputs.norm(dim=1).mean())
+
+
+def test_padding_and_truncation_in_tokenizer_files_have_no_effect(tmp_path: Path) -> None:
+    raw = tokenizer_json(LLAMA3)
+    base_model(tmp_path, raw)
+    without = plan_rows(str(tmp_path), ChatTokenizer("rlchat_1k"))
+    fixed = {"strategy": {"Fixed": 128}, "direction": "Right", "pad_to_multiple_of": None}
+    raw["padding"] = {**fixed, "pad_id": 400, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    raw["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    tokenizer_folder(tmp_path, raw)
+    assert plan_rows(str(tmp_path), ChatTokenizer("rlchat_1k")) == without
+    assert open_tokenizer(str(tmp_path), None).has_own_format
 
 
 def test_wordpiece_is_transplanted(tmp_path: Path) -> None:
