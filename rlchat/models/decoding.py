@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from rlchat.errors import one_line
+from rlchat.models.kv_cache import Cache, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.models.packing import PACKABLE_SDPA
 from rlchat.models.probe import can_fix_cache
@@ -67,7 +68,7 @@ class FixedDecoder:
         return self._logits
 
     def _read_prompts(self, ids: Tensor, mask: Tensor) -> Tensor:
-        self._logits = self._model.logits(self._model(ids, mask, self._cache)[:, -1])
+        self._logits = read_prompts(self._model, ids, mask, self._cache)
         self._ids = ids[:, -1:].clone()
         self._positions = (mask.long().sum(1, keepdim=True) - 1).clamp(min=0)
         self._visible = torch.zeros(len(ids), 1, 1, self._columns, dtype=torch.bool, device=ids.device)
@@ -93,6 +94,20 @@ class FixedDecoder:
             _log.debug("decoding runs without a CUDA graph: %s", one_line(error))
             return None
         return graph
+
+
+def read_prompts(model: RLChatModel, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    """Logits [batch, vocabulary] after prompts ``ids`` [batch, time], which an empty ``cache`` takes up.
+
+    Adjacent rows with the same prompt are read once: the responses to it share the work.
+    """
+    prompts = torch.where(mask, ids, -1)  # padding may be any id
+    distinct, row = prompts.unique_consecutive(return_inverse=True, dim=0)
+    if len(distinct) == len(ids):
+        return model.logits(model(ids, mask, cache)[:, -1])
+    hidden = model(distinct.clamp(min=0), distinct >= 0, cache)[:, -1]
+    keep_rows(cache, row)
+    return model.logits(hidden)[row]
 
 
 def can_decode_fixed(model: RLChatModel) -> bool:

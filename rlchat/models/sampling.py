@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlchat.errors import NonFiniteError
-from rlchat.models.decoding import FixedDecoder, can_decode_fixed
-from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, keep_rows
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed, read_prompts
+from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, is_empty, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
 
@@ -165,7 +165,12 @@ def _of_each(sampling: Sampling | Sequence[Sampling], rows: int) -> Sequence[Sam
 
 
 def _decode_with(model: RLChatModel, cache: Cache) -> Decode:
-    return lambda ids, mask: model.logits(model(ids, mask, cache)[:, -1])
+    def decode(ids: Tensor, mask: Tensor) -> Tensor:
+        if is_empty(cache):
+            return read_prompts(model, ids, mask, cache)
+        return model.logits(model(ids, mask, cache)[:, -1])
+
+    return decode
 
 
 def _change_rows(

@@ -44,6 +44,34 @@ def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) 
     torch.testing.assert_close(logprobs[:, :width], expected.logprobs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", [*DECODERS, "distilbert"])
+def test_a_prompt_of_several_responses_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, four = policy(family), [PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[2]]
+    ids, mask = pad(four, PAD, "left")
+    read: list[int] = []
+    forward = RLChatModel.forward
+
+    def counting(self: RLChatModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(len(ids))
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(RLChatModel, "forward", counting)
+    noise = addressed_uniforms(3, 0, torch.arange(7))
+    found = generate(model, ids, mask, Sampling(6, temperature=1.0), noise, **ENDS)
+    assert read[0] == 4  # of seven rows; the first prompt comes twice, but not in adjacent rows
+    assert max(read[1:]) == 7
+    for row, prompt in enumerate(four):
+        one = torch.tensor([prompt])
+        alone = generate(
+            model, one, torch.ones_like(one, dtype=torch.bool), Sampling(6, temperature=1.0),
+            addressed_uniforms(3, 0, torch.tensor([row])), **ENDS,
+        )  # fmt: skip
+        width = alone.ids.shape[1]
+        assert torch.equal(found.ids[row, :width], alone.ids[0])
+        torch.testing.assert_close(found.logprobs[row, :width], alone.logprobs[0], atol=1e-5, rtol=0)
+        assert not found.mask[row, width:].any()
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_these_families_can_have_a_fixed_cache(family: str) -> None:
     model = policy(family)
