@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -90,7 +91,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--held-out", type=int, help="measure on this many held-out prompts only")
-    parser.add_argument("more", nargs="*", help="more options of `rlchat fit`, after --")
+    parser.add_argument("--more", type=shlex.split, default=[], help="more options of `rlchat fit`, as one text")
     return parser
 
 

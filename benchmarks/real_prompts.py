@@ -116,7 +116,9 @@ def is_clean(message: dict[str, Any]) -> bool:
 def human_reply(replies: Iterable[dict[str, Any]]) -> str | None:
     """The best ranked reply of a suitable length; None if there is none."""
     fewest, most = REPLY_WORDS
-    suitable = [r for r in replies if r["rank"] is not None and is_clean(r) and fewest <= len(r["text"].split()) <= most]
+    suitable = [
+        r for r in replies if r["rank"] is not None and is_clean(r) and fewest <= len(r["text"].split()) <= most
+    ]
     return min(suitable, key=lambda reply: reply["rank"])["text"].strip() if suitable else None
 
 

@@ -127,9 +127,7 @@ def mean_kl(tuned: PolicyBundle, base: PolicyBundle, samples: Sequence[Sampled])
 
     The estimate is the mean of ``log tuned(reply) - log base(reply)``.
     """
-    texts = [
-        (s.prompt_ids + s.reply_ids, [False] * len(s.prompt_ids) + [True] * len(s.reply_ids)) for s in samples
-    ]
+    texts = [(s.prompt_ids + s.reply_ids, [False] * len(s.prompt_ids) + [True] * len(s.reply_ids)) for s in samples]
     pairs = zip(log_likelihoods(tuned, texts), log_likelihoods(base, texts), strict=True)
     return mean(ours - theirs for (ours, _), (theirs, _) in pairs)
 
