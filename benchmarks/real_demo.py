@@ -44,8 +44,7 @@ def main() -> None:
     held_out, control = measure.read_data("held_out.jsonl"), measure.read_data("control.jsonl")
     if options.held_out:
         held_out = held_out[: options.held_out]
-    before = replies(base, held_out, control, seed)
-    old_perplexity = measure.perplexity(base, held_out)
+    before = measure.measure(base, held_out, control, seed=seed)
     del base
     Path("settings.yaml").write_text(yaml.safe_dump(settings(options, base_model)))
     began = time.monotonic()
@@ -54,17 +53,14 @@ def main() -> None:
     reward: Reward = trained.model.reward
     del trained
     tuned, base = on_device(load_policy(MODEL_FILE)), on_device(open_policy(base_model, None, 256, None, None))
-    after = replies(tuned, held_out, control, seed)
+    after = measure.measure(tuned, held_out, control, seed=seed)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "base_model"}
     result: dict[str, Any] = {"settings": given, "fit_s": round(seconds, 1)}
-    for name, samples in (("before", before), ("after", after)):
-        result[name] = figures(samples, reward)
-    result["before"]["perplexity"] = round(old_perplexity, 3)
-    result["after"]["perplexity"] = round(measure.perplexity(tuned, held_out), 3)
-    result["after"]["kl"] = round(measure.mean_kl(tuned, base, after["sampled"]), 3)
+    result |= {"before": before.figures(reward), "after": after.figures(reward)}
+    result["after"]["kl"] = round(measure.mean_kl(tuned, base, after.sampled), 3)
     result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    result["shown"] = [[s.prompt.messages[-1].text[:80], s.reply.text] for s in after["greedy"][:12]]
-    result["wrong"] = [[r["question"], r["reply"]] for r in measure.control_rows(after["control"]) if not r["correct"]]
+    result["shown"] = [[row["prompt"][:80], row["after"]["reply"]] for row in before.replies_beside(after)[:12]]
+    result["control"] = [row for row in before.control_beside(after) if not row["after"]["correct"]]
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
@@ -148,21 +144,6 @@ def settings(options: argparse.Namespace, base_model: str) -> dict[str, Any]:
 def on_device(bundle: PolicyBundle) -> PolicyBundle:
     bundle.model.to(choose_device(None)).eval()
     return bundle
-
-
-def replies(bundle: PolicyBundle, held_out: list[Any], control: list[Any], seed: int) -> dict[str, Any]:
-    return {
-        "greedy": measure.sample_replies(bundle, held_out, temperature=0.0),
-        "sampled": measure.sample_replies(bundle, held_out, temperature=1.0, seed=seed),
-        "control": measure.sample_replies(bundle, control, temperature=0.0),
-    }
-
-
-def figures(samples: dict[str, Any], reward: Reward) -> dict[str, Any]:
-    found: dict[str, Any] = {"control": sum(row["correct"] for row in measure.control_rows(samples["control"]))}
-    for name in ("greedy", "sampled"):
-        found[name] = {key: round(value, 3) for key, value in measure.reply_figures(samples[name], reward).items()}
-    return found
 
 
 if __name__ == "__main__":

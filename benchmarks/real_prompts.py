@@ -2,9 +2,9 @@
 
 python benchmarks/real_prompts.py en-validation.messages.jsonl.gz --out rlchat/demo/real/data
 
-It writes train.jsonl and held_out.jsonl. No conversation tree is in both. Prompts are first messages, and later messages
-that can be understood alone. A held-out first message comes with its best human reply, for the perplexity. Where the
-messages before a later one are short, the training prompt is the conversation up to it.
+It writes train.jsonl and held_out.jsonl. No conversation tree is in both. Prompts are first messages, and later
+messages that can be understood alone. A held-out first message comes with its best human reply, for the perplexity.
+Where a later message refers to earlier ones that are short, the training prompt is the conversation up to it.
 """
 
 from __future__ import annotations

@@ -37,6 +37,51 @@ class Sampled:
     reply: Reply
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The replies of one model to the held-out prompts and to the control questions, and its perplexity."""
+
+    greedy: list[Sampled]
+    sampled: list[Sampled]
+    control: list[Sampled]
+    perplexity: float
+
+    def figures(self, reward: Reward) -> dict[str, Any]:
+        """The figures of the report, by the way in which the replies were drawn."""
+        return {
+            "greedy": reply_figures(self.greedy, reward),
+            "sampled": reply_figures(self.sampled, reward),
+            "control_correct": sum(is_correct(sample) for sample in self.control),
+            "perplexity": round(self.perplexity, 3),
+        }
+
+    def control_beside(self, after: Measured) -> list[dict[str, Any]]:
+        """Each control question with the replies of this model (``before``) and of ``after``."""
+        return [
+            {"question": old.prompt.messages[-1].text, "before": _checked(old), "after": _checked(new)}
+            for old, new in zip(self.control, after.control, strict=True)
+        ]
+
+    def replies_beside(self, after: Measured) -> list[dict[str, Any]]:
+        """Each held-out prompt with the greedy replies of this model (``before``) and of ``after``."""
+        return [
+            {"prompt": old.prompt.messages[-1].text, "before": _judged(old), "after": _judged(new)}
+            for old, new in zip(self.greedy, after.greedy, strict=True)
+        ]
+
+
+def measure(
+    bundle: PolicyBundle, held_out: Sequence[Conversation], control: Sequence[Conversation], *, seed: int
+) -> Measured:
+    """Measures one model. ``seed`` is that of the replies at temperature 1; the others are greedy."""
+    return Measured(
+        sample_replies(bundle, held_out, temperature=0.0),
+        sample_replies(bundle, held_out, temperature=1.0, seed=seed),
+        sample_replies(bundle, control, temperature=0.0),
+        perplexity(bundle, held_out),
+    )
+
+
 def read_data(name: str) -> list[Conversation]:
     """The prompts in the packaged file ``name``: held_out.jsonl or control.jsonl, with references and checks."""
     with as_file(files("rlchat.demo.real") / "data" / name) as path:
@@ -98,17 +143,21 @@ def _padded(rows: Sequence[Sequence[bool]], width: int) -> Tensor:
     return torch.tensor([[*row, *[False] * (width - len(row))] for row in rows], dtype=torch.bool)
 
 
-def reply_figures(samples: Sequence[Sampled], reward: Reward | None) -> dict[str, float]:
+def reply_figures(samples: Sequence[Sampled], reward: Reward) -> dict[str, float]:
     """The share of replies that meet the goal, the mean reward, words per reply, and the share of truncated ones."""
+    scores = reward([sample.prompt for sample in samples], [sample.reply for sample in samples])
     figures = {
         "goal": mean(meets_goal(sample.reply) for sample in samples),
+        "reward": float(scores.mean()),
         "words": mean(len(words(sample.reply.text)) for sample in samples),
         "truncated": mean(not sample.reply.ended for sample in samples),
     }
-    if reward is not None:
-        scores = reward([sample.prompt for sample in samples], [sample.reply for sample in samples])
-        figures["reward"] = float(scores.mean())
-    return figures
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def is_correct(sample: Sampled) -> bool:
+    """Whether a reply to a control question contains the right answer."""
+    return sample.prompt.check is not None and sample.prompt.check.passes(sample.reply.text)
 
 
 def perplexity(bundle: PolicyBundle, prompts: Sequence[Conversation]) -> float:
@@ -123,7 +172,7 @@ def perplexity(bundle: PolicyBundle, prompts: Sequence[Conversation]) -> float:
 
 
 def mean_kl(tuned: PolicyBundle, base: PolicyBundle, samples: Sequence[Sampled]) -> float:
-    """The KL of ``tuned`` to ``base`` in nats per reply, estimated on ``samples`` drawn from ``tuned`` at temperature 1.
+    """The KL of ``tuned`` to ``base`` in nats per reply, estimated on ``samples`` of ``tuned`` at temperature 1.
 
     The estimate is the mean of ``log tuned(reply) - log base(reply)``.
     """
@@ -132,13 +181,9 @@ def mean_kl(tuned: PolicyBundle, base: PolicyBundle, samples: Sequence[Sampled])
     return mean(ours - theirs for (ours, _), (theirs, _) in pairs)
 
 
-def control_rows(samples: Sequence[Sampled]) -> list[dict[str, Any]]:
-    """Each control question with its reply, and whether the reply contains the right answer."""
-    return [
-        {
-            "question": sample.prompt.messages[-1].text,
-            "reply": sample.reply.text,
-            "correct": sample.prompt.check is not None and sample.prompt.check.passes(sample.reply.text),
-        }
-        for sample in samples
-    ]
+def _checked(sample: Sampled) -> dict[str, Any]:
+    return {"reply": sample.reply.text, "correct": is_correct(sample)}
+
+
+def _judged(sample: Sampled) -> dict[str, Any]:
+    return {"reply": sample.reply.text, "goal": meets_goal(sample.reply)}
