@@ -19,10 +19,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MOST_WORDS, FEWEST_WORDS = 60, 2
+MOST_WORDS, FEWEST_WORDS = 40, 2
 HELD_OUT = 0.28
 """The share of the trees whose messages are held out."""
-CONTEXT_WORDS = 100
+CONTEXT_WORDS = 95
 """The most words of a training prompt that is a conversation."""
 REPLY_WORDS = 5, 200
 """The fewest and the most words of a human reply."""
