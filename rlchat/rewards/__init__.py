@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from rlchat.rewards.learned import LearnedQuality as LearnedQuality
     from rlchat.rewards.length import AppropriateLength as AppropriateLength
     from rlchat.rewards.length import TooLong as TooLong
+    from rlchat.rewards.length import TooManySentences as TooManySentences
     from rlchat.rewards.length import TooShort as TooShort
     from rlchat.rewards.remote import HTTPReward as HTTPReward
     from rlchat.rewards.reward import Reward as Reward
     from rlchat.rewards.reward import default_factors as default_factors
-    from rlchat.rewards.sentences import TooManySentences as TooManySentences
     from rlchat.rewards.similarity import QualitySimilarity as QualitySimilarity
     from rlchat.rewards.text import distinct_n as distinct_n
     from rlchat.rewards.text import sentences as sentences
