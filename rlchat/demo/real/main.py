@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers.utils.logging import disable_progress_bar
 
 from rlchat.demo.real.base import find_base_model
 from rlchat.demo.real.measure import Measured, mean_kl, measure, read_data
@@ -55,6 +56,7 @@ class RealDemo:
 
     def run(self) -> None:
         """Measures, trains, measures again; then the report and the tables."""
+        disable_progress_bar()  # of loading weights
         began = time.monotonic()
         self.title("1 of 3: the base model", f"It replies to {len(self.held_out)} prompts that training does not use.")
         before = self.measure(self.base())

