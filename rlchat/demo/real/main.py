@@ -18,6 +18,7 @@ from rlchat.demo.real.measure import Measured, mean_kl, measure, read_data
 from rlchat.demo.real.tables import show_control, show_figures, show_next_steps, show_replies
 from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.training.initial_model import open_policy
+from rlchat.utils.devices import choose_device
 from rlchat.utils.files import set_aside, write_atomically
 
 CHECKPOINTS = Path("checkpoints")
@@ -48,6 +49,7 @@ class RealDemo:
         self.seed = seed
         self.fast = fast
         self.base_model = find_base_model()
+        self.device = choose_device(None)
         if threads is not None:
             torch.set_num_threads(threads)
         some = slice(_FAST_PROMPTS if fast else None)
@@ -63,7 +65,7 @@ class RealDemo:
         self.title("2 of 3: PPO", "The reward is high for one short, complete sentence, and for correct answers.")
         training = self.fit()
         self.title("3 of 3: the trained model", "It replies to the same prompts.")
-        tuned = load_policy(MODEL)
+        tuned = load_policy(MODEL, self.device)
         after = self.measure(tuned)
         kl = mean_kl(tuned, self.base(), after.sampled)
         reward = training.pop("reward")
@@ -89,7 +91,7 @@ class RealDemo:
     def base(self) -> PolicyBundle:
         """The base model, in eval mode."""
         bundle = open_policy(str(self.base_model), None, MAX_LENGTH, None, None)
-        bundle.model.eval()
+        bundle.model.to(self.device).eval()
         return bundle
 
     def measure(self, bundle: PolicyBundle) -> Measured:
