@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=_integer("--threads", at_least=1),
         metavar="N",
-        help="CPU threads of each stage (default: 1, or more if a quick test finds that faster)",
+        help="CPU threads of each stage (default: 1, or more if a quick test finds that faster; --real: all cores)",
     )
     parser.add_argument("--fast", action="store_true", help="train each stage on a few batches only, as a quick test")
     return parser

@@ -20,6 +20,7 @@ from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate
 from rlchat.rewards import Reply, Reward, words
 from rlchat.utils.padding import pad
+from rlchat.utils.progress import with_progress
 
 MAX_NEW_TOKENS = 48
 _BATCH_SIZE = 32
@@ -96,9 +97,7 @@ def sample_replies(
     device = model.backbone.head_weight.device
     fitted = [fit_prompt(tokenizer, prompt, bundle.max_length, MAX_NEW_TOKENS).ids for prompt in prompts]
     found: dict[int, Sampled] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(fitted[i]))
-    for start in range(0, len(order), _BATCH_SIZE):
-        rows = order[start : start + _BATCH_SIZE]
+    for rows in with_progress(_batches([len(ids) for ids in fitted]), "replying", show=True):
         ids, mask = pad([fitted[i] for i in rows], tokenizer.pad_id, "left")
         generated = generate(
             model,
@@ -126,9 +125,7 @@ def log_likelihoods(bundle: PolicyBundle, texts: Sequence[tuple[list[int], list[
     """
     model, device = bundle.model, bundle.model.backbone.head_weight.device
     results: dict[int, tuple[float, int]] = {}
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
-    for start in range(0, len(order), _BATCH_SIZE):
-        rows = order[start : start + _BATCH_SIZE]
+    for rows in with_progress(_batches([len(ids) for ids, _ in texts]), "reading", show=True):
         ids, mask = (part.to(device) for part in pad([texts[i][0] for i in rows], bundle.tokenizer.pad_id, "right"))
         counts = _padded([texts[i][1] for i in rows], ids.shape[1]).to(device)[:, 1:]
         hidden = model(ids, mask)[:, :-1]
@@ -137,6 +134,12 @@ def log_likelihoods(bundle: PolicyBundle, texts: Sequence[tuple[list[int], list[
         sums, numbers = logprobs.sum(1).tolist(), counts.sum(1).tolist()
         results |= {i: (total, number) for i, total, number in zip(rows, sums, numbers, strict=True)}
     return [results[i] for i in range(len(texts))]
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows in batches of similar length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + _BATCH_SIZE] for start in range(0, len(order), _BATCH_SIZE)]
 
 
 def _padded(rows: Sequence[Sequence[bool]], width: int) -> Tensor:
@@ -152,7 +155,7 @@ def reply_figures(samples: Sequence[Sampled], reward: Reward) -> dict[str, float
         "words": mean(len(words(sample.reply.text)) for sample in samples),
         "truncated": mean(not sample.reply.ended for sample in samples),
     }
-    return {name: round(value, 4) for name, value in figures.items()}
+    return {name: round(float(value), 4) for name, value in figures.items()}
 
 
 def is_correct(sample: Sampled) -> bool:
