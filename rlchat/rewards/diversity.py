@@ -7,9 +7,7 @@ import re
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError, at_least_one
 from rlchat.rewards.base import Reply, ReplyFactor
-from rlchat.rewards.text import ngrams, repeated_share, words
-
-_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
+from rlchat.rewards.text import ngrams, repeated_share, sentences, words
 
 # A unit of at most 20 characters, repeated four or more times. It does not start with white space, so indentation
 # does not count.
@@ -50,11 +48,10 @@ class Repetition(ReplyFactor):
         self.n = at_least_one("Repetition", "n", n)
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
-        sentences = [tuple(words(sentence)) for sentence in _SENTENCE_END.split(reply.text)]
         looped = sum(len(match[0]) - len(match[1]) for match in _LOOP.finditer(reply.text))
         shares = (
             repeated_share(ngrams(words(reply.text), self.n)),
-            repeated_share([sentence for sentence in sentences if sentence]),
+            repeated_share([tuple(words(sentence)) for sentence in sentences(reply.text)]),
             looped / max(1, len(reply.text)),
         )
         return 0.0 - max(shares)

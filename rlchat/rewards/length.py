@@ -7,7 +7,7 @@ import math
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError, at_least_one
 from rlchat.rewards.base import Reply, ReplyFactor
-from rlchat.rewards.text import words
+from rlchat.rewards.text import sentences, words
 
 
 class TooShort(ReplyFactor):
@@ -30,6 +30,20 @@ class TooLong(ReplyFactor):
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return max(-1.0, min(0.0, 1 - len(words(reply.text)) / self.max_words))
+
+
+class TooManySentences(ReplyFactor):
+    """Penalty for many sentences: 0 up to ``max_sentences``, falling linearly to -1 at twice as many.
+
+    Sentences are counted by :func:`rlchat.rewards.text.sentences`, so that each line of a list counts.
+    """
+
+    def __init__(self, weight: float = 1.0, max_sentences: int = 3) -> None:
+        super().__init__(weight)
+        self.max_sentences = at_least_one("TooManySentences", "max_sentences", max_sentences)
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        return max(-1.0, min(0.0, 1 - len(sentences(reply.text)) / self.max_sentences))
 
 
 class AppropriateLength(ReplyFactor):

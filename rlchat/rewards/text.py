@@ -22,6 +22,8 @@ _WORD = re.compile(
     re.VERBOSE,
 )
 
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
+
 
 def words(text: str) -> list[str]:
     """The words of ``text`` in any language, casefolded, without punctuation.
@@ -29,6 +31,14 @@ def words(text: str) -> list[str]:
     Apostrophes and hyphens inside a word belong to it. A Chinese character, a kana and an emoji count as a word each.
     """
     return _WORD.findall(text.casefold())
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text`` that contain a word. A line break ends a sentence too.
+
+    An abbreviation counts as an end: "Dr. Smith is in." has two.
+    """
+    return [sentence for sentence in _SENTENCE_END.split(text) if words(sentence)]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

@@ -22,11 +22,13 @@ class Verified(ReplyFactor):
     Args:
         weight: of the factor.
         wrong: the score of a response that fails the check, below 1.
+        expect_checks: whether every prompt should have a check; False: there is no warning.
     """
 
-    def __init__(self, weight: float = 1.0, wrong: float = 0.0) -> None:
+    def __init__(self, weight: float = 1.0, wrong: float = 0.0, expect_checks: bool = True) -> None:
         super().__init__(weight)
         self.wrong = wrong
+        self.expect_checks = expect_checks
         self.unchecked = RowCount()
 
     def unavailable(self, prompt: Conversation) -> str | None:
@@ -39,7 +41,8 @@ class Verified(ReplyFactor):
         return 1.0 if prompt.check.passes(reply.text) else self.wrong
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
-        if self.unchecked.add(sum(prompt.check is None for prompt in prompts), len(prompts)):
+        without = sum(prompt.check is None for prompt in prompts)
+        if self.expect_checks and self.unchecked.add(without, len(prompts)):
             _log.warning(
                 "reward factor '%s': %d of %d prompts have no `answer` or `check` in the data, and their responses "
                 "score 0",

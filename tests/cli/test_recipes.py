@@ -34,6 +34,7 @@ from rlchat.rewards import (
     Repetition,
     Reward,
     TooLong,
+    TooManySentences,
     TooShort,
 )
 from rlchat.rewards.learned import LearnedQuality
@@ -44,7 +45,7 @@ SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
 """These have no model: they extend another recipe."""
 MODELS = ["distilbert", "from-scratch", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"]
 """These start from a certain base model; tests/cli/test_model_recipes.py runs them."""
-NAMES = sorted(["demo/ppo", "demo/reward", "demo/sft", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
+NAMES = sorted(["demo/ppo", "demo/real", "demo/reward", "demo/sft", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
 MODULES = [SFTModule, RewardModelModule, PPOModule]
 CALLBACKS = {
     "alarms": Alarms,
@@ -55,7 +56,8 @@ CALLBACKS = {
     "predictions": Predictions,
 }
 FACTORS = [
-    LearnedQuality, QualitySimilarity, TooShort, TooLong, AppropriateLength, DistinctNgrams, Repetition, MissingEnd
+    LearnedQuality, QualitySimilarity, TooShort, TooLong, TooManySentences, AppropriateLength, DistinctNgrams,
+    Repetition, MissingEnd
 ]  # fmt: skip
 SOURCE = Path(inspect.getfile(package)).parent
 

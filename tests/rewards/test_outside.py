@@ -66,7 +66,13 @@ def test_verified_counts_prompts_without_a_check(caplog: pytest.LogCaptureFixtur
         "reward factor 'verified': 1 of 3 prompts have no `answer` or `check` in the data, and their responses score 0"
     ]
     assert [factor.unavailable(prompt) for prompt in prompts] == [None, None, "the prompt has no answer to check"]
-    assert factor.describe()["init_args"] == {"weight": 2.0, "wrong": -0.5}
+    assert factor.describe()["init_args"] == {"weight": 2.0, "wrong": -0.5, "expect_checks": True}
+
+
+def test_verified_is_silent_where_prompts_without_a_check_are_expected(caplog: pytest.LogCaptureFixture) -> None:
+    reward = Reward([Verified(expect_checks=False)])
+    assert reward([ASKED, UNCHECKED], [reply("42"), reply("42")]).tolist() == [1.0, 0.0]
+    assert caplog.records == []
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""`rlchat demo --real`: PPO teaches a real chat model to reply in one short sentence."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils.logging import disable_progress_bar
+
+from rlchat.demo.real.base import find_base_model
+from rlchat.demo.real.measure import Measured, mean_kl, measure, read_data
+from rlchat.demo.real.tables import show_control, show_figures, show_next_steps, show_replies
+from rlchat.models.model_file import PolicyBundle, load_policy
+from rlchat.training.initial_model import open_policy
+from rlchat.utils.devices import choose_device
+from rlchat.utils.files import set_aside, write_atomically
+
+CHECKPOINTS = Path("checkpoints")
+MODEL = CHECKPOINTS / "rl_chat_model_tiktoken.pt"
+REPORT = CHECKPOINTS / "real_report.json"
+MAX_LENGTH = 256
+SHOWN = 8
+
+_FAST = ["--trainer.limit_train_batches=2", "--data.max_val_prompts=4", "--data.batch_size=2"]
+_FAST_PROMPTS = 4
+
+
+class RealDemo:
+    """One run: the figures of the base model, PPO, and the same figures of the trained model.
+
+    Args:
+        console: where to print.
+        seed: of the sampling and the training.
+        threads: CPU threads; None: PyTorch's default.
+        fast: train and measure on a few prompts only, as a quick test.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+
+    def __init__(self, console: Console, seed: int, threads: int | None, fast: bool) -> None:
+        self.console = console
+        self.seed = seed
+        self.fast = fast
+        self.base_model = find_base_model()
+        self.device = choose_device(None)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        some = slice(_FAST_PROMPTS if fast else None)
+        self.held_out = read_data("held_out.jsonl")[some]
+        self.control = read_data("control.jsonl")[some]
+
+    def run(self) -> None:
+        """Measures, trains, measures again; then the report and the tables."""
+        disable_progress_bar()  # of loading weights
+        began = time.monotonic()
+        self.title("1 of 3: the base model", f"It replies to {len(self.held_out)} prompts that training does not use.")
+        before = self.measure(self.base())
+        self.title("2 of 3: PPO", "The reward is high for one short, complete sentence, and for correct answers.")
+        training = self.fit()
+        self.title("3 of 3: the trained model", "It replies to the same prompts.")
+        tuned = load_policy(MODEL, self.device)
+        after = self.measure(tuned)
+        kl = mean_kl(tuned, self.base(), after.sampled)
+        reward = training.pop("reward")
+        report: dict[str, Any] = {
+            "seed": self.seed,
+            "seconds": round(time.monotonic() - began, 1),
+            "threads": torch.get_num_threads(),
+            "training": training,
+            "before": before.figures(reward),
+            "after": {**after.figures(reward), "kl": round(kl, 3)},
+            "control": before.control_beside(after),
+            "replies": before.replies_beside(after),
+        }
+        if REPORT.exists():
+            set_aside(REPORT)
+        content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(REPORT, lambda file: file.write(content.encode()))
+        show_replies(self.console, report["replies"], SHOWN)
+        show_control(self.console, report["control"])
+        show_figures(self.console, report)
+        show_next_steps(self.console, REPORT)
+
+    def base(self) -> PolicyBundle:
+        """The base model, in eval mode."""
+        bundle = open_policy(str(self.base_model), None, MAX_LENGTH, None, None)
+        bundle.model.to(self.device).eval()
+        return bundle
+
+    def measure(self, bundle: PolicyBundle) -> Measured:
+        """The replies and figures of one model."""
+        return measure(bundle, self.held_out, self.control, seed=self.seed)
+
+    def fit(self) -> dict[str, Any]:
+        """Trains; returns the number of iterations, the seconds, and the reward."""
+        from rlchat.cli import main as cli  # importing Lightning takes seconds
+
+        seeded = [f"--{name}={self.seed}" for name in ("seed_everything", "data.seed", "model.seed")]
+        with as_file(files("rlchat.demo.real") / "data") as data:
+            paths = [str(data / name) for name in ("train.jsonl", "facts.jsonl")]
+            argv = ["fit", "--config", "demo/real", f"--model.base_model={self.base_model}", "--data.path", *paths]
+            argv += seeded if self.seed else []
+            self.console.print(f"[dim]$[/] rlchat {escape(' '.join(argv))}", highlight=False, soft_wrap=True)
+            began = time.monotonic()
+            trained = cli.run([*argv, *(_FAST if self.fast else [])])
+        return {
+            "iterations": int(trained.model.iterations),
+            "seconds": round(time.monotonic() - began, 1),
+            "reward": trained.model.reward,
+        }
+
+    def title(self, stage: str, purpose: str) -> None:
+        """Prints the heading of a stage."""
+        self.console.rule(f"[bold]Stage {stage}", align="left")
+        self.console.print(purpose)
