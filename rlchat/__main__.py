@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
     "export": "write a chat model for transformers, llama.cpp or safetensors",
+    "cache": "show or clear tokenized data and unpacked base models",
 }
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -79,6 +80,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.cli import export
 
         return export.main
+    if command == "cache":
+        from rlchat.cli import cache
+
+        return cache.main
     from rlchat.cli import tokenizer as tokenizer_cli
 
     return tokenizer_cli.main

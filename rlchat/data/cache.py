@@ -18,6 +18,7 @@ import rlchat
 from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
 from rlchat.data.sources import DataFile, cannot_read
 from rlchat.errors import UserError
+from rlchat.utils.cache_folder import log_pruned, mark_used
 from rlchat.utils.files import user_cache, write_atomically
 
 _log = logging.getLogger("rlchat")
@@ -47,6 +48,7 @@ class CorpusCache:
             with zipfile.ZipFile(path) as archive:
                 if (broken := archive.testzip()) is not None:
                     raise ValueError(f"bad checksum of {broken}")
+            mark_used(path)
             return _corpus_from_state(torch.load(path, weights_only=True))
         except (
             OSError,
@@ -61,11 +63,15 @@ class CorpusCache:
             return None
 
     def write(self, key: str, corpus: Corpus) -> None:
-        """Stores ``corpus``. Only warns if the folder cannot be written, because a run works without the cache."""
+        """Stores ``corpus``, and removes the longest unused entries of a folder that has become too large.
+
+        Only warns if the folder cannot be written, because a run works without the cache.
+        """
         try:
             write_atomically(self.path(key), lambda file: torch.save(_corpus_to_state(corpus), file))
         except UserError as error:
             _log.warning("could not cache the tokenized data: %s", error)
+        log_pruned(self.folder)
 
 
 def cache_key(files: Sequence[DataFile], needs: DataNeeds, options: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rlchat.errors import UserError, one_line
 from rlchat.tokenizer.pattern import LLAMA3, QWEN2
+from rlchat.utils.cache_folder import BASE_MODELS, log_pruned, mark_used
 from rlchat.utils.files import give_usual_permissions, user_cache
 
 log = logging.getLogger("rlchat")
@@ -56,9 +57,10 @@ def unpacked_gguf(path: Path) -> Path:
         raise UserError(f"base_model {path}: no such file")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"base_model {path} needs the package gguf; install it with: pip install 'rlchat[export]'")
-    root = user_cache() / "base_models"
+    root = user_cache() / BASE_MODELS
     folder = root / f"{path.stem}-{_digest(path)}"
     if folder.is_dir():
+        mark_used(folder)
         return folder
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=root, prefix=".unpacking-"))
@@ -74,6 +76,7 @@ def unpacked_gguf(path: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    log_pruned(user_cache())
     return folder
 
 
