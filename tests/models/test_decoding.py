@@ -30,9 +30,9 @@ def policy(family: str, **config: Any) -> RLChatModel:
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("check_every", [1, 4, 32])
 def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) -> None:
-    model, (ids, mask) = policy(family), pad(PROMPTS, PAD, "left")
-    sampling = [Sampling(n, temperature=1.0) for n in (9, 1, 12, 5)]
-    noise = addressed_uniforms(3, 0, torch.arange(4))
+    model, (ids, mask) = policy(family), pad([PROMPTS[0], *PROMPTS], PAD, "left")  # the first one is read once
+    sampling = [Sampling(n, temperature=1.0) for n in (7, 9, 1, 12, 5)]
+    noise = addressed_uniforms(3, 0, torch.arange(5))
     expected: Generated = generate(model, ids, mask, sampling, noise, **ENDS)
     decoder = FixedDecoder(model, ids.shape[1] + 12)
     steps = list(sample(model, ids, mask, sampling, noise, **ENDS, decode=decoder, check_every=check_every))
@@ -70,6 +70,25 @@ def test_a_prompt_of_several_responses_is_read_once(family: str, monkeypatch: py
         assert torch.equal(found.ids[row, :width], alone.ids[0])
         torch.testing.assert_close(found.logprobs[row, :width], alone.logprobs[0], atol=1e-5, rtol=0)
         assert not found.mask[row, width:].any()
+
+
+def test_weights_that_were_cast_once_are_not_used_after_an_update() -> None:
+    model, other, (ids, mask) = policy("llama"), policy("llama"), pad(PROMPTS, PAD, "left")
+    noise = addressed_uniforms(3, 0, torch.arange(4))
+    replies = []
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as Lightning does
+        for _ in range(2):
+            replies.append(generate(model, ids, mask, Sampling(12, temperature=1.0), noise, **ENDS).ids)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.neg_()
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.neg_()
+        expected = generate(other, ids, mask, Sampling(12, temperature=1.0), noise, **ENDS).ids
+        assert model.backbone(ids, mask).requires_grad
+    assert torch.equal(replies[1], expected)
+    assert not torch.equal(replies[0], replies[1])
 
 
 @pytest.mark.parametrize("family", DECODERS)
