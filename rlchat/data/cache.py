@@ -18,7 +18,7 @@ import rlchat
 from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
 from rlchat.data.sources import DataFile, cannot_read
 from rlchat.errors import UserError
-from rlchat.utils.cache_folder import log_pruned, mark_used
+from rlchat.utils.cache_folder import mark_used, prune
 from rlchat.utils.files import user_cache, write_atomically
 
 _log = logging.getLogger("rlchat")
@@ -63,7 +63,7 @@ class CorpusCache:
             return None
 
     def write(self, key: str, corpus: Corpus) -> None:
-        """Stores ``corpus``, and removes the longest unused entries of a folder that has become too large.
+        """Stores ``corpus``, and removes the least recently used of a folder that has become too large.
 
         Only warns if the folder cannot be written, because a run works without the cache.
         """
@@ -71,7 +71,8 @@ class CorpusCache:
             write_atomically(self.path(key), lambda file: torch.save(_corpus_to_state(corpus), file))
         except UserError as error:
             _log.warning("could not cache the tokenized data: %s", error)
-        log_pruned(self.folder)
+        else:
+            prune(self.folder)
 
 
 def cache_key(files: Sequence[DataFile], needs: DataNeeds, options: dict[str, Any]) -> str:

@@ -51,14 +51,15 @@ def main(args: list[str]) -> int:
         return int(stop.code or 0)
     console = Console()
     if options.real:
-        if options.data_only or options.trees != TREES:
-            raise UserError("--data-only and --trees concern generated conversations; leave them out with --real")
+        if options.data_only or options.trees is not None:
+            raise UserError("--data-only and --trees apply only to generated conversations; omit them with --real")
         from rlchat.demo.real.main import RealDemo  # importing the models takes seconds
 
         RealDemo(console, options.seed, options.threads, options.fast).run()
         return 0
-    write_conversations(options.trees, options.seed)
-    console.print(f"[bold]{DATA}[/]: {options.trees:,} conversation trees, made with seed {options.seed}")
+    trees = options.trees or TREES
+    write_conversations(trees, options.seed)
+    console.print(f"[bold]{DATA}[/]: {trees:,} conversation trees, made with seed {options.seed}")
     if not options.data_only:
         Demo(console, options.seed, options.threads, options.fast).run()
     return 0
@@ -76,9 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trees",
         type=_integer("--trees", at_least=1),
-        default=TREES,
         metavar="N",
-        help="number of conversation trees to generate (default %(default)s)",
+        help=f"number of conversation trees to generate (default {TREES:,})",
     )
     parser.add_argument(
         "--real",

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -46,7 +46,7 @@ class FixedDecoder:
         assert isinstance(self._cache, DynamicCache)
         self._cache.layers = [_FixedLayer(self._columns, self._at) for _ in self._cache.layers]
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._capture = self._at.is_cuda
+        self._capture = self._at.is_cuda and model.backbone.graphs is not False
         self._logits: Tensor | None = None  # [batch, vocabulary]: the output of the graph
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -60,9 +60,12 @@ class FixedDecoder:
         self._at.fill_(column)
         if self._capture:
             self._capture = False
-            self._graph = self._captured()
+            with torch.cuda.device(self._at.device):
+                self._graph = self._captured()
+            self._model.backbone.graphs = self._graph is not None
         if self._graph is not None:
-            self._graph.replay()
+            with torch.cuda.device(self._at.device):
+                self._graph.replay()
         else:
             self._logits = self._step()
         return self._logits
@@ -83,16 +86,27 @@ class FixedDecoder:
         """The graph of a step, or None if the model has an operation that a graph cannot contain."""
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            self._step()  # libraries allocate memory at their first call, which a graph cannot contain
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        mode = torch.cuda.get_sync_debug_mode()
         try:
-            with torch.cuda.graph(graph):
+            # Libraries allocate memory at their first call, which a graph cannot contain. If the step waits for the
+            # GPU, no graph is tried: PyTorch does not recover well from a capture that fails.
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(aside):
+                self._step()
+            torch.cuda.set_sync_debug_mode(mode)
+            here.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            _log.debug("decoding runs without a CUDA graph: %s", one_line(error))
+            _log.info("decoding runs without a CUDA graph: %s", one_line(error))
+            torch.cuda.set_stream(here)
+            here.wait_stream(aside)
             return None
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         return graph
 
 
@@ -111,18 +125,23 @@ def read_prompts(model: RLChatModel, ids: Tensor, mask: Tensor, cache: Cache) ->
 
 
 def can_decode_fixed(model: RLChatModel) -> bool:
-    """Whether :class:`FixedDecoder` can decode with ``model`` and is faster: on CUDA, with plain attention, unsharded.
+    """Whether :class:`FixedDecoder` can decode with ``model``: on CUDA, with plain attention, and not sharded.
 
     A backbone is checked once, with short forward passes.
     """
     backbone = model.backbone
-    if backbone.device.type != "cuda" or any(hasattr(p, "full_tensor") for p in backbone.parameters()):
+    if backbone.device.type != "cuda" or backbone.is_encoder or is_sharded(backbone):
         return False
     if backbone.transformer.config._attn_implementation not in ("sdpa", PACKABLE_SDPA):
         return False
     if backbone.fixed_cache is None:
         backbone.fixed_cache = can_fix_cache(backbone, lambda columns: FixedDecoder(model, columns))
     return backbone.fixed_cache
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes share the parameters of ``module`` (FSDP2)."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
 class _FixedLayer(DynamicLayer):

@@ -25,8 +25,8 @@ class RLChatModel(nn.Module):
 
     If the backbone ties them, the policy head is the embedding matrix. ``unsayable`` ids have probability 0
     (padding, role markers, ids without text). Sampling, training and evaluation use the same distribution. The value
-    head starts at zero: linear, or with one hidden layer of ``hidden_dim`` units. Logits and values are computed in
-    float32, whatever the precision of the backbone.
+    head starts at zero: linear, or with one hidden layer of ``hidden_dim`` units. Logits and values are float32,
+    whatever the precision of the backbone; see :func:`rlchat.models.token_stats.float32_products`.
     """
 
     unsayable: Tensor

@@ -17,7 +17,7 @@ from rlchat.errors import UserError, one_line
 from rlchat.models.families import encoder_families
 from rlchat.models.kv_cache import Cache, can_append, is_empty, keep_rows
 from rlchat.models.packing import PACKABLE_SDPA, plan_packing
-from rlchat.models.token_stats import UNSAYABLE_LOGIT
+from rlchat.models.token_stats import UNSAYABLE_LOGIT, cuda_products
 
 if TYPE_CHECKING:
     from rlchat.models.backbones import Backbone
@@ -107,11 +107,13 @@ def can_fix_cache(backbone: Backbone, decoder: Callable[[int], Callable[[Tensor,
     ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
     mask[1, :_PADDING] = False
     try:
-        with torch.autocast(backbone.device.type, enabled=False):
+        with torch.autocast(backbone.device.type, enabled=False), cuda_products("highest"):
             rounding = _ROUNDING if backbone.head_weight.dtype == torch.float32 else _LOW_PRECISION_ROUNDING
             return _steps_equal_prompts(ids, mask, decoder, rounding)
-    except Exception as error:  # any error means that the family needs a cache that grows
-        _log.debug("%s decodes with a growing cache: %s", backbone.transformer.config.model_type, one_line(error))
+    except torch.OutOfMemoryError:  # says nothing about the family
+        raise
+    except Exception as error:  # any other error means that the family needs a cache that grows
+        _log.info("%s decodes with a growing cache: %s", backbone.transformer.config.model_type, one_line(error))
         return False
     finally:
         backbone.train(training)

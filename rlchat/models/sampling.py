@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlchat.errors import NonFiniteError
-from rlchat.models.decoding import FixedDecoder, can_decode_fixed, read_prompts
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed, is_sharded, read_prompts
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, is_empty, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
@@ -22,7 +22,7 @@ from rlchat.utils.padding import pad
 # Rows that have ended leave a batch when at most this share of it has not ended: each change copies the cache.
 _LEAVING = 0.8
 
-# Steps after which a GPU is asked whether rows have ended. To ask means to wait for it, and it idles meanwhile.
+# Steps after which a GPU is asked whether rows have ended. Asking means waiting, and the GPU idles meanwhile.
 _GPU_STEPS = 8
 
 _NOT_FINITE = "the model's logits are NaN or infinite, because its weights have diverged; use an earlier model file"
@@ -219,18 +219,19 @@ def generate(
 ) -> Generated:
     """Complete responses to ``ids``: all steps of :func:`sample`, collected.
 
-    Rows that have ended leave the batch as soon as they are a fifth of it, so that they cost no more time.
+    Rows that have ended leave the batch as soon as they are a fifth of it, so that they cost no more time. With a cache
+    of fixed size (see :mod:`rlchat.models.decoding`), they stay.
     """
     longest = max(one.max_new_tokens for one in _of_each(sampling, len(ids)))
     fixed = FixedDecoder(model, ids.shape[1] + longest) if can_decode_fixed(model) else None
-    check_every = 1 if ids.device.type == "cpu" else _GPU_STEPS
+    check_every = _steps_between_checks(ids.device)
     rows = torch.arange(len(ids), device=ids.device)  # in the batch now
     left = torch.ones_like(rows, dtype=torch.bool)  # of these, the ones that have not ended
     columns: list[Step] = []
     more: dict[str, Any] = {"goes_on": goes_on, "decode": fixed, "check_every": check_every}
     steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, **more)
     change: Change | None = None
-    with _casting_weights_once(ids.device):
+    with _casting_weights_once(model):
         while True:
             try:
                 step = steps.send(change)
@@ -254,14 +255,23 @@ def generate(
     return Generated(tokens[:, :width], mask[:, :width], (tokens == end_id).any(1), logprobs[:, :width])
 
 
+def _steps_between_checks(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else _GPU_STEPS
+
+
 @contextmanager
-def _casting_weights_once(device: torch.device) -> Iterator[None]:
-    """Under autocast, weights are cast once for all forward passes in the context, in which they must not change."""
-    if not torch.is_autocast_enabled(device.type):
+def _casting_weights_once(model: RLChatModel) -> Iterator[None]:
+    """Under autocast, trained weights are cast once for all forward passes in the context; they must not change there.
+
+    Frozen weights are cast in every pass, because PyTorch keeps no copies of them. Nor are any kept of a sharded model:
+    each process would gather all of it.
+    """
+    device = model.backbone.device.type
+    if not torch.is_autocast_enabled(device) or is_sharded(model):
         yield
         return
     try:
-        with torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=True):
+        with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
             yield
     finally:
         torch.clear_autocast_cache()
@@ -280,7 +290,7 @@ class Drawn(NamedTuple):
 
     tokens: Tensor  # Long [batch]
     logprobs: Tensor  # [batch] under the distribution that was drawn from; 0 if greedy
-    finite: Tensor  # Bool []: no row of logits contains a NaN or an infinity; if False, the tokens have no meaning
+    finite: Tensor  # Bool []: the largest logit of each row is finite; if False, the tokens have no meaning
 
 
 def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Tensor) -> Drawn:

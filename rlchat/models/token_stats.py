@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Head(NamedTuple):
 def token_stats(hidden: Tensor, targets: Tensor, head: Head) -> TokenStats:
     """Statistics of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], with gradients.
 
-    All products are computed in float32, also under autocast; see :func:`float32_products`.
+    All results are float32, also under autocast; see :func:`float32_products` for the precision of the products.
     """
     return TokenStats(*_TokenStats.apply(hidden, head.weight, head.bias, targets, head))
 
@@ -70,17 +70,36 @@ def float32_products(device: torch.device, lower_backbone: bool) -> Iterator[Non
     """Matrix products of float32 tensors return float32, also under autocast.
 
     With bfloat16 results, log-probs would be off by up to 0.25. Where the backbone computes in lower precision, a GPU
-    rounds the factors of a product to TF32 and adds up in float32: that is several times as fast, and exact for
-    bfloat16 factors.
+    rounds the factors of a product to TF32 (11 significant bits, bfloat16 has 8) and adds up in float32, which is
+    several times as fast.
     """
     with torch.autocast(device.type, enabled=False):
-        before = torch.get_float32_matmul_precision()
         if device.type == "cuda" and lower_backbone:
-            torch.set_float32_matmul_precision("high")
+            with cuda_products("high"):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def cuda_products(precision: Literal["high", "highest"]) -> Iterator[None]:
+    """Products of float32 tensors on CUDA use TF32 (high) or float32 (highest) in the context."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the program uses PyTorch's newer switch, which cannot be mixed with the older one
+        matmul: Any = torch.backends.cuda.matmul
+        newer = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if precision == "high" else "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            matmul.fp32_precision = newer
+        return
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _TokenStats(torch.autograd.Function):

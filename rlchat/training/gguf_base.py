@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rlchat.errors import UserError, one_line
 from rlchat.tokenizer.pattern import LLAMA3, QWEN2
-from rlchat.utils.cache_folder import BASE_MODELS, log_pruned, mark_used
+from rlchat.utils.cache_folder import BASE_MODELS, MARKER, mark_used
 from rlchat.utils.files import give_usual_permissions, user_cache
 
 log = logging.getLogger("rlchat")
@@ -69,6 +69,7 @@ def unpacked_gguf(path: Path) -> Path:
         log.info("%s: unpacking it into %s", path, folder)
         _write_weights(path, scratch)
         try:
+            (scratch / MARKER).touch()
             give_usual_permissions(scratch)
             scratch.rename(folder)
         except OSError:  # another process was faster
@@ -76,7 +77,6 @@ def unpacked_gguf(path: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    log_pruned(user_cache())
     return folder
 
 

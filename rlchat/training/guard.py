@@ -13,6 +13,9 @@ from rlchat.distributed.collectives import whole
 
 _log = logging.getLogger("rlchat")
 
+# Pinned memory cannot be swapped out, so larger copies go to ordinary memory.
+_MOST_PINNED = 4 * 2**30
+
 
 class NonFiniteGuard:
     """Finds non-finite losses and gradients, and counts the optimizer steps skipped because of them.
@@ -80,7 +83,9 @@ class LastGoodWeights:
 
     def remember(self, network: nn.Module) -> None:
         """Copies the weights of ``network`` that require a gradient, as a candidate."""
-        self._candidate = {name: _on_cpu(local.detach()) for name, local in _local_weights(network)}
+        weights = {name: local.detach() for name, local in _local_weights(network)}
+        pin = sum(x.numel() * x.element_size() for x in weights.values()) <= _MOST_PINNED
+        self._candidate = {name: _on_cpu(x, pin) for name, x in weights.items()}
 
     def confirm(self) -> None:
         """Accepts the candidate if there is a new one."""
@@ -96,10 +101,10 @@ class LastGoodWeights:
                     local.copy_(good[name])
 
 
-def _on_cpu(x: Tensor) -> Tensor:
-    """A copy of ``x``. From a GPU, it goes to pinned memory, so that the program does not wait for it."""
-    copy = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
-    return copy.copy_(x, non_blocking=x.is_cuda)
+def _on_cpu(x: Tensor, pin: bool) -> Tensor:
+    """A copy of ``x``. With ``pin``, one from a GPU goes to pinned memory, so that the program does not wait for it."""
+    pin = pin and x.is_cuda
+    return torch.empty_like(x, device="cpu", pin_memory=pin).copy_(x, non_blocking=pin)
 
 
 def _local_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The cache folder: tokenized data and unpacked base models, of which the longest unused are removed."""
+"""The cache folder: tokenized data, of which the least recently used is removed, and unpacked base models."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import logging
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlchat.errors import UserError
+from rlchat.utils.files import user_cache
+
 LIMIT = 10 * 2**30
-"""The most bytes that the folder keeps."""
+"""The most bytes of tokenized data that a folder keeps."""
 
 BASE_MODELS = "base_models"
-"""The subfolder of unpacked base models."""
+"""The subfolder of unpacked base models in the user's cache folder."""
 
-_log = logging.getLogger("rlchat")
+MARKER = ".rlchat"
+"""A file in each unpacked base model. Folders without it are not rlchat's."""
 
 _TOKENIZED = re.compile(r"[0-9a-f]{64}\.pt")
-_BASE_MODEL = re.compile(r".+-[0-9a-f]{16}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.pt\..+|\.(unpacking|removing)-.+")
+_DAY = 24 * 60 * 60
+
+_log = logging.getLogger("rlchat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +36,26 @@ class Entry:
     """A file or folder of the cache."""
 
     path: Path
-    what: str  # "tokenized data" or "base model"
+    what: str  # "tokenized data", "base model", or "unfinished", which a stopped run left
     size: int  # bytes
     used: float  # when it was written or last read, in seconds since 1970
 
 
 def entries(folder: Path) -> list[Entry]:
-    """The entries of the cache ``folder``, the longest unused first. Other files in it are not listed."""
-    found = [(path, "tokenized data") for path in _listed(folder) if _TOKENIZED.fullmatch(path.name)]
-    models = _listed(folder / BASE_MODELS)
-    found += [(path, "base model") for path in models if _BASE_MODEL.fullmatch(path.name) and path.is_dir()]
-    known = []
-    for path, what in found:
+    """The entries of the cache ``folder``, the least recently used first. Other files in it are not listed.
+
+    Base models are listed in the user's cache folder only. What another process may still be writing is not listed.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    found = []
+    for path, what in _candidates(folder):
         with contextlib.suppress(OSError):  # another process may have removed it
-            known.append(Entry(path, what, _size(path), path.stat().st_mtime))
-    return sorted(known, key=lambda entry: entry.used)
+            entry = Entry(path, what, _size(path), path.lstat().st_mtime)
+            if what != "unfinished" or entry.used < time.time() - _DAY:
+                found.append(entry)
+    return sorted(found, key=lambda entry: entry.used)
 
 
 def mark_used(path: Path) -> None:
@@ -50,40 +64,55 @@ def mark_used(path: Path) -> None:
         os.utime(path)
 
 
-def prune(folder: Path, limit: int = LIMIT) -> list[Entry]:
-    """Removes the longest unused entries until the rest has at most ``limit`` bytes; returns the removed ones.
+def prune(folder: Path) -> list[Entry]:
+    """Removes the least recently used tokenized data until at most ``LIMIT`` bytes are left; returns what it removed.
 
-    The entry that was used last is kept, whatever its size.
+    The data that was used last is kept, whatever its size.
     """
-    known = entries(folder)
+    known = [entry for entry in entries(folder) if entry.what == "tokenized data"]
     total = sum(entry.size for entry in known)
     removed = []
     for entry in known[:-1]:
-        if total <= limit:
+        if total <= LIMIT:
             break
         if _remove(entry.path):
             total -= entry.size
             removed.append(entry)
+    if removed:
+        size = sum(entry.size for entry in removed) / 1e6
+        _log.info("%s: removed the least recently used data (%d files, %.0f MB)", folder, len(removed), size)
     return removed
 
 
-def log_pruned(folder: Path) -> None:
-    """Prunes ``folder``, and logs what was removed."""
-    if removed := prune(folder):
-        size = sum(entry.size for entry in removed) / 1e6
-        _log.info("%s: removed %d entries (%.0f MB) that were not used for the longest", folder, len(removed), size)
-
-
 def clear(folder: Path) -> list[Entry]:
-    """Removes all entries of ``folder``; returns those that could be removed."""
+    """Removes all entries of ``folder``; returns those that could be removed. Raises UserError as :func:`entries`."""
     return [entry for entry in entries(folder) if _remove(entry.path)]
+
+
+def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in _listed(folder):
+        if _TOKENIZED.fullmatch(path.name) and path.is_file():
+            yield path, "tokenized data"
+        elif _UNFINISHED.fullmatch(path.name) and path.is_file():
+            yield path, "unfinished"
+    if folder != user_cache():
+        return
+    for path in _listed(folder / BASE_MODELS):
+        if _UNFINISHED.fullmatch(path.name):
+            yield path, "unfinished"
+        elif (path / MARKER).is_file():
+            yield path, "base model"
 
 
 def _listed(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
-    except OSError:
+        return [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be read: {error.strerror}; change its permissions"
+        ) from error
 
 
 def _size(path: Path) -> int:
@@ -94,7 +123,10 @@ def _size(path: Path) -> int:
 def _remove(path: Path) -> bool:
     try:
         if path.is_dir():
-            shutil.rmtree(path)
+            # Renamed first, so that an interrupted removal leaves no folder that looks complete.
+            doomed = path.with_name(f".removing-{path.name.removeprefix('.removing-')}")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
         else:
             path.unlink()
     except OSError:

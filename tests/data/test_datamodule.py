@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import pickle
 import shutil
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,7 @@ from rlchat.data.tokenizing import contrasted, whole_conversations
 from rlchat.demo.corpus import write_demo_corpus
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.utils.cache_folder import entries
 
 OASST = Path(__file__).parent / "samples" / "oasst.messages.jsonl.gz"
 
@@ -639,6 +641,28 @@ def test_cached_data_equals_freshly_tokenized_data(tmp_path: Path, byte_tokenize
     if task == "reward":
         assert fresh.pop(4) == stored.pop(4)  # quality, never NaN here
     assert fresh == stored
+
+
+def test_a_full_cache_keeps_the_data_that_was_used_last(
+    tmp_path: Path, byte_tokenizer: ChatTokenizer, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many_trees(tmp_path / "d.jsonl", 10)
+
+    def cached(length: int) -> bool:
+        return was_cached(module(path, DataNeeds("sft", byte_tokenizer, length), tmp_path / "c"), heard)
+
+    assert not cached(64)
+    assert not cached(63)
+    old, new = (entry.path for entry in entries(tmp_path / "c"))
+    for age, file in enumerate((new, old)):
+        os.utime(file, (1e9 + age, 1e9 + age))  # `old` is now the one that was used last
+    assert cached(63)  # which changes that again
+    monkeypatch.setattr("rlchat.utils.cache_folder.LIMIT", 2 * new.stat().st_size + old.stat().st_size // 2)
+    heard.clear()
+    module(path, DataNeeds("sft", byte_tokenizer, 62), tmp_path / "c").setup("fit")
+    assert "removed the least recently used data (1 files" in heard.text
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_the_cache_key_depends_on_everything_that_changes_the_data(

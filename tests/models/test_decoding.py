@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.small_ppo import BACKBONES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlchat.models.backbones import Backbone
 from rlchat.models.decoding import FixedDecoder, can_decode_fixed
@@ -89,6 +90,63 @@ def test_weights_that_were_cast_once_are_not_used_after_an_update() -> None:
         assert model.backbone(ids, mask).requires_grad
     assert torch.equal(replies[1], expected)
     assert not torch.equal(replies[0], replies[1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_trained_weights_are_cast_once(autocast: bool) -> None:
+    model, (ids, mask) = policy("llama"), pad(PROMPTS, PAD, "left")
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                Casts.count += 1
+            return function(*args, **(kwargs or {}))
+
+    noise = addressed_uniforms(3, 0, torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False), Casts():
+        generate(model, ids, mask, Sampling(6, temperature=1.0), noise, **ENDS)
+    assert Casts.count == (14 if autocast else 0)  # seven matrices in each of two layers
+
+
+def test_rows_leave_at_the_steps_that_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = policy("llama"), pad(PROMPTS, PAD, "left")
+    sampling = [Sampling(n, temperature=1.0) for n in (2, 11, 3, 4)]
+    model.unsayable[END] = 1
+    noise = addressed_uniforms(3, 0, torch.arange(4))
+    expected = generate(model, ids, mask, sampling, noise, **ENDS)
+    assert expected.mask.sum(1).tolist() == [2, 11, 3, 4]
+    rows: list[int] = []
+    forward = RLChatModel.forward
+
+    def counting(self: RLChatModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(ids))
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(RLChatModel, "forward", counting)
+    monkeypatch.setattr("rlchat.models.sampling._steps_between_checks", lambda device: 4)
+    found = generate(model, ids, mask, sampling, noise, **ENDS)
+    assert rows == [4, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1]  # the limit of four tokens is seen at the next check
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.ended, expected.ended)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+
+
+def test_the_newer_switch_of_pytorch_for_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has only the older switch")
+    model, (ids, mask) = policy("llama"), pad(PROMPTS, PAD, "left")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert can_fix_cache(model.backbone, lambda columns: FixedDecoder(model, columns))
+        generate(model, ids, mask, Sampling(2), addressed_uniforms(3, 0, torch.arange(4)), **ENDS)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("family", DECODERS)

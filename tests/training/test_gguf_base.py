@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, new_policy
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.initial_model import open_policy
+from rlchat.utils.cache_folder import entries
 
 gguf = pytest.importorskip("gguf")
 
@@ -67,7 +69,11 @@ def test_weights_tokens_and_chat_format_come_back(
         )
     (folder,) = cache.iterdir()
     changed = (folder / "config.json").stat().st_mtime_ns
+    os.utime(folder, (1e9, 1e9))
     open_policy(str(path), None, 64, None, None)  # from the cache
+    (entry,) = entries(cache.parent)
+    assert (entry.path, entry.what) == (folder, "base model")
+    assert entry.used > 1e9  # marked as used
     assert (folder / "config.json").stat().st_mtime_ns == changed
 
 

@@ -148,6 +148,7 @@ def test_options_of_the_generated_conversations_are_rejected(
 ) -> None:
     assert main(["demo", "--real", option]) == 2
     assert (
-        "--data-only and --trees concern generated conversations; leave them out with --real" in capsys.readouterr().err
+        "--data-only and --trees apply only to generated conversations; omit them with --real"
+        in capsys.readouterr().err
     )
     assert not list(workplace.iterdir())
