@@ -30,8 +30,8 @@ def tiny_distilbert(folder: Path) -> str:
 
 
 # Those of scale/ go over another one, and are run on several processes in test_processes.py and prove/two_nodes.py.
-# Those for a pretrained model are run in cli/test_model_recipes.py.
-ELSEWHERE = {"distilbert", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"}
+# Those for a pretrained model are run in cli/test_model_recipes.py and demo/real/test_demo.py.
+ELSEWHERE = {"demo/real", "distilbert", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"}
 
 
 @pytest.mark.parametrize(

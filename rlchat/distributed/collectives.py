@@ -121,10 +121,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether ``network`` has been sharded by :func:`shard`."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(network, FSDPModule)
+    """Whether processes share the parameters of ``network`` (see :func:`shard`)."""
+    return any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -134,8 +132,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``network`` on the CPU, complete on every process. A collective if it is sharded."""
-    return {name: whole(tensor).cpu() for name, tensor in network.state_dict().items()}
+    """The state dict of ``network`` on the CPU of the first process; empty on the others. A collective if sharded."""
+    state = {}
+    for name, tensor in network.state_dict().items():
+        gathered = whole(tensor)
+        if is_first():
+            state[name] = gathered.cpu()
+    return state
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

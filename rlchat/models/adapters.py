@@ -109,9 +109,12 @@ def copy_sharing_frozen(network: M) -> M:
 def merged_state(network: nn.Module) -> dict[str, Tensor]:
     """The state dict of ``network`` on the CPU, with adapters merged into the weights. A collective if it is sharded.
 
-    The names are those of the network without adapters. The network does not change.
+    It is empty on all processes but the first. The names are those of the network without adapters. The network does
+    not change.
     """
     state = whole_state(network)
+    if not is_first():
+        return state
     for name, layer in network.named_modules():
         if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
             down, up = (state.pop(f"{name}.{matrix}.{_NAME}.weight") for matrix in ("lora_A", "lora_B"))

@@ -11,10 +11,11 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlchat.distributed.collectives import is_sharded
 from rlchat.errors import one_line
 from rlchat.models.kv_cache import Cache, keep_rows
 from rlchat.models.networks import RLChatModel
@@ -137,11 +138,6 @@ def can_decode_fixed(model: RLChatModel) -> bool:
     if backbone.fixed_cache is None:
         backbone.fixed_cache = can_fix_cache(backbone, lambda columns: FixedDecoder(model, columns))
     return backbone.fixed_cache
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether processes share the parameters of ``module`` (FSDP2)."""
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
 class _FixedLayer(DynamicLayer):

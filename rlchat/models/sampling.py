@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlchat.distributed.collectives import is_sharded
 from rlchat.errors import NonFiniteError
-from rlchat.models.decoding import FixedDecoder, can_decode_fixed, is_sharded, read_prompts
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed, read_prompts
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, is_empty, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
