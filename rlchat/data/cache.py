@@ -69,10 +69,9 @@ class CorpusCache:
         """
         try:
             write_atomically(self.path(key), lambda file: torch.save(_corpus_to_state(corpus), file))
+            prune(self.folder)
         except UserError as error:
             _log.warning("could not cache the tokenized data: %s", error)
-        else:
-            prune(self.folder)
 
 
 def cache_key(files: Sequence[DataFile], needs: DataNeeds, options: dict[str, Any]) -> str:

@@ -157,7 +157,12 @@ class Demo:
         show_replies(self.console, prompts[:SHOWN], old.replies, new.replies)
         show_first_messages(self.console, new.first_messages, SHOWN)
         show_figures(self.console, self.report, time.monotonic() - began)
-        show_next_steps(self.console, REPORT)
+        commands = {
+            "tensorboard --logdir lightning_logs": "training curves of all three stages",
+            "rlchat demo --seed 1": "train in another world",
+        }
+        questions = '"Hello, how are you?", "What is the capital of Belan?" or "3 + 4"'
+        show_next_steps(self.console, REPORT, commands, questions)
 
     def fit(self, stage: str) -> None:
         """Trains one stage, and records how long it took."""

@@ -77,8 +77,8 @@ def show_figures(console: Console, report: dict[str, Any], seconds: float) -> No
     )
 
 
-def show_next_steps(console: Console, report: Path) -> None:
-    """Prints which files the demo has written, and the commands to go on with."""
+def show_next_steps(console: Console, report: Path, commands: dict[str, str], questions: str) -> None:
+    """Prints which files the demo has written, the ``commands`` to go on with (and what for), and ``questions``."""
     files = {
         "model": "checkpoints/rl_chat_model_tiktoken.pt",
         "plot": "checkpoints/rl_chat_model_tiktoken_stats.png",
@@ -87,17 +87,16 @@ def show_next_steps(console: Console, report: Path) -> None:
     for what, name in files.items():
         console.print(f"{what:>8}  {name}", highlight=False)
     folder = commands_folder()
-    commands = {
+    every = {
         "rlchat chat": "chat with the model in this terminal",
         "rlchat serve": "a chat page and an API for OpenAI clients",
-        "tensorboard --logdir lightning_logs": "training curves of all three stages",
-        "rlchat demo --seed 1": "train in another world",
+        **commands,
     }
     console.print("\nNext:")
-    width = max(map(len, commands)) + len(folder)
-    for command, purpose in commands.items():
+    width = max(map(len, every)) + len(folder)
+    for command, purpose in every.items():
         console.print(f"  [bold]{folder + command:<{width}}[/]  {purpose}", highlight=False, soft_wrap=True)
-    console.print('Try "Hello, how are you?", "What is the capital of Belan?" or "3 + 4".', highlight=False)
+    console.print(f"Try {questions}.", highlight=False)
 
 
 def commands_folder() -> str:

@@ -28,6 +28,19 @@ def policy(family: str, **config: Any) -> RLChatModel:
     return RLChatModel(Backbone(options, VOCABULARY, 40), unsayable=[PAD]).eval()
 
 
+def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each later forward pass, in a list that grows with them."""
+    rows: list[int] = []
+    forward = RLChatModel.forward
+
+    def counting(self: RLChatModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(ids))
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(RLChatModel, "forward", counting)
+    return rows
+
+
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("check_every", [1, 4, 32])
 def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) -> None:
@@ -49,14 +62,7 @@ def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) 
 def test_a_prompt_of_several_responses_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, four = policy(family), [PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[2]]
     ids, mask = pad(four, PAD, "left")
-    read: list[int] = []
-    forward = RLChatModel.forward
-
-    def counting(self: RLChatModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        read.append(len(ids))
-        return forward(self, ids, *rest)
-
-    monkeypatch.setattr(RLChatModel, "forward", counting)
+    read = counted_rows(monkeypatch)
     noise = addressed_uniforms(3, 0, torch.arange(7))
     found = generate(model, ids, mask, Sampling(6, temperature=1.0), noise, **ENDS)
     assert read[0] == 4  # of seven rows; the first prompt comes twice, but not in adjacent rows
@@ -118,14 +124,7 @@ def test_rows_leave_at_the_steps_that_check(monkeypatch: pytest.MonkeyPatch) -> 
     noise = addressed_uniforms(3, 0, torch.arange(4))
     expected = generate(model, ids, mask, sampling, noise, **ENDS)
     assert expected.mask.sum(1).tolist() == [2, 11, 3, 4]
-    rows: list[int] = []
-    forward = RLChatModel.forward
-
-    def counting(self: RLChatModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        rows.append(len(ids))
-        return forward(self, ids, *rest)
-
-    monkeypatch.setattr(RLChatModel, "forward", counting)
+    rows = counted_rows(monkeypatch)
     monkeypatch.setattr("rlchat.models.sampling._steps_between_checks", lambda device: 4)
     found = generate(model, ids, mask, sampling, noise, **ENDS)
     assert rows == [4, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1]  # the limit of four tokens is seen at the next check

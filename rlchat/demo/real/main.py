@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlchat.demo.real.base import find_base_model
 from rlchat.demo.real.measure import Measured, mean_kl, measure, read_data
-from rlchat.demo.real.tables import show_control, show_figures, show_next_steps, show_replies
+from rlchat.demo.real.tables import show_control, show_figures, show_replies
+from rlchat.demo.tables import show_next_steps
 from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.training.initial_model import open_policy
 from rlchat.utils.devices import choose_device
@@ -86,7 +87,11 @@ class RealDemo:
         show_replies(self.console, report["replies"], SHOWN)
         show_control(self.console, report["control"])
         show_figures(self.console, report)
-        show_next_steps(self.console, REPORT)
+        commands = {
+            "tensorboard --logdir lightning_logs": "training curves",
+            "rlchat demo --real --seed 1": "the same with another seed",
+        }
+        show_next_steps(self.console, REPORT, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
 
     def base(self) -> PolicyBundle:
         """The base model, in eval mode."""

@@ -10,7 +10,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlchat.chat.context import fit_prompt
 from rlchat.conversation import Conversation
@@ -127,7 +126,7 @@ def log_likelihoods(bundle: PolicyBundle, texts: Sequence[tuple[list[int], list[
     results: dict[int, tuple[float, int]] = {}
     for rows in with_progress(_batches([len(ids) for ids, _ in texts]), "reading", show=True):
         ids, mask = (part.to(device) for part in pad([texts[i][0] for i in rows], bundle.tokenizer.pad_id, "right"))
-        counts = _padded([texts[i][1] for i in rows], ids.shape[1]).to(device)[:, 1:]
+        counts = pad([texts[i][1] for i in rows], False, "right")[0].bool().to(device)[:, 1:]
         hidden = model(ids, mask)[:, :-1]
         logprobs = torch.zeros(counts.shape, device=device)
         logprobs[counts] = model.token_stats(hidden[counts], ids[:, 1:][counts]).logprobs
@@ -140,10 +139,6 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """The rows in batches of similar length."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + _BATCH_SIZE] for start in range(0, len(order), _BATCH_SIZE)]
-
-
-def _padded(rows: Sequence[Sequence[bool]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[False] * (width - len(row))] for row in rows], dtype=torch.bool)
 
 
 def reply_figures(samples: Sequence[Sampled], reward: Reward) -> dict[str, float]:

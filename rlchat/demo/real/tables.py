@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlchat.demo.tables import commands_folder, mark
+from rlchat.demo.tables import mark
 
 _FIGURES = {
     ("greedy", "goal"): "one short sentence, greedy",
@@ -64,29 +63,6 @@ def show_figures(console: Console, report: dict[str, Any]) -> None:
         table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
     console.print(f"The demo took {report['seconds']:.0f} s.\n")
-
-
-def show_next_steps(console: Console, report: Path) -> None:
-    """Prints which files the demo has written, and the commands to go on with."""
-    files = {
-        "model": "checkpoints/rl_chat_model_tiktoken.pt",
-        "plot": "checkpoints/rl_chat_model_tiktoken_stats.png",
-        "figures": str(report),
-    }
-    for what, name in files.items():
-        console.print(f"{what:>8}  {name}", highlight=False)
-    folder = commands_folder()
-    commands = {
-        "rlchat chat": "chat with the model in this terminal",
-        "rlchat serve": "a chat page and an API for OpenAI clients",
-        "tensorboard --logdir lightning_logs": "training curves",
-        "rlchat demo --real --seed 1": "the same with another seed",
-    }
-    console.print("\nNext:")
-    width = max(map(len, commands)) + len(folder)
-    for command, purpose in commands.items():
-        console.print(f"  [bold]{folder + command:<{width}}[/]  {purpose}", highlight=False, soft_wrap=True)
-    console.print('Try "How do bees find flowers?" or "Why is the sky blue?".', highlight=False)
 
 
 def _value(figures: dict[str, Any], path: Sequence[str]) -> float | None:
