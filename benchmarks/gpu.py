@@ -2,12 +2,14 @@
 
     python benchmarks/gpu.py generation --size G L
     python benchmarks/gpu.py ppo --size G L [--trl]      (with TRL 1.12 in the same environment)
+    python benchmarks/gpu.py packing
 
 The weights are random. `generation` samples 128 tokens after prompts of 32 tokens with bfloat16 weights: `sample` is
 rlchat's, `generate()` that of transformers. The bytes of a step are those of the weights and of the keys and values
 that it reads. `ppo` runs iterations of 128 prompts, responses of 128 tokens, and 4 passes of 4 minibatches, in bfloat16
 mixed precision, each contestant in a separate process. The first iteration is left out, and medians are taken. Shares
-are those of the speeds that a product of two large matrices and a copy reach on this GPU.
+are those of the speeds that a product of two large matrices and a copy reach on this GPU. `packing` compares padded and
+packed batches: a forward and a backward pass of 12 layers of width 768 in bfloat16, by the share of tokens in a batch.
 """
 
 from __future__ import annotations
@@ -149,9 +151,38 @@ def ppo(name: str, contestants: list[str], iterations: int, peak: tuple[float, f
         yield row
 
 
+def packing() -> Iterator[dict[str, Any]]:
+    """Milliseconds of a forward and a backward pass of a padded and of a packed batch."""
+    from rlchat.models.backbones import Backbone
+    from rlchat.models.packing import plan_packing
+
+    backbone = Backbone({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12}, 8192, 512).cuda()
+    for rows, width in ((32, 160), (16, 512), (64, 256), (128, 512)):
+        for share in (0.95, 0.8, 0.65, 0.5):
+            generator = torch.Generator().manual_seed(0)
+            padding = (torch.rand(rows, generator=generator) * 2 * (1 - share) * width).long().clamp(max=width - 1)
+            mask = (torch.arange(width) < width - padding[:, None]).cuda()
+            ids = torch.randint(0, 8192, (rows, width), generator=generator).cuda()
+
+            def padded(ids: torch.Tensor = ids) -> None:
+                with torch.autocast("cuda", torch.bfloat16):
+                    hidden = backbone.transformer(ids, use_cache=False).last_hidden_state
+                hidden.sum().backward()
+
+            def packed(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> None:
+                plan = plan_packing(ids, mask)
+                assert plan is not None
+                with torch.autocast("cuda", torch.bfloat16):
+                    hidden = torch.nn.functional.embedding(plan.source, backbone.packed(ids, plan))
+                hidden.sum().backward()
+
+            row: dict[str, Any] = {"rows": rows, "width": width, "share": round(float(mask.float().mean()), 2)}
+            yield row | {"padded ms": 1000 * seconds_of(padded), "packed ms": 1000 * seconds_of(packed)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("generation", "ppo"))
+    parser.add_argument("what", choices=("generation", "ppo", "packing"))
     parser.add_argument("--size", choices=("G", "L"), nargs="+", default=["G", "L"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="for generation")
     parser.add_argument("--critic", choices=("shared", "separate"), nargs="+", default=["shared", "separate"])
@@ -161,6 +192,10 @@ def main() -> None:
     peak = peaks()
     print(f"{torch.cuda.get_device_name()}: {peak[0]:.0f} TFLOP/s in bfloat16, {peak[1]:.2f} TB/s", flush=True)
     torch.cuda.empty_cache()
+    if options.what == "packing":
+        for row in packing():
+            print(json.dumps(row), flush=True)
+        return
     for name in options.size:
         if options.what == "generation":
             rows = generation(name, options.batch, peak)

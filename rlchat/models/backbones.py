@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from rlchat.errors import UserError, one_line
 from rlchat.models.base_models import (
@@ -32,7 +33,7 @@ from rlchat.models.causal_attention import causal_mask
 from rlchat.models.embeddings import rows_from
 from rlchat.models.families import EncoderFamily, encoder_families
 from rlchat.models.kv_cache import Cache, EncoderCache
-from rlchat.models.packing import Packing, plan_packing
+from rlchat.models.packing import Packing, faster_packing
 from rlchat.models.probe import can_pack, probe
 
 
@@ -77,7 +78,7 @@ class Backbone(nn.Module):
             self._build(config, attention)
             self.logits_form = logits_form(config)
         self.transformer.config.rlchat_logits = list(self.logits_form)
-        _trim(self.transformer)
+        _prepare(self.transformer)
         probe(self, max_length)
 
     @classmethod
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
         # Model files of version 1 do not have it: their models were trained without scale, cap and bias.
         backbone.logits_form = LogitsForm(*getattr(config, "rlchat_logits", ()))
         backbone._build(config)
-        _trim(backbone.transformer)
+        _prepare(backbone.transformer)
         return backbone
 
     def set_attention(self, attention: str) -> None:
@@ -180,7 +181,7 @@ class Backbone(nn.Module):
 
         ``attention_mask`` [batch, cached + time] is True on real tokens, cached ones included; padding may be on either
         side. Positions count real tokens only, so padding does not affect the result. Without a cache, a right-padded
-        batch is packed (see :mod:`rlchat.models.packing`).
+        batch is packed where that is faster (see :mod:`rlchat.models.packing`).
         """
         right_padded = cache is None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
         if cache is None and self._packs is None:
@@ -188,7 +189,7 @@ class Backbone(nn.Module):
             # backbone is sharded.
             self._packs = False
             self._packs = can_pack(self)
-        if right_padded and self._packs and (packing := plan_packing(ids, attention_mask)) is not None:
+        if right_padded and self._packs and (packing := faster_packing(ids, attention_mask)) is not None:
             return nn.functional.embedding(packing.source, self.packed(ids, packing))  # FSDP2: no view may be returned
         time = ids.shape[1]
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -time:]
@@ -254,13 +255,21 @@ def _embedding_weight(model: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _trim(model: PreTrainedModel) -> None:
-    """Removes parts that would never be trained."""
+def _prepare(model: PreTrainedModel) -> None:
+    """Removes parts that would never be trained, and computes GELU in one operation.
+
+    transformers writes the tanh form of GELU as eight operations, whose outputs are all kept for the backward pass.
+    On an H200, an update of GPT-2 takes 0.58 s instead of 0.70 s with one, and 2 GB less memory.
+    """
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None  # this row would get no gradient, but here it belongs to a real token
     if getattr(model, "pooler", None) is not None:
         model.register_module("pooler", None)  # unused, and DDP fails on parameters without gradients
+    for module in model.modules():
+        for name, part in module.named_children():
+            if isinstance(part, NewGELUActivation | FastGELUActivation):
+                module.register_module(name, nn.GELU(approximate="tanh"))
 
 
 def _initial_std(config: PretrainedConfig) -> float:

@@ -22,6 +22,12 @@ PACKABLE_SDPA = "rlchat_sdpa"
 NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
+# On a GPU, a batch is packed from this number of cells on, if at most this share of them is computed. Below, the copies
+# before and after attention cost more than they save, up to 30 % of the time; see `benchmarks/gpu.py packing`.
+_GPU_CELLS = 2**14
+_GPU_SHARE = 0.65
+
+
 class Packing(NamedTuple):
     """The place of each token of a right-padded batch [B, T] among its P packed tokens."""
 
@@ -59,6 +65,16 @@ def plan_packing(ids: Tensor, attention_mask: Tensor) -> Packing | None:
     number = (computed.flatten().cumsum(0) - 1).clamp(min=0).view(rows, time)
     owner = torch.where(own, torch.arange(rows, device=ids.device)[:, None], 0).cummax(0).values
     return Packing(cells, number.gather(0, owner))
+
+
+def faster_packing(ids: Tensor, attention_mask: Tensor) -> Packing | None:
+    """:func:`plan_packing`, or None if the padded batch is faster on this device."""
+    if not ids.is_cuda:
+        return plan_packing(ids, attention_mask)
+    if ids.numel() < _GPU_CELLS:
+        return None
+    packing = plan_packing(ids, attention_mask)
+    return packing if packing is not None and len(packing.cells) <= _GPU_SHARE * ids.numel() else None
 
 
 def packed_attention(

@@ -30,8 +30,10 @@ _CPU_BLOCK = 2**19
 _GPU_BLOCK = 2**26
 _MIN_BLOCK_WIDTH = 256
 
-# The most logits that are kept for the backward pass, which is faster than to compute them again: 256 MiB.
-_MOST_KEPT_LOGITS = 2**26
+# The most logits that are kept for the backward pass, which is faster than to compute them again: 256 MiB on a CPU, and
+# 2 GiB on a GPU, where the update of GPT-2 in 4 minibatches of 4,096 tokens is 1.06 times as fast with them.
+_CPU_KEPT_LOGITS = 2**26
+_GPU_KEPT_LOGITS = 2**29
 
 
 class TokenStats(NamedTuple):
@@ -108,7 +110,8 @@ class _TokenStats(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.lower = is_lower_precision(weight)
-        keeps = any(ctx.needs_input_grad) and len(targets) * len(weight) <= _MOST_KEPT_LOGITS
+        most_kept = _CPU_KEPT_LOGITS if hidden.device.type == "cpu" else _GPU_KEPT_LOGITS
+        keeps = any(ctx.needs_input_grad) and len(targets) * len(weight) <= most_kept
         kept = []
         # Of the blocks so far: the highest logit h, Σ exp(l - h) and Σ exp(l - h) (l - h); all [tokens].
         highest = torch.full((len(targets),), UNSAYABLE_LOGIT, dtype=torch.float32, device=hidden.device)

@@ -129,7 +129,7 @@ def test_transformers_computes_what_rlchat_computes(exported: dict[str, Any], na
         if len(ids) + NEW_TOKENS > bundle.max_length:  # not possible in rlchat
             continue
         ours, theirs = logits_of(bundle, ids), torch.tensor(row["logits"])
-        assert torch.allclose(ours[:, can_be_sampled], theirs[:, can_be_sampled], atol=1e-5, rtol=1e-5)
+        assert torch.allclose(ours[:, can_be_sampled], theirs[:, can_be_sampled], atol=1e-4, rtol=1e-5)
         assert row["reply"] == greedy(bundle, ids)
         checked += 1
     assert checked >= 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.utils import _to_kwargs
 from transformers import (
     AlbertConfig,
@@ -22,6 +22,7 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
 )
+from transformers.activations import NewGELUActivation
 
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
@@ -383,3 +384,11 @@ def test_moving_inputs_does_not_copy_the_cache_of_an_encoder() -> None:
     cache = EncoderCache({torch.nn.Identity(): (torch.zeros(1), torch.zeros(1))})
     _, (passed_on,) = _to_kwargs((), {"cache": cache}, torch.device("cpu"), False)
     assert passed_on["cache"] is cache
+
+
+def test_gelu_is_one_operation_with_the_values_of_transformers() -> None:
+    backbone = build("gpt2", activation_function="gelu_new")
+    activations = [part for part in backbone.modules() if isinstance(part, NewGELUActivation | nn.GELU)]
+    assert [type(part) for part in activations] == [nn.GELU] * FAMILIES["gpt2"]["n_layer"]
+    x = torch.linspace(-6, 6, 1001)
+    torch.testing.assert_close(activations[0](x), NewGELUActivation()(x), atol=1e-6, rtol=0)

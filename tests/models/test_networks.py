@@ -103,7 +103,7 @@ def test_blocks_do_not_change_the_result(width: int, kept: int, monkeypatch: pyt
     whole = run()
     monkeypatch.setattr("rlchat.models.token_stats._CPU_BLOCK", 7 * width)
     monkeypatch.setattr("rlchat.models.token_stats._MIN_BLOCK_WIDTH", 1)
-    monkeypatch.setattr("rlchat.models.token_stats._MOST_KEPT_LOGITS", kept)
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_KEPT_LOGITS", kept)
     for one, other in zip(run(), whole, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -114,7 +114,7 @@ def test_blocks_do_not_change_the_result(width: int, kept: int, monkeypatch: pyt
 def test_gradients_equal_those_of_plain_operations(
     form: LogitsForm, entropy_coef: float, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlchat.models.token_stats._MOST_KEPT_LOGITS", kept)
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_KEPT_LOGITS", kept)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*size, generator=generator) for size in ((6, 8), (VOCABULARY, 8), (VOCABULARY,))
