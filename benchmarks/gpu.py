@@ -1,15 +1,13 @@
-"""PPO and generation on one GPU: GPT-2 124M and a Llama of 0.5 billion parameters, beside TRL and `generate()`.
+"""PPO on one GPU: GPT-2 124M and a Llama of 0.5 billion parameters, beside TRL. See also `benchmarks/generate.py`.
 
-    python benchmarks/gpu.py generation --size G L
     python benchmarks/gpu.py ppo --size G L [--trl]      (with TRL 1.12 in the same environment)
     python benchmarks/gpu.py packing
 
-The weights are random. `generation` samples 128 tokens after prompts of 32 tokens with bfloat16 weights: `sample` is
-rlchat's, `generate()` that of transformers. The bytes of a step are those of the weights and of the keys and values
-that it reads. `ppo` runs iterations of 128 prompts, responses of 128 tokens, and 4 passes of 4 minibatches, in bfloat16
-mixed precision, each contestant in a separate process. The first iteration is left out, and medians are taken. Shares
-are those of the speeds that a product of two large matrices and a copy reach on this GPU. `packing` compares padded and
-packed batches: a forward and a backward pass of 12 layers of width 768 in bfloat16, by the share of tokens in a batch.
+The weights are random. `ppo` runs iterations of 128 prompts, responses of 128 tokens, and 4 passes of 4 minibatches,
+in bfloat16 mixed precision, each contestant in a separate process. The first iteration is left out, and medians are
+taken. The share of arithmetic is that of the speed that a product of two large matrices reaches on this GPU.
+`packing` compares padded and packed batches: a forward and a backward pass of 12 layers of width 768 in bfloat16, by
+the share of tokens in a batch.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,49 +65,6 @@ def weights_of(model: PreTrainedModel) -> tuple[int, int]:
     head = model.get_output_embeddings().weight.numel()
     positions = sum(x.numel() for name, x in model.named_parameters() if name.endswith("wpe.weight"))
     return sum(x.numel() for x in model.parameters()) - head - positions, head
-
-
-def generation(name: str, batches: list[int], peak: tuple[float, float]) -> Iterator[dict[str, Any]]:
-    """Tokens per second of both, by batch."""
-    from rlchat_side import make_tokenizer, save_initial
-
-    from rlchat.models.model_file import load_policy
-    from rlchat.models.sampling import Sampling, addressed_uniforms, generate
-
-    size = SIZES[name]
-    initial = initial_model(size, 0)
-    with tempfile.TemporaryDirectory() as folder:
-        save_initial(initial, size, Path(folder) / "initial.pt")
-        tokenizer = make_tokenizer(size, Path(folder))
-        model = load_policy(Path(folder) / "initial.pt").model.to("cuda", torch.bfloat16).eval()
-    model.unsayable[tokenizer.end_id] = True
-    theirs = initial.to("cuda", torch.bfloat16).eval()
-    trunk, head = weights_of(theirs)
-    for batch in batches:
-        ids = torch.randint(0, size.sayable, (batch, LONGEST_PROMPT), device="cuda")
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        uniforms = addressed_uniforms(0, 0, torch.arange(batch))
-        sampling = Sampling(size.response, 1.0)
-        ends: dict[str, Any] = {"end_id": tokenizer.end_id, "pad_id": tokenizer.pad_id}
-        words: dict[str, Any] = {"max_new_tokens": size.response, "min_new_tokens": size.response}
-        words |= {"do_sample": True, "top_k": 0, "pad_token_id": tokenizer.pad_id}
-        seconds = {
-            "sample": seconds_of(partial(generate, model, ids, mask, sampling, uniforms, **ends), 3),
-            "generate()": seconds_of(partial(theirs.generate, ids, attention_mask=mask.long(), **words), 3),
-        }
-        config = theirs.config
-        heads = size.key_heads or size.heads
-        cache = 2 * 2 * config.num_hidden_layers * heads * (size.width // size.heads)  # bytes of a token
-        read = 2 * (trunk + head) + batch * cache * (LONGEST_PROMPT + size.response / 2)
-        for who, s in seconds.items():
-            yield {
-                "size": name,
-                "batch": batch,
-                "contestant": who,
-                "tokens/s": round(batch * size.response / s),
-                "ms per step": round(1000 * s / size.response, 3),
-                "share of bandwidth": round(read / (s / size.response) / 1e12 / peak[1], 3),
-            }
 
 
 def update_flops(size: Size, critic: str) -> float:
@@ -182,9 +136,8 @@ def packing() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("generation", "ppo", "packing"))
+    parser.add_argument("what", choices=("ppo", "packing"))
     parser.add_argument("--size", choices=("G", "L"), nargs="+", default=["G", "L"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], help="for generation")
     parser.add_argument("--critic", choices=("shared", "separate"), nargs="+", default=["shared", "separate"])
     parser.add_argument("--trl", action="store_true", help="also run TRL's PPO")
     parser.add_argument("--iterations", type=int, default=4, help="per process; the first is left out")
@@ -197,11 +150,8 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
     for name in options.size:
-        if options.what == "generation":
-            rows = generation(name, options.batch, peak)
-        else:
-            rows = ppo(name, [*options.critic, *(["trl"] if options.trl else [])], options.iterations, peak)
-        for row in rows:
+        contestants = [*options.critic, *(["trl"] if options.trl else [])]
+        for row in ppo(name, contestants, options.iterations, peak):
             print(json.dumps(row), flush=True)
 
 
