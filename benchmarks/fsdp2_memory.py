@@ -3,10 +3,10 @@
     python benchmarks/fsdp2_memory.py
     python benchmarks/fsdp2_memory.py --processes 4 --layers 28
 
-PPO starts from a base model folder or from a model file, with a separate critic, on CPUs with gloo. Each configuration is
-built in two ways: with whole networks in every process (``trainer.init_module(empty_init=False)``), and with whole weights
-in the first process only, as the command line does. The peak is the resident memory of a process minus that after the
-imports. It contains the pages of files that are read through the page cache.
+PPO starts from a base model folder or from model files, with a separate critic, on CPUs with gloo (Linux). It is built
+in two ways: with whole networks in every process (``trainer.init_module(empty_init=False)``), and with whole weights in
+the first process only, as the command line does. The peak is the resident memory of a process minus that after the
+imports; pages of mapped files are part of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,16 +30,16 @@ SHAPE = {
 }
 ENCODING = {"tiktoken_encoding": "rlchat_1k", "max_length": 128}
 SOURCES: dict[str, dict[str, Any]] = {
-    "random weights": {**ENCODING, "base_model": SHAPE},
     "base model folder": {**ENCODING, "base_model": "base", "new_embeddings": True},
     "model file": {"init_from": "policy.pt"},
-    "model file, adapters": {"init_from": "policy.pt", "adapter": "lora"},
     "model file, critic_init": {"init_from": "policy.pt", "critic_init": "reward.pt"},
 }
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory_mb(entry: str) -> float:
+    """``VmRSS`` or its peak ``VmHWM``. The peak of ``getrusage`` would contain the memory of the starting process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(entry)).split()[1]) / 1024
 
 
 def build(name: str, everywhere: bool, layers: int, processes: int, folder: Path) -> None:
@@ -55,22 +54,19 @@ def build(name: str, everywhere: bool, layers: int, processes: int, folder: Path
 
     class Peak(L.Callback):
         def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            (folder / f"{trainer.global_rank}.json").write_text(json.dumps(peak_mb() - before))
+            (folder / f"{trainer.global_rank}.json").write_text(json.dumps(memory_mb("VmHWM") - before))
             trainer.strategy.barrier()
             os._exit(0)
 
     os.chdir(folder)
-    options = SOURCES[name]
-    if isinstance(options.get("base_model"), dict):
-        options = {**options, "base_model": {**SHAPE, "num_hidden_layers": layers}}
     quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    before = peak_mb()
+    before = memory_mb("VmRSS")
     trainer = L.Trainer(
         accelerator="cpu", devices=processes, strategy=FSDP2Strategy(), max_epochs=1, callbacks=[Peak()], **quiet
     )
     torch.manual_seed(0)
     with trainer.init_module(empty_init=False if everywhere else None):
-        module = PPOModule(**options, critic="separate", max_new_tokens=16)
+        module = PPOModule(**SOURCES[name], critic="separate", max_new_tokens=16)
     trainer.fit(module, torch.utils.data.DataLoader([0]))  # type: ignore[arg-type]
 
 

@@ -259,10 +259,10 @@ def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
     Raises:
         UserError: the reward model has a different encoding, or a smaller ``max_length`` than the policy.
     """
-    if critic_init is not None:
-        with weights_on_first() as weights:
-            reward_model = load_reward_model(critic_init, weights=weights)
-            critic = Critic.from_reward_model(reward_model.model)
+    if critic_init is None:
+        return bundle.critic or Critic(copy_sharing_frozen(bundle.model.backbone), bundle.model.hidden_dim)
+    with weights_on_first() as weights:
+        reward_model = load_reward_model(critic_init, weights=weights)
         if reward_model.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
             raise UserError(
                 f"critic_init {critic_init} and the policy have different encodings; use a reward model that was "
@@ -273,5 +273,4 @@ def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
                 f"critic_init {critic_init} has max_length {reward_model.max_length}, less than the policy's "
                 f"{bundle.max_length}; lower --model.max_length, or leave out --model.critic_init"
             )
-        return critic
-    return bundle.critic or Critic(copy_sharing_frozen(bundle.model.backbone), bundle.model.hidden_dim)
+        return Critic.from_reward_model(reward_model.model)
