@@ -101,7 +101,12 @@ def main() -> None:
     sizes = ["--processes", str(options.processes), "--layers", str(options.layers)]
     with tempfile.TemporaryDirectory() as place:
         weights = write_files(Path(place), options.layers)
-        print(f"{weights / 1e6:.0f} million weights, {4 * weights / 2**20:.0f} MB; MB of each process:", flush=True)
+        size = 4 * weights / 2**20
+        shards = 3 * size / options.processes
+        print(
+            f"{weights / 1e6:.0f} million weights, {size:.0f} MB; shards of three networks: {shards:.0f} MB per process"
+        )
+        print("MB of each process:", flush=True)
         for name in SOURCES:
             for where in ("everywhere", "first"):
                 words = [sys.executable, __file__, *sizes, "--build", name, where, place]
