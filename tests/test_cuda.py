@@ -12,6 +12,7 @@ from helpers.small_ppo import BACKBONES, ppo, prompts
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from rlchat.distributed.sharding import to_be_sharded
 from rlchat.distributed.strategies import FSDP2Strategy
 from rlchat.models.backbones import Backbone
 from rlchat.models.decoding import FixedDecoder, can_decode_fixed
@@ -165,4 +166,17 @@ def test_one_process_over_nccl(encoding: str, strategy: Any, monkeypatch: pytest
     alone = fit(ppo(encoding), batches=2)
     found = fit(ppo(encoding), batches=2, strategy=strategy if strategy == "ddp" else strategy())
     for name in ("train/reward", "train/policy_loss", "train/entropy"):
+        assert found[-1][name] == pytest.approx(alone[-1][name], abs=1e-4)
+
+
+def test_networks_are_sharded_from_whole_weights_over_nccl(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stage that is built to be sharded: the reference model and the critic share the policy's memory before."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    alone = fit(ppo(encoding, critic="separate"))
+    with to_be_sharded(first=True):
+        module = ppo(encoding, critic="separate")
+    found = fit(module, strategy=FSDP2Strategy())
+    for name in ("train/reward", "train/policy_loss", "train/value_loss", "train/kl"):
         assert found[-1][name] == pytest.approx(alone[-1][name], abs=1e-4)

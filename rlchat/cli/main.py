@@ -13,6 +13,7 @@ import warnings
 from argparse import ArgumentError
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name as import_object
 from typing import Any, cast, get_args
@@ -27,6 +28,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import LightningEnum
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich import get_console
 from rich.table import Table
 
@@ -46,7 +48,8 @@ from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configurat
 from rlchat.cli.trainer_options import check_checkpoint_keyword, check_trainer, check_trainer_for_ppo
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.distributed.collectives import is_first
-from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy
+from rlchat.distributed.sharding import to_be_sharded
+from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy, is_fsdp2
 from rlchat.errors import UserError
 from rlchat.ppo.module import PPOModule
 from rlchat.training.base import StageModule
@@ -151,6 +154,17 @@ class RLChatCLI(LightningCLI):
             raise UserError(
                 f"{module.__name__} does not generate responses; set --config to the configuration of a chat model"
             )
+
+    def instantiate_classes(self) -> None:
+        """With FSDP2, the networks of the module get their weights on the first process only, before they are sharded.
+
+        The processes have not joined yet. Their rank is known from the environment, except that the main process of
+        each further machine may take itself for the first one; its weights will be replaced.
+        """
+        sharded = is_fsdp2(self.config[self.config["subcommand"]]["trainer"])
+        first = getattr(rank_zero_only, "rank", 0) == 0
+        with to_be_sharded(first) if sharded else nullcontext():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds both loggers in one folder, a progress bar and atomic checkpoints, unless others are configured."""

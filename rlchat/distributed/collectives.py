@@ -1,9 +1,9 @@
-"""Collective operations between processes, and sharding of networks.
+"""Collective operations between processes, on values and on sharded tensors.
 
-Under DDP every process holds every network. Under FSDP2 (Zhao et al. 2023, arXiv 2304.11277; ``fully_shard`` of
-PyTorch) each process holds a part of every parameter, and a forward pass gathers the parts from all processes. All
-processes must therefore make the same forward passes in the same order. If one could stop earlier than another, they
-agree first (:func:`anywhere`).
+Under DDP every process holds every network. Under FSDP2 each process holds a part of every parameter (see
+:mod:`rlchat.distributed.sharding`), and a forward pass gathers the parts from all processes. All processes must
+therefore make the same forward passes in the same order. If one could stop earlier than another, they agree first
+(:func:`anywhere`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from rlchat.errors import UserError
 
 if TYPE_CHECKING:
     import lightning as L
-    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
@@ -92,36 +91,8 @@ def _joined() -> bool:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
-def shard_networks(module: L.LightningModule) -> None:
-    """Shards each network of ``module`` under the strategy ``fsdp2``; does nothing if they are sharded already.
-
-    Networks are sharded separately, so that they can run in any order. ``LightningModule.configure_model`` calls this.
-    """
-    if module.device_mesh is None:
-        return
-    for network in module.children():
-        if any(True for _ in network.parameters()) and not is_sharded(network):
-            shard(network, module.device_mesh["data_parallel"])
-
-
-def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards every parameter of ``network`` over the processes of ``mesh``; a forward pass gathers them.
-
-    Each block of a ``ModuleList`` is gathered when it runs, and freed afterwards. The other parameters (embeddings,
-    heads) stay gathered from the network's forward pass to the end of its backward pass, so that heads can be called on
-    the hidden states that forward returned. If heads were registered as separate forward methods, FSDP2 would reduce
-    the gradients of the embeddings before they are complete.
-    """
-    from torch.distributed.fsdp import fully_shard  # slow to import, and not needed for chat
-
-    for blocks in [part for part in network.modules() if isinstance(part, nn.ModuleList)]:
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh, reshard_after_forward=False)
-
-
 def is_sharded(network: nn.Module) -> bool:
-    """Whether processes share the parameters of ``network`` (see :func:`shard`)."""
+    """Whether processes share the parameters of ``network``; see :mod:`rlchat.distributed.sharding`."""
     return any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
+from rlchat.distributed.sharding import to_be_sharded
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
@@ -29,7 +31,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes of all nodes: ``--trainer.strategy fsdp2``.
 
     Lightning's own defaults would shard over nodes only, use the devices of a node for tensor parallelism, and write a
-    checkpoint as a folder. Networks are sharded by :func:`rlchat.distributed.collectives.shard_networks`.
+    checkpoint as a folder. Networks are sharded by :func:`rlchat.distributed.sharding.shard_networks`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -39,6 +41,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Sets the number of processes to shard over, which is only known here."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """The context ``trainer.init_module()``: a stage built in it has its weights on the first process only.
+
+        With ``empty_init`` False, every process builds whole networks. Lightning's meta device is never used, because
+        the weights have to come from somewhere.
+        """
+        with super().tensor_init_context(empty_init=False):
+            if empty_init is False:
+                yield
+                return
+            with to_be_sharded(first=self.global_rank == 0):
+                yield
 
 
 if FSDP2 not in StrategyRegistry:
@@ -66,8 +82,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def check_strategy(options: Mapping[str, Any]) -> None:
     """Raises :class:`UserError` if the Trainer's ``options`` have a strategy or precision that does not work."""
-    strategy = options.get("strategy")
-    name = strategy if isinstance(strategy, str) else str((strategy or {}).get("class_path", ""))
+    name = _name(options)
     if name in ("fsdp", "fsdp_cpu_offload") or name.endswith(".FSDPStrategy"):
         raise UserError(
             f"trainer.strategy {name}: FSDP1 is not supported, because it cannot run heads outside of forward or take "
@@ -76,6 +91,17 @@ def check_strategy(options: Mapping[str, Any]) -> None:
     if name.endswith(".ModelParallelStrategy"):
         raise UserError(f"trainer.strategy {name} is not supported; use {FSDP2}, which shards over all processes")
     precision = str(options.get("precision"))
-    if (name == FSDP2 or name.endswith(f".{FSDP2Strategy.__name__}")) and precision not in _SHARDED_PRECISIONS:
+    if is_fsdp2(options) and precision not in _SHARDED_PRECISIONS:
         # Each process would only see infinite gradients in its own shard, so processes would skip different steps.
         raise UserError(f"trainer.precision {precision} is not supported with {FSDP2}; use bf16-mixed or 32-true")
+
+
+def is_fsdp2(options: Mapping[str, Any]) -> bool:
+    """Whether the Trainer's ``options`` have the strategy :class:`FSDP2Strategy`."""
+    name = _name(options)
+    return name == FSDP2 or name.endswith(f".{FSDP2Strategy.__name__}")
+
+
+def _name(options: Mapping[str, Any]) -> str:
+    strategy = options.get("strategy")
+    return strategy if isinstance(strategy, str) else str((strategy or {}).get("class_path", ""))

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from rlchat.distributed.collectives import is_first, whole_state
+from rlchat.distributed.sharding import will_be_sharded
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.utils.imports import install_command
@@ -101,9 +102,14 @@ def add_adapter(backbone: Backbone, part: TrainedPart) -> None:
 
 
 def copy_sharing_frozen(network: M) -> M:
-    """A copy of ``network`` with the same frozen weights, in the same memory, and copies of the trained ones."""
-    frozen = {id(p): p for p in network.parameters() if not p.requires_grad}
-    return copy.deepcopy(network, {**frozen})
+    """A copy of ``network`` with the same frozen weights, in the same memory, and copies of the trained ones.
+
+    If the networks will be sharded, the trained weights are in the same memory too: the shards will be copies.
+    """
+    shared = {id(p): p for p in network.parameters() if not p.requires_grad}
+    if will_be_sharded():
+        shared |= {id(p): nn.Parameter(p.detach()) for p in network.parameters() if p.requires_grad}
+    return copy.deepcopy(network, {**shared})
 
 
 def merged_state(network: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
+from rlchat.distributed.collectives import gather_objects
 from rlchat.errors import UserError, one_line
 from rlchat.models.base_models import (
     LogitsForm,
@@ -28,6 +29,7 @@ from rlchat.models.base_models import (
     is_tied,
     logits_form,
     pretrained,
+    untrained,
 )
 from rlchat.models.causal_attention import causal_mask
 from rlchat.models.embeddings import rows_from
@@ -45,7 +47,9 @@ class Backbone(nn.Module):
     from the rows ``rows[i]`` of the base model, or from random values where there are none (see
     :func:`rlchat.models.vocabulary.plan_rows`). ``attention`` is an attention implementation of transformers; None is
     sdpa, or eager where the family has no sdpa. Raises :class:`UserError` for a model that cannot be loaded, has too
-    few positions, or fails the probe.
+    few positions, or fails the probe. Without ``weights`` it only has the shape; it is not probed, and
+    :meth:`follow_first` takes over what the first process has found. For this, build it in
+    :func:`rlchat.distributed.sharding.weights_on_first`.
     """
 
     _family: EncoderFamily | None  # None for a decoder
@@ -61,6 +65,7 @@ class Backbone(nn.Module):
         max_length: int,
         rows: Sequence[Sequence[int]] | None = None,
         attention: str | None = None,
+        weights: bool = True,
     ) -> None:
         super().__init__()
         config = configuration(base_model, vocab_size, max_length)
@@ -71,7 +76,7 @@ class Backbone(nn.Module):
             )
         self._family = encoder_families().get(config.model_type)
         if isinstance(base_model, str):
-            base = pretrained(base_model, config, attention)
+            base = pretrained(base_model, config, attention) if weights else untrained(config, attention)
             self.transformer, self.logits_form = base.trunk, base.form
             self._fit_vocabulary(base.head, rows or [()] * vocab_size)
         else:
@@ -79,7 +84,8 @@ class Backbone(nn.Module):
             self.logits_form = logits_form(config)
         self.transformer.config.rlchat_logits = list(self.logits_form)
         _prepare(self.transformer)
-        probe(self, max_length)
+        if weights:
+            probe(self, max_length)
 
     @classmethod
     def from_config_json(cls, text: str) -> Backbone:
@@ -105,6 +111,13 @@ class Backbone(nn.Module):
                 f"invalid value {attention!r} for attn_implementation: {config.model_type} cannot run with it "
                 f"({one_line(error)})"
             ) from error
+
+    def follow_first(self) -> None:
+        """Packs batches if the first process does, where the backbone was probed. A collective."""
+        packs, attention = gather_objects((self._packs, self.transformer.config._attn_implementation))[0]
+        if attention != self.transformer.config._attn_implementation:
+            self.transformer.set_attn_implementation(attention)
+        self._packs = packs
 
     def config_json(self) -> str:
         """The shape of the backbone, for :meth:`from_config_json`."""

@@ -107,21 +107,39 @@ def pretrained(name: str, config: PretrainedConfig, attention: str | None = None
     """
     options: dict[str, Any] = {"attn_implementation": attention_name(config, attention), "dtype": torch.float32}
     options |= NO_CODE
-    if config.model_type in encoder_families() or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not _has_head(config):
         model, _ = _fetch(name, lambda: AutoModel.from_pretrained(name, output_loading_info=True, **options))
         return Pretrained(model, None, LogitsForm())
     loaded: Any = _fetch(name, lambda: AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options))
     whole, report = loaded
-    trunk, head = whole.base_model, whole.get_output_embeddings()
-    assert isinstance(trunk, PreTrainedModel)
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"base_model {name}: its weights lack {missing[0]} and {len(missing) - 1} more tensors of a "
             f"{config.model_type} model; download it again"
         )
+    parts = _parts(whole, config)
+    _check_logits(name, whole, parts.trunk, parts.form, whole.get_output_embeddings())
+    return parts
+
+
+def untrained(config: PretrainedConfig, attention: str | None = None) -> Pretrained:
+    """A model of the shape that :func:`pretrained` returns for ``config``, without the weights."""
+    options: dict[str, Any] = {"attn_implementation": attention_name(config, attention), "dtype": torch.float32}
+    if not _has_head(config):
+        return Pretrained(AutoModel.from_config(config, **options), None, LogitsForm())
+    return _parts(AutoModelForCausalLM.from_config(config, **options), config)
+
+
+def _has_head(config: PretrainedConfig) -> bool:
+    """Whether transformers has a causal language model of the family, whose output layer is used."""
+    return config.model_type not in encoder_families() and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _parts(whole: Any, config: PretrainedConfig) -> Pretrained:
+    trunk, head = whole.base_model, whole.get_output_embeddings()
+    assert isinstance(trunk, PreTrainedModel)
     form = logits_form(config)._replace(bias=getattr(head, "bias", None) is not None)
     tied = is_tied(whole)
-    _check_logits(name, whole, trunk, form, head)
     assert tied or isinstance(head, nn.Linear)
     return Pretrained(trunk, None if tied else head, form)
 

@@ -101,38 +101,44 @@ def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle) -> None:
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> PolicyBundle:
+def load_policy(path: str | Path, device: str | torch.device = "cpu", weights: bool = True) -> PolicyBundle:
     """The chat model in ``path``, in eval mode.
+
+    Without ``weights`` it only has the shape: the file's weights are neither read nor checked, and ``device`` is not
+    used. For this, call it in :func:`rlchat.distributed.sharding.weights_on_first`.
 
     Raises:
         UserError: the file is missing, damaged, or holds another kind of model.
     """
-    content = _read(path, "policy")
+    content = _read(path, "policy", weights)
     tokenizer = _tokenizer(content, path)
-    model = _load(path, content, lambda part: new_policy(_backbone(part), tokenizer, part["hidden_dim"]))
+    model = _load(path, content, lambda part: new_policy(_backbone(part), tokenizer, part["hidden_dim"]), weights)
     critic: Critic | None = None
     if (part := content.get("critic")) is not None:
         if not isinstance(part, dict):
             raise UserError(f"{path}: damaged model file, critic is {_shown(part)}, expected dict")
-        _check_types(part, {name: _TYPES[name] for name in ("backbone", "hidden_dim", "state")}, path)
-        critic = _load(path, part, lambda part: Critic(_backbone(part), part["hidden_dim"]))
-        critic = critic.to(device).eval()
-    check_cache_is_used(model.backbone)
-    return PolicyBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"], critic)
+        _check_types(part, {name: _TYPES[name] for name in ("backbone", "hidden_dim", "state")}, path, weights)
+        critic = _load(path, part, lambda part: Critic(_backbone(part), part["hidden_dim"]), weights).eval()
+    if weights:
+        check_cache_is_used(model.backbone)
+        model, critic = model.to(device), critic and critic.to(device)
+    return PolicyBundle(model.eval(), tokenizer, content["max_length"], content["about"], critic)
 
 
-def load_reward_model(path: str | Path, device: str | torch.device = "cpu") -> RewardBundle:
-    """The reward model in ``path``, in eval mode.
+def load_reward_model(path: str | Path, device: str | torch.device = "cpu", weights: bool = True) -> RewardBundle:
+    """The reward model in ``path``, in eval mode; ``weights`` as in :func:`load_policy`.
 
     Reward models and critics run without a KV cache, so only :func:`load_policy` checks that the cache is used.
 
     Raises:
         UserError: the file is missing, damaged, or holds another kind of model.
     """
-    content = _read(path, "reward")
+    content = _read(path, "reward", weights)
     tokenizer = _tokenizer(content, path)
-    model = _load(path, content, lambda part: RewardModel(_backbone(part)))
-    return RewardBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"])
+    model = _load(path, content, lambda part: RewardModel(_backbone(part)), weights)
+    if weights:
+        model = model.to(device)
+    return RewardBundle(model.eval(), tokenizer, content["max_length"], content["about"])
 
 
 def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0) -> RLChatModel:
@@ -140,7 +146,7 @@ def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0
     return RLChatModel(backbone, tokenizer.unsayable_ids, hidden_dim)
 
 
-def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
+def _read(path: str | Path, kind: Kind, weights: bool) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such model file; train one with `rlchat demo` or `rlchat fit`, or fix the path")
@@ -148,7 +154,8 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # from torch, about pickles of other programs
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # A tensor of a mapped file takes no memory until its values are read.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=not weights)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: contains something other than tensors and plain values, or is damaged; it was not loaded"
@@ -162,7 +169,7 @@ def _read(path: str | Path, kind: Kind) -> dict[str, Any]:
         raise UserError(f"{path}: unsupported model file version {found}, expected 1 or {VERSION}; update rlchat")
     if missing := sorted(_TYPES.keys() - content.keys()):
         raise UserError(f"{path}: incomplete model file, {', '.join(missing)} missing; create it again")
-    _check_types(content, _TYPES, path)
+    _check_types(content, _TYPES, path, weights)
     if content["kind"] not in _NAMES:
         raise UserError(f"{path}: unknown kind of model {content['kind']!r}; update rlchat or create the file again")
     if content["kind"] != kind:
@@ -181,7 +188,7 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path}: expands to {size:,} bytes, more than the size of the file; not an rlchat model file")
 
 
-def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Path) -> None:
+def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Path, weights: bool) -> None:
     for name, expected in types.items():
         value = content.get(name)
         if not isinstance(value, expected) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
@@ -191,7 +198,7 @@ def _check_types(content: dict[str, Any], types: dict[str, type], path: str | Pa
             raise UserError(f"{path}: damaged model file, weight {name} is {_shown(tensor)}, expected a tensor")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: damaged model file, weight {name} is larger than its stored data")
-        if not _is_finite(tensor):
+        if weights and not _is_finite(tensor):
             raise UserError(f"{path}: weight {name} has NaN or infinite values; training diverged, use another file")
 
 
@@ -223,8 +230,8 @@ def _backbone(part: dict[str, Any]) -> Backbone:
     return Backbone.from_config_json(part["backbone"])
 
 
-def _load(path: str | Path, part: dict[str, Any], build: Callable[[dict[str, Any]], M]) -> M:
-    """``build(part)`` with the weights of ``part``.
+def _load(path: str | Path, part: dict[str, Any], build: Callable[[dict[str, Any]], M], weights: bool) -> M:
+    """``build(part)`` with the weights of ``part``, if ``weights`` is set.
 
     The model is first built without memory (on the device ``meta``) and compared with the weights: the shape in a
     small damaged file may need any amount of memory.
@@ -256,5 +263,6 @@ def _load(path: str | Path, part: dict[str, Any], build: Callable[[dict[str, Any
     if others > _LARGEST_BUFFERS:
         raise UserError(f"{path}: damaged model file, its configuration asks for {others:,} bytes of buffers")
     model = build(part)
-    model.load_state_dict(state)
+    if weights:
+        model.load_state_dict(state)
     return model

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import PromptBatch
 from rlchat.distributed.collectives import anywhere, raise_everywhere
+from rlchat.distributed.sharding import weights_on_first
 from rlchat.errors import UserError
 from rlchat.models.adapters import copy_sharing_frozen, freeze
 from rlchat.models.model_file import PolicyBundle, load_reward_model
@@ -258,8 +259,10 @@ def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
     Raises:
         UserError: the reward model has a different encoding, or a smaller ``max_length`` than the policy.
     """
-    if critic_init is not None:
-        reward_model = load_reward_model(critic_init)
+    if critic_init is None:
+        return bundle.critic or Critic(copy_sharing_frozen(bundle.model.backbone), bundle.model.hidden_dim)
+    with weights_on_first() as weights:
+        reward_model = load_reward_model(critic_init, weights=weights)
         if reward_model.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
             raise UserError(
                 f"critic_init {critic_init} and the policy have different encodings; use a reward model that was "
@@ -271,4 +274,3 @@ def _new_critic(bundle: PolicyBundle, critic_init: str | None) -> Critic:
                 f"{bundle.max_length}; lower --model.max_length, or leave out --model.critic_init"
             )
         return Critic.from_reward_model(reward_model.model)
-    return bundle.critic or Critic(copy_sharing_frozen(bundle.model.backbone), bundle.model.hidden_dim)

@@ -6,11 +6,10 @@ import hashlib
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -19,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
-from rlchat.distributed.collectives import anywhere, global_sum, is_first, shard_networks, whole
+from rlchat.distributed.collectives import anywhere, global_sum, is_first, whole
 from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel, RLChatModel, TokenStats
@@ -29,7 +28,8 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.guard import NonFiniteGuard
 from rlchat.training.optimizers import follow_schedule, make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
-from rlchat.training.parts import PartCheckpoint, omitted_weights, prepare_backbone
+from rlchat.training.parts import PartCheckpoint, prepare_backbone
+from rlchat.training.sharded import ShardableModule
 from rlchat.training.tally import Tally
 from rlchat.utils.padding import pad
 
@@ -46,7 +46,7 @@ _KEPT_ON_RESUME = ("learning_rate", "weight_decay", "adam_eps", "adam_beta2")
 _DIVERGED = 3.0
 
 
-class StageModule(L.LightningModule):
+class StageModule(ShardableModule):
     """A LightningModule with rlchat's options, optimizer, held-out metrics and model file.
 
     Subclasses set the class attributes and implement ``training_step``, ``validation_step``, ``data_needs`` and
@@ -92,14 +92,6 @@ class StageModule(L.LightningModule):
     def bundle(self) -> PolicyBundle | RewardBundle:
         """The model in its current state, with everything that is needed to use it."""
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch, but frozen weights that checkpoints do not contain are not reported as missing."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        if found.missing_keys:
-            omitted = omitted_weights(self)
-            found.missing_keys[:] = [name for name in found.missing_keys if name not in omitted]
-        return found
-
     def about(self) -> dict[str, Any]:
         """The origin of the model file, as plain values."""
         return {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
@@ -107,10 +99,6 @@ class StageModule(L.LightningModule):
     def save_bundle(self, path: str | Path) -> None:
         """Writes the model file; see :mod:`rlchat.models.model_file`. A collective."""
         save_bundle(path, self.bundle())
-
-    def configure_model(self) -> None:
-        """Shards the networks if the strategy is FSDP2."""
-        shard_networks(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a learning rate schedule over the batches of the run."""

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from rlchat.distributed.sharding import weights_on_first
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
@@ -37,6 +38,8 @@ def open_policy(
 ) -> PolicyBundle:
     """A chat model from the model file ``init_from``, or a new one with the backbone ``base_model``.
 
+    In a stage that will be sharded, it has weights on the first process only; see :mod:`rlchat.distributed.sharding`.
+
     Raises:
         UserError: if the other options contradict the model file, or the base model cannot be used.
     """
@@ -48,8 +51,9 @@ def open_policy(
         length = max_length or DEFAULT_MAX_LENGTH
         plan = plan_rows(base_model, tokenizer, new_embeddings)
         rows = None if plan is None else plan.sources
-        backbone = Backbone(base_model, tokenizer.vocab_size, length, rows, attn_implementation)
-        return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
+        with weights_on_first() as weights:
+            backbone = Backbone(base_model, tokenizer.vocab_size, length, rows, attn_implementation, weights)
+            return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
     if new_embeddings or chat_format is not None:
         option = "new_embeddings" if new_embeddings else "chat_format"
         raise UserError(f"{option} applies to a new model, and init_from {init_from} is a trained one; leave it out")
@@ -58,7 +62,8 @@ def open_policy(
             f"base_model and init_from {init_from} cannot be combined, because the model file contains a backbone; "
             f"set --model.base_model null, or leave out --model.init_from"
         )
-    bundle = load_policy(init_from)
+    with weights_on_first() as weights:
+        bundle = load_policy(init_from, weights=weights)
     if attn_implementation is not None:
         bundle.model.backbone.set_attention(attn_implementation)
     _check_encoding(init_from, bundle.tokenizer, tiktoken_encoding)

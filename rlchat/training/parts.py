@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
+from rlchat.distributed.collectives import gather_objects
+from rlchat.distributed.sharding import has_weights
 from rlchat.errors import UserError
 from rlchat.models.adapters import (
     add_adapter,
@@ -46,13 +48,21 @@ class PartCheckpoint:
 
     def __init__(self, network: nn.Module, options: StageOptions) -> None:
         self._whole = options.trained_part.is_everything
-        self._digest = "" if self._whole else frozen_digest(network)
+        self._digest = ""
+        self.include(network)
         announce_part(network, options.trained_part)
 
     def include(self, network: nn.Module) -> None:
-        """Adds the frozen weights of another network, a separate critic, to those that a checkpoint is checked for."""
-        if not self._whole:
+        """Adds the frozen weights of ``network``, such as a separate critic, to those that a checkpoint is checked for.
+
+        A process without weights gets the digest from the first one, by :meth:`follow_first`.
+        """
+        if not self._whole and has_weights():
             self._digest += frozen_digest(network)
+
+    def follow_first(self) -> None:
+        """Takes over the digest of the first process. A collective."""
+        self._digest = gather_objects(self._digest)[0]
 
     def on_save(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Removes the frozen weights of backbones and reference model from ``checkpoint``, and adds their digest."""

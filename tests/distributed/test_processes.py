@@ -105,6 +105,13 @@ def test_fsdp2_resumes_exactly(runs: Path) -> None:
     assert differences(whole_run, resumed) == []
 
 
+def test_fsdp2_builds_networks_with_weights_in_the_first_process(runs: Path) -> None:
+    """DDP in every process."""
+    assert int((runs / "fsdp2-few" / "built.0").read_text()) > 0
+    assert (runs / "fsdp2-few" / "built.1").read_text() == "0"
+    assert (runs / "ddp-ppo" / "built.0").read_text() == (runs / "ddp-ppo" / "built.1").read_text()
+
+
 def test_fsdp2_saves_whole_models(runs: Path) -> None:
     """The model file of two processes, each with a part of the model, equals that of one process."""
     one, two = (

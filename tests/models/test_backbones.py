@@ -12,6 +12,9 @@ from torch.distributed.utils import _to_kwargs
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -24,6 +27,7 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
+from rlchat.distributed.sharding import to_be_sharded, weights_on_first
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.causal_attention import causal_mask
@@ -337,6 +341,32 @@ def test_a_reloaded_backbone_has_the_shape_in_its_json(tmp_path: Path) -> None:
         twin = Backbone.from_config_json(backbone.config_json())
         twin.load_state_dict(backbone.state_dict())
         assert twin.vocab_size == 35
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "distilbert"])
+def test_a_backbone_without_weights_has_the_same_shape(family: str, tmp_path: Path) -> None:
+    """Untied, tied, with a bias of the output layer, and an encoder."""
+    torch.manual_seed(0)
+    shape = {"gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 8}}.get(family) or FAMILIES[family]
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    config = AutoConfig.for_model(family, vocab_size=30, max_position_embeddings=POSITIONS, **shape, **ids)
+    auto = AutoModel if family == "distilbert" else AutoModelForCausalLM
+    folder = saved(auto.from_config(config).bfloat16(), tmp_path)
+    whole = Backbone(folder, 35, POSITIONS, rows=KEPT)
+    with to_be_sharded(first=False), weights_on_first() as weights:
+        empty = Backbone(folder, 35, POSITIONS, rows=KEPT, weights=weights)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    described = [
+        {name: (weight.shape, weight.dtype) for name, weight in backbone.state_dict().items()}
+        for backbone in (whole, empty)
+    ]
+    assert described[0] == described[1]
+    assert whole.config_json() == empty.config_json()
+    assert whole.logits_form == empty.logits_form
+    assert empty.logits_form.bias == (family == "gptj")
+    for (name, table), (other, expected) in zip(empty.named_buffers(), whole.named_buffers(), strict=True):
+        assert name == other
+        assert torch.equal(table, expected)
 
 
 def test_half_precision_weights_are_trained_in_float32(tmp_path: Path) -> None:

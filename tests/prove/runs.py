@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 # The outputs of a run in the folder `trainer.default_root_dir`: `trace.<rank>.jsonl` has for each training batch its
 # metrics, the sampled responses, and hashes of the weights and the optimizer; with `dump`, `steps` has the
-# weights before each optimizer step and after the last. An untrained model hardly ever ends a response: with `unequal`,
-# responses are truncated at a length that depends on their global number; and in the second iteration, every second one
-# (all of the second of two processes) consists of the end marker only.
+# weights before each optimizer step and after the last; `built.<rank>` has the number of weights that the process held
+# when the networks were built, before they were sharded. An untrained model hardly ever ends a response: with
+# `unequal`, responses are truncated at a length that depends on their global number; and in the second iteration, every
+# second one (all of the second of two processes) consists of the end marker only.
 WITNESS = """
 import hashlib, json
 from dataclasses import replace
@@ -48,6 +49,9 @@ class Witness(Callback):
 
     def setup(self, trainer, module, stage):
         generate = getattr(module, "generate", None)
+        built = Path(trainer.default_root_dir, f"built.{trainer.global_rank}")
+        built.parent.mkdir(parents=True, exist_ok=True)
+        built.write_text(str(sum(weight.numel() for weight in module.parameters() if not weight.is_meta)))
 
         def watched(ids, *rest):
             generated = generate(ids, *rest)
