@@ -52,9 +52,8 @@ class Rollout:
     @property
     def kl(self) -> Tensor:
         """[N] the KL to the reference model in nats per response: the sum of k1 over its tokens."""
-        kl = torch.zeros(len(self.replies), dtype=torch.float32, device=self.ids.device)
-        mask = self.response_mask
-        return kl.index_add(0, self.response_index[mask], (self.old_logprobs - self.ref_logprobs)[mask].float())
+        kl, mask = self.old_logprobs.new_zeros(len(self.replies)), self.response_mask
+        return kl.index_add(0, self.response_index[mask], (self.old_logprobs - self.ref_logprobs)[mask])
 
     def rows(self, factors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """One row of plain values per response: prompt, text, why it ended, reward by factor, KL, first value."""
@@ -246,7 +245,7 @@ class RolloutModule(PolicyModule):
             values = self.critic(ids, attention_mask)[:, :-1][sampled[:, 1:]]
         else:
             values = model.values(before)
-        zeros = torch.zeros(response_mask.shape, dtype=torch.float32, device=ids.device)
+        zeros = stats.logprobs.new_zeros(response_mask.shape)
         # Row by row, the n-th sampled token of [B, T] is the n-th True entry of the response mask [B, R].
         return TokenEvaluation(
             *(zeros.masked_scatter(response_mask, x) for x in (stats.logprobs, stats.entropy, values))

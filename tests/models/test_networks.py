@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from rlchat.models.backbones import Backbone
 from rlchat.models.base_models import LogitsForm
 from rlchat.models.networks import RewardModel, RLChatModel, value_head
-from rlchat.models.token_stats import Head, token_stats
+from rlchat.models.token_stats import Head, cuda_products, is_lower_precision, token_stats
 
 VOCABULARY = 12
 UNSAYABLE = [0, 7, 11]
@@ -139,6 +140,115 @@ def test_gradients_equal_those_of_plain_operations(
         for logprobs, entropy in ((stats.logprobs, stats.entropy), expected)
     )
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_an_unsayable_target_has_only_the_gradient_of_the_others() -> None:
+    """Its own logit is a constant, so that d log p / d l_i = -p_i, as with plain operations on a filled tensor."""
+    model, hidden, targets = policy(), hidden_states(3), torch.tensor([7, 2, 0])
+    weight = model.backbone.head_weight
+    coefs = torch.tensor([1.0, 2.0, -3.0])
+    logits = (hidden @ weight.T).masked_fill(model.unsayable.bool(), -1e30) / 0.8
+    plain = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    stats = model.token_stats(hidden, targets, 0.8)
+    torch.testing.assert_close(stats.logprobs, plain)
+    found, wanted = (torch.autograd.grad((coefs * x).sum(), [hidden, weight]) for x in (stats.logprobs, plain))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_each_of_the_most_likely_tokens_is_correct() -> None:
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [9.0]])
+    head = Head(weight, None, LogitsForm(), torch.tensor([False] * 4 + [True]), 1.0)  # token 4 is unsayable
+    stats = token_stats(torch.ones(4, 1, requires_grad=True), torch.arange(4), head)
+    assert stats.correct.tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert not stats.correct.requires_grad
+
+
+def test_gradients_in_bfloat16_are_computed_in_float32() -> None:
+    """They equal float32 gradients of the same numbers, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    rounded = [torch.randn(*size, generator=generator).bfloat16() for size in ((40, 8), (VOCABULARY, 8), (VOCABULARY,))]
+    unsayable = torch.tensor([i in UNSAYABLE for i in range(VOCABULARY)])
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, bias = (x.to(dtype).requires_grad_() for x in rounded)
+        stats = token_stats(hidden, torch.full((40,), 3), Head(weight, bias, LogitsForm(bias=True), unsayable, 1.0))
+        gradients.append(torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), [hidden, weight, bias]))
+    for full, half in zip(*gradients, strict=True):
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half, full.bfloat16(), atol=0, rtol=2**-8)
+
+
+class Records(LogitsForm):
+    """Keeps the shapes of the blocks."""
+
+    shapes: list[tuple[int, ...]]
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        Records.shapes.append(tuple(logits.shape))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "least", "widths"),
+    [(4, 1, [5, 5, 2]), (7, 1, [2] * 6), (7, 4, [4, 4, 4]), (21, 1, [1] * 12), (0, 1, [12])],
+)
+def test_a_block_has_a_limited_number_of_logits(
+    tokens: int, least: int, widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 logits here: 4 tokens times 5 columns; it is not narrower than the least width."""
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_BLOCK", 20)
+    monkeypatch.setattr("rlchat.models.token_stats._MIN_BLOCK_WIDTH", least)
+    Records.shapes = []
+    head = Head(torch.ones(VOCABULARY, 3), None, Records(), torch.zeros(VOCABULARY, dtype=torch.bool), 1.0)
+    token_stats(torch.ones(tokens, 3), torch.zeros(tokens, dtype=torch.long), head)
+    assert Records.shapes == [(tokens, width) for width in widths]
+
+
+@pytest.mark.parametrize(("kept", "computed"), [(7 * VOCABULARY, 1), (7 * VOCABULARY - 1, 2)])
+def test_logits_are_computed_again_only_if_they_were_not_kept(
+    kept: int, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlchat.models.token_stats._MOST_KEPT_LOGITS", kept)
+    Records.shapes = []
+    hidden = torch.ones(7, 3, requires_grad=True)
+    head = Head(torch.ones(VOCABULARY, 3), None, Records(), torch.zeros(VOCABULARY, dtype=torch.bool), 1.0)
+    token_stats(hidden, torch.zeros(7, dtype=torch.long), head).logprobs.sum().backward()
+    assert Records.shapes == [(7, VOCABULARY)] * computed
+
+
+@pytest.mark.parametrize(("precision", "newer"), [("high", "tf32"), ("highest", "ieee")])
+def test_the_precision_of_products_on_cuda(precision: Literal["high", "highest"], newer: str) -> None:
+    """Set in the context and restored after it, with PyTorch's older switch and its newer one."""
+    for before in ("highest", "medium"):
+        torch.set_float32_matmul_precision(before)
+        try:
+            with suppress(KeyError), cuda_products(precision):
+                assert torch.get_float32_matmul_precision() == precision
+                raise KeyError
+            assert torch.get_float32_matmul_precision() == before
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        return
+    default = matmul.fp32_precision
+    try:
+        for before in ("tf32", "ieee"):
+            matmul.fp32_precision = before
+            with suppress(KeyError), cuda_products(precision):
+                assert matmul.fp32_precision == newer
+                raise KeyError
+            assert matmul.fp32_precision == before
+    finally:
+        matmul.fp32_precision = default
+
+
+def test_where_the_backbone_computes_in_lower_precision() -> None:
+    weight = torch.ones(1)
+    assert not is_lower_precision(weight)
+    assert is_lower_precision(weight.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_lower_precision(weight)
 
 
 def test_no_gradient_for_a_frozen_head() -> None:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models.test_backbones import build, every_family
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlchat.models.backbones import Backbone
-from rlchat.models.packing import plan_packing
+from rlchat.models.packing import PACKABLE_SDPA, check_plain, packed_attention, plan_packing
 
 NEVER_PACKED = {"mistral"}  # a sliding window
 
@@ -44,6 +46,76 @@ def test_equal_tokens_after_a_difference_are_not_shared() -> None:
     assert packing.source[0].tolist() == [0, 1, 2]
     assert packing.source[1].tolist() == [0, 3, 4]
     assert packing.source[2, :2].tolist() == [0, 5]
+
+
+def test_a_row_of_padding_only_has_any_token() -> None:
+    """The index is valid, also where no token comes before."""
+    packing = plan_packing(*batch("", "ab", "a"))
+    assert packing is not None
+    assert packing.cells.tolist() == [2, 3]
+    assert packing.source[1].tolist() == [0, 1]
+    assert packing.source[2, 0] == 0
+    assert ((packing.source >= 0) & (packing.source < 2)).all()
+    assert packing.spread(torch.tensor([[5.0, 6.0], [7.0, 8.0]])).shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_of_packed_tokens_by_plain_operations(heads: int, scaling: float | None) -> None:
+    """Four query heads, which share ``heads`` heads of keys and values; a token attends to its row so far."""
+    ids, mask = batch("abcd", "abe", "abef")
+    packing = plan_packing(ids, mask)
+    assert packing is not None
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, n, 6, 8, generator=generator) for n in (4, heads, heads))
+    out = packed_attention(query, key, value, packing, scaling, 0.0)
+    assert out.shape == (1, 6, 4, 8)
+    rows = [[0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]  # the packed tokens of each row
+    for row in rows:
+        for end, token in enumerate(row, 1):
+            for head in range(4):
+                keys, values = (x[0, head * heads // 4, row[:end]] for x in (key, value))
+                scores = keys @ query[0, head, token] * (scaling or 8**-0.5)
+                torch.testing.assert_close(out[0, token, head], scores.softmax(0) @ values, atol=1e-5, rtol=1e-5)
+
+
+def test_the_attention_function_passes_its_arguments_on() -> None:
+    """At a dropout of 1, all weights are dropped."""
+    packing = plan_packing(*batch("ab", "a"))
+    assert packing is not None
+    x = torch.ones(1, 2, 2, 4)
+    attention = AttentionInterface()[PACKABLE_SDPA]
+    for dropout, expected in ((0.0, 1.0), (1.0, 0.0)):
+        out, _ = attention(torch.nn.Module(), x, x, x, None, dropout=dropout, rlchat_packing=packing)
+        torch.testing.assert_close(out, torch.full((1, 2, 2, 4), expected))
+    y = torch.randn(1, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    out, _ = attention(torch.nn.Module(), y, y, y, None, scaling=0.3, rlchat_packing=packing)
+    torch.testing.assert_close(out, packed_attention(y, y, y, packing, 0.3, 0.0))
+    with pytest.raises(NotImplementedError, match="softcap"):
+        attention(torch.nn.Module(), y, y, y, None, softcap=2.0, rlchat_packing=packing)
+
+
+def test_without_a_packing_it_is_the_attention_of_transformers() -> None:
+    """With all its arguments: two query heads share a head here, and ``is_causal`` is not the module's own."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, n, 3, 8, generator=generator) for n in (4, 2, 2))
+    mask = torch.tensor([[0.0, -1.0, 2.0]] * 3)[None, None]
+    attention = AttentionInterface()[PACKABLE_SDPA]
+    for more in ({"attention_mask": mask}, {"attention_mask": None, "is_causal": False}, {"attention_mask": None}):
+        expected, _ = sdpa_attention_forward(module, query, key, value, scaling=0.3, **more)  # type: ignore[arg-type]
+        found, _ = attention(module, query, key, value, scaling=0.3, **more)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    dropped, _ = attention(module, query, key, value, mask, dropout=1.0)
+    assert not dropped.any()
+
+
+@pytest.mark.parametrize("option", ["sliding_window", "softcap", "s_aux", "position_bias"])
+def test_attention_that_is_not_plain_is_refused(option: str) -> None:
+    check_plain({option: None, "is_causal": True})
+    with pytest.raises(NotImplementedError, match=f"^its attention uses {option}$"):
+        check_plain({option: 4})
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=6))

@@ -85,6 +85,8 @@ def rows(*numbers: int) -> Tensor:
         ([0.0, 0.0, 1.0, 0.0], BELOW_ONE, 2),
         ([0.0, 0.5, 0.0, 0.5, 0.0], 0.5, 3),
         ([1.0], BELOW_ONE, 0),
+        ([0.5, 0.25], 0.6, 0),  # shares of the sum: 0.45 and 0.525 of 0.75
+        ([0.5, 0.25], 0.7, 1),
     ],
 )
 def test_inverse_cdf_by_hand(probabilities: list[float], uniform: float, token: int) -> None:
@@ -290,6 +292,49 @@ def test_tokens_come_one_by_one_and_the_caller_may_stop() -> None:
     assert model.position == 2  # no step is computed in advance
 
 
+def test_the_mask_and_the_logprobs_of_a_row_that_has_ended() -> None:
+    """All logits are equal: 0.94 draws the end marker, token 22 of 24, and 0 draws token 0."""
+    fed: list[tuple[Any, Any]] = []
+
+    def decode(ids: Tensor, mask: Tensor) -> Tensor:
+        fed.append((ids.tolist(), mask.int().tolist()))
+        return torch.zeros(2, VOCABULARY)
+
+    ids, mask = pad([[5], [6, 7]], PAD, "left")
+    noise = torch.tensor([[0.0, 0.0], [0.94, 0.0], [0.0, 0.0], [0.0, 0.94]])
+    steps = list(sample(policy(), ids, mask, Sampling(8, 1.0), lambda i: noise[i], **ENDS, decode=decode))
+    assert [step.tokens.tolist() for step in steps] == [[0, 0], [END, 0], [PAD, 0], [PAD, END]]
+    assert fed == [
+        ([[PAD, 5], [6, 7]], [[0, 1], [1, 1]]),
+        ([[0], [0]], [[0, 1, 1], [1, 1, 1]]),
+        ([[END], [0]], [[0, 1, 1, 1], [1, 1, 1, 1]]),
+        ([[PAD], [0]], [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),  # nothing attends to what follows the end marker
+    ]
+    one = -math.log(VOCABULARY)
+    for step, expected in zip(steps, [[one, one], [one, one], [0, one], [0, one]], strict=True):
+        torch.testing.assert_close(step.logprobs, torch.tensor(expected))
+
+
+def test_the_caller_sees_the_logits_and_decides_when_to_stop() -> None:
+    model = Script([[1, END, 7, 8], [2, 3, END, 9]])
+    likeliest: list[list[int]] = []
+    unfinished: list[list[bool]] = []
+
+    def goes_on(alive: Tensor) -> bool:
+        unfinished.append(alive.tolist())
+        return len(unfinished) < 4
+
+    def observe(logits: Tensor) -> None:
+        likeliest.append(logits.argmax(-1).tolist())
+
+    ids, mask = pad(PROMPTS[:2], PAD, "left")
+    noise = generator_uniforms(torch.Generator(), 2)
+    steps = sample(model, ids, mask, Sampling(3, 1.0), noise, **ENDS, goes_on=goes_on, observe=observe)
+    assert [step.tokens.tolist() for step in steps] == [[1, 2], [END, 3], [PAD, END], [PAD, PAD]]
+    assert unfinished == [[True, True], [False, True], [False, False], [False, False]]
+    assert likeliest == [[1, 2], [END, 3], [7, END], [8, 9]]
+
+
 @every_family
 def test_sampling_continues_from_a_cache(family: str) -> None:
     """Cached tokens are not processed again, and the response equals that to the whole prompt."""
@@ -449,6 +494,28 @@ def test_a_batch_is_as_wide_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) 
     assert widths == [7, 4, 4, 5]  # the prompts; the shorter row's; the newcomer's 4 of 5, read; both
 
 
+def test_the_token_limit_of_a_row_counts_from_its_first_token() -> None:
+    """The second row joins after two tokens of the first one, and has two tokens itself; so has the third, later."""
+    model = policy()
+    model.unsayable[END] = 1
+    ids, mask = pad([PROMPTS[0]], PAD, "left")
+    long, short = Sampling(7, 1.0), Sampling(2, 1.0)
+    noise = [generator_uniforms(torch.Generator(), n) for n in range(4)]
+    steps = sample(model, ids, mask, long, noise[1], **ENDS)
+    next(steps)
+    said = [next(steps), steps.send(Change([0], [PROMPTS[3]], [long, short], noise[2])), next(steps)]
+    said += [steps.send(Change([0, 1], [PROMPTS[2]], [long, short, short], noise[3])), *steps]
+    tokens = [[token != PAD for token in step.tokens.tolist()] for step in said]
+    assert tokens == [
+        [True],
+        [True, True],
+        [True, True],
+        [True, False, True],
+        [True, False, True],
+        [True, False, False],
+    ]
+
+
 def test_rows_cannot_join_a_cache_with_a_sliding_window() -> None:
     config = {"model_type": "mistral", **CONFIGS["llama"], "sliding_window": 4}
     model = RLChatModel(Backbone(config, VOCABULARY, 32), unsayable=[PAD]).eval()
@@ -503,6 +570,36 @@ def test_the_support_and_its_probabilities(sampling: Sampling, expected: dict[in
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "uniform", "token", "probability"),
+    [
+        (Sampling(temperature=1.0), 0.25, 1, 0.2),
+        (Sampling(temperature=0.5), 0.25, 2, 9 / 30),  # the weights are 1, 4, 9 and 16
+        (Sampling(temperature=1.0, top_k=2), 0.25, 2, 0.3 / 0.7),
+        (Sampling(temperature=1.0, top_p=0.8), 0.25, 2, 0.3 / 0.9),
+        (Sampling(temperature=0.0), 0.25, 3, 1.0),
+        (Sampling(temperature=1.0, top_k=1), 0.25, 3, 1.0),
+    ],
+    ids=str,
+)
+def test_a_logprob_is_of_the_distribution_that_was_drawn_from(
+    sampling: Sampling, uniform: float, token: int, probability: float
+) -> None:
+    logits, other = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(2, 4), Sampling(temperature=1.0)
+    both = torch.tensor([uniform, 0.0])
+    for drawn in (choose(logits, sampling, both), choose(logits, [sampling, other], both)):
+        assert int(drawn.tokens[0]) == token
+        assert float(drawn.logprobs[0].exp()) == pytest.approx(probability)
+    assert drawn.tokens.tolist() == [token, 0]
+    assert float(drawn.logprobs[1].exp()) == pytest.approx(0.1)
+
+
+def test_the_nucleus_ends_where_top_p_is_reached_exactly() -> None:
+    drawn = choose(torch.zeros(100, 4), Sampling(temperature=1.0, top_p=0.5), torch.arange(100) / 100)
+    assert len(drawn.tokens.unique()) == 2
+    torch.testing.assert_close(drawn.logprobs.exp(), torch.full((100,), 0.5))
+
+
 @given(
     weights=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=12, unique=True),
     top_p=st.floats(0.05, 0.99),
@@ -528,6 +625,8 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(weights: list[float]
     [
         {"max_new_tokens": 0},
         {"temperature": -0.1},
+        {"temperature": 9e-7},
+        {"temperature": 1000001.0},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
@@ -535,8 +634,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(weights: list[float]
     ids=str,
 )
 def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^invalid value {value} for {name}: expected "):
         Sampling(**options)
+
+
+def test_the_limits_of_the_options_are_valid() -> None:
+    for options in ({"max_new_tokens": 1, "top_k": 0, "top_p": 1.0}, {"temperature": 1e-6}, {"temperature": 1e6}):
+        assert Sampling(**options) == replace(Sampling(), **options)
 
 
 def test_top_k_1_is_greedy_under_ties() -> None:

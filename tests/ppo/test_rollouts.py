@@ -30,9 +30,9 @@ from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import RewardBundle, load_policy, save_bundle
 from rlchat.models.networks import Critic, RewardModel, RLChatModel
-from rlchat.models.sampling import Generated, Sampling
+from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms
 from rlchat.ppo.module import PPOModule
-from rlchat.ppo.rollouts import Rollout
+from rlchat.ppo.rollouts import Rollout, pack
 from rlchat.rewards import Reply, ReplyFactor, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.padding import pad
@@ -257,6 +257,30 @@ def test_each_turn_is_evaluated_after_all_previous_turns(encoding: str) -> None:
     torch.testing.assert_close(rollout.kl, torch.zeros(5), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_each_turn_draws_its_own_random_numbers(encoding: str) -> None:
+    """At most 8 tokens a turn: the second turn has the positions from 8 on, those of its row of all processes."""
+    module = alone(ppo(encoding, turns=2, seed=5))
+    says, drawn = Says([[97, 260], [98, 260]], [[99, 260]]), []
+
+    def generate(ids: Tensor, mask: Tensor, sampling: Sampling, uniforms: Uniforms) -> Generated:
+        drawn.append([uniforms(position).tolist() for position in range(8)])
+        assert sampling == Sampling(8, temperature=1.0)
+        return says(ids, mask)
+
+    module.generate = generate  # type: ignore[method-assign]
+    module.roll_out(talks(module, talk("u"), talk("x", "y")), torch.tensor([30, 40]), stream=3)
+    first, second = addressed_uniforms(5, 3, torch.tensor([30, 40])), addressed_uniforms(5, 3, torch.tensor([40]))
+    assert drawn == [[first(i).tolist() for i in range(8)], [second(i).tolist() for i in range(8, 16)]]
+
+
+def test_columns_from_the_first_to_the_last_sampled_token() -> None:
+    """The example in the docstring of pack; a row that starts later repeats its last column, which is not inside."""
+    columns, inside = pack(torch.tensor([[-1, -1, 0, 0, -1, 2, 2], [-1, -1, -1, 1, 1, -1, -1], [-1] * 5 + [3, 3]]))
+    assert columns.tolist() == [[2, 3, 4, 5, 6], [3, 4, 5, 6, 6], [5, 6, 6, 6, 6]]
+    assert inside.tolist() == [[True] * 5, [True] * 2 + [False] * 3, [True] * 2 + [False] * 3]
+
+
 def test_a_turn_that_does_not_fit_ends_the_conversation(encoding: str) -> None:
     """48 tokens: a turn of 4 + 8, the next of 30 and 8 more are 50."""
     module = alone(ppo(encoding, turns=2))
@@ -339,6 +363,26 @@ def test_the_policy_does_not_change_during_critic_warmup(encoding: str, critic: 
     rows = fit(later, 3)
     assert not torch.equal(flat(later.model.backbone), trunk)
     assert [row["train/approx_kl"] > 1e-9 for row in rows] == [False, False, True]
+
+
+def test_a_separate_critic_has_a_hidden_layer_like_the_policys_value_head(encoding: str) -> None:
+    critic = ppo(encoding, critic="separate", hidden_dim=5).critic
+    assert critic is not None
+    assert sorted(tuple(p.shape) for p in critic.value_head.parameters()) == [(1,), (1, 5), (5,), (5, 16)]
+
+
+@pytest.mark.parametrize("options", [{}, {"critic": "separate"}, {"advantage": "rloo", "group_size": 2}], ids=str)
+def test_only_a_policy_with_a_critic_has_values(encoding: str, options: dict[str, Any]) -> None:
+    """A value head may come from a model file even if this run has no critic."""
+    module = ppo(encoding, **options)
+    for model in (module.model, module.reference):
+        torch.nn.init.ones_(model.value_head.weight)  # type: ignore[arg-type]
+    if module.critic is not None:
+        torch.nn.init.ones_(module.critic.value_head.weight)  # type: ignore[arg-type]
+    rollout = rolled_out(module)
+    assert bool(rollout.values.any()) is ("advantage" not in options)
+    parts = (rollout.ids, rollout.attention_mask, rollout.sampled, rollout.response_mask)
+    assert not module.evaluate_tokens(module.reference, *parts).values.any()
 
 
 class LengthOfTheQuestion(ReplyFactor):
@@ -466,6 +510,44 @@ def test_a_rollout_as_rows(encoding: str) -> None:
         kl = (rollout.old_logprobs - rollout.ref_logprobs)[n][rollout.response_mask[n]].sum()
         assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
         assert row["value"] == pytest.approx(float(rollout.values[n, 0]))
+
+
+def test_the_rows_of_a_conversation_of_two_turns_by_hand() -> None:
+    """Response 2 follows response 0 in the same row after a gap, in which nothing counts."""
+    index = torch.tensor([[0, 0, -1, 2], [1, -1, -1, -1]])
+    asked = [Conversation((Message("user", text),)) for text in "abc"]
+    rollout = Rollout(
+        conversations=asked,
+        replies=[Reply("x y", 2, True), Reply("z", 1, False), Reply("w", 1, True)],
+        ids=torch.zeros(2, 6, dtype=torch.long),
+        attention_mask=torch.ones(2, 6, dtype=torch.bool),
+        sampled=torch.zeros(2, 6, dtype=torch.bool),
+        response_index=index,
+        response_mask=index >= 0,
+        old_logprobs=torch.tensor([[-1.0, -2.0, 9.0, -0.5], [-4.0, 9.0, 9.0, 9.0]]),
+        ref_logprobs=torch.tensor([[-1.5, -2.25, 5.0, -0.25], [-6.0, 5.0, 5.0, 5.0]]),
+        values=torch.tensor([[0.1, 0.2, 7.0, 0.3], [0.4, 7.0, 7.0, 7.0]]),
+        sampling_logprobs=torch.zeros(2, 4),
+    )
+    assert rollout.kl.tolist() == [0.75, 2.0, -0.25]
+    rows = rollout.rows({"one": torch.tensor([1.0, 2.0, 3.0]), "two": torch.tensor([0.5, -2.0, 0.0])})
+    assert [row.pop("value") for row in rows] == pytest.approx([0.1, 0.4, 0.3])
+    assert rows == [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "reply": reply,
+            "tokens": tokens,
+            "ended_by": ended_by,
+            "reward": one + two,
+            "factors": {"one": one, "two": two},
+            "kl": kl,
+        }
+        for prompt, reply, tokens, ended_by, one, two, kl in [
+            ("a", "x y", 2, "end of turn", 1.0, 0.5, 0.75),
+            ("b", "z", 1, "token limit", 2.0, -2.0, 2.0),
+            ("c", "w", 1, "end of turn", 3.0, 0.0, -0.25),
+        ]
+    ]
 
 
 def test_the_reference_model_is_a_copy(encoding: str) -> None:
