@@ -210,6 +210,7 @@ class PPOModule(ResumableModule):
         self.last_iteration = Iteration(rollout, factors, scores, advantages, returns)
         # 4. Update the policy and the critic.
         update = self.update(self.last_iteration, batch.sequences)
+        rollout.kept.release()
         clock.lap("update_s")
         # 5. Log.
         self.episodes += int(self.global_sum(len(scores)))
@@ -262,6 +263,7 @@ class PPOModule(ResumableModule):
             rollout.attention_mask[rows],
             rollout.sampled[rows],
             rollout.response_mask[rows],
+            rollout.kept.rows(rows),
         )
         old_logprobs, advantages = rollout.old_logprobs[rows], iteration.advantages[rows]
         # a. Policy: clipped surrogate, entropy bonus, and the KL penalty if it is not in the reward.
