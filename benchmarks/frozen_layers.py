@@ -1,9 +1,9 @@
-"""What kept outputs of frozen layers earn: CPU seconds of PPO iterations with and without them, in one run.
+"""What kept outputs of frozen layers earn: CPU seconds of the parts of a PPO iteration with and without them.
 
     OMP_NUM_THREADS=1 python benchmarks/frozen_layers.py --base-model FOLDER --train-layers 6
 
-Each iteration samples 4 responses of at most 48 tokens to each of 8 questions, evaluates them under the policy and the
-reference model, and takes 4 passes of 4 optimizer steps (RLOO). Every second iteration runs all layers in every pass.
+One rollout of 4 responses of at most 48 tokens to each of 8 questions (RLOO) is evaluated under policy and reference
+model, and trained on in passes of 4 optimizer steps. Passes with kept outputs and with all layers alternate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from rlchat import PPOModule
 from rlchat.conversation import Conversation, Message
 from rlchat.data.datamodule import PromptBatch
+from rlchat.ppo.module import Iteration
 from rlchat.rewards import Reward, TooLong
 from rlchat.utils.padding import pad
 
@@ -37,32 +38,42 @@ QUESTIONS = (
 
 
 class Timed(PPOModule):
-    """Measures the evaluation and the update of each iteration, and skips frozen layers in every second one."""
+    """Samples once; measures the evaluation and the passes of the update with (True) and without kept outputs."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.seconds: dict[tuple[str, bool], list[float]] = {}
+    rounds: int
+    seconds: dict[tuple[str, bool], list[float]]
 
-    def measured(self, part: str, run: Callable[[], Any]) -> Any:
+    def measured(self, part: str, keeps: bool, run: Callable[[], Any]) -> Any:
         began = time.process_time()
         result = run()
-        key = part, bool(self.frozen_layers.can_skip)
-        self.seconds.setdefault(key, []).append(time.process_time() - began)
+        self.seconds.setdefault((part, keeps), []).append(time.process_time() - began)
+        print(f"{part}, {'kept' if keeps else 'all layers'}: {self.seconds[part, keeps][-1]:.2f} CPU s", flush=True)
         return result
 
-    def evaluate_transcript(self, transcript: Any) -> Any:
-        self.frozen_layers.can_skip = self.iterations % 2 == 0
-        return self.measured("evaluation", lambda: super(Timed, self).evaluate_transcript(transcript))
-
-    def update(self, *arguments: Any) -> Any:
-        return self.measured("update", lambda: super(Timed, self).update(*arguments))
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.seconds = {}
+        with torch.no_grad():
+            repeated = batch.repeated(self.options.group_size)
+            transcript = self.sample_transcript(repeated, self.global_rows(len(repeated.ids)), stream=0)
+            self.evaluate_transcript(transcript)  # the first pass checks the family
+            rollouts = {}
+            for keeps in (True, False):
+                self.frozen_layers.can_skip = keeps
+                rollouts[keeps] = self.measured("evaluation", keeps, lambda: self.evaluate_transcript(transcript))
+        scores = torch.randn(len(rollouts[True].replies))
+        print(f"{len(scores)} responses, {int(transcript.attention_mask.sum())} tokens", flush=True)
+        for _ in range(self.rounds):
+            for keeps, rollout in rollouts.items():
+                iteration = Iteration(rollout, {}, scores, *self.compute_advantages(rollout, scores))
+                self.measured("pass of the update", keeps, lambda iteration=iteration: self.update(iteration, None))
+        self.lr_schedulers().step()  # type: ignore[union-attr]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", required=True)
     parser.add_argument("--train-layers", type=int, default=6)
-    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--critic", choices=("none", "shared", "separate"), default="none")
     parser.add_argument("--adapter", choices=("lora",))
     options = parser.parse_args()
@@ -76,19 +87,21 @@ def main() -> None:
         train_layers=options.train_layers,
         adapter=options.adapter,
         learning_rate=1e-5,
+        ppo_epochs=1,
         reward=Reward([TooLong(max_words=25)]),
         **learner,
     )
+    module.rounds = options.rounds
     questions = tuple(Conversation((Message("user", text),)) for text in QUESTIONS)
     tokenizer = module.tokenizer
     ids, mask = pad([tokenizer.render_prompt(question).ids for question in questions], tokenizer.pad_id, "left")
     prompts = PromptBatch(ids, mask, questions, None)
-    batches: DataLoader[Any] = DataLoader([prompts] * options.iterations, batch_size=None, collate_fn=lambda x: x)  # type: ignore[arg-type]
+    batches: DataLoader[Any] = DataLoader([prompts], batch_size=None, collate_fn=lambda x: x)  # type: ignore[arg-type]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(module, batches)
-    for part in ("evaluation", "update"):
-        kept, plain = (statistics.median(module.seconds[part, skips]) for skips in (True, False))
-        print(f"{part}: CPU s per iteration {plain:.2f} all layers, {kept:.2f} kept, {plain / kept:.2f} times as fast")
+    for part in ("evaluation", "pass of the update"):
+        kept, plain = (statistics.median(module.seconds[part, keeps]) for keeps in (True, False))
+        print(f"{part}: {plain:.2f} CPU s with all layers, {kept:.2f} kept, {plain / kept:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -95,9 +95,9 @@ def can_pack(backbone: Backbone) -> bool:
 
 @torch.no_grad()
 def can_skip_layers(backbone: Backbone, passes: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
-    """Whether rows have the same hidden states if their frozen layers are skipped.
+    """Whether the outputs of a network are the same if the frozen layers of its ``backbone`` are skipped.
 
-    ``passes(ids, mask, rows)`` returns those of ``rows`` (Long) from a full pass over the batch ``ids`` [2, time], and
+    ``passes(ids, mask, rows)`` returns those for ``rows`` (Long) from a full pass over the batch ``ids`` [2, time], and
     from a pass over these rows that starts from kept states; see :class:`rlchat.ppo.frozen_layers.FrozenLayers`.
     """
     training = backbone.training

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class FrozenLayers:
         self._policy = policy
         # Compared before training: sharded networks have parameters of their own.
         shared = [p for layer in frozen_layers(policy.backbone, part) for p in layer.parameters()]
-        self._layers: dict[nn.Module, list[nn.Module]] = {}
+        self._layers: dict[RLChatModel | Critic, list[nn.Module]] = {}
         for network in (policy, *others):
             layers = frozen_layers(network.backbone, part)
             own = [p for layer in layers for p in layer.parameters()]
@@ -103,7 +104,9 @@ class FrozenLayers:
     def recorded(self) -> Iterator[KeptStates]:
         """A context for one forward pass of the policy over a rollout; its states are kept if they fit in memory."""
         if self.can_skip is None:
-            self.can_skip = can_skip_layers(self._policy.backbone, self._full_and_short_pass)
+            # Each network, because its first pass also checks whether it takes packed batches: no layer may be skipped.
+            networks = self._layers
+            self.can_skip = all(can_skip_layers(n.backbone, partial(self._full_and_short_pass, n)) for n in networks)
         kept = KeptStates()
         if not self.can_skip:
             yield kept
@@ -118,7 +121,7 @@ class FrozenLayers:
             _log.info("the frozen layers run in every pass: their output for a rollout needs more than 1 GiB")
 
     @contextmanager
-    def skipped(self, network: nn.Module, kept: KeptStates | None) -> Iterator[None]:
+    def skipped(self, network: RLChatModel | Critic, kept: KeptStates | None) -> Iterator[None]:
         """A context for one forward pass of ``network`` over the tokens of ``kept``."""
         layers = self._layers.get(network, [])
         if kept is None or kept.states is None or not layers:
@@ -137,15 +140,17 @@ class FrozenLayers:
                 else:
                     layer.forward = forward
 
-    def _full_and_short_pass(self, ids: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of ``rows``: from a pass over all rows, and from one over ``rows`` without frozen layers."""
+    def _full_and_short_pass(
+        self, network: RLChatModel | Critic, ids: Tensor, mask: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs of ``network`` for ``rows``: from a pass over all rows, and from one that skips frozen layers."""
         kept = KeptStates()
         # The whole network runs, not its backbone alone: if it is sharded, its forward gathers the weights.
-        handle = self._layers[self._policy][-1].register_forward_hook(kept.record, with_kwargs=True)
-        full = self._policy(ids, mask)
+        handle = self._layers[network][-1].register_forward_hook(kept.record, with_kwargs=True)
+        full = network(ids, mask)
         handle.remove()
         if kept.states is None:
             raise NotImplementedError("its layers do not run one after the other")
-        with self.skipped(self._policy, kept.rows(rows)):
-            short = self._policy(ids[rows], mask[rows])
+        with self.skipped(network, kept.rows(rows)):
+            short = network(ids[rows], mask[rows])
         return full[rows], short

@@ -15,7 +15,7 @@ from helpers.small_ppo import BACKBONES, Letters, fit, iterated, prompts, rolled
 from torch import Tensor, nn
 
 from rlchat.models.adapters import frozen_layers
-from rlchat.models.model_file import RewardBundle, save_bundle
+from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel
 from rlchat.ppo import frozen_layers as tested
 from rlchat.ppo.module import PPOModule
@@ -159,6 +159,18 @@ def test_the_frozen_layers_run_once_per_rollout(encoding: str) -> None:
     assert of_policy == [0, 1]
     assert of_reference == []
     assert of_critic == [0, 1]  # with the policy's pass that records them
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_policy_from_a_model_file(encoding: str, tmp_path: Path, critic: Any) -> None:
+    """Its networks have not run before, so that their first pass checks whether they take packed batches."""
+    module = ppo(encoding)
+    save_bundle(tmp_path / "model.pt", PolicyBundle(module.model, module.tokenizer, module.max_length))
+    again = PPOModule(init_from=str(tmp_path / "model.pt"), max_new_tokens=8, train_layers=2, critic=critic)
+    rollout = rolled_out(again)
+    assert again.frozen_layers.can_skip
+    assert all(network.backbone._packs for network in (again.model, again.reference, again.critic) if network)
+    assert torch.equal(rollout.ref_logprobs, rollout.old_logprobs)
 
 
 def test_a_critic_with_other_frozen_weights_runs_all_its_layers(encoding: str, tmp_path: Path) -> None:
