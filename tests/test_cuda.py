@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,7 @@ from rlchat.models.decoding import FixedDecoder, can_decode_fixed
 from rlchat.models.networks import RLChatModel
 from rlchat.models.sampling import Generated, Sampling, addressed_uniforms, generate, inverse_cdf, sample
 from rlchat.ppo.module import PPOModule
+from rlchat.training.optimizers import OptimizerName
 from rlchat.utils.padding import pad
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
@@ -180,3 +182,26 @@ def test_networks_are_sharded_from_whole_weights_over_nccl(encoding: str, monkey
     found = fit(module, strategy=FSDP2Strategy())
     for name in ("train/reward", "train/policy_loss", "train/value_loss", "train/kl"):
         assert found[-1][name] == pytest.approx(alone[-1][name], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_an_8_bit_optimizer_steps_as_adamw_and_resumes(encoding: str, tmp_path: Path, name: OptimizerName) -> None:
+    pytest.importorskip("bitsandbytes")
+    options: dict[str, Any] = {"ppo_epochs": 1, "minibatches": 1, "learning_rate": 1e-3}
+    start, plain, module = ppo(encoding, **options), ppo(encoding, **options), ppo(encoding, optimizer=name, **options)
+    steps = []
+    for moved in (plain, module):
+        fit(moved, batches=1)
+        pairs = zip(moved.parameters(), start.parameters(), strict=True)
+        steps.append(torch.cat([(after.cpu() - before).flatten() for after, before in pairs]))
+    assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.98
+    optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
+    assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8, torch.float32}
+    module.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = [(state["state1"].cpu(), state["step"]) for state in optimizer.state.values()]
+    resumed = ppo(encoding, optimizer=name, **options)
+    trainer = L.Trainer(accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(resumed, DataLoader([prompts(module.tokenizer)], batch_size=None), ckpt_path=tmp_path / "run.ckpt")
+    loaded = [(state["state1"].cpu(), state["step"]) for state in trainer.optimizers[0].state.values()]
+    assert len(loaded) == len(saved) > 0
+    assert all(torch.equal(one[0], other[0]) and one[1] == other[1] for one, other in zip(loaded, saved, strict=True))

@@ -161,6 +161,11 @@ def announce_part(network: nn.Module, part: TrainedPart) -> None:
         _log.info("%s of %s weights are trained (%.2g %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
 
 
+def frozen_layers(backbone: Backbone, part: TrainedPart) -> list[nn.Module]:
+    """The layers below the first one that ``part`` trains, or to which it adds adapters; without layers, none."""
+    return [] if part.layers is None else list(_layers(backbone)[1].values())[: -part.layers]
+
+
 def checkpoint_gradients(backbone: Backbone) -> None:
     """Makes every layer compute its activations again in the backward pass instead of keeping them in memory."""
     for layer in _layers(backbone)[1].values():

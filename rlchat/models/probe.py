@@ -94,6 +94,36 @@ def can_pack(backbone: Backbone) -> bool:
 
 
 @torch.no_grad()
+def can_skip_layers(backbone: Backbone, passes: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
+    """Whether the outputs of a network are the same if the frozen layers of its ``backbone`` are skipped.
+
+    ``passes(ids, mask, rows)`` returns those for ``rows`` (Long) from a full pass over the batch ``ids`` [2, time], and
+    from a pass over these rows that starts from kept states; see :class:`rlchat.ppo.frozen_layers.FrozenLayers`.
+    """
+    training = backbone.training
+    backbone.eval()
+    ids, mask = _two_rows(backbone)
+    try:
+        with torch.autocast(backbone.device.type, enabled=False):
+            # The first two are packed; the last one has no padding and is not.
+            for rows in (torch.tensor(rows, device=ids.device) for rows in ([0, 1], [1], [0])):
+                full, short = passes(ids, mask, rows)
+                rounding = _ROUNDING if full.dtype == torch.float32 else _LOW_PRECISION_ROUNDING
+                if not _equal(short[mask[rows]], full[mask[rows]], rounding * float(full.abs().max())):
+                    raise NotImplementedError("its trained layers depend on more than the output of the frozen ones")
+    except torch.OutOfMemoryError:  # says nothing about the family
+        raise
+    except Exception as error:  # any other error means that the family needs all its layers
+        _log.info(
+            "the frozen layers of %s run in every pass: %s", backbone.transformer.config.model_type, one_line(error)
+        )
+        return False
+    finally:
+        backbone.train(training)
+    return True
+
+
+@torch.no_grad()
 def can_fix_cache(backbone: Backbone, decoder: Callable[[int], Callable[[Tensor, Tensor], Tensor]]) -> bool:
     """Whether ``decoder`` gives the logits that it gives with prompts that contain all tokens.
 
@@ -140,10 +170,7 @@ def _attends_to_whole_rows(backbone: Backbone) -> bool:
 
 
 def _packed_equals_plain(backbone: Backbone) -> bool:
-    row, _ = _row(backbone, _LENGTH)
-    ids = torch.cat([row, _changed(backbone, row, _LENGTH // 2)])  # the first half is shared
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[1, -_PADDING:] = False
+    ids, mask = _two_rows(backbone)
     packing = plan_packing(ids, mask)
     assert packing is not None
     packed = packing.spread(backbone.packed(ids, packing))
@@ -223,6 +250,14 @@ def _row(backbone: Backbone, length: int) -> tuple[Tensor, Tensor]:
     """A row of ``length`` tokens that differ from their neighbours, and its mask."""
     ids = (torch.arange(length, device=backbone.device) * 7 + 5) % backbone.vocab_size
     return ids[None], torch.ones(1, length, dtype=torch.bool, device=backbone.device)
+
+
+def _two_rows(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Two rows with the same first half, and their mask: the second one is padded on the right."""
+    row, mask = _row(backbone, _LENGTH)
+    padded = mask.clone()
+    padded[:, -_PADDING:] = False
+    return torch.cat([row, _changed(backbone, row, _LENGTH // 2)]), torch.cat([mask, padded])
 
 
 def _changed(backbone: Backbone, ids: Tensor, place: int) -> Tensor:

@@ -38,6 +38,7 @@ from rlchat.ppo.rollouts import Rollout
 from rlchat.ppo.state import saving_last_good, stop_run
 from rlchat.rewards import Reward
 from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.optimizers import OptimizerName
 from rlchat.training.options import ChatFormatName, Schedule
 
 
@@ -75,6 +76,8 @@ class PPOModule(ResumableModule):
         adam_eps: ε of AdamW.
         adam_beta2: β₂ of AdamW; rewards are noisy, so it averages squared gradients over more steps than in the other
             stages.
+        optimizer: adamw, or adamw_8bit or paged_adamw_8bit of bitsandbytes, whose state needs a quarter of the memory;
+            the paged one moves it to the CPU's memory if the GPU has none left.
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
         micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all rows.
@@ -138,6 +141,7 @@ class PPOModule(ResumableModule):
         weight_decay: float = 0.0,
         adam_eps: float = 1e-5,
         adam_beta2: float = 0.999,
+        optimizer: OptimizerName = "adamw",
         ppo_epochs: int = 4,
         minibatches: int = 4,
         micro_batch_size: int | None = None,
@@ -210,6 +214,7 @@ class PPOModule(ResumableModule):
         self.last_iteration = Iteration(rollout, factors, scores, advantages, returns)
         # 4. Update the policy and the critic.
         update = self.update(self.last_iteration, batch.sequences)
+        rollout.kept.release()
         clock.lap("update_s")
         # 5. Log.
         self.episodes += int(self.global_sum(len(scores)))
@@ -262,6 +267,7 @@ class PPOModule(ResumableModule):
             rollout.attention_mask[rows],
             rollout.sampled[rows],
             rollout.response_mask[rows],
+            rollout.kept.rows(rows),
         )
         old_logprobs, advantages = rollout.old_logprobs[rows], iteration.advantages[rows]
         # a. Policy: clipped surrogate, entropy bonus, and the KL penalty if it is not in the reward.

@@ -24,6 +24,7 @@ from rlchat.models.networks import Critic, RLChatModel
 from rlchat.models.sampling import Sampling, addressed_uniforms
 from rlchat.ppo.config import CriticKind, PPOConfig
 from rlchat.ppo.dialogues import NOT_SAMPLED, Transcript, start_dialogues, to_transcript
+from rlchat.ppo.frozen_layers import FrozenLayers, KeptStates
 from rlchat.rewards import Reply, Reward
 from rlchat.training.base import PolicyModule
 from rlchat.training.parts import prepare_backbone
@@ -48,6 +49,7 @@ class Rollout:
     ref_logprobs: Tensor  # [B, R] of the reference model
     values: Tensor  # [B, R] of the critic, before each token; 0 without a critic
     sampling_logprobs: Tensor  # [B, R] of the same policy, as computed during sampling
+    kept: KeptStates  # the output of the frozen layers for ids, from which the passes of the update start
 
     @property
     def kl(self) -> Tensor:
@@ -134,6 +136,8 @@ class RolloutModule(PolicyModule):
             prepare_backbone(critic.backbone, options)
             self.critic = critic.train()
             self.partly.include(critic)
+        others = [network for network in (self.reference, self.critic) if network is not None]
+        self.frozen_layers = FrozenLayers(options.trained_part, self.model, others)
         if self.critic_kind != "shared":
             # DDP fails if a parameter requires a gradient and no loss depends on it.
             self.model.value_head.requires_grad_(False)
@@ -206,8 +210,9 @@ class RolloutModule(PolicyModule):
         mask = response_index >= 0
         for network in filter(None, (self.model, self.reference, self.critic)):
             network.eval()  # also during the update: dropout would change the policy
-        policy = self.evaluate_tokens(self.model, ids, attention_mask, sampled, mask)
-        reference = self.evaluate_tokens(self.reference, ids, attention_mask, sampled, mask)
+        with self.frozen_layers.recorded() as kept:
+            policy = self.evaluate_tokens(self.model, ids, attention_mask, sampled, mask)
+        reference = self.evaluate_tokens(self.reference, ids, attention_mask, sampled, mask, kept)
         return Rollout(
             conversations=transcript.conversations,
             replies=transcript.replies,
@@ -220,10 +225,17 @@ class RolloutModule(PolicyModule):
             ref_logprobs=reference.logprobs,
             values=policy.values,
             sampling_logprobs=torch.where(mask, transcript.sampling_logprobs.gather(1, columns), 0.0),
+            kept=kept,
         )
 
     def evaluate_tokens(
-        self, model: RLChatModel, ids: Tensor, attention_mask: Tensor, sampled: Tensor, response_mask: Tensor
+        self,
+        model: RLChatModel,
+        ids: Tensor,
+        attention_mask: Tensor,
+        sampled: Tensor,
+        response_mask: Tensor,
+        kept: KeptStates | None = None,
     ) -> TokenEvaluation:
         """Log-probs, entropies and values [B, R] of the sampled tokens; values only if ``model`` is the policy.
 
@@ -235,14 +247,17 @@ class RolloutModule(PolicyModule):
             attention_mask: Bool [B, T].
             sampled: Bool [B, T].
             response_mask: Bool [B, R], with as many True entries in each row as ``sampled`` has.
+            kept: the output of the frozen layers for ``ids``; None: they run.
         """
-        hidden = model(ids, attention_mask)
+        with self.frozen_layers.skipped(model, kept):
+            hidden = model(ids, attention_mask)
         before = hidden[:, :-1][sampled[:, 1:]]  # [tokens, hidden]: the state that each token was sampled from
         stats = model.token_stats(before, ids[sampled], self.sampling.temperature)
         if model is self.reference or self.critic_kind == "none":
             values = torch.zeros_like(stats.logprobs)
         elif self.critic is not None:
-            values = self.critic(ids, attention_mask)[:, :-1][sampled[:, 1:]]
+            with self.frozen_layers.skipped(self.critic, kept):
+                values = self.critic(ids, attention_mask)[:, :-1][sampled[:, 1:]]
         else:
             values = model.values(before)
         zeros = stats.logprobs.new_zeros(response_mask.shape)

@@ -108,8 +108,8 @@ class StageModule(ShardableModule):
         may_fuse = not isinstance(precision, MixedPrecision) or (
             not self.automatic_optimization and precision.scaler is None
         )
-        beta2 = o.adam_beta2
-        optimizer = make_optimizer(self.parameters(), o.learning_rate, o.weight_decay, o.adam_eps, beta2, may_fuse)
+        numbers = (o.learning_rate, o.weight_decay, o.adam_eps, o.adam_beta2)
+        optimizer = make_optimizer(self.parameters(), *numbers, may_fuse, o.optimizer)
         scheduler = make_scheduler(optimizer, o.schedule, o.warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

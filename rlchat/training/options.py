@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, TrainedPart
+from rlchat.training.optimizers import OptimizerName
 
 Schedule = Literal["constant", "linear", "cosine"]
 ChatFormatName = Literal["own", "rlchat"]
@@ -35,6 +36,7 @@ class StageOptions:
     weight_decay: float
     adam_eps: float = 1e-8
     adam_beta2: float = 0.95
+    optimizer: OptimizerName = "adamw"
     adapter: AdapterKind | None = None
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -55,6 +57,9 @@ class StageOptions:
         fractions(warmup=self.warmup)
         if not 0 <= self.adam_beta2 < 1:
             raise UserError(f"invalid value {self.adam_beta2} for adam_beta2: expected a number in [0, 1)")
+        if self.optimizer not in get_args(OptimizerName):
+            names = ", ".join(get_args(OptimizerName))
+            raise UserError(f"invalid value '{self.optimizer}' for optimizer: expected one of {names}")
         if self.adapter not in (None, "lora"):
             raise UserError(f"invalid value '{self.adapter}' for adapter: expected lora, or null")
         positive_integers(lora_rank=self.lora_rank, train_layers=self.train_layers)

@@ -23,9 +23,9 @@ from rlchat.models.adapters import (
 from rlchat.models.backbones import Backbone
 from rlchat.training.options import StageOptions
 
-# A checkpoint of trained weights can only be resumed with the same values of these.
-_PART = ("adapter", "lora_rank", "lora_alpha", "lora_targets", "train_layers")
-_DEFAULTS: dict[str, Any] = {name: StageOptions.__dataclass_fields__[name].default for name in _PART}
+# A checkpoint can only be resumed with the same values of these.
+_FIXED = ("adapter", "lora_rank", "lora_alpha", "lora_targets", "train_layers", "optimizer")
+_DEFAULTS: dict[str, Any] = {name: StageOptions.__dataclass_fields__[name].default for name in _FIXED}
 
 
 def prepare_backbone(backbone: Backbone, options: StageOptions) -> None:

@@ -19,6 +19,7 @@ from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
 from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.optimizers import OptimizerName
 from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions
 
 _log = logging.getLogger("rlchat")
@@ -93,6 +94,8 @@ class RewardModelModule(StageModule):
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
         weight_decay: the weight decay of AdamW, on matrices only.
+        optimizer: adamw, or adamw_8bit or paged_adamw_8bit of bitsandbytes, whose state needs a quarter of the memory;
+            the paged one moves it to the CPU's memory if the GPU has none left.
         adapter: lora trains low-rank adapters of the linear layers and freezes the backbone's weights; by default, all
             weights are trained.
         lora_rank: the rank of the adapters.
@@ -124,6 +127,7 @@ class RewardModelModule(StageModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.02,
         weight_decay: float = 0.01,
+        optimizer: OptimizerName = "adamw",
         adapter: AdapterKind | None = None,
         lora_rank: int = 16,
         lora_alpha: float = 32.0,

@@ -15,6 +15,7 @@ from rlchat.models.adapters import AdapterKind
 from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
 from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.optimizers import OptimizerName
 from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions, check_room, positive_integers
 
 
@@ -32,6 +33,8 @@ class SFTModule(PolicyModule):
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
         weight_decay: the weight decay of AdamW, on matrices only.
+        optimizer: adamw, or adamw_8bit or paged_adamw_8bit of bitsandbytes, whose state needs a quarter of the memory;
+            the paged one moves it to the CPU's memory if the GPU has none left.
         max_new_tokens: the maximum number of tokens in a response of `rlchat predict` or a sample; by default 100,
             or half of max_length if that is less. Training does not sample.
         temperature: the sampling temperature of these responses; 0 selects the most likely token.
@@ -66,6 +69,7 @@ class SFTModule(PolicyModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.02,
         weight_decay: float = 0.01,
+        optimizer: OptimizerName = "adamw",
         max_new_tokens: int | None = None,
         temperature: float = 1.0,
         seed: int = 0,

@@ -83,6 +83,14 @@ STAGES = {
         "--model.sft_coef=0.1",
         "--trainer.callbacks.unequal=true",
     ],
+    # The first layer runs once per rollout.
+    "layers": [
+        "--config=smoke",
+        "--model.train_layers=1",
+        "--model.critic=separate",
+        "--model.micro_batch_size=2",
+        "--trainer.callbacks.unequal=true",
+    ],
     # Some conversations continue when all those of another process are finished.
     "turns": ["--config=smoke", "--model.turns=3", "--model.max_new_tokens=8"],
 }
