@@ -30,10 +30,17 @@ class LearnedQuality(Factor):
         clip: scores are clipped to ± this many standard deviations, which limits the effect of the model's errors.
         batch_size: responses per forward pass.
         device: of the reward model; ``auto`` is the device of the policy that is trained or evaluated.
+        base_model: the path of the base of an adapter file; by default where it was in training, or beside ``bundle``.
     """
 
     def __init__(
-        self, bundle: str, weight: float = 1.0, clip: float = 4.0, batch_size: int = 64, device: str = "auto"
+        self,
+        bundle: str,
+        weight: float = 1.0,
+        clip: float = 4.0,
+        batch_size: int = 64,
+        device: str = "auto",
+        base_model: str | None = None,
     ) -> None:
         super().__init__(weight)
         if clip <= 0 or batch_size < 1:
@@ -42,7 +49,8 @@ class LearnedQuality(Factor):
             )
         self.bundle = bundle
         self.device = device
-        self.reward_model = load_reward_model(bundle, "cpu" if device == "auto" else device)
+        self.base_model = base_model
+        self.reward_model = load_reward_model(bundle, "cpu" if device == "auto" else device, base_model)
         self.clip = clip
         self.batch_size = batch_size
         self.cut = RowCount()
