@@ -79,10 +79,18 @@ class Adapter:
             if found:
                 yield name, down, self.matrices[f"{name}.lora_B.weight"]
 
+    @property
+    def rank(self) -> int:
+        """The number of rows of A, which is the same in all layers."""
+        down = next(matrix for key, matrix in self.matrices.items() if ".lora_A." in key)
+        return down.shape[0] if down.dim() else 0
+
     def check(self, backbone: Backbone) -> None:
         """Raises ValueError, which names what is wrong, unless the adapter fits linear layers of ``backbone``."""
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha}, expected a positive number")
+        if not any(".lora_A." in key for key in self.matrices):
+            raise ValueError("it has no adapter")
         sides = {key.removesuffix(".weight").rpartition(".")[::2] for key in self.matrices}
         modules = dict(backbone.named_modules())
         for name in sorted({name for name, _ in sides}):
@@ -119,18 +127,36 @@ def add_adapter(backbone: Backbone, part: TrainedPart) -> None:
     Raises:
         UserError: if peft is not installed, or the backbone does not have the layers.
     """
-    if part.adapter is None:
-        return
+    if part.adapter is not None:
+        _inject(backbone, _adapted_layers(backbone, part), part.rank, part.alpha, part.dropout)
+
+
+@torch.no_grad()
+def put_on(backbone: Backbone, adapter: Adapter) -> None:
+    """Puts ``adapter`` beside the weights of a frozen ``backbone``, which do not change. It is not trained.
+
+    Raises:
+        UserError: if peft is not installed.
+    """
+    names = [name.removeprefix("transformer.") for name, _, _ in adapter.layers()]
+    _inject(backbone, names, adapter.rank, adapter.alpha, dropout=0.0)
+    backbone.requires_grad_(False)
+    for name, down, up in adapter.layers():
+        for side, matrix in zip(_MATRICES, (down, up), strict=True):
+            backbone.get_parameter(f"{name}.{side}.{_NAME}.weight").copy_(matrix)
+
+
+def _inject(backbone: Backbone, names: list[str], rank: int, alpha: float, dropout: float) -> None:
+    """Adds new matrices to the linear layers ``names`` of the transformer."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError(f"--model.adapter lora requires peft: install it with {install_command('lora')}") from error
-    names = _adapted_layers(backbone, part)
     modules = dict(backbone.transformer.named_modules())
     config = LoraConfig(
-        r=part.rank,
-        lora_alpha=part.alpha,  # type: ignore[arg-type]  # peft accepts a float
-        lora_dropout=part.dropout,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts a float
+        lora_dropout=dropout,
         target_modules=names,
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
         bias="none",

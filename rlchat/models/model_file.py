@@ -24,8 +24,10 @@ from rlchat.errors import UserError, one_line
 from rlchat.models.adapters import (
     Adapter,
     alpha_of,
+    copy_sharing_frozen,
     merge_into,
     merged_state,
+    put_on,
     share_frozen,
     state_without_base,
 )
@@ -181,6 +183,27 @@ def load_reward_model(
     return RewardBundle(model.to(device).eval(), tokenizer, content["max_length"], content["about"], base)
 
 
+def load_reward_adapter(path: str | Path, policy: PolicyBundle) -> RewardBundle | None:
+    """The reward model in ``path`` on the frozen weights of ``policy``, in the same memory; None if that cannot be.
+
+    It can if the file contains an adapter, and both have the same base and tokenizer. The backbone of ``policy`` must
+    be frozen and have no adapter yet. The reward model has its own adapter beside the shared weights.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds another kind of model, or peft is not installed.
+    """
+    content = read_content(path, "reward")
+    base = BaseWeights.from_values(content.get("base"))
+    if base is None or policy.base is None or base.fingerprint != policy.base.fingerprint:
+        return None
+    tokenizer = stored_tokenizer(content, path)
+    if tokenizer.fingerprint != policy.tokenizer.fingerprint:
+        return None
+    backbone = copy_sharing_frozen(policy.model.backbone)
+    model = _load(path, content, backbone, RewardModel, put_on).requires_grad_(False)
+    return RewardBundle(model.eval(), tokenizer, content["max_length"], content["about"])
+
+
 def _base(
     path: str | Path, content: dict[str, Any], tokenizer: ChatTokenizer, base_model: str | None, chain: int = 0
 ) -> tuple[Backbone | None, BaseWeights]:
@@ -237,8 +260,16 @@ def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0
     return RLChatModel(backbone, tokenizer.unsayable_ids, hidden_dim)
 
 
-def _load(path: str | Path, part: dict[str, Any], trunk: Backbone | None, build: Callable[[Backbone], M]) -> M:
+def _load(
+    path: str | Path,
+    part: dict[str, Any],
+    trunk: Backbone | None,
+    build: Callable[[Backbone], M],
+    add: Callable[[Backbone, Adapter], None] = merge_into,
+) -> M:
     """``build(backbone)`` with the weights of ``part``, or with ``trunk`` and the adapter and heads of ``part``.
+
+    ``add`` adds the adapter to ``trunk``.
 
     The model is first built without memory (on the device ``meta``) and compared with the weights: the shape in a
     small damaged file may need any amount of memory.
@@ -261,7 +292,10 @@ def _load(path: str | Path, part: dict[str, Any], trunk: Backbone | None, build:
     except Exception as error:  # damaged values can cause any error
         raise UserError(f"{path}: damaged model file, its model cannot be built: {one_line(error)}") from error
     if trunk is not None:
-        return _with_adapter(path, part, trunk, build, empty)
+        _add_adapter(path, part, trunk, empty, add)
+        model = build(trunk)
+        model.load_state_dict({name: state[name] for name in state if ".lora_" not in name}, strict=False)
+        return model
     _check_weights(path, empty, state, empty.state_dict().keys())
     others = sum(b.numel() * b.element_size() for name, b in empty.named_buffers() if name not in state)
     if others > _LARGEST_BUFFERS:
@@ -271,23 +305,23 @@ def _load(path: str | Path, part: dict[str, Any], trunk: Backbone | None, build:
     return model
 
 
-def _with_adapter(
-    path: str | Path, part: dict[str, Any], trunk: Backbone, build: Callable[[Backbone], M], empty: M
-) -> M:
-    """``build(trunk)`` with the heads of ``part``, after its adapter is merged into ``trunk``."""
-    state = part["state"]
-    matrices = {name.removeprefix("backbone."): weight for name, weight in state.items() if ".lora_" in name}
-    heads = {name: weight for name, weight in state.items() if ".lora_" not in name}
+def _add_adapter(
+    path: str | Path, part: dict[str, Any], trunk: Backbone, empty: nn.Module, add: Callable[[Backbone, Adapter], None]
+) -> None:
+    """Adds the adapter in ``part`` to ``trunk``. Raises :class:`UserError` if it or a head does not fit ``empty``."""
+    matrices, heads = {}, {}
+    for name, weight in part["state"].items():
+        if ".lora_" in name:
+            matrices[name.removeprefix("backbone.")] = weight
+        else:
+            heads[name] = weight
     _check_weights(path, empty, heads, [name for name in empty.state_dict() if not name.startswith("backbone.")])
     adapter = Adapter(part["alpha"], matrices)
     try:
         adapter.check(trunk)
     except ValueError as error:
         raise UserError(f"{path}: damaged model file, {error}") from error
-    merge_into(trunk, adapter)
-    model = build(trunk)
-    model.load_state_dict(heads, strict=False)
-    return model
+    add(trunk, adapter)
 
 
 def _check_weights(path: str | Path, empty: nn.Module, state: dict[str, Tensor], expected: Collection[str]) -> None:

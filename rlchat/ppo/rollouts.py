@@ -121,8 +121,9 @@ class RolloutModule(PolicyModule):
     options: PPOConfig
 
     def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
-        # Reference and critic are copied before the policy gets an adapter: all three share the frozen weights.
+        # Before the policy gets an adapter, reference, critic and reward models are copied: all share frozen weights.
         freeze(bundle.model.backbone, options.trained_part)
+        reward.share_weights(None if options.adapter is None else bundle)
         reference = copy_sharing_frozen(bundle.model).requires_grad_(False)
         critic = _new_critic(bundle, options.critic_init) if options.critic_kind == "separate" else None
         super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature), options.seed)

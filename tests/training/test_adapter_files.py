@@ -14,10 +14,11 @@ from helpers.small_ppo import fit, ppo, rolled_out
 
 from rlchat.__main__ import main
 from rlchat.chat.interface import ChatInterface
+from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.models.model_file import load_policy, load_reward_model
 from rlchat.ppo.module import PPOModule
-from rlchat.rewards import LearnedQuality
+from rlchat.rewards import LearnedQuality, Reply
 from rlchat.training.initial_model import open_policy
 
 
@@ -162,6 +163,10 @@ def test_the_new_place_is_an_option_everywhere(moved: tuple[Path, Path], tmp_pat
     assert torch.allclose(outputs(open_policy(str(tmp_path / "out"), None, 64, None, None))[0], expected, atol=1e-4)
     factor = LearnedQuality(str(tmp_path / "reward.pt"), base_model=now)
     assert factor.describe()["init_args"]["base_model"] == now
+    score = factor([Conversation((Message("user", "Hello"),))], [Reply("Hi.", 2, True)])
+    assert score.isfinite().all()
+    with pytest.raises(UserError, match=r"reward.pt contains an adapter, and the base model .* was not found"):
+        LearnedQuality(str(tmp_path / "reward.pt")).reward_model  # noqa: B018
 
 
 def test_without_its_base_an_error_says_which_and_how_to_pass_it(
