@@ -39,8 +39,9 @@ class ChatInterface:
     """One conversation with the model in ``model_path``.
 
     ``device`` defaults to CUDA if available, else MPS, else the CPU. ``dtype`` defaults to bfloat16 on CUDA devices
-    that support it, else float32. ``seed`` makes the responses repeatable; None draws a fresh seed. Raises
-    :class:`UserError` for a model, device, dtype or seed that cannot be used.
+    that support it, else float32. ``seed`` makes the responses repeatable; None draws a fresh seed. ``base_model`` is
+    the path of the base of an adapter file, if it has moved. Raises :class:`UserError` for a model, device, dtype or
+    seed that cannot be used.
 
     ``system`` is the system message (None: none). After each response, ``dropped_messages``, ``dropped_system`` and
     ``cut_tokens`` describe what did not fit into the model's context: the number of oldest messages, whether the system
@@ -57,13 +58,14 @@ class ChatInterface:
         device: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        base_model: str | None = None,
     ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         generator = generator_from(seed)
         self.seed = seed
         self.model_path = Path(model_path)
-        self.bundle = load_policy(model_path, self.device)
+        self.bundle = load_policy(model_path, self.device, base_model)
         self.model = self.bundle.model.to(self.dtype)
         self.tokenizer = self.bundle.tokenizer
         self.max_length = self.bundle.max_length

@@ -137,6 +137,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
         default="feedback.jsonl",
         help="file for the feedback of good, bad and edit, which `rlchat fit` can train on (default: %(default)s)",
     )
+    parser.add_argument("--base-model", metavar="PATH", help="the base of an adapter file (default: as in training)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA if supported, else float32)"
@@ -166,7 +167,9 @@ def _run(options: argparse.Namespace) -> int:
         from rlchat.chat.interface import ChatInterface
 
         sampling = sampling_from(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-        chat = ChatInterface(model, device=options.device, dtype=options.dtype, seed=options.seed)
+        chat = ChatInterface(
+            model, device=options.device, dtype=options.dtype, seed=options.seed, base_model=options.base_model
+        )
     session = Session(chat, asdict(sampling), feedback=options.feedback, force=options.force)
     if interactive and question is None:
         from rlchat.chat.terminal import Terminal

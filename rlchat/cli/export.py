@@ -44,7 +44,7 @@ def main(args: list[str]) -> int:
     if options.license and not re.fullmatch(r"[\w.+-]+", options.license):
         raise UserError(f"invalid value {options.license!r} for --license: expected an identifier such as apache-2.0")
     facts = CardFacts(options.data, options.license, read_figures(options.figures) if options.figures else {})
-    bundle = load_policy(options.model)
+    bundle = load_policy(options.model, base_model=options.base_model)
     dtype = _DTYPES[options.dtype]
     if options.to == "hf":
         write_folder(bundle, output, model_card(bundle, output.resolve().name, facts), dtype)
@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder or file to write")
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="float32", help="type of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--base-model", metavar="PATH", help="the base of an adapter file (default: where it was in training)"
     )
     parser.add_argument("--data", default="", metavar="TEXT", help="the training data, for the model card")
     parser.add_argument("--license", default="", metavar="ID", help="the license, for the model card: apache-2.0, …")

@@ -24,6 +24,7 @@ _OPTIONS = {
     "model.adam_eps": "adam_epsilon",
     "model.adam_beta2": "beta2",
     "model.optimizer": "optim optimizer_type",
+    "model.merge_adapter": "merge_lora merge_and_unload save_merged save_merged_model",
     "model.ppo_epochs": "ppo_epoch num_ppo_epochs update_epochs n_epochs noptepochs",
     "model.minibatches": "num_minibatches num_mini_batches num_mini_batch n_minibatches nminibatches",
     "model.micro_batch_size": "mini_batch_size micro_batch_size_per_gpu ppo_micro_batch_size local_mini_batch_size",

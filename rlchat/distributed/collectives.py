@@ -8,7 +8,7 @@ therefore make the same forward passes in the same order. If one could stop earl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -102,10 +102,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if full_tensor is None else full_tensor()
 
 
-def whole_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``network`` on the CPU of the first process; empty on the others. A collective if sharded."""
+def whole_state(network: nn.Module, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
+    """The state dict of ``network`` on the CPU of the first process; empty on the others. A collective if sharded.
+
+    The tensors whose names are in ``leave_out`` are not gathered.
+    """
     state = {}
     for name, tensor in network.state_dict().items():
+        if name in leave_out:
+            continue
         gathered = whole(tensor)
         if is_first():
             state[name] = gathered.cpu()

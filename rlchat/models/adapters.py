@@ -7,10 +7,10 @@ the frozen weights in memory: see :func:`copy_sharing_frozen`.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -23,13 +23,14 @@ from rlchat.distributed.collectives import is_first, whole_state
 from rlchat.distributed.sharding import will_be_sharded
 from rlchat.errors import UserError
 from rlchat.models.backbones import Backbone
+from rlchat.models.base_models import weights_digest
 from rlchat.utils.imports import install_command
 
 _log = logging.getLogger("rlchat")
 
 AdapterKind = Literal["lora"]
 _NAME = "default"  # peft's name of a model's only adapter
-_SAMPLED_VALUES = 4096  # of each frozen weight, for its digest
+_MATRICES = ("lora_A", "lora_B")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -59,6 +60,53 @@ class TrainedPart:
         return self.adapter is None and self.layers is None
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A trained LoRA adapter without the backbone that it belongs to.
+
+    Attributes:
+        alpha: the output of a layer's adapter is scaled by alpha / rank.
+        matrices: ``NAME.lora_A.weight`` [rank, inputs] and ``NAME.lora_B.weight`` [outputs, rank] of each adapted
+            linear layer, whose name is that within the backbone.
+    """
+
+    alpha: float
+    matrices: Mapping[str, Tensor]
+
+    def layers(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, A and B of each adapted layer."""
+        for key, down in self.matrices.items():
+            name, found, _ = key.rpartition(".lora_A.")
+            if found:
+                yield name, down, self.matrices[f"{name}.lora_B.weight"]
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A, which is the same in all layers."""
+        down = next(matrix for key, matrix in self.matrices.items() if ".lora_A." in key)
+        return down.shape[0] if down.dim() else 0
+
+    def check(self, backbone: Backbone) -> None:
+        """Raises ValueError, which names what is wrong, unless the adapter fits linear layers of ``backbone``."""
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}, expected a positive number")
+        if not any(".lora_A." in key for key in self.matrices):
+            raise ValueError("it has no adapter")
+        sides = {key.removesuffix(".weight").rpartition(".")[::2] for key in self.matrices}
+        modules = dict(backbone.named_modules())
+        for name in sorted({name for name, _ in sides}):
+            layer = modules.get(name)
+            if not isinstance(layer, nn.Linear | Conv1D) or any((name, side) not in sides for side in _MATRICES):
+                raise ValueError(f"the adapter of {name} does not belong to a linear layer, or is incomplete")
+            down, up = (self.matrices[f"{name}.{side}.weight"] for side in _MATRICES)
+            outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+            if down.dim() != 2 or down.shape[1] != inputs or up.shape != (outputs, len(down)) or not len(down):
+                found = f"{tuple(down.shape)} and {tuple(up.shape)}"
+                raise ValueError(
+                    f"the adapter of {name} has the shapes {found}, expected (r, {inputs}), ({outputs}, r)"
+                )
+
+
 def freeze(backbone: Backbone, part: TrainedPart) -> None:
     """Freezes the weights of ``backbone`` that ``part`` does not train; the policy head is always among them.
 
@@ -80,18 +128,36 @@ def add_adapter(backbone: Backbone, part: TrainedPart) -> None:
     Raises:
         UserError: if peft is not installed, or the backbone does not have the layers.
     """
-    if part.adapter is None:
-        return
+    if part.adapter is not None:
+        _inject(backbone, _adapted_layers(backbone, part), part.rank, part.alpha, part.dropout)
+
+
+@torch.no_grad()
+def put_on(backbone: Backbone, adapter: Adapter) -> None:
+    """Puts ``adapter`` beside the weights of a frozen ``backbone``, which do not change. It is not trained.
+
+    Raises:
+        UserError: if peft is not installed.
+    """
+    names = [name.removeprefix("transformer.") for name, _, _ in adapter.layers()]
+    _inject(backbone, names, adapter.rank, adapter.alpha, dropout=0.0)
+    backbone.requires_grad_(False)
+    for name, down, up in adapter.layers():
+        for side, matrix in zip(_MATRICES, (down, up), strict=True):
+            backbone.get_parameter(f"{name}.{side}.{_NAME}.weight").copy_(matrix)
+
+
+def _inject(backbone: Backbone, names: list[str], rank: int, alpha: float, dropout: float) -> None:
+    """Adds new matrices to the linear layers ``names`` of the transformer."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError(f"--model.adapter lora requires peft: install it with {install_command('lora')}") from error
-    names = _adapted_layers(backbone, part)
     modules = dict(backbone.transformer.named_modules())
     config = LoraConfig(
-        r=part.rank,
-        lora_alpha=part.alpha,  # type: ignore[arg-type]  # peft accepts a float
-        lora_dropout=part.dropout,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts a float
+        lora_dropout=dropout,
         target_modules=names,
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
         bias="none",
@@ -112,6 +178,12 @@ def copy_sharing_frozen(network: M) -> M:
     return copy.deepcopy(network, {**shared})
 
 
+def share_frozen(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all frozen weights of ``one`` are those of ``other``, in the same memory."""
+    frozen = {id(p) for p in other.parameters() if not p.requires_grad}
+    return all(id(p) in frozen for p in one.parameters() if not p.requires_grad)
+
+
 def merged_state(network: nn.Module) -> dict[str, Tensor]:
     """The state dict of ``network`` on the CPU, with adapters merged into the weights. A collective if it is sharded.
 
@@ -123,13 +195,44 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
         return state
     for name, layer in network.named_modules():
         if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-            down, up = (state.pop(f"{name}.{matrix}.{_NAME}.weight") for matrix in ("lora_A", "lora_B"))
-            delta = layer.scaling[_NAME] * (up @ down)
+            down, up = (state.pop(f"{name}.{matrix}.{_NAME}.weight") for matrix in _MATRICES)
+            delta = _delta(down, up, layer.scaling[_NAME], layer.fan_in_fan_out)
             for parameter in ("weight", "bias"):
                 if (value := state.pop(f"{name}.base_layer.{parameter}", None)) is not None:
                     state[f"{name}.{parameter}"] = value
-            state[f"{name}.weight"] = state[f"{name}.weight"] + (delta.T if layer.fan_in_fan_out else delta)
+            state[f"{name}.weight"] = state[f"{name}.weight"] + delta
     return state
+
+
+def state_without_base(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``network`` on the CPU without the weights under the adapter: its matrices, and all heads.
+
+    The matrices have the names of :class:`Adapter`, after ``backbone.``. A collective if the network is sharded; empty
+    on all processes but the first.
+    """
+    base = {name for name in network.state_dict() if name.startswith("backbone.") and ".lora_" not in name}
+    return {name.replace(f".{_NAME}.", "."): value for name, value in whole_state(network, leave_out=base).items()}
+
+
+def alpha_of(backbone: Backbone) -> float:
+    """The alpha of the adapter of ``backbone``."""
+    layers: Iterator[Any] = (layer for layer in backbone.modules() if hasattr(layer, "lora_alpha"))
+    return float(next(layers).lora_alpha[_NAME])
+
+
+@torch.no_grad()
+def merge_into(backbone: Backbone, adapter: Adapter) -> None:
+    """Adds ``adapter`` to the weights of ``backbone``, as :func:`merged_state` does. ``adapter.check`` comes first."""
+    for name, down, up in adapter.layers():
+        layer = backbone.get_submodule(name)
+        assert isinstance(layer, nn.Linear | Conv1D)
+        scaling = adapter.alpha / len(down)
+        layer.weight += _delta(down.to(layer.weight), up.to(layer.weight), scaling, isinstance(layer, Conv1D))
+
+
+def _delta(down: Tensor, up: Tensor, scaling: float, transposed: bool) -> Tensor:
+    delta = scaling * (up @ down)
+    return delta.T if transposed else delta
 
 
 def frozen_names(network: nn.Module) -> set[str]:
@@ -139,18 +242,8 @@ def frozen_names(network: nn.Module) -> set[str]:
 
 
 def frozen_digest(network: nn.Module) -> str:
-    """A digest of the frozen weights of ``network``, from a fixed sample of the values of each.
-
-    Training changes almost every value of a weight, so different weights have different digests.
-    """
-    found = hashlib.sha256()
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            values = parameter.detach().flatten()
-            values = values[:: max(1, len(values) // _SAMPLED_VALUES)].cpu().contiguous()
-            found.update(f"{name} {tuple(parameter.shape)}".encode())
-            found.update(values.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    """A digest of the frozen weights of ``network``; see :func:`rlchat.models.base_models.weights_digest`."""
+    return weights_digest((name, weight) for name, weight in network.named_parameters() if not weight.requires_grad)
 
 
 def announce_part(network: nn.Module, part: TrainedPart) -> None:

@@ -19,6 +19,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from rlchat.distributed.collectives import gather_objects
 from rlchat.errors import UserError, one_line
+from rlchat.models.base.embeddings import rows_from
 from rlchat.models.base_models import (
     LogitsForm,
     attention_name,
@@ -30,9 +31,9 @@ from rlchat.models.base_models import (
     logits_form,
     pretrained,
     untrained,
+    weights_digest,
 )
 from rlchat.models.causal_attention import causal_mask
-from rlchat.models.embeddings import rows_from
 from rlchat.models.families import EncoderFamily, encoder_families
 from rlchat.models.kv_cache import Cache, EncoderCache
 from rlchat.models.packing import Packing, faster_packing
@@ -57,6 +58,7 @@ class Backbone(nn.Module):
     _packs: bool | None = None  # whether batches are packed; None before the first one, which is checked
     fixed_cache: bool | None = None  # whether a cache of fixed size gives the same; None before the first use
     graphs: bool | None = None  # whether decoding runs as a CUDA graph; None before the first one
+    fingerprint: str = ""  # a digest of the weights of a pretrained base model, before the rows are fitted
 
     def __init__(
         self,
@@ -78,6 +80,9 @@ class Backbone(nn.Module):
         if isinstance(base_model, str):
             base = pretrained(base_model, config, attention) if weights else untrained(config, attention)
             self.transformer, self.logits_form = base.trunk, base.form
+            if weights:
+                named = [*base.trunk.named_parameters(), *(base.head.named_parameters("head") if base.head else ())]
+                self.fingerprint = weights_digest(named)
             self._fit_vocabulary(base.head, rows or [()] * vocab_size)
         else:
             self._build(config, attention)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from rlchat.models.families import encoder_families, positions_of
 
 T = TypeVar("T")
 
+_SAMPLED_VALUES = 4096  # of each weight, for a digest
 
 # Without it, transformers asks in the terminal whether to run the code that comes with a model.
 NO_CODE = {"trust_remote_code": False}
@@ -142,6 +144,20 @@ def _parts(whole: Any, config: PretrainedConfig) -> Pretrained:
     tied = is_tied(whole)
     assert tied or isinstance(head, nn.Linear)
     return Pretrained(trunk, None if tied else head, form)
+
+
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of ``weights`` with their names, from a fixed sample of the values of each.
+
+    Training changes almost every value of a weight, so different weights have different digests.
+    """
+    found = hashlib.sha256()
+    for name, weight in weights:
+        values = weight.detach().flatten()
+        values = values[:: max(1, len(values) // _SAMPLED_VALUES)].cpu().contiguous()
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        found.update(values.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def logits_form(config: PretrainedConfig) -> LogitsForm:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlchat.errors import UserError
-from rlchat.models.model_file import FORMAT, VERSION, PolicyBundle
+from rlchat.models.file_content import FORMAT, VERSION
+from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.config import PPOConfig
 from rlchat.ppo.held_out import HeldOutModule
 from rlchat.ppo.losses import AdaptiveKL

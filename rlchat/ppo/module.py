@@ -111,6 +111,8 @@ class PPOModule(ResumableModule):
         lora_alpha: the outputs of the adapters are scaled by lora_alpha / lora_rank.
         lora_targets: the linear layers that get an adapter, such as [q_proj, v_proj]; by default all.
         train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
+        merge_adapter: merge the adapter into the weights of model files; false: model files contain the adapter alone,
+            and are loaded together with base_model or init_from.
         gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
         chat_format: own for the chat template of the base model, rlchat for rlchat's markers; by default own where the
             base model has a template.
@@ -172,6 +174,7 @@ class PPOModule(ResumableModule):
         lora_alpha: float = 32.0,
         lora_targets: list[str] | None = None,
         train_layers: int | None = None,
+        merge_adapter: bool = True,
         gradient_checkpointing: bool = False,
         chat_format: ChatFormatName | None = None,
         new_embeddings: bool = False,

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import PromptBatch
 from rlchat.distributed.collectives import anywhere, raise_everywhere
-from rlchat.distributed.sharding import weights_on_first
+from rlchat.distributed.sharding import weights_on_first, will_be_sharded
 from rlchat.errors import UserError
 from rlchat.models.adapters import copy_sharing_frozen, freeze
 from rlchat.models.model_file import PolicyBundle, load_reward_model
@@ -123,8 +123,10 @@ class RolloutModule(PolicyModule):
     options: PPOConfig
 
     def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
-        # Reference and critic are copied before the policy gets an adapter: all three share the frozen weights.
+        # Before the policy gets an adapter, reference, critic and reward models are copied: all share frozen weights.
         freeze(bundle.model.backbone, options.trained_part)
+        # (Not with weights that will be sharded: a reward model stays whole.)
+        reward.share_weights(None if options.adapter is None or will_be_sharded() else bundle)
         reference = copy_sharing_frozen(bundle.model).requires_grad_(False)
         critic = _new_critic(bundle, options.critic_init) if options.critic_kind == "separate" else None
         super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature), options.seed)

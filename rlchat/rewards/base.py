@@ -21,13 +21,16 @@ import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
+
+if TYPE_CHECKING:
+    from rlchat.models.model_file import PolicyBundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,12 @@ class Factor(abc.ABC):
 
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Moves the factor's model to ``device``, that of the policy. Override it if the factor has a model."""
+
+    def share_weights(self, policy: PolicyBundle | None) -> None:  # noqa: B027
+        """Called before PPO. Override it if the factor has a model that can be an adapter of the policy's weights.
+
+        ``policy`` is frozen and has no adapter yet; it is None if PPO changes its weights.
+        """
 
     def unavailable(self, prompt: Conversation) -> str | None:
         """Why no response to ``prompt`` can be scored; None, the default, if it can. Training uses the score anyway."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from rlchat.rewards.ending import MissingEnd
 from rlchat.rewards.function import FunctionReward
 from rlchat.rewards.length import AppropriateLength, TooLong, TooShort
 from rlchat.rewards.similarity import QualitySimilarity
+
+if TYPE_CHECKING:
+    from rlchat.models.model_file import PolicyBundle
 
 
 class Reward:
@@ -48,6 +51,11 @@ class Reward:
         for factor in self.factors.values():
             factor.to(device)
         return self
+
+    def share_weights(self, policy: PolicyBundle | None) -> None:
+        """Lets the models of factors use the frozen weights of ``policy``; see :meth:`Factor.share_weights`."""
+        for factor in self.factors.values():
+            factor.share_weights(policy)
 
     def describe(self) -> list[dict[str, Any]]:
         """The factors as plain values, as a model file stores them."""

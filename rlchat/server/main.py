@@ -80,7 +80,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
         from rlchat.utils.devices import choose_device, choose_dtype
 
     device = choose_device(options.device)
-    bundle = load_policy(options.model, device)
+    bundle = load_policy(options.model, device, options.base_model)
     bundle.model.to(choose_dtype(options.dtype, device))
     file = Path(options.model)
     engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting)
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(name, help=f"{what} (default: {usual})", **more)  # type: ignore[arg-type]
 
     option("model", "model file", nargs="?", default="checkpoints/rl_chat_model_tiktoken.pt", metavar="MODEL")
+    option("--base-model", "path of the base of an adapter file", "where it was in training", metavar="PATH")
     option("--host", "address to listen on; 0.0.0.0 for all", default="127.0.0.1", metavar="ADDRESS")
     option("--port", "port to listen on; 0 for any free port", type=_port, default=8000)
     option("--device", "device of the model, such as cpu or cuda", "the fastest available", metavar="DEVICE")

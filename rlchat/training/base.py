@@ -24,7 +24,6 @@ from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel, RLChatModel, TokenStats
 from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms, generate
 from rlchat.rewards import Reply
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.guard import NonFiniteGuard
 from rlchat.training.optimizers import follow_schedule, make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
@@ -53,10 +52,8 @@ class StageModule(ShardableModule):
     ``bundle``. The test loop is the validation loop on the held-out test split.
 
     Args:
-        model: the network of the stage, in training mode.
+        start: the network of the stage, with its tokenizer and the maximum number of tokens in a conversation.
         options: the typed options of the stage.
-        tokenizer: the tokenizer of the model.
-        max_length: the maximum number of tokens in a conversation, responses included.
     """
 
     stage: str
@@ -66,17 +63,17 @@ class StageModule(ShardableModule):
     monitor: tuple[str, str]
     """The metric that selects the best model, and whether the best is its max or min."""
 
-    def __init__(
-        self, model: RLChatModel | RewardModel, options: StageOptions, tokenizer: ChatTokenizer, max_length: int
-    ) -> None:
+    def __init__(self, start: PolicyBundle | RewardBundle, options: StageOptions) -> None:
         super().__init__()
-        prepare_backbone(model.backbone, options)
-        self.model = model.train()
+        options.check_base(start.base)
+        self.base = start.base if options.adapter else None
+        prepare_backbone(start.model.backbone, options)
+        self.model: RLChatModel | RewardModel = start.model.train()
         self.options = options
-        self.partly = PartCheckpoint(model, options)
+        self.partly = PartCheckpoint(self.model, options)
         self.strict_loading = options.trained_part.is_everything
-        self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.tokenizer = start.tokenizer
+        self.max_length = start.max_length
         self.tally = Tally()
         self.guard = NonFiniteGuard()
         self.first_loss: float | None = None
@@ -98,7 +95,7 @@ class StageModule(ShardableModule):
 
     def save_bundle(self, path: str | Path) -> None:
         """Writes the model file; see :mod:`rlchat.models.model_file`. A collective."""
-        save_bundle(path, self.bundle())
+        save_bundle(path, self.bundle(), self.options.merge_adapter)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a learning rate schedule over the batches of the run."""
@@ -296,7 +293,7 @@ class PolicyModule(StageModule):
     model: RLChatModel
 
     def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling, seed: int) -> None:
-        super().__init__(bundle.model, options, bundle.tokenizer, bundle.max_length)
+        super().__init__(bundle, options)
         self.sampling = sampling
         self.seed = seed
 
@@ -381,4 +378,4 @@ class PolicyModule(StageModule):
 
     def bundle(self) -> PolicyBundle:
         """The chat model in its current state, with everything that is needed to chat with it."""
-        return PolicyBundle(self.model, self.tokenizer, self.max_length, self.about())
+        return PolicyBundle(self.model, self.tokenizer, self.max_length, self.about(), base=self.base)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from rlchat.distributed.sharding import weights_on_first
 from rlchat.errors import UserError
-from rlchat.models.backbones import Backbone
+from rlchat.models.base.weights import BaseWeights, base_model_folder, open_base_model
+from rlchat.models.file_content import holds_adapter
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
 from rlchat.models.networks import value_head
-from rlchat.models.vocabulary import plan_rows
 from rlchat.tokenizer.base_files import tokenizer_files
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.own import own_encoding, own_format_of
-from rlchat.training.gguf_base import unpacked_gguf
 from rlchat.training.options import ChatFormatName, StageOptions
 
 log = logging.getLogger("rlchat")
@@ -38,32 +36,33 @@ def open_policy(
 ) -> PolicyBundle:
     """A chat model from the model file ``init_from``, or a new one with the backbone ``base_model``.
 
-    In a stage that will be sharded, it has weights on the first process only; see :mod:`rlchat.distributed.sharding`.
+    With both, ``init_from`` is an adapter, and ``base_model`` is where its base is now. In a stage that will be
+    sharded, the model has weights on the first process only; see :mod:`rlchat.distributed.sharding`.
 
     Raises:
         UserError: if the other options contradict the model file, or the base model cannot be used.
     """
     if init_from is None:
-        if isinstance(base_model, str) and base_model.lower().endswith(".gguf"):
-            base_model = str(unpacked_gguf(Path(base_model).expanduser()))
-        tokenizer = open_tokenizer(base_model, tiktoken_encoding, chat_format)
-        base_model = base_model or DEFAULT_BASE_MODEL
+        folder = base_model_folder(base_model) if isinstance(base_model, str) else base_model
+        tokenizer = open_tokenizer(folder, tiktoken_encoding, chat_format)
+        base_model, folder = base_model or DEFAULT_BASE_MODEL, folder or DEFAULT_BASE_MODEL
         length = max_length or DEFAULT_MAX_LENGTH
-        plan = plan_rows(base_model, tokenizer, new_embeddings)
-        rows = None if plan is None else plan.sources
         with weights_on_first() as weights:
-            backbone = Backbone(base_model, tokenizer.vocab_size, length, rows, attn_implementation, weights)
-            return PolicyBundle(new_policy(backbone, tokenizer, hidden_dim or 0), tokenizer, length)
+            backbone = open_base_model(folder, tokenizer, length, new_embeddings, attn_implementation, weights)
+            model = new_policy(backbone, tokenizer, hidden_dim or 0)
+        known = isinstance(base_model, str) and not new_embeddings  # others have random weights
+        base = BaseWeights("base_model", str(base_model), backbone.fingerprint) if known else None
+        return PolicyBundle(model, tokenizer, length, base=base)
     if new_embeddings or chat_format is not None:
         option = "new_embeddings" if new_embeddings else "chat_format"
         raise UserError(f"{option} applies to a new model, and init_from {init_from} is a trained one; leave it out")
-    if base_model is not None:
+    if isinstance(base_model, dict) or (base_model is not None and not holds_adapter(init_from)):
         raise UserError(
             f"base_model and init_from {init_from} cannot be combined, because the model file contains a backbone; "
             f"set --model.base_model null, or leave out --model.init_from"
         )
     with weights_on_first() as weights:
-        bundle = load_policy(init_from, weights=weights)
+        bundle = load_policy(init_from, base_model=base_model, weights=weights)
     if attn_implementation is not None:
         bundle.model.backbone.set_attention(attn_implementation)
     _check_encoding(init_from, bundle.tokenizer, tiktoken_encoding)

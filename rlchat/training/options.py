@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, TrainedPart
+from rlchat.models.base.weights import BaseWeights
 from rlchat.training.optimizers import OptimizerName
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -42,6 +43,7 @@ class StageOptions:
     lora_alpha: float = 32.0
     lora_targets: list[str] | None = None
     train_layers: int | None = None
+    merge_adapter: bool = True
     gradient_checkpointing: bool = False
     chat_format: ChatFormatName | None = None
     new_embeddings: bool = False
@@ -66,6 +68,16 @@ class StageOptions:
         positive(lora_alpha=self.lora_alpha)
         if self.lora_targets is not None and not self.lora_targets:
             raise UserError("invalid value [] for lora_targets: expected names of linear layers, or null for all")
+        if not self.merge_adapter and self.adapter is None:
+            raise UserError("merge_adapter false needs an adapter; set --model.adapter lora, or leave it out")
+
+    def check_base(self, base: BaseWeights | None) -> None:
+        """Raises :class:`UserError` if model files would refer to a ``base`` that cannot be loaded again (None)."""
+        if not self.merge_adapter and base is None:
+            raise UserError(
+                "merge_adapter false needs a base model that can be loaded again, and this one has random weights; set "
+                "--model.merge_adapter true, or pass a pretrained base_model or init_from"
+            )
 
     @property
     def trained_part(self) -> TrainedPart:

@@ -103,6 +103,8 @@ class RewardModelModule(StageModule):
         lora_targets: the linear layers that get an adapter, such as [q_proj, v_proj]; by default all.
         lora_dropout: the dropout probability of the adapters' inputs in training.
         train_layers: train the last N layers of the backbone only, or their adapters; by default all layers.
+        merge_adapter: merge the adapter into the weights of model files; false: model files contain the adapter alone,
+            and are loaded together with base_model or init_from.
         gradient_checkpointing: compute activations again in the backward pass, which needs less memory and more time.
         chat_format: own for the chat template of the base model, rlchat for rlchat's markers; by default own where the
             base model has a template.
@@ -134,6 +136,7 @@ class RewardModelModule(StageModule):
         lora_targets: list[str] | None = None,
         lora_dropout: float = 0.0,
         train_layers: int | None = None,
+        merge_adapter: bool = True,
         gradient_checkpointing: bool = False,
         chat_format: ChatFormatName | None = None,
         new_embeddings: bool = False,
@@ -141,7 +144,8 @@ class RewardModelModule(StageModule):
     ) -> None:
         options = SupervisedOptions.of(locals())
         start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from, **base_options(options))
-        super().__init__(RewardModel(start.model.backbone), options, start.tokenizer, start.max_length)
+        model = RewardModel(start.model.backbone)
+        super().__init__(RewardBundle(model, start.tokenizer, start.max_length, base=start.base), options)
         self.save_hyperparameters()
         self.label_coef = label_coef
         if self.model.backbone.head is not None:  # an untied policy head gets no gradient from a score
@@ -268,7 +272,7 @@ class RewardModelModule(StageModule):
 
     def bundle(self) -> RewardBundle:
         """The reward model in its current state, with its tokenizer."""
-        return RewardBundle(self.model, self.tokenizer, self.max_length, self.about())
+        return RewardBundle(self.model, self.tokenizer, self.max_length, self.about(), self.base)
 
 
 def _known(x: Tensor) -> Tensor:

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from rlchat.errors import UserError
 from rlchat.models.adapters import (
+    Adapter,
     TrainedPart,
     add_adapter,
+    alpha_of,
     checkpoint_gradients,
     copy_sharing_frozen,
     freeze,
     frozen_digest,
+    merge_into,
     merged_state,
+    put_on,
+    state_without_base,
 )
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy, save_bundle
 from rlchat.models.networks import RLChatModel
@@ -66,6 +71,31 @@ def test_a_new_adapter_changes_nothing_and_a_merged_one_equals_the_adapter(famil
     assert torch.equal(output(model), after)  # merging did not change the model
     save_bundle(tmp_path / "model.pt", PolicyBundle(model, ChatTokenizer("rlchat_1k"), 48))
     assert torch.equal(output(load_policy(tmp_path / "model.pt").model), output(plain))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "distilbert", "gpt_neox"])
+def test_an_adapter_alone_is_merged_into_its_base_or_put_beside_it(family: str) -> None:
+    model = with_adapter(policy(family))
+    state = state_without_base(model)
+    heads = {"value_head.weight", "value_head.bias"}
+    assert heads < state.keys()
+    matrices = {name.removeprefix("backbone."): value for name, value in state.items() if name not in heads}
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in matrices)
+    adapter = Adapter(alpha_of(model.backbone), matrices)
+    assert (adapter.alpha, adapter.rank) == (6.0, 2)
+    merged, beside = policy(family), policy(family)
+    adapter.check(merged.backbone)
+    merge_into(merged.backbone, adapter)
+    for name, weight in merged_state(model).items():
+        assert torch.equal(merged.state_dict()[name], weight), name
+    put_on(beside.backbone, adapter)
+    assert torch.equal(output(beside), output(model))
+    assert not any(parameter.requires_grad for parameter in beside.backbone.parameters())
+    names = {name for name, module in beside.backbone.named_modules() if hasattr(module, "base_layer")}
+    before = policy(family).backbone.state_dict()
+    for name in names:
+        weight = beside.backbone.get_parameter(f"{name}.base_layer.weight")
+        assert torch.equal(weight, before[f"{name}.weight"]), name
 
 
 def test_the_merged_weight_is_w_plus_scaled_b_times_a() -> None:

@@ -296,8 +296,8 @@ def refusal(path: Path, content: object | None = None) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"version": 3}, "unsupported model file version 3, expected 1 or 2; update rlchat"),
-        ({"version": None}, "unsupported model file version None, expected 1 or 2; update rlchat"),
+        ({"version": 4}, "unsupported model file version 4, expected 1 to 3; update rlchat"),
+        ({"version": None}, "unsupported model file version None, expected 1 to 3; update rlchat"),
         ({"format": "other"}, "not an rlchat model file; `rlchat fit` writes them to checkpoints/*.pt"),
         ({"kind": "critic"}, "unknown kind of model 'critic'; update rlchat or create the file again"),
         ({"kind": 3}, "damaged model file, kind is 3, expected str"),

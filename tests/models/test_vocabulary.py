@@ -15,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PhiConfig, P
 
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.models.embeddings import rows_from
+from rlchat.models.base.embeddings import rows_from
 from rlchat.models.model_file import load_policy, save_bundle
 from rlchat.models.vocabulary import AVERAGE, plan_rows
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer

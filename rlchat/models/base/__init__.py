@@ -1,0 +1,1 @@
+"""Base models as the start of training, and as what an adapter belongs to."""
