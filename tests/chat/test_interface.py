@@ -710,7 +710,7 @@ def test_cuda_that_is_not_available(random_model: Path) -> None:
 def test_the_fastest_device_is_the_default(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
 
-    def load(path: Path, device: torch.device) -> None:
+    def load(path: Path, device: torch.device, base_model: str | None) -> None:
         chosen.append(device.type)
         raise UserError("that is all this test wants to know")
 
