@@ -149,10 +149,13 @@ def test_the_first_ratio_is_1(encoding: str) -> None:
 def test_the_frozen_layers_run_once_per_rollout(encoding: str) -> None:
     module = ppo(encoding, critic="separate", ppo_epochs=3, minibatches=2)
     rolled_out(module)  # the check of the family runs them too
-    with counted(module.reference, module) as of_reference, counted(module.critic, module) as of_critic:
-        transcript = module.sample_transcript(prompts(module.tokenizer), torch.arange(8), 0)
-        with counted(module.model, module) as of_policy:
-            rollout = module.evaluate_transcript(transcript)
+    transcript = module.sample_transcript(prompts(module.tokenizer), torch.arange(8), 0)
+    with (
+        counted(module.model, module) as of_policy,
+        counted(module.reference, module) as of_reference,
+        counted(module.critic, module) as of_critic,
+    ):
+        rollout = module.evaluate_transcript(transcript)
         iteration = iterated(module, rollout, torch.arange(8.0))
         for part in module.minibatches(8, 0):
             module.minibatch_loss(iteration, part[0], torch.tensor(8.0))
@@ -233,11 +236,15 @@ def test_the_layers_run_again_after_a_failure(encoding: str, checkpointing: bool
     module = ppo(encoding, gradient_checkpointing=checkpointing)
     rollout = rolled_out(module)
     before = evaluated(module, rollout, ROWS, keeps=False)
+    layers = frozen_layers(module.model.backbone, module.options.trained_part)
+    forwards = [vars(layer).get("forward") for layer in layers]
+    assert (forwards != [None, None]) is checkpointing
     with pytest.raises(KeyError), module.frozen_layers.skipped(module.model, rollout.kept):
         raise KeyError
     with counted(module.model, module) as ran:
         after = evaluated(module, rollout, ROWS, keeps=False)
     assert ran == [0, 1]
+    assert [vars(layer).get("forward") for layer in layers] == forwards
     assert torch.equal(after.logprobs, before.logprobs)
 
 
