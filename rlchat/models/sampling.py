@@ -227,7 +227,6 @@ def generate(
     fixed = FixedDecoder(model, ids.shape[1] + longest) if can_decode_fixed(model) else None
     check_every = _steps_between_checks(ids.device)
     rows = torch.arange(len(ids), device=ids.device)  # in the batch now
-    left = torch.ones_like(rows, dtype=torch.bool)  # of these, the ones that have not ended
     columns: list[Step] = []
     more: dict[str, Any] = {"goes_on": goes_on, "decode": fixed, "check_every": check_every}
     steps = sample(model, ids, attention_mask, sampling, uniforms, end_id=end_id, pad_id=pad_id, **more)
@@ -238,16 +237,14 @@ def generate(
                 step = steps.send(change)
             except StopIteration:
                 break
-            tokens = torch.full((len(ids),), pad_id, dtype=torch.long, device=ids.device)
-            logprobs = torch.zeros(len(ids), dtype=step.logprobs.dtype, device=ids.device)
+            tokens, logprobs = step.tokens.new_full((len(ids),), pad_id), step.logprobs.new_zeros(len(ids))
             columns.append(Step(tokens.index_copy(0, rows, step.tokens), logprobs.index_copy(0, rows, step.logprobs)))
-            left &= (step.tokens != end_id) & (step.tokens != pad_id)
             change = None
             if fixed is not None or len(columns) % check_every:
                 continue
-            stay = left.nonzero().squeeze(1)
+            stay = ((step.tokens != end_id) & (step.tokens != pad_id)).nonzero().squeeze(1)
             if 0 < len(stay) <= _LEAVING * len(rows):
-                rows, left = rows[stay], left[stay]
+                rows = rows[stay]
                 noise = partial(_uniforms_of_rows, uniforms, rows.cpu())
                 change = Change(stay.tolist(), (), _of_rows(sampling, rows), noise)
     tokens, logprobs = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))

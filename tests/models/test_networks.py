@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlchat.models.backbones import Backbone
 from rlchat.models.base_models import LogitsForm
@@ -74,7 +75,7 @@ def test_a_distribution_by_hand() -> None:
     torch.testing.assert_close(cold.logprobs.exp(), torch.tensor([1 / 30, 4 / 30, 25 / 30]))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_token_stats_equal_a_plain_softmax_over_sayable_tokens(temperature: float) -> None:
     model, hidden = policy(), hidden_states(4)
     targets = torch.tensor([1, 6, 10, 2])
@@ -109,7 +110,7 @@ def test_blocks_do_not_change_the_result(width: int, kept: int, monkeypatch: pyt
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("form", [LogitsForm(), LogitsForm(scale=0.5, cap=2.0, bias=True), LogitsForm(scale=3.0)])
+@pytest.mark.parametrize("form", [LogitsForm(), LogitsForm(scale=0.5, cap=2.0, bias=True), LogitsForm(scale=1.6)])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.7])
 @pytest.mark.parametrize("kept", [0, 2**25])
 def test_gradients_equal_those_of_plain_operations(
@@ -140,6 +141,15 @@ def test_gradients_equal_those_of_plain_operations(
         for logprobs, entropy in ((stats.logprobs, stats.entropy), expected)
     )
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_of_the_entropy_alone() -> None:
+    model, hidden = policy(), hidden_states(3)
+    said = (hidden @ model.backbone.head_weight.T)[:, SAYABLE]
+    plain = torch.distributions.Categorical(logits=said).entropy()
+    stats = model.token_stats(hidden, torch.tensor([1, 2, 3]))
+    found, wanted = (torch.autograd.grad(entropy.sum(), hidden) for entropy in (stats.entropy, plain))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_an_unsayable_target_has_only_the_gradient_of_the_others() -> None:
@@ -249,6 +259,28 @@ def test_where_the_backbone_computes_in_lower_precision() -> None:
     assert is_lower_precision(weight.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert is_lower_precision(weight)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_only_the_gradients_that_are_needed_are_computed(trained: int) -> None:
+    """The product of hidden states and weights, one product for a gradient of either, and a sum for the bias."""
+    inputs = [torch.ones(4, 8), torch.ones(VOCABULARY, 8), torch.zeros(VOCABULARY)]
+    inputs[trained].requires_grad_()
+    hidden, weight, bias = inputs
+    head = Head(weight, bias, LogitsForm(bias=True), torch.zeros(VOCABULARY, dtype=torch.bool), 1.0)
+    stats = token_stats(hidden, torch.zeros(4, dtype=torch.long), head)
+
+    operations: list[str] = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Operations():
+        stats.logprobs.backward(torch.ones(4))
+    expected = ["addmm_", "mm", "sum"]
+    assert [name for name in operations if name in expected] == [expected[trained]]
 
 
 def test_no_gradient_for_a_frozen_head() -> None:

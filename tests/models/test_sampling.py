@@ -199,9 +199,11 @@ def test_a_row_has_the_same_uniforms_in_any_batch(numbers: list[int], seed: int,
 
 
 def test_generator_uniforms_continue() -> None:
-    noise = generator_uniforms(torch.Generator().manual_seed(0), 3)
-    assert noise(0).shape == (3,)
-    assert noise(0).tolist() != noise(0).tolist()
+    noise, again = (generator_uniforms(torch.Generator().manual_seed(0), 3) for _ in range(2))
+    first = noise(0)
+    assert first.shape == (3,)
+    assert first.tolist() != noise(0).tolist()
+    assert first.tolist() == again(0).tolist()
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -274,6 +276,32 @@ def test_a_response_ends_at_its_end_marker_and_is_padded_after_it() -> None:
     assert said.mask.sum(1).tolist() == [3, 5, 1]
     assert said.mask.tolist() == (said.ids != PAD).tolist()
     assert said.ended.tolist() == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("lines", "steps", "ids", "ended"),
+    [
+        ([[1, 2, END], [3, END, 7]], 1, [[1], [3]], [False, False]),
+        ([[1, 2, END], [3, END, 7]], 2, [[1, 2], [3, END]], [False, True]),
+        ([[1, 2, END, 7, 7], [3, END, 7, 7, 7]], 5, [[1, 2, END], [3, END, PAD]], [True, True]),
+        ([[END, 7], [END, 7]], 2, [[END], [END]], [True, True]),  # without the column of padding
+    ],
+)
+def test_processes_with_a_sharded_model_stop_together(
+    lines: list[list[int]], steps: int, ids: list[list[int]], ended: list[bool]
+) -> None:
+    """``goes_on`` may end a response early, and it may ask for steps after the last row has ended."""
+    asked: list[Tensor] = []
+
+    def goes_on(alive: Tensor) -> bool:
+        asked.append(alive)
+        return len(asked) < steps
+
+    noise = generator_uniforms(torch.Generator(), 2)
+    said = generate(Script(lines), *pad(PROMPTS[:2], PAD, "left"), Sampling(5, 1.0), noise, **ENDS, goes_on=goes_on)
+    assert len(asked) == steps
+    assert said.ids.tolist() == ids
+    assert said.ended.tolist() == ended
 
 
 def test_a_response_cut_at_the_limit_has_not_ended() -> None:
@@ -402,6 +430,16 @@ def test_rows_that_have_ended_leave_the_batch(family: str) -> None:
         )
         assert together.ids[row][together.mask[row]].tolist() == said.ids[0].tolist()
         torch.testing.assert_close(together.logprobs[row][together.mask[row]], said.logprobs[0], atol=1e-5, rtol=1e-4)
+
+
+def test_one_of_five_rows_leaves_the_batch_as_soon_as_it_has_ended() -> None:
+    """One of six would stay, since each change copies the cache."""
+    for count, expected in ((5, [5, 4, 4]), (6, [6, 6, 6])):
+        model, sizes = Script([[END, 9, 9], *[[1, 2, 3]] * (count - 1)]), []
+        model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))  # noqa: B023
+        said = generated(model, PROMPTS[:count], generator_uniforms(torch.Generator(), count), Sampling(3, 1.0))
+        assert sizes == expected
+        assert said.ids.tolist() == [[END, PAD, PAD], *[[1, 2, 3]] * (count - 1)]
 
 
 # ---- rows that differ, leave and join --------------------------------------------------------------------------------
@@ -592,6 +630,18 @@ def test_a_logprob_is_of_the_distribution_that_was_drawn_from(
         assert float(drawn.logprobs[0].exp()) == pytest.approx(probability)
     assert drawn.tokens.tolist() == [token, 0]
     assert float(drawn.logprobs[1].exp()) == pytest.approx(0.1)
+    assert choose(logits[:1], [sampling], both[:1]).tokens.tolist() == [token]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_drawing_does_not_change_the_setting_of_deterministic_algorithms(deterministic: bool) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(deterministic)
+        choose(torch.zeros(1, 4), Sampling(top_p=0.5), torch.zeros(1))
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_the_nucleus_ends_where_top_p_is_reached_exactly() -> None:
@@ -649,8 +699,9 @@ def test_top_k_1_is_greedy_under_ties() -> None:
     uniform = torch.tensor([0.0, 0.3, 0.5, 0.9, BELOW_ONE])
     assert choose(logits, Sampling(top_k=1), uniform).tokens.tolist() == [1] * 5
     assert choose(logits, Sampling(temperature=0), uniform).tokens.tolist() == [1] * 5
-    # top_k 2 keeps two of the three, the first ones.
+    # top_k 2 keeps two of the three, the first ones; so it does of more tokens than a sort of few keeps in order.
     assert choose(logits, Sampling(top_k=2), uniform).tokens.tolist() == [1, 1, 2, 2, 2]
+    assert choose(torch.zeros(5, 100), Sampling(top_k=2), uniform).tokens.tolist() == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_k=3), Sampling(top_p=0.5)])
