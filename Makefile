@@ -132,6 +132,12 @@ $(VENV)/installed-real: $(VENV)/installed
 	.venv-trl/bin/python $(PIP) -q -e . trl==1.12.0 accelerate==1.15.0
 	touch $@
 
+# For benchmarks/lm_evaluation.py. It has no rlchat, since an exported folder must not need it.
+.venv-lm-eval/installed:
+	test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python $(PIP) -q 'lm_eval[hf,api]==0.4.13'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-trl .venv-latest .venv-lowest .venv-tools docs/_build
+	rm -rf $(VENV) .venv-trl .venv-lm-eval .venv-latest .venv-lowest .venv-tools docs/_build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants
