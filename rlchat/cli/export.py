@@ -1,6 +1,7 @@
 """`rlchat export`: a chat model in the formats of other programs.
 
 rlchat export checkpoints/rl_chat_model_tiktoken.pt --to hf my-model
+rlchat export checkpoints/rl_chat_model_tiktoken.pt --to peft my-adapter
 rlchat export checkpoints/rl_chat_model_tiktoken.pt --to gguf my-model.gguf
 rlchat export checkpoints/rl_chat_model_tiktoken.pt --to safetensors my-model.safetensors
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from rlchat.errors import UserError
+from rlchat.export import adapter
 from rlchat.export.card import CardFacts, model_card, read_figures
 from rlchat.export.folder import FILES, write_folder
 from rlchat.export.gguf_file import check_available, write_gguf
@@ -35,8 +37,8 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     output: Path = options.output
-    if options.to == "hf":
-        check_folder(output, FILES, options.force)
+    if options.to in ("hf", "peft"):
+        check_folder(output, FILES if options.to == "hf" else adapter.FILES, options.force)
     else:
         check_file(output, f".{options.to}", options.force)
     if options.to == "gguf":
@@ -44,10 +46,14 @@ def main(args: list[str]) -> int:
     if options.license and not re.fullmatch(r"[\w.+-]+", options.license):
         raise UserError(f"invalid value {options.license!r} for --license: expected an identifier such as apache-2.0")
     facts = CardFacts(options.data, options.license, read_figures(options.figures) if options.figures else {})
+    base = adapter.base_of(options.model, options.base_model) if options.to == "peft" else None
     bundle = load_policy(options.model, base_model=options.base_model)
     dtype = _DTYPES[options.dtype]
-    if options.to == "hf":
-        write_folder(bundle, output, model_card(bundle, output.resolve().name, facts), dtype)
+    card = model_card(bundle, output.resolve().name, facts)
+    if base is not None:
+        adapter.write_adapter(options.model, bundle, base, output, card)
+    elif options.to == "hf":
+        write_folder(bundle, output, card, dtype)
     elif options.to == "gguf":
         write_gguf(bundle, output, output.stem, options.license, dtype)
     else:
@@ -64,10 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="the model file (.pt) of a chat model")
     parser.add_argument(
         "--to",
-        choices=("hf", "gguf", "safetensors"),
+        choices=("hf", "peft", "gguf", "safetensors"),
         required=True,
-        help="hf: a folder for transformers, with tokenizer, chat template and model card; gguf: a file for llama.cpp "
-        "(needs the extra export); safetensors: the weights alone, value head included",
+        help="hf: a folder for transformers, with tokenizer, chat template and model card; peft: the same with the "
+        "adapter of an adapter file alone (needs the extra lora); gguf: a file for llama.cpp (needs the extra export); "
+        "safetensors: the weights alone, value head included",
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the folder or file to write")
     parser.add_argument(
@@ -91,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 def _summary(to: str, output: Path) -> str:
     how = {
         "hf": f"AutoModelForCausalLM.from_pretrained({str(output)!r}) loads it",
+        "peft": f"AutoModelForCausalLM.from_pretrained({str(output)!r}) loads it and its base, with peft",
         "gguf": "llama.cpp runs it, with the chat template in the file",
         "safetensors": "safetensors.torch.load_file reads it",
     }

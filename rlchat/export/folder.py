@@ -49,20 +49,28 @@ def write_folder(bundle: PolicyBundle, folder: Path, card: str, dtype: torch.dty
     Raises :class:`UserError` for a model that has no class in transformers, and for a tokenizer or a chat template
     that would give other ids in transformers.
     """
+    model = causal_lm(bundle)
+    with complete(folder) as new, _without_progress_bar():
+        write_tokenizer(bundle, new, card)
+        torch.nn.Module.to(model, dtype).save_pretrained(new)  # PreTrainedModel.to has lost its type
+
+
+def write_tokenizer(bundle: PolicyBundle, folder: Path, card: str) -> None:
+    """Writes the files of the tokenizer, the chat template and the model card ``card`` to the existing ``folder``.
+
+    Raises :class:`UserError` for a tokenizer or a chat template that would give other ids in transformers.
+    """
     vocabulary = Vocabulary.of(bundle.tokenizer)
     tokenizer = tokenizer_json(vocabulary)
     _check_tokenizer(bundle.tokenizer, vocabulary, tokenizer)
-    model = causal_lm(bundle)
-    with complete(folder) as new, _without_progress_bar():
-        torch.nn.Module.to(model, dtype).save_pretrained(new)  # PreTrainedModel.to has lost its type
-        texts = {
-            "tokenizer.json": tokenizer,
-            "tokenizer_config.json": json.dumps(_options(vocabulary, bundle.max_length), indent=2, ensure_ascii=False),
-            "chat_template.jinja": vocabulary.template,
-            "README.md": card,
-        }
-        for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
+    texts = {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": json.dumps(_options(vocabulary, bundle.max_length), indent=2, ensure_ascii=False),
+        "chat_template.jinja": vocabulary.template,
+        "README.md": card,
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager
