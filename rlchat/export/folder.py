@@ -51,6 +51,7 @@ def write_folder(bundle: PolicyBundle, folder: Path, card: str, dtype: torch.dty
     """
     model = causal_lm(bundle)
     with complete(folder) as new, _without_progress_bar():
+        new.mkdir()
         write_tokenizer(bundle, new, card)
         torch.nn.Module.to(model, dtype).save_pretrained(new)  # PreTrainedModel.to has lost its type
 

@@ -45,7 +45,7 @@ def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("check_every", [1, 4, 32])
 def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) -> None:
     model, (ids, mask) = policy(family), pad([PROMPTS[0], *PROMPTS], PAD, "left")  # the first one is read once
-    sampling = [Sampling(n, temperature=1.0) for n in (7, 9, 1, 12, 5)]
+    sampling = [Sampling(n, temperature=1.0) for n in (7, 1, 9, 12, 5)]
     noise = addressed_uniforms(3, 0, torch.arange(5))
     expected: Generated = generate(model, ids, mask, sampling, noise, **ENDS)
     decoder = FixedDecoder(model, ids.shape[1] + 12)
@@ -56,6 +56,17 @@ def test_the_same_tokens_as_with_a_growing_cache(family: str, check_every: int) 
     assert torch.equal(tokens[:, :width], expected.ids)
     assert (tokens[:, width:] == PAD).all()
     torch.testing.assert_close(logprobs[:, :width], expected.logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_cache_that_is_just_large_enough() -> None:
+    """7 columns for the prompts and 9 for the responses; the keys of the last token are never needed."""
+    model, (ids, mask) = policy("llama"), pad(PROMPTS, PAD, "left")
+    model.unsayable[END] = 1
+    sampling, noise = Sampling(9, temperature=1.0), addressed_uniforms(3, 0, torch.arange(4))
+    expected = generate(model, ids, mask, sampling, noise, **ENDS)
+    steps = list(sample(model, ids, mask, sampling, noise, **ENDS, decode=FixedDecoder(model, 16)))
+    assert torch.equal(torch.stack([step.tokens for step in steps], 1), expected.ids)
+    assert expected.ids.shape == (4, 9)
 
 
 @pytest.mark.parametrize("family", [*DECODERS, "distilbert"])
