@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "against_trl"))
+sys.path[:0] = [str(HERE), str(HERE / "against_trl")]
 from common import LONGEST_PROMPT, SIZES, Size, initial_model  # noqa: E402
 from gpu import peaks, weights_of  # noqa: E402
 from rlchat_side import make_tokenizer, save_initial  # noqa: E402

@@ -16,6 +16,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 import yaml
+from helpers.adapters import base_folder, ppo_with_adapter, save
 from helpers.chat_models import random_policy
 from helpers.command_line import write_talk
 
@@ -128,6 +129,8 @@ def test_short_command_runs(
 ) -> None:
     (folder / "data" / "demo.jsonl").unlink()
     (folder / "typed.txt").write_text("Hello\n/quit\n")
+    if "adapter.pt" in line:
+        save(ppo_with_adapter(base_model=base_folder(Path("FOLDER"))), Path("adapter.pt"))
     before = set(folder.rglob("*"))
     words = [{"4096": "300"}.get(word, word) for word in shlex.split(line)[1:]]  # the data here is small
     with (folder / "typed.txt").open() as typed:

@@ -218,7 +218,7 @@ def test_a_block_has_a_limited_number_of_logits(
 def test_logits_are_computed_again_only_if_they_were_not_kept(
     kept: int, computed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlchat.models.token_stats._MOST_KEPT_LOGITS", kept)
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_KEPT_LOGITS", kept)
     Records.shapes = []
     hidden = torch.ones(7, 3, requires_grad=True)
     head = Head(torch.ones(VOCABULARY, 3), None, Records(), torch.zeros(VOCABULARY, dtype=torch.bool), 1.0)

@@ -31,6 +31,7 @@ from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import RewardBundle, load_policy, save_bundle
 from rlchat.models.networks import Critic, RewardModel, RLChatModel
 from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms
+from rlchat.ppo.frozen_layers import KeptStates
 from rlchat.ppo.module import PPOModule
 from rlchat.ppo.rollouts import Rollout, pack
 from rlchat.rewards import Reply, ReplyFactor, Reward
@@ -528,6 +529,7 @@ def test_the_rows_of_a_conversation_of_two_turns_by_hand() -> None:
         ref_logprobs=torch.tensor([[-1.5, -2.25, 5.0, -0.25], [-6.0, 5.0, 5.0, 5.0]]),
         values=torch.tensor([[0.1, 0.2, 7.0, 0.3], [0.4, 7.0, 7.0, 7.0]]),
         sampling_logprobs=torch.zeros(2, 4),
+        kept=KeptStates(),
     )
     assert rollout.kl.tolist() == [0.75, 2.0, -0.25]
     rows = rollout.rows({"one": torch.tensor([1.0, 2.0, 3.0]), "two": torch.tensor([0.5, -2.0, 0.0])})
