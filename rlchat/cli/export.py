@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     dtype = _DTYPES[options.dtype]
     card = model_card(bundle, output.resolve().name, facts)
     if base is not None:
-        adapter.write_adapter(options.model, bundle, base, output, card)
+        adapter.write_adapter(options.model, bundle, base, output, card, dtype)
     elif options.to == "hf":
         write_folder(bundle, output, card, dtype)
     elif options.to == "gguf":

@@ -85,12 +85,17 @@ def shard_networks(module: L.LightningModule, from_first: bool = False) -> None:
     """
     if module.device_mesh is None:
         return
-    for network in module.children():
-        if any(True for _ in network.parameters()) and not is_sharded(network):
-            weights: dict[str, Any] = dict(network.state_dict()) if from_first and is_first() else {}
-            shard(network, module.device_mesh["data_parallel"])
-            if from_first:
-                _fill(network, weights)
+    networks = [part for part in module.children() if any(True for _ in part.parameters()) and not is_sharded(part)]
+    weights: list[dict[str, Any]] = [{} for _ in networks]
+    if from_first and is_first():
+        # Networks may have the same parameters, which would move to the device as a whole with the first of them.
+        weights = [dict(network.state_dict()) for network in networks]
+        for network in networks:
+            _discard_weights(network)
+    for network, whole in zip(networks, weights, strict=True):
+        shard(network, module.device_mesh["data_parallel"])
+        if from_first:
+            _fill(network, whole)
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
@@ -107,6 +112,16 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
+
+
+def _discard_weights(network: nn.Module) -> None:
+    """Moves the parameters of ``network`` to the device ``meta``; tied parameters stay tied, buffers stay."""
+    empty: dict[nn.Parameter, nn.Parameter] = {}
+    for part in network.modules():
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter not in empty:
+                empty[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            setattr(part, name, empty[parameter])
 
 
 def _fill(network: nn.Module, weights: dict[str, Any]) -> None:

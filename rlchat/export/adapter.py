@@ -40,13 +40,18 @@ def base_of(path: Path, base_model: str | None) -> str:
         raise UserError(f"--to peft requires peft: install it with {install_command('lora')}") from error
     if not holds_adapter(path):
         raise UserError(f"{path} contains no adapter; train it with --model.merge_adapter false, or use --to hf")
-    base = BaseWeights.from_values(read_content(path, "policy")["base"])
+    base = BaseWeights.from_values(read_content(path, "policy", weights=False)["base"])
     if base is None or base.kind != "base_model":
         raise UserError(f"{path}: the adapter belongs to {base}, which peft cannot load; use --to hf")
-    return base_model or base.place(path) or base.name
+    place = base_model or base.place(path) or base.name
+    if place.lower().endswith(".gguf"):
+        raise UserError(f"{path}: the adapter belongs to {place}, a GGUF file, which peft cannot load; use --to hf")
+    return place
 
 
-def write_adapter(path: Path, bundle: PolicyBundle, base_model: str, folder: Path, card: str) -> None:
+def write_adapter(
+    path: Path, bundle: PolicyBundle, base_model: str, folder: Path, card: str, dtype: torch.dtype = torch.float32
+) -> None:
     """Writes the adapter in ``path`` to ``folder``, with the tokenizer; it appears complete or not at all.
 
     Args:
@@ -55,6 +60,7 @@ def write_adapter(path: Path, bundle: PolicyBundle, base_model: str, folder: Pat
         base_model: of the adapter; its name becomes that of the base in ``adapter_config.json``.
         folder: the output.
         card: the text of ``README.md``.
+        dtype: of the matrices.
 
     Raises:
         UserError: if the tokenizer is not the base model's own, so that the base has other embeddings in rlchat.
@@ -72,7 +78,7 @@ def write_adapter(path: Path, bundle: PolicyBundle, base_model: str, folder: Pat
     # `backbone.transformer.layers.0.…` is `model.layers.0.…` of a Llama in transformers.
     inside, outside = "backbone.transformer.", f"{whole.base_model_prefix}."
     matrices = {
-        name.replace(inside, outside, 1): matrix.contiguous()
+        name.replace(inside, outside, 1): matrix.to(dtype).contiguous()
         for name, matrix in content["state"].items()
         if ".lora_" in name
     }

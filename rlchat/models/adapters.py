@@ -92,6 +92,8 @@ class Adapter:
             raise ValueError(f"alpha is {self.alpha}, expected a positive number")
         if not any(".lora_A." in key for key in self.matrices):
             raise ValueError("it has no adapter")
+        if odd := [key for key in self.matrices if not (key.startswith("transformer.") and key.endswith(".weight"))]:
+            raise ValueError(f"it has the unexpected weight {odd[0]}")
         sides = {key.removesuffix(".weight").rpartition(".")[::2] for key in self.matrices}
         modules = dict(backbone.named_modules())
         for name in sorted({name for name, _ in sides}):
@@ -100,10 +102,11 @@ class Adapter:
                 raise ValueError(f"the adapter of {name} does not belong to a linear layer, or is incomplete")
             down, up = (self.matrices[f"{name}.{side}.weight"] for side in _MATRICES)
             outputs, inputs = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
-            if down.dim() != 2 or down.shape[1] != inputs or up.shape != (outputs, len(down)) or not len(down):
-                found = f"{tuple(down.shape)} and {tuple(up.shape)}"
+            rank = self.rank
+            if tuple(down.shape) != (rank, inputs) or tuple(up.shape) != (outputs, rank) or not rank:
                 raise ValueError(
-                    f"the adapter of {name} has the shapes {found}, expected (r, {inputs}), ({outputs}, r)"
+                    f"the adapter of {name} has the shapes {tuple(down.shape)} and {tuple(up.shape)}, expected (r, "
+                    f"{inputs}), ({outputs}, r) with the same r in all layers"
                 )
 
 

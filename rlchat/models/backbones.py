@@ -58,6 +58,7 @@ class Backbone(nn.Module):
     _packs: bool | None = None  # whether batches are packed; None before the first one, which is checked
     fixed_cache: bool | None = None  # whether a cache of fixed size gives the same; None before the first use
     graphs: bool | None = None  # whether decoding runs as a CUDA graph; None before the first one
+    new_head: bool = False  # whether the policy head of a pretrained base model starts from random values
     fingerprint: str = ""  # a digest of the weights of a pretrained base model, before the rows are fitted
 
     def __init__(
@@ -82,7 +83,8 @@ class Backbone(nn.Module):
             self.transformer, self.logits_form = base.trunk, base.form
             if weights:
                 named = [*base.trunk.named_parameters(), *(base.head.named_parameters("head") if base.head else ())]
-                self.fingerprint = weights_digest(named)
+                # A pooler is not used. Where the files have none, its values are random.
+                self.fingerprint = weights_digest(pair for pair in named if not pair[0].startswith("pooler."))
             self._fit_vocabulary(base.head, rows or [()] * vocab_size)
         else:
             self._build(config, attention)
@@ -152,6 +154,7 @@ class Backbone(nn.Module):
         if tied:
             return
         self.head = self._new_head()
+        self.new_head = head is None
         if head is not None:
             with torch.no_grad():
                 self.head.weight.copy_(rows_from(head.weight, rows, std))

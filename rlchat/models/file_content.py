@@ -1,4 +1,4 @@
-"""The content of model files: what they contain, and checks of what a file from someone else contains."""
+"""What model files contain, and checks of it, because a file may be damaged or from someone else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ ADAPTER_TYPES: dict[str, type] = {
 def holds_adapter(path: str | Path) -> bool:
     """Whether ``path`` is an adapter file. False for a file that cannot be loaded."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_archive(Path(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # from torch, about pickles of other programs
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the function that loads the file reports it
         return False
     return isinstance(content, dict) and content.get("version") == ADAPTER_VERSION

@@ -2,14 +2,15 @@
 
 It contains tensors and plain values, and is loaded with ``weights_only=True``, without a network or other files.
 
-An adapter file is a model file with the adapter alone. It refers to the weights that the adapter belongs to, its base,
-and is loaded by merging the adapter into them.
+An adapter file is an exception: a model file with the adapter alone. It refers to the weights that the adapter belongs
+to, its base, and is loaded by merging the adapter into them.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,8 @@ from rlchat.models.networks import Critic, RewardModel, RLChatModel
 from rlchat.models.probe import check_cache_is_used
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.files import write_atomically
+
+_log = logging.getLogger("rlchat")
 
 _HOW = "--base-model, or base_model in a configuration"
 _LONGEST_CHAIN = 8  # adapters that belong to adapters: SFT, then PPO, then PPO again, …
@@ -230,7 +233,7 @@ def _base(
     is the right one is left to the process that reads the weights.
     """
     own = {name: weight for name, weight in content["state"].items() if name.startswith("backbone.")}
-    digest = weights_digest(own.items())
+    digest = weights_digest(own.items()) if weights else ""
     if content["version"] != ADAPTER_VERSION:
         if base_model is not None:
             raise UserError(
@@ -249,6 +252,7 @@ def _base(
             f"{path} contains an adapter, and {base} that it belongs to was not found; put it at that path or beside "
             f"{path}, or pass its new path ({_HOW})"
         )
+    _log.info("%s is an adapter for %s, which is loaded from %s", path, base, place)
     try:
         if base.kind == "init_from":
             bundle = load_policy(place, weights=weights, chain=chain + 1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from rlchat.distributed.collectives import is_first
 from rlchat.errors import UserError, one_line
 from rlchat.models.families import encoder_families
 from rlchat.models.kv_cache import Cache, can_append, is_empty, keep_rows
@@ -105,7 +106,7 @@ def can_skip_layers(backbone: Backbone, passes: Callable[[Tensor, Tensor, Tensor
     ids, mask = _two_rows(backbone)
     try:
         with torch.autocast(backbone.device.type, enabled=False):
-            # The first two are packed; the last one has no padding and is not.
+            # On a CPU, the first two are packed; the last one has no padding and is not.
             for rows in (torch.tensor(rows, device=ids.device) for rows in ([0, 1], [1], [0])):
                 full, short = passes(ids, mask, rows)
                 rounding = _ROUNDING if full.dtype == torch.float32 else _LOW_PRECISION_ROUNDING
@@ -114,9 +115,9 @@ def can_skip_layers(backbone: Backbone, passes: Callable[[Tensor, Tensor, Tensor
     except torch.OutOfMemoryError:  # says nothing about the family
         raise
     except Exception as error:  # any other error means that the family needs all its layers
-        _log.info(
-            "the frozen layers of %s run in every pass: %s", backbone.transformer.config.model_type, one_line(error)
-        )
+        if is_first():
+            family = backbone.transformer.config.model_type
+            _log.info("the frozen layers of %s run in every pass: %s", family, one_line(error))
         return False
     finally:
         backbone.train(training)

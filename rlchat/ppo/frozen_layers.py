@@ -50,6 +50,7 @@ class KeptStates:
         """A forward hook of the last frozen layer, whose output is [B, T, hidden], or [1, P, hidden] if packed."""
         self.in_tuple = isinstance(output, tuple)
         hidden: Tensor = output[0] if self.in_tuple else output
+        self.release()
         if hidden.numel() * hidden.element_size() > MAX_BYTES:
             return
         packing: Packing | None = options.get("rlchat_packing")
@@ -147,8 +148,10 @@ class FrozenLayers:
         kept = KeptStates()
         # The whole network runs, not its backbone alone: if it is sharded, its forward gathers the weights.
         handle = self._layers[network][-1].register_forward_hook(kept.record, with_kwargs=True)
-        full = network(ids, mask)
-        handle.remove()
+        try:
+            full = network(ids, mask)
+        finally:
+            handle.remove()
         if kept.states is None:
             raise NotImplementedError("its layers do not run one after the other")
         with self.skipped(network, kept.rows(rows)):

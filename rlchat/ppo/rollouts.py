@@ -125,7 +125,7 @@ class RolloutModule(PolicyModule):
     def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
         # Before the policy gets an adapter, reference, critic and reward models are copied: all share frozen weights.
         freeze(bundle.model.backbone, options.trained_part)
-        # (Not with weights that will be sharded: a reward model stays whole.)
+        # A reward model is never sharded, so it does not share weights that will be.
         reward.share_weights(None if options.adapter is None or will_be_sharded() else bundle)
         reference = copy_sharing_frozen(bundle.model).requires_grad_(False)
         critic = _new_critic(bundle, options.critic_init) if options.critic_kind == "separate" else None

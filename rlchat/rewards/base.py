@@ -107,7 +107,8 @@ class Factor(abc.ABC):
     def share_weights(self, policy: PolicyBundle | None) -> None:  # noqa: B027
         """Called before PPO. Override it if the factor has a model that can be an adapter of the policy's weights.
 
-        ``policy`` is frozen and has no adapter yet; it is None if PPO changes its weights.
+        ``policy`` is frozen and has no adapter yet. It is None if its weights cannot be shared, because PPO changes or
+        shards them. A factor with shared weights belongs to one PPO module.
         """
 
     def unavailable(self, prompt: Conversation) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message
+from rlchat.distributed.collectives import is_first
 from rlchat.errors import UserError
 from rlchat.models.file_content import holds_adapter
 from rlchat.models.model_file import PolicyBundle, RewardBundle, load_reward_adapter, load_reward_model
@@ -25,7 +26,7 @@ class LearnedQuality(Factor):
     To the model, every response ends with the end marker, even if it was truncated, as in its training. A response
     that exceeds the reward model's ``max_length`` is truncated to it; a warning counts these, at the first and then
     at each power of ten. In PPO with an adapter, a reward model that is an adapter of the same base shares the policy's
-    frozen weights.
+    frozen weights, unless they will be sharded.
 
     Args:
         bundle: the reward model's file, for example ``checkpoints/reward_model.pt``.
@@ -80,7 +81,7 @@ class LearnedQuality(Factor):
             if policy is not None and self.device == "auto" and holds_adapter(self.bundle):
                 shared = load_reward_adapter(self.bundle, policy)
             self.reward_model = shared or self.reward_model  # loads it now, so that an error comes before the training
-        if shared is not None:
+        if shared is not None and is_first():
             _log.info("%s is an adapter of the policy's base model: they share the frozen weights", self.bundle)
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def open_policy(
         with weights_on_first() as weights:
             backbone = open_base_model(folder, tokenizer, length, new_embeddings, attn_implementation, weights)
             model = new_policy(backbone, tokenizer, hidden_dim or 0)
-        known = isinstance(base_model, str) and not new_embeddings  # others have random weights
+        known = isinstance(base_model, str) and not (new_embeddings or backbone.new_head)  # others have random weights
         base = BaseWeights("base_model", str(base_model), backbone.fingerprint) if known else None
         return PolicyBundle(model, tokenizer, length, base=base)
     if new_embeddings or chat_format is not None:

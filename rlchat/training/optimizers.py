@@ -29,8 +29,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over the parameters that require a gradient. Weight decay applies to matrices, not to norms and biases.
 
-    With ``may_fuse``, its fused kernel is used where there is one. The other two are those of bitsandbytes, which keeps
-    the state of parameters with fewer than 4096 values in 32 bits.
+    ``adamw`` is PyTorch's, with ``may_fuse`` as a fused kernel where there is one. ``adamw_8bit`` and
+    ``paged_adamw_8bit`` are those of bitsandbytes, which keeps the state of parameters with fewer than 4096 values in
+    32 bits.
 
     Raises:
         UserError: for one of bitsandbytes, if it is not installed, or a parameter is sharded or not on a CUDA GPU.

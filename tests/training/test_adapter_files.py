@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import LORA, base_folder, outputs, ppo_with_adapter, reward_with_adapter, save
+from helpers.adapters import LORA, SHAPE, base_folder, outputs, ppo_with_adapter, reward_with_adapter, save
+from helpers.hf_tokenizers import tokenizer_folder, tokenizer_json
 from helpers.small_ppo import fit, ppo, rolled_out
+from transformers import ElectraConfig, ElectraForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from rlchat.__main__ import main
 from rlchat.chat.interface import ChatInterface
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
+from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import load_policy, load_reward_model
 from rlchat.ppo.module import PPOModule
 from rlchat.rewards import LearnedQuality, Reply
 from rlchat.training.initial_model import open_policy
+from rlchat.training.sft import SFTModule
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +245,14 @@ _Q = "backbone.transformer.layers.0.self_attn.q_proj"
         ({"hidden_dim": 10**9}, "damaged model file, it lacks weight value_head.0.bias"),
         ({f"{_Q}.lora_A.weight": torch.ones(2, 7)}, r"q_proj has the shapes \(2, 7\) and \(32, 2\), expected"),
         ({f"{_Q}.lora_A.weight": None}, "the adapter of transformer.layers.0.self_attn.q_proj does not .* incomplete"),
-        ({"backbone.other.lora_A.weight": torch.ones(1, 1)}, "the adapter of other does not belong to a linear layer"),
+        (
+            {f"{_Q}.lora_A.weight": torch.ones(1, 32), f"{_Q}.lora_B.weight": torch.ones(32, 1)},
+            "with the same r in all layers",
+        ),
+        ({f"{_Q}.lora_A": torch.ones(2, 32)}, "has the unexpected weight transformer.layers.0.self_attn.q_proj.lora_A"),
+        ({"backbone.transformer.norm.lora_A.weight": torch.ones(1, 1)}, "norm does not belong to a linear layer"),
+        ({"backbone.head.lora_A.weight": torch.ones(1, 1)}, "has the unexpected weight head.lora_A.weight"),
+        ({"base": {"kind": [], "name": "x", "fingerprint": "y"}}, "damaged model file, its base is not described"),
         ({"backbone.transformer.norm.weight": torch.ones(32)}, "has the unexpected weight backbone.transformer.norm.w"),
         ({"value_head.bias": torch.ones(2)}, r"weight value_head.bias has shape \(2,\), expected \(1,\)"),
     ],
@@ -266,3 +277,28 @@ def test_a_circle_of_adapters_ends(tmp_path: Path, base: str) -> None:
     shutil.copy(path, start)  # a.pt now belongs to a.pt
     with pytest.raises(UserError, match="the adapter belongs to an adapter, and so on for 8 files; merge one of them"):
         load_policy(path)
+
+
+def test_a_base_whose_head_or_pooler_is_random(tmp_path: Path) -> None:
+    """RoBERTa's files have no pooler, and ELECTRA's no head that fits: each load draws other values."""
+    shape = {**SHAPE, "vocab_size": 450, "max_position_embeddings": 140}
+    tokenizer_folder(tmp_path / "roberta", tokenizer_json())
+    RobertaForMaskedLM(RobertaConfig(**shape)).save_pretrained(tmp_path / "roberta")
+    digests = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        digests.add(Backbone(str(tmp_path / "roberta"), 40, 32, rows=[(0,)] * 40).fingerprint)
+    assert len(digests) == 1
+    tokenizer_folder(tmp_path / "electra", tokenizer_json())
+    ElectraForMaskedLM(ElectraConfig(**shape, embedding_size=8)).save_pretrained(tmp_path / "electra")
+    with pytest.raises(UserError, match="merge_adapter"):
+        SFTModule(base_model=str(tmp_path / "electra"), max_length=32, **LORA)
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x", "x" * 5000, "a\x1b[2Jb"])
+def test_a_name_of_a_base_that_cannot_be_a_path(adapter: Path, name: str) -> None:
+    content = torch.load(adapter, weights_only=True)
+    content["base"]["name"] = name
+    torch.save(content, adapter)
+    with pytest.raises(UserError):
+        load_policy(adapter)

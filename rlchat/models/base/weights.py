@@ -35,7 +35,9 @@ class BaseWeights:
         """The inverse of :meth:`values`; None if ``values`` are anything else."""
         if not isinstance(values, dict) or values.keys() != {"kind", "name", "fingerprint"}:
             return None
-        if values["kind"] not in _KINDS or not all(isinstance(value, str) for value in values.values()):
+        if not all(isinstance(value, str) and value.isprintable() for value in values.values()):
+            return None
+        if values["kind"] not in _KINDS:
             return None
         return cls(**values)
 
@@ -52,10 +54,13 @@ class BaseWeights:
         The name of a base model that is at neither place may be a name in a model hub, unless it is an absolute path or
         a GGUF file.
         """
-        there = Path(self.name).expanduser()
-        for path in (there, file.parent / there.name):
-            if path.exists():
-                return str(path)
+        try:
+            there = Path(self.name).expanduser()
+            for path in (there, file.parent / there.name):
+                if path.exists():
+                    return str(path)
+        except (OSError, RuntimeError):  # a name too long, or the home of a user that does not exist
+            return None
         may_be_hub = self.kind == "base_model" and not there.is_absolute() and self.name.count("/") < 2
         return self.name if may_be_hub and not _is_gguf(self.name) else None
 
