@@ -223,6 +223,7 @@ def test_a_resumed_run_does_not_warn_twice(run: Run, encoding: str) -> None:
     assert run.alarms.raised == ["kl"]  # the state is a copy
 
 
+@pytest.mark.slow
 def test_a_real_run_without_kl_penalty(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
     """Without a KL penalty the policy leaves its reference model; no response of eight bytes is ever too long."""
     module = ppo(encoding, reward=Reward([Letters(), TooLong()]), kl_coef=0.0)

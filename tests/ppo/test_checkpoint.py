@@ -54,7 +54,7 @@ def trained(module: PPOModule, folder: Path) -> L.Trainer:
     return run
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["shared", pytest.param("separate", marks=pytest.mark.slow)])
 def test_a_checkpoint_is_loaded_with_its_reward_and_without_other_files(
     encoding: str, tmp_path: Path, critic: str
 ) -> None:

@@ -120,8 +120,8 @@ def test_rows_that_are_packed_or_padded_start_from_packed_or_padded_states(encod
     [
         {},
         {"advantage": "rloo", "group_size": 2},
-        {"adapter": "lora", "critic": "separate"},
-        {"gradient_checkpointing": True, "micro_batch_size": 3, "turns": 2},
+        pytest.param({"adapter": "lora", "critic": "separate"}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True, "micro_batch_size": 3, "turns": 2}, marks=pytest.mark.slow),
     ],
     ids=["gae", "rloo", "lora-critic", "checkpointing"],
 )

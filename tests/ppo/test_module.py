@@ -281,6 +281,7 @@ def test_the_adaptive_coefficient_stays_positive_and_fixed_during_critic_warmup(
     assert [row["train/kl_coef"] for row in rows] == pytest.approx([0.1, 0.1, 0.1, 0.08])
 
 
+@pytest.mark.slow
 def test_the_kl_in_the_loss_keeps_the_policy_close_to_the_reference(
     encoding: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -153,7 +153,7 @@ def test_processes_sample_the_same_groups_as_one(encoding: str) -> None:
         assert sorted(mine) == sorted(torch.cat(all_rows).tolist())
 
 
-@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+@pytest.mark.parametrize("advantage", ["rloo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_the_policy_learns_without_a_critic(encoding: str, advantage: str) -> None:
     options: dict[str, Any] = {"group_size": 4, "ppo_epochs": 2, "minibatches": 2, "kl_coef": 0.0}
     module = ppo(encoding, advantage=advantage, reward=Reward([LetterE()]), **options)
@@ -310,6 +310,7 @@ def test_answers_are_counted_in_every_turn_sampled_and_greedy(encoding: str) -> 
     assert counts == {"answer_accuracy": 3, "answer_accuracy_greedy": 3}
 
 
+@pytest.mark.slow
 def test_whole_conversations_are_trained_on(encoding: str) -> None:
     module = ppo(encoding, turns=2, ppo_epochs=2, minibatches=2, kl_coef=0.0, reward=Reward([LetterE()]))
     batch = talks(module, *(talk(a, b) for a in "stuvw" for b in "xyz"))
@@ -352,7 +353,7 @@ def test_with_a_separate_critic_only_the_policy_trains_its_backbone(encoding: st
     assert not idle
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["shared", pytest.param("separate", marks=pytest.mark.slow)])
 def test_the_policy_does_not_change_during_critic_warmup(encoding: str, critic: str) -> None:
     """For two iterations; weight decay and momentum are not applied either."""
     module = ppo(encoding, critic=critic, critic_warmup=2, weight_decay=0.1, kl_coef=0.0)
@@ -393,7 +394,7 @@ class LengthOfTheQuestion(ReplyFactor):
         return len(prompt.messages[-1].text) / 10
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["shared", pytest.param("separate", marks=pytest.mark.slow)])
 def test_the_critic_learns_to_explain_returns(encoding: str, critic: str) -> None:
     options: dict[str, Any] = {"value_coef": 1.0, "value_clip": 10.0, "kl_coef": 0.0, "hidden_dim": 64}
     rows = fit(ppo(encoding, critic=critic, reward=Reward([LengthOfTheQuestion()]), **options), 6)
