@@ -49,11 +49,12 @@ def main(args: list[str]) -> int:
     base = adapter.base_of(options.model, options.base_model) if options.to == "peft" else None
     bundle = load_policy(options.model, base_model=options.base_model)
     dtype = _DTYPES[options.dtype]
-    card = model_card(bundle, output.resolve().name, facts)
-    if base is not None:
-        adapter.write_adapter(options.model, bundle, base, output, card, dtype)
-    elif options.to == "hf":
-        write_folder(bundle, output, card, dtype)
+    if options.to in ("hf", "peft"):
+        card = model_card(bundle, output.resolve().name, facts)
+        if base is None:
+            write_folder(bundle, output, card, dtype)
+        else:
+            adapter.write_adapter(options.model, bundle, base, output, card, dtype)
     elif options.to == "gguf":
         write_gguf(bundle, output, output.stem, options.license, dtype)
     else:

@@ -116,11 +116,11 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 def _discard_weights(network: nn.Module) -> None:
     """Moves the parameters of ``network`` to the device ``meta``; tied parameters stay tied, buffers stay."""
-    empty: dict[nn.Parameter, nn.Parameter] = {}
+    empty: dict[nn.Parameter, nn.Parameter | None] = {}
     for part in network.modules():
         for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter not in empty:
-                empty[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                empty[parameter] = _on_meta(part, name, parameter)
             setattr(part, name, empty[parameter])
 
 

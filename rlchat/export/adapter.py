@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from rlchat.errors import UserError
 from rlchat.export.folder import write_tokenizer
 from rlchat.export.output import complete
 from rlchat.export.weights import causal_lm
-from rlchat.models.base.weights import BaseWeights, base_model_folder
+from rlchat.models.adapters import Adapter
+from rlchat.models.base.weights import BaseWeights, base_model_folder, is_gguf
 from rlchat.models.file_content import holds_adapter, read_content
 from rlchat.models.model_file import PolicyBundle
 from rlchat.models.vocabulary import plan_rows
@@ -44,7 +46,7 @@ def base_of(path: Path, base_model: str | None) -> str:
     if base is None or base.kind != "base_model":
         raise UserError(f"{path}: the adapter belongs to {base}, which peft cannot load; use --to hf")
     place = base_model or base.place(path) or base.name
-    if place.lower().endswith(".gguf"):
+    if is_gguf(place):
         raise UserError(f"{path}: the adapter belongs to {place}, a GGUF file, which peft cannot load; use --to hf")
     return place
 
@@ -77,24 +79,21 @@ def write_adapter(
     content = read_content(path, "policy")
     # `backbone.transformer.layers.0.…` is `model.layers.0.…` of a Llama in transformers.
     inside, outside = "backbone.transformer.", f"{whole.base_model_prefix}."
-    matrices = {
-        name.replace(inside, outside, 1): matrix.to(dtype).contiguous()
-        for name, matrix in content["state"].items()
-        if ".lora_" in name
-    }
-    layers = [name.removesuffix(".lora_A.weight") for name in matrices if name.endswith(".lora_A.weight")]
-    modules = dict(whole.named_modules())
+    state = content["state"].items()
+    matrices = {name.replace(inside, outside, 1): matrix for name, matrix in state if ".lora_" in name}
+    adapter = Adapter(content["alpha"], matrices)
+    layers = [name for name, _, _ in adapter.layers()]
     config = LoraConfig(
-        r=len(next(matrix for name, matrix in matrices.items() if ".lora_A." in name)),
-        lora_alpha=content["alpha"],
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft accepts a float
         target_modules=layers,
-        fan_in_fan_out=not isinstance(modules[layers[0]], torch.nn.Linear),  # GPT-2's layers are transposed
+        fan_in_fan_out=isinstance(whole.get_submodule(layers[0]), Conv1D),
         base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
     with complete(folder) as new:
         config.save_pretrained(str(new))
-        tensors = {f"base_model.model.{name}": matrix for name, matrix in matrices.items()}
+        tensors = {f"base_model.model.{name}": matrix.to(dtype).contiguous() for name, matrix in matrices.items()}
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         write_tokenizer(bundle, new, card)

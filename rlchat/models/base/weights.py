@@ -62,7 +62,7 @@ class BaseWeights:
         except (OSError, RuntimeError):  # a name too long, or the home of a user that does not exist
             return None
         may_be_hub = self.kind == "base_model" and not there.is_absolute() and self.name.count("/") < 2
-        return self.name if may_be_hub and not _is_gguf(self.name) else None
+        return self.name if may_be_hub and not is_gguf(self.name) else None
 
 
 def open_base_model(
@@ -95,8 +95,9 @@ def open_base_model(
 
 def base_model_folder(base_model: str) -> str:
     """``base_model``, or the folder that a GGUF file is unpacked into. Raises :class:`UserError` if that fails."""
-    return str(unpacked_gguf(Path(base_model).expanduser())) if _is_gguf(base_model) else base_model
+    return str(unpacked_gguf(Path(base_model).expanduser())) if is_gguf(base_model) else base_model
 
 
-def _is_gguf(name: str) -> bool:
+def is_gguf(name: str) -> bool:
+    """Whether ``name`` is that of a GGUF file."""
     return name.lower().endswith(".gguf")
