@@ -185,7 +185,7 @@ class _TokenStats(torch.autograd.Function):
 
 
 Block = tuple[slice, Tensor, Tensor, Tensor | float]
-"""Of a block: ids, weights [tokens, block], log_factor [tokens] and slope of the logits. p = weights · exp(log_factor)."""
+"""Ids, weights [tokens, block], log_factor [tokens] and slope of a block's logits; p = weights · exp(log_factor)."""
 
 
 def _kept_blocks(hidden: Tensor, head: Head, log_total: Tensor, kept: list[Tensor]) -> Iterator[Block]:
