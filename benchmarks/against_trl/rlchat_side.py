@@ -31,6 +31,7 @@ from common import (
     model_config,
     reward,
 )
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -38,7 +39,7 @@ from rlchat.conversation import Conversation, Message
 from rlchat.data.batches import PromptBatch
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, new_policy, save_bundle
-from rlchat.models.sampling import Generated
+from rlchat.models.sampling import Generated, Sampling, Uniforms, generate
 from rlchat.ppo.module import PPOModule
 from rlchat.rewards import Reply, ReplyFactor, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -61,12 +62,33 @@ class InSet(ReplyFactor):
 
 
 class IdPPO(PPOModule):
-    """PPO with two changes: the text of a response is a list of ids, and the end of a turn cannot be sampled."""
+    """PPO with two changes: the text of a response is a list of ids, and the end of a turn cannot be sampled.
+
+    With ``shortest``, responses have between that number of tokens and ``max_new_tokens``, all lengths equally likely.
+    """
+
+    shortest: int | None = None
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         for model in (self.model, self.reference):
             model.unsayable[self.tokenizer.end_id] = True
+
+    def generate(self, ids: Tensor, attention_mask: Tensor, sampling: Sampling, uniforms: Uniforms) -> Generated:
+        if self.shortest is None:
+            return super().generate(ids, attention_mask, sampling, uniforms)
+        generator = torch.Generator().manual_seed(self.iterations)
+        lengths = torch.randint(self.shortest, sampling.max_new_tokens + 1, (len(ids),), generator=generator).tolist()
+        each = [replace(sampling, max_new_tokens=length) for length in lengths]
+        return generate(
+            self.model,
+            ids,
+            attention_mask,
+            each,
+            uniforms,
+            end_id=self.tokenizer.end_id,
+            pad_id=self.tokenizer.pad_id,
+        )
 
     def decode(self, generated: Generated) -> list[Reply]:
         rows = zip(generated.ids.tolist(), generated.mask.sum(1).tolist(), generated.ended.tolist(), strict=True)
@@ -83,9 +105,9 @@ class Recorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.record.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: IdPPO, *_: Any) -> None:  # type: ignore[override]
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if logged["train/response_length"] != self.size.response:
+        if pl_module.shortest is None and logged["train/response_length"] != self.size.response:
             raise RuntimeError("a response ended early, so the responses no longer have the same length")
         phases = {name: round(logged[f"time/{name}"], 3) for name in ("rollout_s", "score_s", "update_s")}
         self.record.add(int(logged["train/episodes"]), logged["train/reward"], logged["train/kl"], **phases)
@@ -169,6 +191,7 @@ def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback, gpu: 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--critic", choices=("separate", "shared"), default="separate")
+    parser.add_argument("--shortest", type=int, help="responses of different lengths, from this number of tokens on")
     options = parser.parse_args()
     size = SIZES[options.size]
     tuned = TUNED.get((options.critic, options.size), {})
@@ -185,6 +208,7 @@ def main() -> None:
         versions={"lightning": L.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
     module = IdPPO(**options_of(h, size, options.seed, options.critic, initial, Path(tempfile.mkdtemp())))
+    module.shortest = options.shortest
     fit(module, make_batches(prompts, size, h.batch_size), Recorder(record, size), gpu=options.gpu)
 
 

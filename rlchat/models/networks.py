@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from rlchat.models.backbones import Backbone
 from rlchat.models.kv_cache import Cache
 from rlchat.models.token_stats import (
-    UNSAYABLE_LOGIT,
     Head,
     TokenStats,
     float32_products,
     is_lower_precision,
+    silence_,
     token_stats,
 )
 
@@ -49,7 +49,7 @@ class RLChatModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] in float32 of the token that follows each of ``hidden`` [..., hidden]."""
         logits = self.backbone.logits_form(_linear_fp32(hidden, self.backbone.head_weight, self.backbone.head_bias))
-        return logits.masked_fill(self.unsayable.bool(), UNSAYABLE_LOGIT)
+        return silence_(logits, self.unsayable.bool())
 
     def token_stats(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenStats:
         """Statistics of ``targets`` Long [tokens], each following ``hidden`` [tokens, hidden], at ``temperature``."""

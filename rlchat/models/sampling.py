@@ -301,7 +301,8 @@ def choose(logits: Tensor, sampling: Sampling | Sequence[Sampling], uniform: Ten
     finite = logits.amax(-1).isfinite().all()  # the maximum of a row with a NaN is NaN
     if sampling.temperature == 0 or sampling.top_k == 1:
         return Drawn(logits.argmax(-1), torch.zeros_like(logits[:, 0]), finite)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = logits.sort(dim=-1, descending=True, stable=True).indices[:, : sampling.top_k]
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))

@@ -62,6 +62,17 @@ def token_stats(hidden: Tensor, targets: Tensor, head: Head) -> TokenStats:
     return TokenStats(*_TokenStats.apply(hidden, head.weight, head.bias, targets, head))
 
 
+def silence_(logits: Tensor, unsayable: Tensor) -> Tensor:
+    """Overwrites the columns of ``logits`` [..., vocabulary] that are True in ``unsayable`` Bool [vocabulary].
+
+    They are few. On a CPU, ``masked_fill_`` would take a third of the time of decoding a step.
+    """
+    if logits.is_cuda:  # only the GPU knows which columns these are, and asking means waiting
+        return logits.masked_fill_(unsayable, UNSAYABLE_LOGIT)
+    columns = unsayable.nonzero().squeeze(1)
+    return logits.index_fill_(-1, columns, UNSAYABLE_LOGIT) if len(columns) else logits
+
+
 def is_lower_precision(weight: Tensor) -> bool:
     """Whether the backbone below a head with this weight computes in bfloat16 or float16."""
     return weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
@@ -228,7 +239,7 @@ def _blocks(hidden: Tensor, head: Head, reuse_memory: bool = True) -> Iterator[t
         logits = torch.mm(hidden, rows.T, out=out)
         if head.bias is not None:
             logits.add_(head.bias[ids].detach().float())
-        _silence(head.form.apply_(logits), head.unsayable[ids])
+        silence_(head.form.apply_(logits), head.unsayable[ids])
         if head.temperature != 1:
             logits.div_(head.temperature)
         yield ids, logits
@@ -238,11 +249,3 @@ def _places(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """The column of each of ``targets`` in a block (any column if it is not there), and whether it is there."""
     inside = (targets >= columns.start) & (targets < columns.stop)
     return torch.where(inside, targets - columns.start, 0), inside
-
-
-def _silence(logits: Tensor, unsayable: Tensor) -> None:
-    """Overwrites the columns of ``logits`` that are True in ``unsayable`` Bool [block]."""
-    if logits.is_cuda:  # which columns these are, only the GPU knows
-        logits.masked_fill_(unsayable, UNSAYABLE_LOGIT)
-    elif len(few := unsayable.nonzero().squeeze(1)):
-        logits.index_fill_(1, few, UNSAYABLE_LOGIT)

@@ -2,7 +2,7 @@
 
 With ``train_layers``, the embedding and the first layers are frozen, and PPO has no dropout: for the tokens of a
 rollout, their output is the same in every epoch. Policy, reference model and a critic that starts from the policy
-share these layers. The policy's pass over the whole rollout records their output, and all later passes use it.
+share these layers. The policy's first pass over a rollout records their output, and all later passes use it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class KeptStates:
     states: Tensor | None = None  # [P, hidden] in the precision of the pass that computed them; None: not kept
     source: Tensor | None = None  # Long [B, T]: the number of the state of each cell; any state on padding
     in_tuple: bool = False  # whether the layers return a tuple
+    too_large: bool = False  # they would need more than MAX_BYTES
 
     def rows(self, rows: Tensor) -> KeptStates:
         """Those of ``rows`` (Long); the states are not copied."""
@@ -47,19 +48,27 @@ class KeptStates:
         self.states = self.source = None
 
     def record(self, layer: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
-        """A forward hook of the last frozen layer, whose output is [B, T, hidden], or [1, P, hidden] if packed."""
+        """A forward hook of the last frozen layer, whose output is [rows, T, hidden], or [1, P, hidden] if packed.
+
+        Each pass adds its rows to those of the passes before.
+        """
         self.in_tuple = isinstance(output, tuple)
         hidden: Tensor = output[0] if self.in_tuple else output
-        self.release()
-        if hidden.numel() * hidden.element_size() > MAX_BYTES:
-            return
         packing: Packing | None = options.get("rlchat_packing")
         if packing is not None:
-            self.source = packing.source
+            source = packing.source
         else:
             cells = torch.arange(hidden.shape[:2].numel(), device=hidden.device)
-            self.source = cells.view(hidden.shape[:2])
-        self.states = hidden.detach().flatten(0, 1)
+            source = cells.view(hidden.shape[:2])
+        states = hidden.detach().flatten(0, 1)
+        if self.states is not None and self.source is not None:
+            source = torch.cat([self.source, source + len(self.states)])
+            states = torch.cat([self.states, states])
+        self.too_large = self.too_large or states.numel() * states.element_size() > MAX_BYTES
+        if self.too_large:
+            self.release()
+        else:
+            self.states, self.source = states, source
 
 
 class _KeptOutput:
@@ -103,7 +112,7 @@ class FrozenLayers:
 
     @contextmanager
     def recorded(self) -> Iterator[KeptStates]:
-        """A context for one forward pass of the policy over a rollout; its states are kept if they fit in memory."""
+        """A context for the policy's passes over all rows of a rollout; the states are kept if they fit in memory."""
         if self.can_skip is None:
             # Each network, because its first pass also checks whether it takes packed batches: no layer may be skipped.
             networks = self._layers
@@ -117,7 +126,7 @@ class FrozenLayers:
             yield kept
         finally:
             handle.remove()
-        if kept.states is None and not self._announced and is_first():
+        if kept.too_large and not self._announced and is_first():
             self._announced = True
             _log.info("the frozen layers run in every pass: their output for a rollout needs more than 1 GiB")
 
@@ -146,7 +155,9 @@ class FrozenLayers:
     ) -> tuple[Tensor, Tensor]:
         """Outputs of ``network`` for ``rows``: from a pass over all rows, and from one that skips frozen layers."""
         kept = KeptStates()
-        # The whole network runs, not its backbone alone: if it is sharded, its forward gathers the weights.
+        # The whole network runs, not its backbone alone: if it is sharded, its forward gathers the weights. Its first
+        # pass ever checks, with passes of other batches, whether it takes packed batches; these are not recorded.
+        network(ids, mask)
         handle = self._layers[network][-1].register_forward_hook(kept.record, with_kwargs=True)
         try:
             full = network(ids, mask)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import PromptBatch
-from rlchat.distributed.collectives import anywhere, raise_everywhere
+from rlchat.distributed.collectives import anywhere, is_sharded, raise_everywhere
 from rlchat.distributed.sharding import weights_on_first, will_be_sharded
 from rlchat.errors import UserError
 from rlchat.models.adapters import copy_sharing_frozen, freeze
@@ -213,8 +213,8 @@ class RolloutModule(PolicyModule):
         for network in filter(None, (self.model, self.reference, self.critic)):
             network.eval()  # also during the update: dropout would change the policy
         with self.frozen_layers.recorded() as kept:
-            policy = self.evaluate_tokens(self.model, ids, attention_mask, sampled, mask)
-        reference = self.evaluate_tokens(self.reference, ids, attention_mask, sampled, mask, kept)
+            policy = self.evaluate_in_parts(self.model, ids, attention_mask, sampled, mask)
+        reference = self.evaluate_in_parts(self.reference, ids, attention_mask, sampled, mask, kept=kept)
         return Rollout(
             conversations=transcript.conversations,
             replies=transcript.replies,
@@ -229,6 +229,36 @@ class RolloutModule(PolicyModule):
             sampling_logprobs=torch.where(mask, transcript.sampling_logprobs.gather(1, columns), 0.0),
             kept=kept,
         )
+
+    def evaluate_in_parts(
+        self,
+        model: RLChatModel,
+        ids: Tensor,
+        attention_mask: Tensor,
+        sampled: Tensor,
+        response_mask: Tensor,
+        kept: KeptStates | None = None,
+    ) -> TokenEvaluation:
+        """:meth:`evaluate_tokens` of a whole rollout, in passes no larger than those of the update."""
+        parts = [
+            self.evaluate_tokens(
+                model, ids[rows], attention_mask[rows], sampled[rows], response_mask[rows], kept and kept.rows(rows)
+            )
+            for rows in torch.arange(len(ids), device=ids.device).split(self.rows_per_pass(len(ids)))
+        ]
+        return TokenEvaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def rows_per_pass(self, rows: int) -> int:
+        """How many of ``rows`` are evaluated together: a microbatch; on a CPU, at most a minibatch.
+
+        Then activations stay in the caches of a CPU: 1.1 to 1.2 times as fast with 64 rows of 96 tokens. The responses
+        to a prompt are not separated, because they share its computation.
+        """
+        o = self.options
+        if is_sharded(self.model):  # each pass is a collective, and processes may have different numbers of rows
+            return rows
+        most = -(-rows // o.minibatches) if self.device.type == "cpu" else rows
+        return -(-min(o.micro_batch_size or rows, most) // o.group_size) * o.group_size
 
     def evaluate_tokens(
         self,

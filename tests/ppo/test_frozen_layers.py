@@ -159,9 +159,24 @@ def test_the_frozen_layers_run_once_per_rollout(encoding: str) -> None:
         iteration = iterated(module, rollout, torch.arange(8.0))
         for part in module.minibatches(8, 0):
             module.minibatch_loss(iteration, part[0], torch.tensor(8.0))
-    assert of_policy == [0, 1]
+    assert of_policy == [0, 1, 0, 1]  # the rollout is evaluated in as many parts as a pass of the update has
     assert of_reference == []
-    assert of_critic == [0, 1]  # with the policy's pass that records them
+    assert of_critic == [0, 1, 0, 1]  # with the policy's passes that record them
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_states_of_several_passes_are_those_of_one(encoding: str, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ppo(encoding, minibatches=3)
+    rolled_out(module)
+    module.model.backbone._packs = packs
+    transcript = module.sample_transcript(prompts(module.tokenizer), torch.arange(8), 0)
+    parts = module.evaluate_transcript(transcript).kept
+    monkeypatch.setattr(module, "rows_per_pass", lambda rows: rows)
+    whole = module.evaluate_transcript(transcript).kept
+    mask = transcript.attention_mask
+    assert parts.states is not None
+    assert whole.states is not None
+    torch.testing.assert_close(parts.states[parts.source[mask]], whole.states[whole.source[mask]])
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

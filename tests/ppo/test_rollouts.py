@@ -482,6 +482,28 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(
                 assert other[name] == pytest.approx(one[name], abs=1e-4), name
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"minibatches": 1}, 8),
+        ({"minibatches": 3}, 3),
+        ({"minibatches": 3, "micro_batch_size": 2}, 2),
+        ({"minibatches": 1, "micro_batch_size": 5}, 5),
+        ({"minibatches": 3, "advantage": "rloo", "group_size": 2}, 4),  # no group is separated
+    ],
+)
+def test_a_rollout_is_evaluated_in_parts(encoding: str, options: dict[str, Any], rows: int) -> None:
+    module = ppo(encoding, **options)
+    assert module.rows_per_pass(8) == rows
+    transcript = module.sample_transcript(prompts(module.tokenizer), torch.arange(8), 0)
+    rollout = module.evaluate_transcript(transcript)
+    whole = module.evaluate_tokens(
+        module.model, rollout.ids, rollout.attention_mask, rollout.sampled, rollout.response_mask
+    )
+    torch.testing.assert_close(rollout.old_logprobs, whole.logprobs)
+    torch.testing.assert_close(rollout.values, whole.values)
+
+
 def test_all_processes_take_the_same_number_of_microbatches(encoding: str) -> None:
     """Even if a process has fewer rows, so that no process waits for a gradient that never comes."""
     for world in (2, 3, 4):
