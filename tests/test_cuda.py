@@ -184,6 +184,21 @@ def test_networks_are_sharded_from_whole_weights_over_nccl(encoding: str, monkey
         assert found[-1][name] == pytest.approx(alone[-1][name], abs=1e-4)
 
 
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_vllm_samples_from_the_present_weights(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, adapter: str | None
+) -> None:
+    """vLLM's log-probs are those of the policy after each update, and its memory is free between rollouts."""
+    pytest.importorskip("vllm")
+    wide = {**BACKBONES["llama"], "hidden_size": 128, "initializer_range": 0.1}  # vLLM has no heads of 8 units
+    monkeypatch.setitem(BACKBONES, "llama", wide)
+    module = ppo(encoding, rollout_engine="vllm", vllm_memory=0.1, adapter=adapter)
+    for row in fit(module, batches=3):
+        assert row["train/ratio_residual"] <= 1e-4
+        assert row["train/sampling_residual"] <= 1e-2
+    assert module.rollout_engine._asleep == {"weights", "kv_cache"}  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 def test_an_8_bit_optimizer_steps_as_adamw_and_resumes(encoding: str, tmp_path: Path, name: OptimizerName) -> None:
     pytest.importorskip("bitsandbytes")

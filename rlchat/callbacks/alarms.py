@@ -66,13 +66,17 @@ def reward_hacking(history: Sequence[Mapping[str, float]]) -> str | None:
     return None
 
 
+# Mean distance from 1 of the ratio between the policy and what sampled. In bfloat16, rounding gives a few hundredths.
+_OTHER_SAMPLER = 0.2
+
+
 class Alarms(Callback):
     """Watches PPO and warns once about each problem, with advice.
 
     It warns about reward hacking: the training reward rises while the held-out reward falls, or the held-out reward
     while answer accuracy, perplexity or another factor of the reward worsens. It also warns when the responses become
     identical, the KL to the reference model exceeds a bound, the explained variance stays negative, most responses are
-    truncated, or a reward factor is constant.
+    truncated, a reward factor is constant, or the rollout engine samples from another distribution than the policy.
 
     Args:
         kl_bound: warn above this KL to the reference model, in nats per response. By default 0.5 nats per token
@@ -158,12 +162,23 @@ class Alarms(Callback):
                 f"explained variance has been negative for {self.patience} iterations: raise --model.value_coef, set "
                 f"--model.critic_warmup, or train a separate network with --model.critic separate",
             )
+        self._check_sampling(trainer, seen.get("train/sampling_residual", 0.0))
         for name in self._constant(pl_module.last_iteration.factors):
             self._warn(
                 trainer,
                 f"reward/{name}",
                 f"the reward factor {name} has been the same for every response for {self.patience} iterations, so it "
                 f"has no effect; change its bounds, or remove it",
+            )
+
+    def _check_sampling(self, trainer: Trainer, residual: float) -> None:
+        """Warns if responses were sampled from another distribution than the policy's."""
+        if residual > _OTHER_SAMPLER:
+            self._warn(
+                trainer,
+                "sampling",
+                f"responses are sampled from another distribution than the policy's: sampling_residual is "
+                f"{residual:.2g}; set --model.rollout_engine rlchat, or a higher precision",
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

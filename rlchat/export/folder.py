@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -18,7 +16,7 @@ from rlchat.errors import UserError
 from rlchat.export.output import complete
 from rlchat.export.tokenizer_json import tokenizer_json
 from rlchat.export.vocabulary import Vocabulary
-from rlchat.export.weights import causal_lm
+from rlchat.export.weights import causal_lm, save_model
 from rlchat.models.model_file import PolicyBundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -50,10 +48,10 @@ def write_folder(bundle: PolicyBundle, folder: Path, card: str, dtype: torch.dty
     that would give other ids in transformers.
     """
     model = causal_lm(bundle)
-    with complete(folder) as new, _without_progress_bar():
+    with complete(folder) as new:
         new.mkdir()
         write_tokenizer(bundle, new, card)
-        torch.nn.Module.to(model, dtype).save_pretrained(new)  # PreTrainedModel.to has lost its type
+        save_model(model, new, dtype)
 
 
 def write_tokenizer(bundle: PolicyBundle, folder: Path, card: str) -> None:
@@ -72,18 +70,6 @@ def write_tokenizer(bundle: PolicyBundle, folder: Path, card: str) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """transformers shows the number of files it writes, which is nearly always one."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _options(vocabulary: Vocabulary, max_length: int) -> dict[str, Any]:

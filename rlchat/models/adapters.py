@@ -194,17 +194,30 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
     not change.
     """
     state = whole_state(network)
-    if not is_first():
-        return state
-    for name, layer in network.named_modules():
-        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-            down, up = (state.pop(f"{name}.{matrix}.{_NAME}.weight") for matrix in _MATRICES)
-            delta = _delta(down, up, layer.scaling[_NAME], layer.fan_in_fan_out)
-            for parameter in ("weight", "bias"):
-                if (value := state.pop(f"{name}.base_layer.{parameter}", None)) is not None:
-                    state[f"{name}.{parameter}"] = value
-            state[f"{name}.weight"] = state[f"{name}.weight"] + delta
-    return state
+    return dict(_merged(network, state)) if is_first() else state
+
+
+def merged_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of :func:`merged_state` one after the other, on the network's device, which is not sharded.
+
+    Only the weights that an adapter changes are copies, and no more than one of them is made at a time.
+    """
+    return _merged(network, network.state_dict())
+
+
+def _merged(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``state``, the state dict of ``network``, with adapters merged."""
+    layers: dict[str, Any] = dict(network.named_modules())
+    for key, value in state.items():
+        name, found, parameter = key.rpartition(".base_layer.")
+        if not found:
+            if ".lora_" not in key:
+                yield key, value
+            continue
+        if parameter == "weight":
+            down, up = (state[f"{name}.{matrix}.{_NAME}.weight"] for matrix in _MATRICES)
+            value = value + _delta(down, up, layers[name].scaling[_NAME], layers[name].fan_in_fan_out)
+        yield f"{name}.{parameter}", value
 
 
 def state_without_base(network: nn.Module) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ _LEAVING = 0.8
 # Steps after which a GPU is asked whether rows have ended. Asking means waiting, and the GPU idles meanwhile.
 _GPU_STEPS = 8
 
-_NOT_FINITE = "the model's logits are NaN or infinite, because its weights have diverged; use an earlier model file"
+NOT_FINITE = "the model's logits are NaN or infinite, because its weights have diverged; use an earlier model file"
 
 Decode = Callable[[Tensor, Tensor], Tensor]
 """New ids [batch, time] and the mask [batch, cached + time] → logits [batch, vocabulary] of the next token."""
@@ -138,7 +138,7 @@ def sample(
         drawn = choose(logits, sampling, uniforms(position).to(ids.device))
         finite = finite & drawn.finite
         if checks and not finite:
-            raise NonFiniteError(_NOT_FINITE)
+            raise NonFiniteError(NOT_FINITE)
         token = torch.where(alive, drawn.tokens, pad_id)
         change = yield Step(token, torch.where(alive, drawn.logprobs, 0.0))
         # A finished row continues with padding that no token attends to, so that all positions stay the same.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from rlchat.errors import UserError
 from rlchat.ppo.advantages import ESTIMATORS, AdvantageEstimator
+from rlchat.ppo.engines import EngineName
 from rlchat.ppo.losses import KLKind
 from rlchat.training.options import StageOptions, check_room, fractions, not_negative, positive, positive_integers
 
 _log = logging.getLogger("rlchat")
 
 CriticKind = Literal["shared", "separate", "none"]
+
+_LOWEST_IN_VLLM = 0.01  # temperature; vLLM replaces lower ones by it
 
 
 @dataclass(kw_only=True)
@@ -31,6 +34,8 @@ class PPOConfig(StageOptions):
     turns: int
     group_size: int
     temperature: float
+    rollout_engine: EngineName = "rlchat"
+    vllm_memory: float = 0.3
     # Optimization
     ppo_epochs: int
     minibatches: int
@@ -88,8 +93,14 @@ class PPOConfig(StageOptions):
             raise UserError(f"invalid value {self.temperature} for temperature: expected a number from 1e-6 to 1e6")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise UserError(f"invalid value {self.dual_clip} for dual_clip: expected a number above 1, or null")
+        self._check_engine()
         self._check_kl()
         self._check_advantage()
+
+    @property
+    def start(self) -> tuple[Any, ...]:
+        """The first arguments of :func:`rlchat.training.initial_model.open_policy`."""
+        return self.base_model, self.tiktoken_encoding, self.max_length, self.hidden_dim, self.init_from
 
     @property
     def estimator(self) -> AdvantageEstimator:
@@ -109,6 +120,20 @@ class PPOConfig(StageOptions):
     def check_length(self, max_length: int) -> None:
         """Raises :class:`UserError` if a response can fill the whole ``max_length`` of the model."""
         check_room(self.max_new_tokens, max_length)
+
+    def _check_engine(self) -> None:
+        if self.rollout_engine not in get_args(EngineName):
+            names = ", ".join(get_args(EngineName))
+            raise UserError(f"invalid value '{self.rollout_engine}' for rollout_engine: expected one of {names}")
+        if not 0 < self.vllm_memory <= 1:
+            raise UserError(
+                f"invalid value {self.vllm_memory} for vllm_memory: expected a number above 0 and at most 1"
+            )
+        if self.rollout_engine == "vllm" and self.temperature < _LOWEST_IN_VLLM:
+            raise UserError(
+                f"invalid value {self.temperature} for temperature: rollout_engine vllm does not sample below "
+                f"{_LOWEST_IN_VLLM}; raise it, or set --model.rollout_engine rlchat"
+            )
 
     def _check_kl(self) -> None:
         if self.kl_target is not None and self.kl_coef == 0:

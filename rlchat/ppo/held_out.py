@@ -20,7 +20,8 @@ class HeldOutModule(RolloutModule):
     """The validation, test and prediction loops of PPO."""
 
     def on_validation_epoch_start(self) -> None:
-        """Discards the responses of the last validation."""
+        """Discards the responses of the last validation, and samples from the weights that are validated now."""
+        self.rollout_engine.synchronize(self)
         self.held_out_replies: list[str] = []
         self.held_out_prompts = 0
 

@@ -31,6 +31,7 @@ from rlchat.ppo.accumulation import LossAndMetrics, accumulate_gradients
 from rlchat.ppo.advantages import Advantages, EstimatorInputs, masked_whiten, place_scores, shape_rewards
 from rlchat.ppo.checkpoint import ResumableModule
 from rlchat.ppo.config import PPOConfig, refuse_max_steps
+from rlchat.ppo.engines import EngineName
 from rlchat.ppo.losses import KLKind, kl_estimate, masked_mean, policy_loss, value_loss
 from rlchat.ppo.metrics import Stopwatch, global_mean, iteration_metrics, mean_of_steps
 from rlchat.ppo.minibatches import local_minibatches, not_empty, shuffled_rows
@@ -69,6 +70,8 @@ class PPOModule(ResumableModule):
             gets a reward. With 1, every prefix that ends with a user message is a separate prompt.
         group_size: the number of responses to each prompt.
         temperature: the sampling temperature, which also applies to all log-probs.
+        rollout_engine: what samples the responses: rlchat itself, or vllm, on one CUDA GPU.
+        vllm_memory: the share of the GPU's memory that vLLM may use during a rollout.
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the iterations in which the learning rate rises from 0.
@@ -137,6 +140,8 @@ class PPOModule(ResumableModule):
         turns: int = 1,
         group_size: int = 1,
         temperature: float = 1.0,
+        rollout_engine: EngineName = "rlchat",
+        vllm_memory: float = 0.3,
         learning_rate: float = 1e-4,
         schedule: Schedule = "linear",
         warmup: float = 0.0,
@@ -181,8 +186,7 @@ class PPOModule(ResumableModule):
         attn_implementation: str | None = None,
     ) -> None:
         options = PPOConfig.of(locals())
-        bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(options))
-        super().__init__(bundle, options, reward or Reward())
+        super().__init__(open_policy(*options.start, **base_options(options)), options, reward or Reward())
         self.save_hyperparameters(ignore=["reward"])
 
     def setup(self, stage: str) -> None:
@@ -206,6 +210,7 @@ class PPOModule(ResumableModule):
         # 1. Rollout: sample responses; compute old_logprobs, ref_logprobs and values of every sampled token [B, R].
         rows = self.global_rows(len(batch.ids), copies=o.group_size)
         with saving_last_good(self):
+            self.rollout_engine.synchronize(self)
             rollout = self.roll_out(batch.repeated(o.group_size), rows, stream=self.iterations)
         clock.lap("rollout_s")
         # 2. Score each response as text [N]. The reward is a sum of factors.

@@ -24,6 +24,7 @@ from rlchat.models.networks import Critic, RLChatModel
 from rlchat.models.sampling import Sampling, addressed_uniforms
 from rlchat.ppo.config import CriticKind, PPOConfig
 from rlchat.ppo.dialogues import NOT_SAMPLED, Transcript, start_dialogues, to_transcript
+from rlchat.ppo.engines import make_engine
 from rlchat.ppo.frozen_layers import FrozenLayers, KeptStates
 from rlchat.rewards import Reply, Reward
 from rlchat.training.base import PolicyModule
@@ -123,6 +124,7 @@ class RolloutModule(PolicyModule):
     options: PPOConfig
 
     def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
+        engine = make_engine(options.rollout_engine, options.vllm_memory)
         # Before the policy gets an adapter, reference, critic and reward models are copied: all share frozen weights.
         freeze(bundle.model.backbone, options.trained_part)
         # A reward model is never sharded, so it does not share weights that will be.
@@ -130,6 +132,7 @@ class RolloutModule(PolicyModule):
         reference = copy_sharing_frozen(bundle.model).requires_grad_(False)
         critic = _new_critic(bundle, options.critic_init) if options.critic_kind == "separate" else None
         super().__init__(bundle, options, Sampling(options.max_new_tokens, options.temperature), options.seed)
+        self.rollout_engine = engine
         self.reward = reward
         self.critic_kind: CriticKind = options.critic_kind
         self.reference: RLChatModel = reference.train()
@@ -157,7 +160,7 @@ class RolloutModule(PolicyModule):
 
     @torch.no_grad()
     def roll_out(self, batch: PromptBatch, rows: Tensor, stream: int) -> Rollout:
-        """Samples responses to the prompts of ``batch`` and evaluates them.
+        """Samples responses to the prompts of ``batch``, with a synchronized rollout engine, and evaluates them.
 
         Args:
             batch: B prompts.
@@ -190,7 +193,8 @@ class RolloutModule(PolicyModule):
             )
             start = -turn * sampling.max_new_tokens  # each turn has its own random numbers
             uniforms = addressed_uniforms(self.options.seed, stream, rows.cpu()[active or [0]], start)
-            generated = self.generate(ids.to(self.device), mask.to(self.device), sampling, uniforms)
+            inputs = (ids.to(self.device), mask.to(self.device), sampling, uniforms)
+            generated = self.rollout_engine.generate(self, *inputs)
             for row, reply, tokens, logprobs in zip(
                 active, self.decode(generated), generated.ids.tolist(), generated.logprobs.tolist(), strict=False
             ):

@@ -85,6 +85,13 @@ def test_identical_responses(run: Run) -> None:
     assert run.iterate(distinct_replies=1 / 8) == ["collapse"]  # all eight are the same, though 1/8 is above 0.1
 
 
+def test_another_distribution_is_sampled_from(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    assert run.iterate(sampling_residual=0.19) == []
+    assert run.iterate(2, sampling_residual=0.21) == ["sampling"]
+    (record,) = caplog.records
+    assert "another distribution than the policy's: sampling_residual is 0.21; set --model.ro" in record.message
+
+
 def test_noisy_problems_must_last(run: Run) -> None:
     for name, bad in (("truncated_fraction", 0.6), ("explained_variance", -0.1)):
         run.iterate(2, **{name: bad})

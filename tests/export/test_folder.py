@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.export import write_folder, write_safetensors
 from rlchat.export.folder import FILES
-from rlchat.export.weights import causal_lm
+from rlchat.export.weights import causal_lm, save_model, saved_names
 from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate
@@ -194,6 +194,22 @@ def test_other_logits_are_refused(monkeypatch: pytest.MonkeyPatch, byte_tokenize
     monkeypatch.setattr(bundle.model, "logits", lambda hidden: real(hidden) * 1.01)
     with pytest.raises(UserError, match=r"class of llama in transformers computes logits that differ by"):
         causal_lm(bundle)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_names_in_a_folder_are_those_of_the_weights(name: str, tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    bundle = random_bundle(name, tokenizer)
+    model = causal_lm(bundle)
+    save_model(model, tmp_path, torch.float32)
+    ours, stored = bundle.model.backbone.state_dict(), load_file(tmp_path / "model.safetensors")
+    names = saved_names(bundle.model.backbone, model, tmp_path)
+    assert set(names.values()) == stored.keys()
+    assert all(torch.equal(ours[key], stored[names[key]]) for key in names)
+    save_file({"experts.0.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(
+        UserError, match=r"models contain experts\.0\.weight, which the model in memory does not have in"
+    ):
+        saved_names(bundle.model.backbone, model, tmp_path)
 
 
 def test_a_failed_export_leaves_nothing(

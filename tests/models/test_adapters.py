@@ -22,6 +22,7 @@ from rlchat.models.adapters import (
     frozen_digest,
     merge_into,
     merged_state,
+    merged_weights,
     put_on,
     state_without_base,
 )
@@ -66,6 +67,9 @@ def test_a_new_adapter_changes_nothing_and_a_merged_one_equals_the_adapter(famil
     plain = policy(family)
     state = merged_state(model)
     assert state.keys() == plain.state_dict().keys()
+    weights = dict(merged_weights(model))
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[key], value) for key, value in state.items())
     plain.load_state_dict(state)
     torch.testing.assert_close(output(plain), after, atol=1e-5, rtol=0)
     assert torch.equal(output(model), after)  # merging did not change the model
