@@ -28,6 +28,9 @@ _SAMPLED_VALUES = 4096  # of each weight, for a digest
 # Without it, transformers asks in the terminal whether to run the code that comes with a model.
 NO_CODE = {"trust_remote_code": False}
 
+# ``from_pretrained`` also returns which tensors are missing or have another shape; see :func:`check_report`.
+REPORT = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
 
 class LogitsForm(NamedTuple):
     """What a family does to the product of hidden states and output matrix: ``cap * tanh(scale * logits / cap)``."""
@@ -108,20 +111,34 @@ def pretrained(name: str, config: PretrainedConfig, attention: str | None = None
     Raises :class:`UserError` where they cannot be loaded, are incomplete, or where its logits cannot be reproduced.
     """
     options: dict[str, Any] = {"attn_implementation": attention_name(config, attention), "dtype": torch.float32}
-    options |= NO_CODE
+    options |= NO_CODE | REPORT
     if not _has_head(config):
-        model, _ = _fetch(name, lambda: AutoModel.from_pretrained(name, output_loading_info=True, **options))
+        model, report = _fetch(name, lambda: AutoModel.from_pretrained(name, **options))
+        check_report(name, report, config.model_type)
         return Pretrained(model, None, LogitsForm())
-    loaded: Any = _fetch(name, lambda: AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options))
+    loaded: Any = _fetch(name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
     whole, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"base_model {name}: its weights lack {missing[0]} and {len(missing) - 1} more tensors of a "
-            f"{config.model_type} model; download it again"
-        )
+    check_report(name, report, config.model_type)
     parts = _parts(whole, config)
     _check_logits(name, whole, parts.trunk, parts.form, whole.get_output_embeddings())
     return parts
+
+
+def check_report(name: str, report: dict[str, Any], family: str) -> None:
+    """Raises :class:`UserError` if ``report`` (of ``from_pretrained`` with :data:`REPORT`) has tensors that do not fit.
+
+    transformers gives these random values. A pooler is not used, so its weights may be missing.
+    """
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"base_model {name}: its weight {tensor} has shape {tuple(found)}, but its config.json describes "
+            f"{tuple(expected)}; download it again"
+        )
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UserError(
+            f"base_model {name}: its weights lack {missing[0]}{more} of a {family} model; download it again"
+        )
 
 
 def untrained(config: PretrainedConfig, attention: str | None = None) -> Pretrained:
@@ -265,7 +282,7 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
                 f"base_model {name} comes with its own code, which rlchat does not run; choose a model whose family is "
                 f"part of transformers"
             ) from error
-        # An unknown family, an attention that the family lacks, tensors of another shape.
+        # An unknown family, or an attention that the family lacks.
         raise UserError(f"base_model {name}: transformers cannot load it: {one_line(error)}") from error
 
 

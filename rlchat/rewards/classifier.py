@@ -182,6 +182,11 @@ class HFReward(Factor):
             else:
                 where = "it is neither a folder nor a model that could be downloaded"
             raise self.error(f"model {self.model}: {where}: {one_line(error)[:300]}") from error
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one from nothing
+            raise self.error(
+                f"model {self.model}: it comes without a vocabulary; add the files of its tokenizer, such as "
+                f"tokenizer.json"
+            )
         if missing := sorted(info["missing_keys"]):
             raise self.error(
                 f"model {self.model} has no trained classification head: {', '.join(missing[:3])} missing in its file"

@@ -81,6 +81,14 @@ class PartCheckpoint:
             UserError: if it does not; the error names the option or the weight.
         """
         self._check_options(module, checkpoint.get("hyper_parameters", {}))
+        state = checkpoint.get("state_dict", {})
+        for name, value in module.state_dict().items():
+            if name in state and state[name].shape != value.shape:
+                found, expected = tuple(state[name].shape), tuple(value.shape)
+                raise UserError(
+                    f"the checkpoint's weight {name} has shape {found}, expected {expected}; leave out --config to use "
+                    f"the configuration of the checkpoint, or train a new model"
+                )
         if self._whole:
             return
         if checkpoint.get("rlchat", {}).get("frozen") != self._digest:
@@ -88,16 +96,10 @@ class PartCheckpoint:
                 "the frozen weights differ from those that the checkpoint was trained with; pass the same base_model "
                 "or init_from, and the same seed_everything if the base model has random weights"
             )
-        omitted, state = omitted_weights(module), checkpoint["state_dict"]
-        for name, value in module.state_dict().items():
+        omitted = omitted_weights(module)
+        for name in module.state_dict():
             if name not in state and name not in omitted:
                 raise UserError(f"the checkpoint lacks the weight {name}; use a checkpoint of the same model")
-            if name in state and state[name].shape != value.shape:
-                found, expected = tuple(state[name].shape), tuple(value.shape)
-                raise UserError(
-                    f"the checkpoint's weight {name} has shape {found}, expected {expected}; use a checkpoint of the "
-                    f"same model"
-                )
 
     def _check_options(self, module: L.LightningModule, saved: Mapping[str, Any]) -> None:
         for name, default in _DEFAULTS.items():

@@ -56,6 +56,12 @@ def test_the_logit_of_a_pair(tmp_path: Path) -> None:
     assert HFReward(**factor.describe()["init_args"]).describe() == factor.describe()
 
 
+def test_a_model_without_the_files_of_its_tokenizer(tmp_path: Path) -> None:
+    """transformers makes a tokenizer of special tokens only, to which every word is unknown."""
+    with pytest.raises(FactorError, match="comes without a vocabulary; add the files of its tokenizer"):
+        Reward([HFReward(save_bert(tmp_path))]).breakdown([ask("a")], replies("b"))
+
+
 def test_in_bf16_training_the_score_is_the_same(tmp_path: Path) -> None:
     word_tokenizer(tmp_path)
     factor = HFReward(save_bert(tmp_path))

@@ -16,9 +16,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from rlchat.errors import UserError, one_line
+from rlchat.models.base_models import REPORT, check_report
 from rlchat.tokenizer.pattern import LLAMA3, QWEN2
 from rlchat.utils.cache_folder import BASE_MODELS, MARKER, mark_used
 from rlchat.utils.files import give_usual_permissions, user_cache
+from rlchat.utils.imports import install_command
 
 log = logging.getLogger("rlchat")
 
@@ -56,7 +58,7 @@ def unpacked_gguf(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"base_model {path}: no such file")
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"base_model {path} needs the package gguf; install it with: pip install 'rlchat[export]'")
+        raise UserError(f"base_model {path} needs the package gguf; install it with: {install_command('export')}")
     root = user_cache() / BASE_MODELS
     folder = root / f"{path.stem}-{_digest(path)}"
     if folder.is_dir():
@@ -141,16 +143,17 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
 
 def _write_weights(path: Path, folder: Path) -> None:
     """Writes config.json and the weights in float32."""
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, **REPORT}
     if hasattr(transformers, "GgufConfig"):  # newer versions of transformers keep the quantized weights by default
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
+        model, report = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
     except Exception as error:  # each family fails in its own way
         raise UserError(
             f"base_model {path}: transformers cannot read its weights ({one_line(error)}); use the transformers folder "
             f"of the model instead"
         ) from error
+    check_report(str(path), report, model.config.model_type)
     # The folder holds plain weights, and transformers refuses to save a model that it takes for a quantized one.
     model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
