@@ -147,15 +147,16 @@ def _write_weights(path: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):  # newer versions of transformers keep the quantized weights by default
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
     except Exception as error:  # each family fails in its own way
         raise UserError(
             f"base_model {path}: transformers cannot read its weights ({one_line(error)}); use the transformers folder "
             f"of the model instead"
         ) from error
+    model, report = loaded
     check_report(str(path), report, model.config.model_type)
     # The folder holds plain weights, and transformers refuses to save a model that it takes for a quantized one.
-    model.hf_quantizer = None  # type: ignore[assignment]
+    model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
