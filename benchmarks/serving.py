@@ -129,7 +129,8 @@ async def latencies(url: str, model: Path, count: int = 200) -> dict[str, dict[s
 
 
 def work_of_one_token(model: Path) -> Callable[[], None]:
-    """Encodes the prompt of request 0 and samples one token, in this process."""
+    """Encodes the prompt of request 0 and samples one token, in this process and with one thread."""
+    torch.set_num_threads(1)
     bundle = load_policy(model)
     uniforms = addressed_uniforms(0, 0, torch.arange(1))
     special = {"end_id": bundle.tokenizer.end_id, "pad_id": bundle.tokenizer.pad_id}
