@@ -17,10 +17,12 @@ from transformers.cache_utils import DynamicLayer
 
 from rlchat.distributed.collectives import is_sharded
 from rlchat.errors import one_line
-from rlchat.models.kv_cache import Cache, keep_rows
+from rlchat.models.kv_cache import Cache, append_rows, can_append, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.models.packing import PACKABLE_SDPA
 from rlchat.models.probe import can_fix_cache
+
+_WORTH_A_PASS = 256  # tokens of padding that take longer than another pass
 
 _ALIGNMENT = 16  # columns; attention kernels want masks whose width is a multiple of 8
 
@@ -116,13 +118,55 @@ def read_prompts(model: RLChatModel, ids: Tensor, mask: Tensor, cache: Cache) ->
 
     Adjacent rows with the same prompt are read once: the responses to it share the work.
     """
+    hidden, row = read_rows(model, ids, mask, cache)
+    return model.logits(hidden)[row]
+
+
+def read_rows(model: RLChatModel, ids: Tensor, mask: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    """Fills the empty ``cache`` with left-padded rows ``ids`` [batch, time]; adjacent equal rows are read once.
+
+    Returns the last hidden states [distinct, hidden] and the index in them of each row, Long [batch]. Rows of very
+    different lengths are read in several passes, so that a long row does not pad many short ones.
+    """
     prompts = torch.where(mask, ids, -1)  # padding may be any id
     distinct, row = prompts.unique_consecutive(return_inverse=True, dim=0)
-    if len(distinct) == len(ids):
-        return model.logits(model(ids, mask, cache)[:, -1])
-    hidden = model(distinct.clamp(min=0), distinct >= 0, cache)[:, -1]
-    keep_rows(cache, row)
-    return model.logits(hidden)[row]
+    if len(distinct) < len(ids):
+        ids, mask = distinct.clamp(min=0), distinct >= 0
+    # All processes with a sharded model have to run the same number of passes.
+    groups = [] if is_sharded(model) or not can_append(cache) else _groups_by_length(mask.sum(1).tolist())
+    if len(groups) < 2:
+        hidden = model(ids, mask, cache)[:, -1]
+    else:
+        parts = []
+        for number, rows in enumerate(groups):
+            width = int(mask[rows].sum(1).max())
+            read = cache if number == 0 else model.backbone.new_cache()
+            parts.append(model(ids[rows, -width:], mask[rows, -width:], read)[:, -1])
+            if number:
+                append_rows(cache, read)
+        order = torch.tensor([row for rows in groups for row in rows], device=ids.device).argsort()
+        hidden = torch.cat(parts)[order]
+        keep_rows(cache, order)
+    if len(distinct) < len(row):
+        keep_rows(cache, row)
+    return hidden, row
+
+
+def _groups_by_length(lengths: list[int]) -> list[list[int]]:
+    """The numbers of rows to read together, the longest first.
+
+    A group ends where the next row has at most half its length, if that saves a pass's worth of padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    groups: list[list[int]] = []
+    longest = 0
+    for done, row in enumerate(order):
+        saved = (longest - lengths[row]) * (len(order) - done)
+        if not groups or (lengths[row] <= longest // 2 and saved >= _WORTH_A_PASS):
+            groups.append([])
+            longest = lengths[row]
+        groups[-1].append(row)
+    return groups
 
 
 def can_decode_fixed(model: RLChatModel) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlchat.distributed.collectives import is_sharded
 from rlchat.errors import NonFiniteError
-from rlchat.models.decoding import FixedDecoder, can_decode_fixed, read_prompts
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed, read_prompts, read_rows
 from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, is_empty, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
@@ -197,7 +197,7 @@ def _change_rows(
     if prompts:
         ids, theirs = (rows.to(step.device) for rows in pad(prompts, pad_id, "left"))
         read = model.backbone.new_cache()
-        model(ids[:, :-1], theirs[:, :-1], read)
+        read_rows(model, ids[:, :-1], theirs[:, :-1], read)
         append_rows(cache, read)
         width = max(mask.shape[1], theirs.shape[1])
         step = torch.cat([step, ids[:, -1:]])

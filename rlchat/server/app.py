@@ -28,7 +28,7 @@ from rlchat.server.engine import Engine
 from rlchat.server.errors import APIError
 from rlchat.server.guard import Guard
 from rlchat.server.metrics import Metrics
-from rlchat.server.responses import Limits, Service, unknown_model
+from rlchat.server.responses import Limits, Outbox, Service, unknown_model
 from rlchat.server.responses_api import add_responses
 from rlchat.server.schemas import (
     ErrorReply,
@@ -84,7 +84,7 @@ def create_api(
     _answer_errors(app)
     metrics = Metrics(engine)
     model = Model(id=Path(file).stem, created=now(), file=file, max_length=max_length, has_reward=scorer is not None)
-    service = Service(engine, model, limits, metrics)
+    service = Service(engine, model, limits, metrics, Outbox())
     for add in (add_chat_completions, add_completions, add_responses):
         add(app, service)
     _add_models(app, model)

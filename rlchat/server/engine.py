@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -56,7 +56,8 @@ class Ticket:
     """A request for one response.
 
     ``deliver`` is called from the engine's thread: with each piece if ``streams`` is True, else once with the whole
-    text. ``deadline`` is a time of :func:`time.monotonic`. Setting ``cancelled`` stops the response.
+    text. ``wake`` is called after all pieces of a step were delivered, once for the tickets that have the same one.
+    ``deadline`` is a time of :func:`time.monotonic`. Setting ``cancelled`` stops the response.
     """
 
     prompt: Sequence[int]
@@ -69,6 +70,7 @@ class Ticket:
     logprobs: int | None = None  # deliver the log-prob of each token and of this many of the most likely ones
     streams: bool = False
     cancelled: bool = False
+    wake: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -157,8 +159,10 @@ class Engine:
             for row in rows:
                 row.finish("failed")
             self.running = 0
+            _wake(row.ticket for row in rows)
         for ticket in self._waiting:
             _Row(ticket, self.tokenizer, 0).finish("failed")
+        _wake(self._waiting)
         for _, future in self._jobs:
             future.set_exception(EngineFullError("the engine has stopped"))
 
@@ -207,6 +211,7 @@ class Engine:
             self.counts.generated_tokens += len(rows)
             for row, token, one in zip(rows, step.tokens.tolist(), self._describe(rows, step.tokens), strict=True):
                 row.push(token, one)
+            _wake(row.ticket for row in rows if row.over or row.ticket.streams)
             self._run_jobs()
             self.counts.cancelled += sum(row.abandoned for row in rows)
             keep = [number for number, row in enumerate(rows) if not row.over]
@@ -227,12 +232,13 @@ class Engine:
         now = time.monotonic()
         with self._changed:
             taken: list[_Row] = []
+            expired: list[Ticket] = []
             left: deque[Ticket] = deque()
             for ticket in self._waiting:
                 if ticket.cancelled:
                     self.counts.cancelled += 1
                 elif now > ticket.deadline:
-                    _Row(ticket, self.tokenizer, position).finish("expired")
+                    expired.append(ticket)
                 elif self.running + len(taken) < self.max_rows:
                     taken.append(_Row(ticket, self.tokenizer, position))
                     self.counts.prompt_tokens += len(ticket.prompt)
@@ -240,7 +246,15 @@ class Engine:
                     left.append(ticket)
             self._waiting = left
             self.running += len(taken)
-            return taken
+        for ticket in expired:
+            _Row(ticket, self.tokenizer, position).finish("expired")
+        _wake(expired)
+        return taken
+
+
+def _wake(tickets: Iterable[Ticket]) -> None:
+    for wake in {ticket.wake for ticket in tickets}:
+        wake()
 
 
 def _uniforms(rows: Sequence[_Row]) -> Uniforms:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Idle connections are closed after this time. It is longer than the timeout of common clients, so that the server does
 # not close a connection just when a client uses it again.
 _IDLE_SECONDS = 75
+_ROWS = 64  # responses generated at a time
+_WIDTH = 512  # of the layers whose speed is measured at most: for wider ones, it would take seconds
 _SHUTDOWN_SECONDS = 30  # then uvicorn cancels requests that still run; the engine aborts its responses earlier
 
 
@@ -72,6 +74,8 @@ def uvicorn_config(
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     with no_garbage_collection():
+        import torch
+
         from rlchat.chat.scoring import RewardScorer
         from rlchat.models.model_file import load_policy
         from rlchat.server.app import create_api
@@ -82,6 +86,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     device = choose_device(options.device)
     bundle = load_policy(options.model, device, options.base_model)
     bundle.model.to(choose_dtype(options.dtype, device))
+    torch.set_num_threads(options.threads or _threads(bundle.model.backbone.hidden_size))
     file = Path(options.model)
     engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting)
     api = create_api(
@@ -104,6 +109,17 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     Server(uvicorn_config(api), engine.abort).run(sockets=[listener])
+
+
+def _threads(width: int) -> int:
+    """CPU threads for a model of this width: 1, unless more are clearly faster.
+
+    The event loop and the clients need a core too, and all threads wait for the one that has to share its core. On two
+    busy cores, one thread is several times as fast as two with the demo's model.
+    """
+    from rlchat.utils.threads import fastest_threads
+
+    return fastest_threads(rounds=2, rows=_ROWS, width=min(width, _WIDTH), gain=1.5)
 
 
 def _limits(options: argparse.Namespace) -> Limits:
@@ -171,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="ORIGIN",
     )
-    option("--max-rows", "maximum number of responses generated at a time", type=_positive, default=64)
+    option("--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=_positive)
+    option("--max-rows", "maximum number of responses generated at a time", type=_positive, default=_ROWS)
     option("--max-waiting", "maximum number of queued responses; more get status 429", type=_positive, default=256)
     option("--max-tokens", "maximum number of tokens per response", type=_positive, default=1_024)
     option("--max-seconds", "maximum number of seconds per response", type=_positive, default=120)

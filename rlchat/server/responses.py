@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -23,6 +24,10 @@ from rlchat.server.metrics import Metrics
 from rlchat.server.schemas import ChatRequest, GenerationRequest, Model, Seen, Usage
 
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only /metrics shows it
+
+# Characters of a conversation that is tokenized in the event loop, which takes less than 1 ms. A longer one is passed
+# to another thread: that takes longer while the engine is running, but does not hold up other requests.
+_SHORT = 2_000
 
 Result = TypeVar("Result")
 
@@ -45,6 +50,7 @@ class Service:
     model: Model
     limits: Limits
     metrics: Metrics
+    outbox: Outbox
 
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`APIError` for another model and for options that would have to be ignored."""
@@ -79,6 +85,33 @@ class Prompt:
     max_new_tokens: int
 
 
+class Outbox:
+    """Passes pieces from the engine's thread to the event loop, all those of a step at once.
+
+    Whenever the loop wakes up, it takes the interpreter lock, and the engine waits for it: up to 5 ms, as often as it
+    wakes the loop.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[asyncio.Queue[tuple[int, Piece]], int, Piece]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def receiver(self, queue: asyncio.Queue[tuple[int, Piece]], choice: int) -> Callable[[Piece], None]:
+        """A function for the engine's thread: its pieces reach ``queue`` after :meth:`wake`. Call it in the loop."""
+        self._loop = asyncio.get_running_loop()
+        return lambda piece: self._pieces.append((queue, choice, piece))
+
+    def wake(self) -> None:
+        """Let the event loop take the pieces. Called in the engine's thread."""
+        if self._loop is not None and not self._loop.is_closed():  # closed if the server stops while generating
+            self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        while self._pieces:
+            queue, choice, piece = self._pieces.popleft()
+            queue.put_nowait((choice, piece))
+
+
 class Replies:
     """``n`` responses to each prompt of a request, in the engine's queue.
 
@@ -109,13 +142,14 @@ class Replies:
             Ticket(
                 prompt.ids,
                 _sampling(request, min(prompt.max_new_tokens, service.limits.max_tokens)),
-                _into(queue, number * choices + choice),
+                service.outbox.receiver(queue, number * choices + choice),
                 deadline,
                 seed=seed,
                 choice=choice,
                 stop=request.stop_strings,
                 logprobs=logprobs,
                 streams=bool(request.stream),
+                wake=service.outbox.wake,
             )
             for number, prompt in enumerate(prompts)
             for choice in range(choices)
@@ -162,6 +196,10 @@ class Replies:
             ticket.cancelled = True
 
 
+async def _run_here(work: Callable[..., Result], *args: Any) -> Result:
+    return work(*args)
+
+
 async def fit_chat(service: Service, request: ChatRequest) -> tuple[Prompt, Seen]:
     """The prompt of a conversation, and what did not fit. Raises :class:`APIError` if it exceeds a limit."""
     limits, tokenizer, max_length = service.limits, service.engine.tokenizer, service.model.max_length
@@ -172,10 +210,12 @@ async def fit_chat(service: Service, request: ChatRequest) -> tuple[Prompt, Seen
             param="messages",
         )
     asked = None if request.tokens_asked is None else min(request.tokens_asked, limits.max_tokens)
+    characters = sum(len(message.text) for message in request.conversation.messages)
+    run = _run_here if characters <= _SHORT else run_in_threadpool
     if request.continue_final_message:
         *messages, begun = request.conversation.messages
         prompt = Conversation(tuple(messages))
-        fitted = await run_in_threadpool(fit_continuation, tokenizer, prompt, begun.text, max_length, asked)
+        fitted = await run(fit_continuation, tokenizer, prompt, begun.text, max_length, asked)
         if fitted is None:
             raise APIError(
                 400,
@@ -183,7 +223,7 @@ async def fit_chat(service: Service, request: ChatRequest) -> tuple[Prompt, Seen
                 param="messages",
             )
     else:
-        fitted = await run_in_threadpool(fit_prompt, tokenizer, request.conversation, max_length, asked)
+        fitted = await run(fit_prompt, tokenizer, request.conversation, max_length, asked)
     seen = Seen(
         dropped_messages=fitted.dropped_messages,
         cut_tokens=fitted.cut_tokens,
@@ -240,13 +280,3 @@ def _sampling(request: GenerationRequest, max_new_tokens: int) -> Sampling:
         )
     except ValueError as error:
         raise APIError(400, str(error)) from error
-
-
-def _into(queue: asyncio.Queue[tuple[int, Piece]], choice: int) -> Callable[[Piece], None]:
-    loop = asyncio.get_running_loop()
-
-    def deliver(piece: Piece) -> None:
-        if not loop.is_closed():  # closed if the server shuts down while generating
-            loop.call_soon_threadsafe(queue.put_nowait, (choice, piece))
-
-    return deliver

@@ -10,7 +10,7 @@ from helpers.small_ppo import BACKBONES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlchat.models.backbones import Backbone
-from rlchat.models.decoding import FixedDecoder, can_decode_fixed
+from rlchat.models.decoding import FixedDecoder, _groups_by_length, can_decode_fixed, read_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.models.probe import can_fix_cache
 from rlchat.models.sampling import Generated, Sampling, addressed_uniforms, generate, sample
@@ -88,6 +88,37 @@ def test_a_prompt_of_several_responses_is_read_once(family: str, monkeypatch: py
         assert torch.equal(found.ids[row, :width], alone.ids[0])
         torch.testing.assert_close(found.logprobs[row, :width], alone.logprobs[0], atol=1e-5, rtol=0)
         assert not found.mask[row, width:].any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([3, 9, 4, 8], [[1, 3, 2, 0]]),  # (9 - 4) x 2 tokens saved are fewer than 12
+        ([3, 16, 4, 9], [[1, 3], [2, 0]]),  # 9 is more than half of 16; (16 - 4) x 2 are enough
+        ([2, 30, 8, 8, 2, 2], [[1], [2, 3], [0, 4, 5]]),  # 22 x 5, then 6 x 3
+        ([5], [[0]]),
+    ],
+)
+def test_rows_of_similar_length_are_read_together(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], groups: list[list[int]]
+) -> None:
+    monkeypatch.setattr("rlchat.models.decoding._WORTH_A_PASS", 12)
+    assert _groups_by_length(lengths) == groups
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "distilbert"])
+def test_prompts_read_in_several_passes_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = policy(family), pad([[8], *PROMPTS, [9, 5]], PAD, "left")
+    whole, split = model.backbone.new_cache(), model.backbone.new_cache()
+    hidden, row = read_rows(model, ids, mask, whole)
+    monkeypatch.setattr("rlchat.models.decoding._WORTH_A_PASS", 1)
+    rows = counted_rows(monkeypatch)
+    hidden_split, row_split = read_rows(model, ids, mask, split)
+    assert rows == [2, 2, 2]  # of 7 and 4, of 3 and 2, of 1 and 1
+    assert torch.equal(row, row_split)
+    torch.testing.assert_close(hidden_split, hidden)
+    step, longer = ids[:, -1:], torch.cat([mask, mask[:, -1:]], 1)
+    torch.testing.assert_close(model(step, longer, split), model(step, longer, whole))
 
 
 def test_weights_that_were_cast_once_are_not_used_after_an_update() -> None:

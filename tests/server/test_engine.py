@@ -111,6 +111,24 @@ def test_a_stream_yields_complete_characters_and_ends_once(byte_tokenizer: ChatT
     engine.close()
 
 
+def test_tickets_are_woken_once_after_each_step(byte_tokenizer: ChatTokenizer) -> None:
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"abc")))
+    engine, calls = Engine(bundle), []
+
+    def wake() -> None:
+        calls.append("wake")
+
+    replies = [Reply(bundle, "Hi", streams=True, wake=wake) for _ in range(3)]
+    for reply in replies:
+        reply.ticket.deliver = lambda piece, reply=reply: (calls.append(piece.text), reply.deliver(piece))  # type: ignore
+    whole, woken = Reply(bundle, "Hi", wake=lambda: woken.append(list(whole.pieces))), []
+    engine.submit([*(reply.ticket for reply in replies), whole.ticket])
+    assert whole.wait() == "abc"
+    engine.close()
+    assert calls == [*"aaa", "wake", *"bbb", "wake", *"ccc", "wake", "", "", "", "wake"]
+    assert woken == [[Piece("abc", 4, "stop")]]
+
+
 def test_a_stop_string_ends_one_response_of_a_batch(byte_tokenizer: ChatTokenizer) -> None:
     bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"Helo wrd!")))
     engine = Engine(bundle)

@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -96,6 +98,28 @@ def test_connections_have_tcp_nodelay() -> None:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.parametrize(("words", "threads"), [(["--threads", "3"], 3), ([], 2)])
+def test_threads_of_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], threads: int
+) -> None:
+    counts = []
+
+    def run(server: Any, sockets: Any) -> None:
+        with ThreadPoolExecutor() as pool:  # as the engine, another thread than the one that set the number
+            counts.append(pool.submit(torch.get_num_threads).result())
+        server._abort()
+
+    monkeypatch.setattr("rlchat.server.protocol.Server.run", run)
+    monkeypatch.setattr("rlchat.utils.threads.fastest_threads", lambda rounds, rows, width, gain: 2)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    usual = torch.get_num_threads()
+    try:
+        assert main(["serve", str(folder / "parrot.pt"), "--port", "0", "--feedback", str(tmp_path / "f"), *words]) == 0
+    finally:
+        torch.set_num_threads(usual)
+    assert counts == [threads]
+
+
 def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -178,6 +202,6 @@ def test_help_names_every_option_and_not_the_key(
     monkeypatch.setenv("RLCHAT_API_KEY", "s3cret")
     assert main(["serve", "--help"]) == 0
     printed = capsys.readouterr().out
-    for name in ("--host", "--port", "--api-key", "--feedback", "--max-rows", "--max-waiting", "--max-body"):
+    for name in ("--host", "--port", "--api-key", "--feedback", "--threads", "--max-rows", "--max-waiting"):
         assert name in printed
     assert "s3cret" not in printed
