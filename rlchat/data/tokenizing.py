@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation, Message, conversation_to_dict, message_to_list
 from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
-from rlchat.data.formats import Tree, ranked_pairs
+from rlchat.data.forest import Tree
+from rlchat.data.formats import ranked_pairs
 from rlchat.data.imitation import Imitation, ImitationCounts, MessageTree
 from rlchat.tokenizer.rendering import Rendered
 from rlchat.utils.progress import with_progress

@@ -8,7 +8,8 @@ import pytest
 from helpers.data_rows import write
 
 from rlchat.data.corpus import Corpus, DataNeeds, StoredConversations
-from rlchat.data.formats import Tree, read_trees
+from rlchat.data.forest import Tree
+from rlchat.data.formats import read_trees
 from rlchat.data.tokenizing import tokenize_trees
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 

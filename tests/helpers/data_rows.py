@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlchat.conversation import Conversation
-from rlchat.data.formats import ReadReport, Tree, read_trees
+from rlchat.data.forest import Tree
+from rlchat.data.formats import ReadReport, read_trees
 from rlchat.errors import UserError
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
