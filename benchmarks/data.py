@@ -1,4 +1,4 @@
-"""Time and memory of reading data: the first start, which tokenizes, and the second, which finds the result in the cache.
+"""Time and memory of reading data: the first start, which tokenizes, and the second, from the cache.
 
     python benchmarks/data.py --rows 10000 100000 1000000 --task sft ppo reward
     python benchmarks/data.py --oasst 130000 --task sft ppo reward
@@ -145,7 +145,9 @@ def anonymous_mb() -> int:
     return next(round(int(line.split()[1]) / 1000) for line in status if line.startswith("RssAnon"))
 
 
-def compare(rows: list[int], oasst: list[int], tasks: list[str], encoding: str, workers: int) -> Iterator[dict[str, Any]]:
+def compare(
+    rows: list[int], oasst: list[int], tasks: list[str], encoding: str, workers: int
+) -> Iterator[dict[str, Any]]:
     """A row for each file, task and start."""
     for kind, count in [*(("rows", n) for n in rows), *(("OASST", n) for n in oasst)]:
         with tempfile.TemporaryDirectory() as folder:
