@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, overload
 
 import numpy as np
@@ -81,6 +82,14 @@ class ForestBuilder:
         self._starts = array("q")
         self._keys = array("Q")
 
+    def __enter__(self) -> ForestBuilder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
     def add(self, tree_id: str, threads: Sequence[Conversation], prompts: Sequence[Conversation]) -> None:
         """Adds the content of a row to the tree ``tree_id``."""
         if not threads and not prompts:
@@ -90,7 +99,7 @@ class ForestBuilder:
         self._starts.append(self._append(tree_id, threads, prompts))
 
     def finish(self) -> Forest:
-        """The trees, in the order of their first rows. Nothing can be added after that."""
+        """The trees, in the order of their first rows. Nothing may be added after that."""
         keys, starts = np.asarray(self._keys), np.asarray(self._starts)
         _, first, tree_of_row, rows = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         starts_of_trees = starts[first]
@@ -98,7 +107,7 @@ class ForestBuilder:
         ends = np.cumsum(rows)
         for tree in np.flatnonzero(rows > 1).tolist():
             starts_of_trees[tree] = self._merge(starts[by_tree[ends[tree] - rows[tree] : ends[tree]]].tolist())
-        self._file.close()
+        self._file.flush()
         return Forest(self.path, starts_of_trees[np.argsort(first)])
 
     def _append(self, tree_id: str, threads: Sequence[Conversation], prompts: Sequence[Conversation]) -> int:

@@ -124,21 +124,21 @@ def read_forest(
     if not files:
         raise UserError("no data file is specified; pass at least one .jsonl or .jsonl.gz file")
     report = ReadReport()
-    collector = _Collector(report, ReadOptions(lang, keep_synthetic, split_text=split_text), destination)
-    take_lines(
-        files,
-        lambda line: collector.add(parse_object(line)),
-        report,
-        on_bad_line=on_bad_line,
-        cure=cure,
-        max_line_bytes=max_line_bytes,
-        progress=progress,
-    )
-    forest = collector.finish()
+    with ForestBuilder(destination) as trees:
+        collector = _Collector(report, ReadOptions(lang, keep_synthetic, split_text=split_text), trees)
+        take_lines(
+            files,
+            lambda line: collector.add(parse_object(line)),
+            report,
+            on_bad_line=on_bad_line,
+            cure=cure,
+            max_line_bytes=max_line_bytes,
+            progress=progress,
+        )
+        forest = collector.finish()
     if not forest:
-        names = ", ".join(map(str, files))
         raise UserError(
-            f"no usable conversation in {names}: {report.summary()}; check that it is the right file, and that "
+            f"no usable conversation in {', '.join(map(str, files))}: {report.summary()}; check that it is the right file, and that "
             f"data.lang ({lang}) and the other options do not exclude everything"
         )
     return forest, report
@@ -207,11 +207,11 @@ def ranked_pairs(prompt: Conversation) -> list[tuple[Message, Message]]:
 class _Collector:
     """Takes rows one by one, and returns the trees after the last row."""
 
-    def __init__(self, report: ReadReport, options: ReadOptions, destination: Path) -> None:
+    def __init__(self, report: ReadReport, options: ReadOptions, trees: ForestBuilder) -> None:
         self.report = report
         self.dropped = report.dropped
         self.readers = Readers(options, report.dropped)
-        self.trees = ForestBuilder(destination)
+        self.trees = trees
         self.feedback: dict[str, dict[str, Any]] = {}  # the last row of each feedback_id; see rlchat.chat.feedback
         self._options = options
 

@@ -80,7 +80,8 @@ class Imitation:
                 reason = self._reason_against(message, last=i == len(messages) - 1)
                 if reason is not None:
                     counts.left_out[node] = reason
-                message = replace(message, learn=reason is None and node not in counts.learned)
+                learn = reason is None and node not in counts.learned
+                message = message if message.learn == learn else replace(message, learn=learn)
             chosen.append(message)
         return tuple(chosen)
 

@@ -32,6 +32,8 @@ from rlchat.utils.progress import DelayedProgress
 
 TREES_IN_A_PART = 256
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
 
 @dataclass
 class _RaggedBuilder:
@@ -167,8 +169,9 @@ def _tokenized(trees: Sequence[Tree], how: Tokenization) -> _Part:
     tree_ids, split_ids, split_hash = _RaggedBuilder("B"), _RaggedBuilder("B"), array("d")
     for index, tree in enumerate(trees):
         tree_ids.add(tree.id.encode())
-        split_ids.add(tree.opening_id.encode())
-        split_hash.append(unit_hash(how.split_seed, tree.opening_id))
+        opening_id = tree.opening_id
+        split_ids.add(opening_id.encode())
+        split_hash.append(unit_hash(how.split_seed, opening_id))
         if needs.task in ("sft", "ppo"):
             sequences.add(tree.threads, index, tally)
             prompts_of_tree = [p for p in tree.prompts if p.is_prompt]
@@ -249,6 +252,8 @@ def recent_messages(conversation: Conversation, room: int, tokens_of: Callable[[
     Truncation to ``room`` tokens then gives the same result as for the whole conversation.
     """
     messages = conversation.messages
+    if sum(len(message.text.encode()) for message in messages) <= room:  # a token is at least one byte
+        return conversation
     start, used = len(messages), 0
     while start > 0 and used <= room:
         start -= 1
@@ -306,12 +311,12 @@ class _PromptBuilder:
             rendered = tokenizer.render_prompt(recent, self.needs.prompt_length)
             dropped = rendered.dropped + len(prompt.messages) - len(recent.messages)
             self.ids.add(tally.count(replace(rendered, dropped=dropped)).ids)
-            self.rows.add(json.dumps(self._stored(prompt, known), ensure_ascii=False).encode())
+            self.rows.add(_json(self._stored(prompt, known)))
             self.first_message.append(first_message)
             self.tree.append(tree)
         for parent, message in known.nodes:
             self.parents.append(parent)
-            self.messages.add(json.dumps(message_to_list(message), ensure_ascii=False).encode())
+            self.messages.add(_json(message_to_list(message)))
 
     def _stored(self, prompt: Conversation, known: MessageTree) -> dict[str, Any]:
         return {
@@ -361,3 +366,7 @@ def _is_judged(prompt: Conversation) -> bool:
     A labelled response without a prompt counts: it is a prompt without messages.
     """
     return any(reply.quality is not None for reply in prompt.references) or bool(ranked_pairs(prompt))
+
+
+def _json(values: Any) -> bytes:
+    return _JSON.encode(values).encode()

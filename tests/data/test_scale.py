@@ -22,6 +22,7 @@ from rlchat.data.imitation import Imitation
 from rlchat.data.tokenizing import Tokenization, tokenize_trees, whole_conversations
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.tokenizer.rendering import Rendered
 from rlchat.utils.cache_folder import entries
 
 OASST = Path(__file__).parent / "samples" / "oasst.messages.jsonl.gz"
@@ -115,8 +116,8 @@ def test_the_global_random_numbers_do_not_depend_on_the_cache(
 
 
 class FailingTokenizer(ChatTokenizer):
-    def encode(self, text: str) -> list[int]:
-        raise UserError(f"cannot encode {text}")
+    def render_prompt(self, conversation: Conversation, max_length: int | None = None) -> Rendered:
+        raise UserError(f"cannot encode {conversation.messages[-1].text}")
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -183,9 +184,9 @@ def test_rows_of_one_tree_are_merged_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_row_without_content_is_no_tree(tmp_path: Path) -> None:
-    builder = ForestBuilder(tmp_path / "trees")
-    builder.add("a", [], [])
-    assert list(builder.finish()) == []
+    with ForestBuilder(tmp_path / "trees") as builder:
+        builder.add("a", [], [])
+        assert list(builder.finish()) == []
 
 
 def test_the_cache_folder_keeps_only_arrays(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
