@@ -138,8 +138,8 @@ def read_forest(
         forest = collector.finish()
     if not forest:
         raise UserError(
-            f"no usable conversation in {', '.join(map(str, files))}: {report.summary()}; check that it is the right file, and that "
-            f"data.lang ({lang}) and the other options do not exclude everything"
+            f"no usable conversation in {', '.join(map(str, files))}: {report.summary()}; check that it is the right "
+            f"file, and that data.lang ({lang}) and the other options do not exclude everything"
         )
     return forest, report
 
