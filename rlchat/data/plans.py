@@ -19,6 +19,8 @@ from torch import Tensor
 # keep the order random.
 BATCHES_PER_WINDOW = 32
 
+_SORTED_AT_ONCE = 1 << 15
+
 # The index of a row in a dataset; in PPO with mixed-in sequences, the indices of a prompt and a thread.
 Row = int | tuple[int, int]
 Plan = Callable[[int], Sequence[Sequence[Row]]]  # epoch -> the global batches, in order
@@ -107,10 +109,8 @@ def bucketed_plan(
 
         def order() -> Tensor:
             groups = torch.randperm(len(sizes), generator=generator)
-            rows = at_least(_ranges(first[groups], sizes[groups]), world)
-            place = torch.arange(len(rows))
-            by_length = longest[group_of_row[rows]] + place // window * (longest.max() + 1)
-            return rows[by_length.argsort(stable=True)]
+            rows = groups if len(sizes) == len(lengths) else _ranges(first[groups], sizes[groups])
+            return _sorted_in_windows(at_least(rows, world), lambda some: longest[group_of_row[some]], window)
 
         def shuffled(batches: int) -> Tensor:
             return torch.randperm(batches, generator=generator)
@@ -161,6 +161,16 @@ def _ranges(first: Tensor, sizes: Tensor) -> Tensor:
     """The numbers from ``first[0]`` on, ``sizes[0]`` of them, then those from ``first[1]`` on, and so on."""
     before = sizes.cumsum(0) - sizes
     return (first - before).repeat_interleave(sizes) + torch.arange(int(sizes.sum()))
+
+
+def _sorted_in_windows(rows: Tensor, length_of: Callable[[Tensor], Tensor], window: int) -> Tensor:
+    """``rows`` with every ``window`` of them sorted by length. Few are sorted at a time, so that it takes no memory."""
+    done = []
+    for some in rows.split(window * max(1, _SORTED_AT_ONCE // window)):
+        lengths = length_of(some)
+        windows = torch.arange(len(some)) // window
+        done.append(some[(windows * (lengths.max() + 1) + lengths).argsort(stable=True)])
+    return torch.cat(done)
 
 
 def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
