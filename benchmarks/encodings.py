@@ -14,7 +14,8 @@ import statistics
 from pathlib import Path
 
 from rlchat.conversation import Conversation
-from rlchat.data.formats import Tree, read_trees
+from rlchat.data.forest import Tree
+from rlchat.data.formats import read_trees
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.ranks import format_ranks, train_ranks
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.formats import tree_id_of
+from rlchat.data.forest import tree_id_of
 from rlchat.data.jsonl import MAX_LINE_BYTES
 from rlchat.errors import UserError
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlchat.data.formats import Tree, read_trees
+from rlchat.data.forest import Tree
+from rlchat.data.formats import read_trees
 from rlchat.data.sources import data_file
 from rlchat.errors import UserError
 from rlchat.tokenizer.base_files import tokenizer_files

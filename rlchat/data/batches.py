@@ -1,15 +1,9 @@
-"""Batches: their tensors, and the order in which rows become batches.
-
-The order of an epoch is a list of *global batches* that depends only on (seed, epoch). Row ``i`` of a global batch goes
-to rank ``i % world``. One process with batches of 2N rows therefore sees the same rows at every step as two processes
-with N rows each, and a resumed run sees the rows that the uninterrupted run would have seen.
-"""
+"""Batches: their tensors, and the loader that reads them in the order of a plan (:mod:`rlchat.data.plans`)."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,21 +12,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 
 from rlchat.conversation import Conversation
 from rlchat.data.corpus import Prompts, RankedReplies, Sequences
+from rlchat.data.plans import Plan, Row
 from rlchat.utils.padding import pad
 
 _log = logging.getLogger("rlchat")
 
-# Rows are sorted by length inside windows of this many global batches: large enough to save padding, small enough to
-# keep the order random.
-BATCHES_PER_WINDOW = 32
-
 # At most this many rows that begin alike are put into one batch: more would make the rows of a batch too similar.
 _ALIKE_IN_A_BATCH = 4
 
-# The index of a row in a dataset; in PPO with mixed-in sequences, the indices of a prompt and a thread.
-Row = int | tuple[int, int]
 R = TypeVar("R", bound=Row)
-Plan = Callable[[int], Sequence[Sequence[Row]]]  # epoch -> the global batches, in order
+Indices = Sequence[int] | Tensor  # of rows; a tensor takes a fifth of the memory of a list
 
 
 class SequenceBatch(NamedTuple):
@@ -104,35 +93,36 @@ class PromptBatch:
 class SequenceRows(Dataset[SequenceBatch]):
     """The threads ``rows`` of ``sequences``. Indexing with a list of indices returns a batch."""
 
-    def __init__(self, sequences: Sequences, rows: Sequence[int], pad_id: int) -> None:
-        self.sequences, self.rows, self.pad_id = sequences, rows, pad_id
-        self.lengths: list[int] = sequences.ids.lengths[torch.tensor(rows, dtype=torch.int64)].tolist()
+    def __init__(self, sequences: Sequences, rows: Indices, pad_id: int) -> None:
+        self.sequences, self.rows, self.pad_id = sequences, _long(rows), pad_id
+        self.lengths = sequences.ids.lengths[self.rows]  # Long [rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def groups(self) -> list[int]:
-        """The group [rows] of each row: neighbours of one tree that share at least half of their tokens.
+    def groups(self) -> Tensor:
+        """The group, Long [rows], of each row: neighbours of one tree that share at least half of their tokens.
 
         In a batch, a backbone computes the tokens that they share once (see :mod:`rlchat.models.packing`).
         """
-        trees = self.sequences.tree[torch.tensor(self.rows, dtype=torch.int64)].tolist()
-        groups: list[int] = []
-        size = 0
-        for row, (tree, length) in enumerate(zip(trees, self.lengths, strict=True)):
-            half = -(-max(length, self.lengths[row - 1]) // 2)
-            alike = row > 0 and tree == trees[row - 1] and size < _ALIKE_IN_A_BATCH and self._begin_alike(row, half)
-            size = size + 1 if alike else 1
-            groups.append(groups[-1] + (not alike) if groups else 0)
-        return groups
+        trees = self.sequences.tree[self.rows]
+        alike = torch.zeros(len(trees), dtype=torch.bool)  # to the row before
+        size = 1
+        for row in ((trees[1:] == trees[:-1]).nonzero().squeeze(1) + 1).tolist():
+            size = size if alike[row - 1] else 1
+            half = -(-int(self.lengths[row - 1 : row + 1].max()) // 2)
+            if size < _ALIKE_IN_A_BATCH and self._begin_alike(row, half):
+                alike[row] = True
+                size += 1
+        return (~alike).cumsum(0) - 1
 
     def _begin_alike(self, row: int, tokens: int) -> bool:
         """Whether ``row`` and the row before have the same first ``tokens`` tokens."""
-        this, before = (self.sequences.ids[self.rows[i]][:tokens] for i in (row, row - 1))
+        this, before = (self.sequences.ids[int(self.rows[i])][:tokens] for i in (row, row - 1))
         return torch.equal(this, before)
 
     def __getitem__(self, index: int | Sequence[int]) -> SequenceBatch:
-        rows = [self.rows[i] for i in _as_list(index)]
+        rows = self.rows[_as_list(index)].tolist()
         ids = [self.sequences.ids[row].tolist() for row in rows]
         loss_masks, _ = pad([self.sequences.loss_mask[row].tolist() for row in rows], False, "right")
         return SequenceBatch(*pad(ids, self.pad_id, "right"), loss_masks.bool())
@@ -141,10 +131,11 @@ class SequenceRows(Dataset[SequenceBatch]):
 class RankedRows(Dataset[RankedBatch]):
     """The prompts ``rows`` of ``ranked`` with their responses. Indexing with a list of indices returns a batch."""
 
-    def __init__(self, ranked: RankedReplies, rows: Sequence[int], pad_id: int) -> None:
-        self.ranked, self.rows, self.pad_id = ranked, rows, pad_id
-        lengths = ranked.ids.lengths
-        self.lengths: list[int] = [int(lengths[self._replies(row)].max()) for row in rows]
+    def __init__(self, ranked: RankedReplies, rows: Indices, pad_id: int) -> None:
+        self.ranked, self.rows, self.pad_id = ranked, _long(rows), pad_id
+        row_of_reply = torch.arange(len(ranked.tree)).repeat_interleave(ranked.replies.diff())
+        longest = torch.zeros_like(ranked.tree).scatter_reduce_(0, row_of_reply, ranked.ids.lengths, "amax")
+        self.lengths = longest[self.rows]  # Long [rows], of the longest response with its prompt
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,7 +144,7 @@ class RankedRows(Dataset[RankedBatch]):
         return slice(int(self.ranked.replies[row]), int(self.ranked.replies[row + 1]))
 
     def __getitem__(self, index: int | Sequence[int]) -> RankedBatch:
-        spans = [self._replies(self.rows[i]) for i in _as_list(index)]
+        spans = [self._replies(row) for row in self.rows[_as_list(index)].tolist()]
         ids = [self.ranked.ids[reply].tolist() for span in spans for reply in range(span.start, span.stop)]
         return RankedBatch(
             *pad(ids, self.pad_id, "right"),
@@ -170,15 +161,15 @@ class PromptRows(Dataset[PromptBatch]):
     Indexing with a list of (prompt, thread) returns a batch with the SFT sequences that are mixed in.
     """
 
-    def __init__(self, prompts: Prompts, rows: Sequence[int], pad_id: int, mixed: SequenceRows | None = None) -> None:
-        self.prompts, self.rows, self.pad_id, self.mixed = prompts, rows, pad_id, mixed
+    def __init__(self, prompts: Prompts, rows: Indices, pad_id: int, mixed: SequenceRows | None = None) -> None:
+        self.prompts, self.rows, self.pad_id, self.mixed = prompts, _long(rows), pad_id, mixed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int | Sequence[Row]) -> PromptBatch:
         pairs = [(i, i) if isinstance(i, int) else i for i in _as_list(index)]
-        rows = [self.rows[prompt] for prompt, _ in pairs]
+        rows = self.rows[[prompt for prompt, _ in pairs]].tolist()
         ids = [self.prompts.ids[row].tolist() for row in rows]
         sequences = None if self.mixed is None else self.mixed[[thread % len(self.mixed) for _, thread in pairs]]
         return PromptBatch(
@@ -188,99 +179,13 @@ class PromptRows(Dataset[PromptBatch]):
         )
 
 
-def _as_list(index: int | Sequence[R]) -> Sequence[int | R]:
+def _as_list(index: int | Sequence[R]) -> list[int | R]:
     # Our samplers ask for batches; other samplers ask for single rows.
-    return [index] if isinstance(index, int) else index
+    return [index] if isinstance(index, int) else list(index)
 
 
-def bucketed_plan(
-    lengths: Sequence[int], batch_size: int, world: int, seed: int, groups: Sequence[int] | None = None
-) -> Callable[[int], list[list[int]]]:
-    """Shuffled global batches of rows of similar length; every row once per epoch.
-
-    Groups of rows are shuffled, sorted by the length of their longest row inside windows of
-    :data:`BATCHES_PER_WINDOW` global batches and cut into batches, which are shuffled. Fewer rows than ranks are
-    repeated, so that every rank has one.
-
-    Args:
-        lengths: [rows].
-        batch_size: rows per rank.
-        world: the number of ranks.
-        seed: of the shuffling.
-        groups: [rows], the number of each row's group, in ascending order; None: each row alone. The rows of a group
-            stay together, unless they do not fit in a batch.
-    """
-    members: list[list[int]] = []
-    for row, group in enumerate(range(len(lengths)) if groups is None else groups):
-        if group == len(members):
-            members.append([])
-        members[group].append(row)
-    longest = [0] * len(lengths)
-    for rows in members:
-        most = max(lengths[row] for row in rows)
-        for row in rows:
-            longest[row] = most
-
-    def plan(epoch: int) -> list[list[int]]:
-        generator = _generator(seed, epoch, "rows")
-        shuffled = torch.randperm(len(members), generator=generator).tolist()
-        order = at_least([row for group in shuffled for row in members[group]], world)
-        size = batch_size * world
-        window = size * BATCHES_PER_WINDOW
-        by_length = [
-            row
-            for start in range(0, len(order), window)
-            for row in sorted(order[start : start + window], key=longest.__getitem__)
-        ]
-        batches = _in_batches(by_length, size, world)
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    return plan
-
-
-def full_batches_plan(rows: int, batch_size: int, world: int, seed: int, mixed_rows: int = 0) -> Plan:
-    """Shuffled global batches, all of them full: rows that do not fill a batch are not used in this epoch.
-
-    If there are fewer rows than one global batch needs, they are repeated. With ``mixed_rows``, each row is paired with
-    one of ``mixed_rows`` other rows, drawn without replacement until all are used.
-    """
-
-    def plan(epoch: int) -> Sequence[Sequence[Row]]:
-        order = torch.randperm(rows, generator=_generator(seed, epoch, "rows")).tolist()
-        size = batch_size * world
-        order = at_least(order, size)
-        order = order[: len(order) // size * size]
-        if not mixed_rows:
-            return _in_batches(order, size, world)
-        others = torch.randperm(mixed_rows, generator=_generator(seed, epoch, "mixed")).tolist()
-        return _in_batches(list(zip(order, at_least(others, len(order)), strict=False)), size, world)
-
-    return plan
-
-
-def fixed_plan(order: Sequence[int], batch_size: int, world: int) -> Plan:
-    """Global batches of ``order`` without shuffling: every row exactly once, in the same order in every epoch."""
-    batches = _in_batches(list(order), batch_size * world, world)
-    return lambda epoch: batches
-
-
-def at_least(order: list[int], count: int) -> list[int]:
-    """``order``, repeated from its beginning if it has fewer than ``count`` rows."""
-    return order if len(order) >= count or not order else [order[i % len(order)] for i in range(count)]
-
-
-def _in_batches(order: list[R], size: int, world: int) -> list[list[R]]:
-    """``order`` cut into global batches of ``size``. The last may be smaller, but has a row for each rank."""
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    if len(batches) > 1 and len(batches[-1]) < world:
-        # A rank without rows would take one step less than the others, and they would wait for it forever.
-        batches[-2:] = [batches[-2] + batches[-1]]
-    return batches
-
-
-def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def _long(rows: Indices) -> Tensor:
+    return torch.as_tensor(rows, dtype=torch.int64)
 
 
 class RankSampler(DistributedSampler[Any]):
@@ -301,8 +206,9 @@ class RankSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Sequence[Row]]:
         skip, self.skip = self.skip, 0
-        for batch in self.plan(self.epoch)[skip:]:
-            yield batch[self.rank :: self.num_replicas]
+        batches = self.plan(self.epoch)
+        for number in range(skip, len(batches)):
+            yield batches[number][self.rank :: self.num_replicas]
 
 
 class SameBatchesSampler(RankSampler, SequentialSampler):
@@ -313,8 +219,9 @@ class SameBatchesSampler(RankSampler, SequentialSampler):
 
     def __iter__(self) -> Iterator[Sequence[Row]]:  # type: ignore[override]
         skip, self.skip = self.skip, 0
-        for batch in self.plan(0)[skip:]:
-            yield batch[self.rank :: self.num_replicas]
+        batches = self.plan(0)
+        for number in range(skip, len(batches)):
+            yield batches[number][self.rank :: self.num_replicas]
 
 
 class BatchLoader(DataLoader[Any]):

@@ -1,31 +1,30 @@
-"""Tokenized corpora on disk. The name of each file is a hash of everything that its content depends on."""
+"""Tokenized corpora on disk. The name of each folder is a hash of everything that its content depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import pickle
-import zipfile
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import rlchat
-from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
-from rlchat.data.sources import DataFile, cannot_read
+from rlchat.data.corpus import Corpus, DataNeeds, corpus_of
+from rlchat.data.file_hashes import hashes_of
+from rlchat.data.sources import DataFile
 from rlchat.errors import UserError
-from rlchat.utils.cache_folder import mark_used, prune
-from rlchat.utils.files import user_cache, write_atomically
+from rlchat.utils.arrays import read_arrays
+from rlchat.utils.cache_folder import mark_used, prune, remove
+from rlchat.utils.files import user_cache
 
 _log = logging.getLogger("rlchat")
 
 # The code that determines the content of a corpus: how rows are read, selected, rendered and stored. Paths are relative
 # to the package.
-_CODE = ("conversation.py", "data", "data/readers", "tokenizer")
+_CODE = ("conversation.py", "data", "data/readers", "tokenizer", "utils/arrays.py")
 
 
 class CorpusCache:
@@ -34,60 +33,79 @@ class CorpusCache:
     def __init__(self, folder: str | None = None) -> None:
         self.folder = Path(folder).expanduser() if folder else user_cache()
 
+    def key(self, files: Sequence[DataFile], needs: DataNeeds, options: dict[str, Any]) -> str:
+        """A hash of the bytes of ``files``, the encoding, the lengths, the reading ``options`` and the code that reads.
+
+        The code is included so that a new or changed reader never uses a corpus that an older one produced. A file that
+        has not changed since an earlier start is not read for this.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        digest = hashlib.sha256()
+        lengths = (needs.task, needs.max_length, needs.max_new_tokens, needs.whole_conversations)
+        digest.update(json.dumps([code_hash(), needs.tokenizer.fingerprint, lengths, sorted(options.items())]).encode())
+        for content in hashes_of(files, self.folder):
+            digest.update(content)
+        return digest.hexdigest()
+
     def path(self, key: str) -> Path:
-        """The file for the corpus of ``key``, whether it exists or not."""
-        return self.folder / f"{key}.pt"
+        """The folder of the corpus of ``key``, whether it exists or not."""
+        return self.folder / key
 
     def read(self, key: str) -> Corpus | None:
-        """The corpus of ``key``; None if there is none or (with a warning) if the file is damaged."""
+        """The corpus of ``key``; None if there is none or (with a warning) if its folder is damaged."""
         path = self.path(key)
-        if not path.is_file():
+        if not path.is_dir():
             return None
         try:
-            # torch.load does not detect changed bytes; the archive's checksums do.
-            with zipfile.ZipFile(path) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"bad checksum of {broken}")
-            mark_used(path)
-            return _corpus_from_state(torch.load(path, weights_only=True))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as e:
-            _log.warning("the tokenized data in %s is damaged (%s); tokenizing again", path, e)
+            corpus = corpus_of(*read_arrays(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("the tokenized data in %s is damaged (%s); tokenizing again", path, error)
             return None
+        mark_used(path)
+        return corpus
 
-    def write(self, key: str, corpus: Corpus) -> None:
-        """Stores ``corpus``, and removes the least recently used of a folder that has become too large.
+    def create(self, key: str, write: Callable[[Path, Path], object]) -> Corpus:
+        """The corpus that ``write`` writes, which is kept under ``key`` from now on.
 
-        Only warns if the folder cannot be written, because a run works without the cache.
+        ``write`` gets an empty folder, for arrays, and the path of a temporary file. The least recently used is removed
+        from a cache that has become too large. If the cache cannot be written, there is only a warning, and ``write``
+        gets a folder for temporary files, because a run works without the cache.
         """
         try:
-            write_atomically(self.path(key), lambda file: torch.save(_corpus_to_state(corpus), file))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A run that is killed leaves this folder; `rlchat cache` knows it by its name.
+            with tempfile.TemporaryDirectory(prefix=f".{key}.", dir=self.folder) as workplace:
+                arrays = _written(Path(workplace), write)
+                _keep(arrays, self.path(key))
+            corpus = corpus_of(*read_arrays(self.path(key)))
+        except OSError as error:
+            _log.warning("could not cache the tokenized data in %s: %s", self.folder, error.strerror or error)
+            # What is mapped stays readable after its file is deleted; where it cannot be deleted, it is left.
+            with tempfile.TemporaryDirectory(prefix="rlchat-", ignore_cleanup_errors=True) as workplace:
+                return corpus_of(*read_arrays(_written(Path(workplace), write)))
+        try:
             prune(self.folder)
         except UserError as error:
-            _log.warning("could not cache the tokenized data: %s", error)
+            _log.warning("%s", error)
+        return corpus
 
 
-def cache_key(files: Sequence[DataFile], needs: DataNeeds, options: dict[str, Any]) -> str:
-    """A hash of the bytes of ``files``, the encoding, the lengths, the reading ``options`` and the code that reads.
+def _written(workplace: Path, write: Callable[[Path, Path], object]) -> Path:
+    arrays = workplace / "arrays"
+    arrays.mkdir()
+    write(arrays, workplace / "trees")
+    return arrays
 
-    The code is included so that a new or changed reader never uses a corpus that an older one produced.
 
-    Raises:
-        UserError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    lengths = (needs.task, needs.max_length, needs.max_new_tokens, needs.whole_conversations)
-    digest.update(json.dumps([code_hash(), needs.tokenizer.fingerprint, lengths, sorted(options.items())]).encode())
-    for file in files:
-        digest.update(_hash_of_file(file))
-    return digest.hexdigest()
+def _keep(arrays: Path, path: Path) -> None:
+    """Moves ``arrays`` to ``path``, in place of what is there."""
+    try:
+        arrays.rename(path)
+    except OSError:  # there is another folder, damaged or just written by another process
+        remove(path)
+        arrays.rename(path)
 
 
 @cache
@@ -100,52 +118,3 @@ def code_hash() -> str:
         for module in modules:
             digest.update(f"{place}/{module.name}\0".encode() + module.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _hash_of_file(file: DataFile) -> bytes:
-    digest = hashlib.sha256()
-    try:
-        with file.path.open("rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        raise UserError(f"no such data file: {file}; pass a file with --data.path FILE") from None
-    except (OSError, ValueError) as error:
-        raise cannot_read(file, error) from None
-    return digest.digest()
-
-
-def _corpus_to_state(corpus: Corpus) -> dict[str, Any]:
-    conversations = corpus.prompts.conversations
-    assert isinstance(conversations, StoredConversations)
-    return {
-        **{name: getattr(corpus, name) for name in ("tree_ids", "split_ids", "facts", "report", "warnings")},
-        "sequences": {
-            "ids": _ragged_to_state(corpus.sequences.ids),
-            "loss_mask": _ragged_to_state(corpus.sequences.loss_mask),
-            "tree": corpus.sequences.tree,
-        },
-        "ranked": {**vars(corpus.ranked), "ids": _ragged_to_state(corpus.ranked.ids)},
-        "prompts": {
-            "ids": _ragged_to_state(corpus.prompts.ids),
-            "rows": _ragged_to_state(conversations.rows),
-            "messages": _ragged_to_state(conversations.messages),
-            "parents": conversations.parents,
-            "tree": corpus.prompts.tree,
-        },
-    }
-
-
-def _corpus_from_state(state: dict[str, Any]) -> Corpus:
-    sequences, ranked, prompts = state["sequences"], state["ranked"], state["prompts"]
-    stored = StoredConversations(Ragged(*prompts["rows"]), Ragged(*prompts["messages"]), prompts["parents"])
-    return Corpus(
-        **{name: state[name] for name in ("tree_ids", "split_ids", "facts", "report", "warnings")},
-        sequences=Sequences(Ragged(*sequences["ids"]), Ragged(*sequences["loss_mask"]), sequences["tree"]),
-        ranked=RankedReplies(**{**ranked, "ids": Ragged(*ranked["ids"])}),
-        prompts=Prompts(Ragged(*prompts["ids"]), stored, prompts["tree"]),
-    )
-
-
-def _ragged_to_state(rows: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
-    return rows.flat, rows.offsets

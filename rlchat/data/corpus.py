@@ -1,15 +1,17 @@
-"""The tokenized data of one task, as flat tensors with offsets."""
+"""The tokenized data of one task, as flat tensors with offsets, most of which are mapped files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message, conversation_from_dict
+from rlchat.data.splits import unit_hash
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -100,15 +102,41 @@ class Prompts:
     tree: Tensor  # Long [prompts]
 
 
+RANKED = ("replies", "rank", "quality", "right", "tree")
+"""The arrays of :class:`RankedReplies` beside the tokens, in their order there."""
+
+
+class StoredStrings(Sequence[str]):
+    """Strings as UTF-8, decoded on access."""
+
+    def __init__(self, rows: Ragged) -> None:
+        self.rows = rows  # Byte
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return _bytes(self.rows[row]).decode()
+
+
 class StoredConversations(Sequence[Conversation]):
     """Conversations as JSON, parsed on access, so that a large corpus loads instantly and workers share its memory.
 
     Each message is stored once, with the index of the previous message. The size is therefore linear in the length of a
-    conversation, although each of its prefixes may be a prompt.
+    conversation, although each of its prefixes may be a prompt. Indices count from the first message of the tree.
     """
 
-    def __init__(self, rows: Ragged, messages: Ragged, parents: Tensor) -> None:
+    def __init__(self, rows: Ragged, first_message: Tensor, messages: Ragged, parents: Tensor) -> None:
         self.rows = rows  # Byte, JSON of a conversation without its messages, and the index of its last message
+        self.first_message = first_message  # Long [rows], where the messages of its tree begin
         self.messages = messages  # Byte, JSON of each message
         self.parents = parents  # Long [messages], the message before; -1 for the first of a conversation
 
@@ -124,34 +152,91 @@ class StoredConversations(Sequence[Conversation]):
             return [self[i] for i in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)
-        return self._restored(json.loads(_bytes(self.rows[row])))
+        return self._restored(json.loads(_bytes(self.rows[row])), int(self.first_message[row]))
 
-    def _restored(self, stored: dict[str, Any]) -> Conversation:
+    def _restored(self, stored: dict[str, Any], first: int) -> Conversation:
         messages: list[Message] = []
         index = stored["last"]
         while index >= 0:
-            messages.append(Message(*json.loads(_bytes(self.messages[index]))))
-            index = int(self.parents[index])
-        bare = conversation_from_dict(stored["rest"])
-        return replace(bare, messages=tuple(reversed(messages)), later=tuple(map(self._restored, stored["later"])))
+            messages.append(Message(*json.loads(_bytes(self.messages[first + index]))))
+            index = int(self.parents[first + index])
+        later = tuple(self._restored(prompt, first) for prompt in stored["later"])
+        return replace(conversation_from_dict(stored["rest"]), messages=tuple(reversed(messages)), later=later)
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The data that one task needs from a set of files, as tensors. Parts that the task does not need are empty.
 
-    ``split_ids`` (one per tree, :attr:`rlchat.data.formats.Tree.opening_id`) determine the split. ``report`` is a
+    ``split_ids`` (one per tree, :attr:`rlchat.data.forest.Tree.opening_id`) determine the split. ``report`` is a
     one-line summary of what was read. ``warnings`` are shown in every run.
     """
 
-    tree_ids: list[str]
-    split_ids: list[str]
+    tree_ids: Sequence[str]
+    split_ids: Sequence[str]
+    split_hash: Tensor  # Double [trees], unit_hash(split_seed, split_id)
+    split_seed: int
     sequences: Sequences
     ranked: RankedReplies
     prompts: Prompts
     facts: dict[str, int]
     report: str
     warnings: list[str]
+
+    def places(self, seed: int) -> Tensor:
+        """``unit_hash(seed, split_id)`` as Double [trees]: stored for one seed, computed for others."""
+        if seed == self.split_seed:
+            return self.split_hash
+        return torch.tensor([unit_hash(seed, name) for name in self.split_ids], dtype=torch.float64)
+
+
+# Array -> the array whose values it counts. The numbers of a part of the data start from 0. When it is appended to
+# others, the number of values that were there before is added.
+COUNTS: dict[str, str] = {
+    "prompts.first_message": "prompts.parents",
+    "sequences.tree": "split_hash",
+    "ranked.tree": "split_hash",
+    "prompts.tree": "split_hash",
+    "ranked.replies": "ranked.rank",
+    **{
+        f"{name}.offsets": f"{name}.flat"
+        for name in (
+            "tree_ids",
+            "split_ids",
+            "sequences.ids",
+            "sequences.loss_mask",
+            "ranked.ids",
+            "prompts.ids",
+            "prompts.rows",
+            "prompts.messages",
+        )
+    },
+}
+# These begin with a 0, so that row i reaches from number i to number i + 1.
+BOUNDS = frozenset(name for name in COUNTS if name.endswith(".offsets")) | {"ranked.replies"}
+
+
+def corpus_of(arrays: Mapping[str, Tensor], about: Mapping[str, Any]) -> Corpus:
+    """The corpus in ``arrays``. Raises KeyError, TypeError or ValueError if they are not those of a corpus."""
+
+    def ragged(name: str) -> Ragged:
+        return Ragged(arrays[f"{name}.flat"], arrays[f"{name}.offsets"])
+
+    conversations = StoredConversations(
+        ragged("prompts.rows"), arrays["prompts.first_message"], ragged("prompts.messages"), arrays["prompts.parents"]
+    )
+    return Corpus(
+        StoredStrings(ragged("tree_ids")),
+        StoredStrings(ragged("split_ids")),
+        arrays["split_hash"],
+        about["split_seed"],
+        Sequences(ragged("sequences.ids"), ragged("sequences.loss_mask"), arrays["sequences.tree"]),
+        RankedReplies(ragged("ranked.ids"), *(arrays[f"ranked.{name}"] for name in RANKED)),
+        Prompts(ragged("prompts.ids"), conversations, arrays["prompts.tree"]),
+        about["facts"],
+        about["report"],
+        about["warnings"],
+    )
 
 
 def _bytes(row: Tensor) -> bytes:

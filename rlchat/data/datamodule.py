@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 from rlchat.conversation import Conversation
 from rlchat.data.batches import (
     BatchLoader,
-    Plan,
     PromptBatch,
     PromptRows,
     RankedBatch,
@@ -30,18 +29,16 @@ from rlchat.data.batches import (
     SameBatchesSampler,
     SequenceBatch,
     SequenceRows,
-    at_least,
-    bucketed_plan,
-    fixed_plan,
-    full_batches_plan,
 )
-from rlchat.data.cache import CorpusCache, cache_key
+from rlchat.data.cache import CorpusCache
 from rlchat.data.corpus import Corpus, DataNeeds
-from rlchat.data.formats import read_prompts, read_trees
+from rlchat.data.formats import read_prompts
 from rlchat.data.imitation import Imitation
+from rlchat.data.loading import Reading, corpus_key, load_corpus
+from rlchat.data.plans import Plan, at_least, bucketed_plan, fixed_plan, full_batches_plan
 from rlchat.data.sources import DataFile, data_file, is_pipe, readable_twice
-from rlchat.data.splits import SPLITS, Split, split_trees, unit_hash
-from rlchat.data.tokenizing import render_prompts, tokenize_trees
+from rlchat.data.splits import Split, split_trees, unit_hash
+from rlchat.data.tokenizing import Tokenization, render_prompts
 from rlchat.errors import UserError
 
 __all__ = ["DataNeeds", "OASST2DataModule", "PromptBatch", "RankedBatch", "SequenceBatch", "split_trees"]
@@ -117,10 +114,7 @@ class OASST2DataModule(LightningDataModule):
         self.paths = [path] if isinstance(path, str) else list(path or [])
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
-        self.lang = lang
-        self.on_bad_line = on_bad_line
-        self.keep_synthetic = keep_synthetic
-        self.split_text = split_text
+        self.reading = Reading(lang, on_bad_line, keep_synthetic, split_text)
         self.imitation = Imitation(min_quality, best_rank_only, loss_on)
         self.contrast = contrast
         self.val_fraction = val_fraction
@@ -132,7 +126,7 @@ class OASST2DataModule(LightningDataModule):
         self.predict_path = predict_path
         self._needs: DataNeeds | None = None
         self._corpus: tuple[str, Corpus] | None = None
-        self._split_of_tree: list[frozenset[Split]] = []
+        self._in_split: dict[Split, Tensor] = {}  # Bool [trees] each
         self._files: list[DataFile] | None = None
         self._copies: tempfile.TemporaryDirectory[str] | None = None
         self._training: BatchLoader | None = None
@@ -164,25 +158,22 @@ class OASST2DataModule(LightningDataModule):
         if not self.paths:
             raise UserError("no data file is specified; pass a file of conversations with --data.path FILE")
         corpus = self._load()
-        places = self._used_split_ids(corpus)
-        splits = split_trees(places, self.val_fraction, self.test_fraction, self.seed)
-        self._split_of_tree = [frozenset(name for name in SPLITS if tree in splits[name]) for tree in corpus.split_ids]
+        task_trees = self._task_trees(corpus)
+        # Trees without a row for the stage do not count, unless no tree has one.
+        used = task_trees if len(task_trees) else torch.arange(len(corpus.split_ids))
+        self._in_split = split_trees(corpus.places(self.seed), used, self.val_fraction, self.test_fraction)
         if stage in (None, "fit") and self._rank_and_world()[0] == 0:
             if not self.val_fraction:
                 _log.warning("validation is off, because data.val_fraction is 0: no model is selected as the best")
             elif getattr(self.trainer, "limit_val_batches", 1) == 0 and not getattr(self.trainer, "fast_dev_run", 0):
                 _log.warning("validation is off, because trainer.limit_val_batches is 0: no model is selected as best")
-            elif not any("val" in self._split_of_tree[tree] for tree in self._task_trees(corpus)):
+            elif not self._in_split["val"][task_trees].any():
                 _log.warning("validation is off, because the validation split has no rows for this stage")
 
-    def _task_trees(self, corpus: Corpus) -> list[int]:
-        """The tree of each row that the stage trains on."""
+    def _task_trees(self, corpus: Corpus) -> Tensor:
+        """The tree of each row that the stage trains on, Long [rows]."""
         rows = {"sft": corpus.sequences.tree, "reward": corpus.ranked.tree, "ppo": corpus.prompts.tree}
-        return rows[self.needs.task].tolist()
-
-    def _used_split_ids(self, corpus: Corpus) -> list[str]:
-        """The split ids of the trees that have a row for the stage; of all trees if none has one."""
-        return [corpus.split_ids[tree] for tree in self._task_trees(corpus)] or corpus.split_ids
+        return rows[self.needs.task]
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
 
@@ -217,22 +208,22 @@ class OASST2DataModule(LightningDataModule):
         """All prompts of ``predict_path``, in their order."""
         if self.predict_path is None:
             raise UserError("no prompts are specified; pass a file of prompts with --data.predict_path FILE")
-        conversations = read_prompts(self.predict_path, on_bad_line=self.on_bad_line)
+        conversations = read_prompts(self.predict_path, on_bad_line=self.reading.on_bad_line)
         prompts = PromptRows(render_prompts(conversations, self.needs), range(len(conversations)), self._pad_id)
         return self._loader(prompts, self._fixed(len(prompts), f"prompts of {self.predict_path}"))
 
     def training_sample(self, rows: int) -> BatchLoader:
         """At most ``rows`` training prompts with their ranked responses, always the same, in a fixed order."""
         ranked, (_, world) = self._loaded().ranked, self._rank_and_world()
-        sample = RankedRows(ranked, self._rows_in_fixed_order(ranked.tree, "train")[:rows], self._pad_id)
-        return self._loader(sample, fixed_plan(at_least(list(range(len(sample))), world), self.val_batch_size, world))
+        sample = RankedRows(ranked, self._rows_in_fixed_order(ranked.tree, "train", rows), self._pad_id)
+        return self._loader(sample, fixed_plan(at_least(torch.arange(len(sample)), world), self.val_batch_size, world))
 
     def sample_prompts(self, count: int, split: Split = "val") -> list[Conversation]:
         """``count`` evenly spaced prompts of a split, always the same; all prompts if the split has fewer."""
         corpus = self._loaded()
         rows = self._rows(corpus.prompts.tree, split)
-        spread = [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
-        return [corpus.prompts.conversations[row] for row in spread]
+        spread = rows[[i * len(rows) // count for i in range(count)]] if len(rows) > count else rows
+        return [corpus.prompts.conversations[row] for row in spread.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training epoch, for a checkpoint."""
@@ -262,8 +253,8 @@ class OASST2DataModule(LightningDataModule):
         sequences = self._loader(threads, self._fixed(len(threads), f"{split} threads"))
         if task == "sft":
             return [sequences]
-        rows = self._rows_in_fixed_order(corpus.prompts.tree, split)
-        rows = rows[: self.max_val_prompts] if split == "val" else rows
+        limit = self.max_val_prompts if split == "val" else None
+        rows = self._rows_in_fixed_order(corpus.prompts.tree, split, limit)
         prompts = PromptRows(corpus.prompts, rows, self._pad_id)
         return [self._loader(prompts, self._fixed(len(prompts), f"{split} prompts")), sequences]
 
@@ -293,22 +284,23 @@ class OASST2DataModule(LightningDataModule):
     def _pad_id(self) -> int:
         return self.needs.tokenizer.pad_id
 
-    def _rows(self, tree_of_row: Tensor, split: Split) -> list[int]:
-        return [row for row, tree in enumerate(tree_of_row.tolist()) if split in self._split_of_tree[tree]]
+    def _rows(self, tree_of_row: Tensor, split: Split) -> Tensor:
+        """The rows of ``split``, Long [rows]."""
+        return self._in_split[split][tree_of_row].nonzero().squeeze(1)
 
-    def _rows_in_fixed_order(self, tree_of_row: Tensor, split: Split) -> list[int]:
-        """The rows of ``split`` in a fixed random order, so that the first batches are an unbiased sample.
+    def _rows_in_fixed_order(self, tree_of_row: Tensor, split: Split, limit: int | None = None) -> Tensor:
+        """At most ``limit`` rows of ``split`` in a fixed random order, so that the first are an unbiased sample.
 
         The order depends on the tree of a row and its place in the tree, so most of the first rows stay first when data
         is added.
         """
-        nth_of_tree: dict[int, int] = {}
-        priority: dict[int, float] = {}
-        for row in self._rows(tree_of_row, split):
-            tree = int(tree_of_row[row])
-            nth = nth_of_tree[tree] = nth_of_tree.get(tree, -1) + 1
-            priority[row] = unit_hash(self.seed, f"{self._loaded().tree_ids[tree]}/{nth}")
-        return sorted(priority, key=priority.__getitem__)
+        tree_ids = self._loaded().tree_ids
+        rows = self._rows(tree_of_row, split)
+        trees = tree_of_row[rows]
+        nth_of_tree = rows - torch.searchsorted(tree_of_row, trees)  # the rows of a tree are neighbours
+        numbered = zip(trees.tolist(), nth_of_tree.tolist(), strict=True)
+        hashes = [unit_hash(self.seed, f"{tree_ids[tree]}/{nth}") for tree, nth in numbered]
+        return rows[torch.tensor(hashes, dtype=torch.float64).argsort(stable=True)[:limit]]
 
     def _require(self, rows: Dataset[Any], what: str) -> None:
         if not len(rows):  # type: ignore[arg-type]
@@ -327,38 +319,12 @@ class OASST2DataModule(LightningDataModule):
     def _load(self) -> Corpus:
         """The corpus of the current files and needs: from memory, from the cache, or tokenized now."""
         files = self._readable_files()
-        reading: dict[str, Any] = {
-            "lang": self.lang,
-            "on_bad_line": self.on_bad_line,
-            "keep_synthetic": self.keep_synthetic,
-            "split_text": self.split_text,
-        }
-        key = cache_key(files, self.needs, {**reading, **vars(self.imitation), "contrast": self.contrast})
-        if self._corpus is not None and self._corpus[0] == key:
-            return self._corpus[1]
-        first = self._rank_and_world()[0] == 0
-        began = time.monotonic()
-        corpus = self.cache.read(key)
-        how = "read from the cache"
-        if corpus is None:
-            trees, report = read_trees(files, progress=first, **reading)
-            corpus = tokenize_trees(
-                trees,
-                self.needs,
-                report.summary(),
-                report.warning_lines(),
-                imitation=self.imitation,
-                contrast=self.contrast,
-                progress=first,
-            )
-            self.cache.write(key, corpus)
-            how = f"tokenized in {time.monotonic() - began:.1f} s"
-        self._corpus = key, corpus
-        if first:
-            _log.info("data: %s; %s; %s", corpus.report, _losses(corpus, self.needs), how)
-            for warning in corpus.warnings:
-                _log.warning("data: %s", warning)
-        return corpus
+        how = Tokenization(self.needs, self.imitation, self.contrast, self.seed)
+        key = corpus_key(self.cache, files, self.reading, how)
+        if self._corpus is None or self._corpus[0] != key:
+            first = self._rank_and_world()[0] == 0
+            self._corpus = key, load_corpus(self.cache, key, files, self.reading, how, first=first)
+        return self._corpus[1]
 
     def _readable_files(self) -> list[DataFile]:
         """The files of ``path``. A pipe is copied first, because hashing and reading are two passes."""
@@ -377,15 +343,3 @@ class OASST2DataModule(LightningDataModule):
                     f"{file} is a pipe, which {world} processes cannot all read; write its content to a file, or set "
                     f"--trainer.devices 1"
                 )
-
-
-def _losses(corpus: Corpus, needs: DataNeeds) -> str:
-    """How many rows were truncated or left out, as a clause."""
-    dropped, cut, closed, left_out = (corpus.facts[name] for name in ("dropped", "cut", "response_cut", "left_out"))
-    text = f"to fit {needs.max_length:,} tokens"
-    if needs.max_new_tokens:
-        text += f" ({needs.max_new_tokens:,} of them reserved for the response)"
-    text += f", oldest messages dropped from {dropped:,} rows and text cut from {cut:,}"
-    if needs.task == "reward":
-        text += f" ({closed:,} of {len(corpus.ranked.rank):,} responses cut and closed with the end marker)"
-    return text + (f"; {left_out:,} threads with nothing to learn left out" if left_out else "")

@@ -5,16 +5,17 @@ The keys of a row identify its format, so a file may mix formats. The readers ar
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from rlchat.conversation import Conversation, Message
+from rlchat.data.forest import Forest, ForestBuilder, Tree, tree_id_of
 from rlchat.data.jsonl import CURE, MAX_LINE_BYTES, BadLineError, LineReport, decode_line, parse_object, take_lines
 from rlchat.data.readers import Readers, ReadOptions, Row
 from rlchat.data.sources import DataFile, data_file
@@ -23,27 +24,6 @@ from rlchat.errors import UserError
 _log = logging.getLogger("rlchat")
 
 _SHOWN_KEYS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """What must not be divided between splits: an OASST tree, or all rows with the same first user message.
-
-    ``threads`` are the conversations to imitate, each ending with an assistant message. In an OASST tree, none is a
-    prefix of another. ``prompts`` are the conversations to answer, each ending with a user message, with its usable
-    human responses as ``references``. A response without a prompt has an entry in ``prompts`` without messages, for
-    which :attr:`Conversation.is_prompt` is False and whose only reference is the response.
-    """
-
-    id: str
-    threads: tuple[Conversation, ...]
-    prompts: tuple[Conversation, ...]
-
-    @property
-    def opening_id(self) -> str:
-        """:func:`tree_id_of` its first messages; an OASST tree and feedback that starts with its prompt share it."""
-        first = (*self.threads, *self.prompts)[0]
-        return tree_id_of(first.messages or first.references)
 
 
 @dataclass(slots=True)
@@ -94,16 +74,17 @@ class ReadReport(LineReport):
         """The warnings, one sentence each."""
         return [f"{n:,} rows have {what}" for what, n in self.warnings.most_common()]
 
-    def count(self, trees: Sequence[Tree]) -> None:
-        """Sets the numbers of trees, threads, prompts and responses without a prompt."""
-        self.trees = len(trees)
-        self.threads = sum(len(tree.threads) for tree in trees)
-        self.prompts = sum(prompt.is_prompt for tree in trees for prompt in tree.prompts)
-        self.responses = sum(len(tree.prompts) for tree in trees) - self.prompts
+
+def read_trees(paths: Sequence[str | Path | DataFile], **options: Any) -> tuple[list[Tree], ReadReport]:
+    """Every usable conversation in ``paths``, as trees; the keyword arguments are those of :func:`read_forest`."""
+    with tempfile.TemporaryDirectory(prefix="rlchat-") as folder:
+        forest, report = read_forest(paths, Path(folder) / "trees", **options)
+        return forest[:], report
 
 
-def read_trees(
+def read_forest(
     paths: Sequence[str | Path | DataFile],
+    destination: Path,
     *,
     lang: str | None = "en",
     on_bad_line: Literal["error", "skip"] = "error",
@@ -112,8 +93,8 @@ def read_trees(
     keep_synthetic: bool = False,
     split_text: bool = False,
     progress: bool = True,
-) -> tuple[list[Tree], ReadReport]:
-    """Every usable conversation in ``paths``, as trees.
+) -> tuple[Forest, ReadReport]:
+    """Every usable conversation in ``paths``, as trees in the new file ``destination``.
 
     OASST trees are selected as :class:`rlchat.data.readers.oasst.OasstReader` describes. A preference pair becomes a
     thread (the chosen conversation) and a prompt with both responses, ranked 0 and 1. The ``quality`` of a row applies
@@ -126,6 +107,7 @@ def read_trees(
 
     Args:
         paths: plain or compressed files of JSON lines or of one JSON array.
+        destination: the file that the trees are kept in.
         lang: the language of the OASST trees to keep; None keeps all.
         on_bad_line: stop at an invalid line (not JSON, no known format, a wrong type, longer than ``max_line_bytes``),
             with the advice ``cure``, or count it and continue.
@@ -136,30 +118,30 @@ def read_trees(
     Raises:
         UserError: a file is missing, a directory, damaged or of an unsupported kind; a bad line; no usable
             conversation at all.
+        OSError: ``destination`` cannot be written.
     """
     files = [data_file(path) for path in ([paths] if isinstance(paths, str | Path | DataFile) else paths)]
     if not files:
         raise UserError("no data file is specified; pass at least one .jsonl or .jsonl.gz file")
     report = ReadReport()
-    forest = _Forest(report, ReadOptions(lang, keep_synthetic, split_text=split_text))
-    take_lines(
-        files,
-        lambda line: forest.add(parse_object(line)),
-        report,
-        on_bad_line=on_bad_line,
-        cure=cure,
-        max_line_bytes=max_line_bytes,
-        progress=progress,
-    )
-    trees = forest.trees()
-    report.count(trees)
-    if not trees:
-        names = ", ".join(map(str, files))
-        raise UserError(
-            f"no usable conversation in {names}: {report.summary()}; check that it is the right file, and that "
-            f"data.lang ({lang}) and the other options do not exclude everything"
+    with ForestBuilder(destination) as trees:
+        collector = _Collector(report, ReadOptions(lang, keep_synthetic, split_text=split_text), trees)
+        take_lines(
+            files,
+            lambda line: collector.add(parse_object(line)),
+            report,
+            on_bad_line=on_bad_line,
+            cure=cure,
+            max_line_bytes=max_line_bytes,
+            progress=progress,
         )
-    return trees, report
+        forest = collector.finish()
+    if not forest:
+        raise UserError(
+            f"no usable conversation in {', '.join(map(str, files))}: {report.summary()}; check that it is the right "
+            f"file, and that data.lang ({lang}) and the other options do not exclude everything"
+        )
+    return forest, report
 
 
 def read_prompts(
@@ -222,30 +204,14 @@ def ranked_pairs(prompt: Conversation) -> list[tuple[Message, Message]]:
     return [(better, worse) for (rank, better), (worse_rank, worse) in combinations(ranked, 2) if rank != worse_rank]
 
 
-def tree_id_of(opening: Iterable[Message]) -> str:
-    """A stable id for all rows with the same first user message (without user messages: the same first message)."""
-    messages = tuple(opening)
-    text = next((message.text for message in messages if message.role == "user"), messages[0].text)
-    return "row-" + hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()[:20]
-
-
-@dataclass(slots=True)
-class _Growing:
-    """A tree to which more rows can be added."""
-
-    rows: int = 0
-    threads: list[Conversation] = field(default_factory=list)
-    prompts: list[Conversation] = field(default_factory=list)
-
-
-class _Forest:
+class _Collector:
     """Takes rows one by one, and returns the trees after the last row."""
 
-    def __init__(self, report: ReadReport, options: ReadOptions) -> None:
+    def __init__(self, report: ReadReport, options: ReadOptions, trees: ForestBuilder) -> None:
         self.report = report
         self.dropped = report.dropped
         self.readers = Readers(options, report.dropped)
-        self.growing: dict[str, _Growing] = {}
+        self.trees = trees
         self.feedback: dict[str, dict[str, Any]] = {}  # the last row of each feedback_id; see rlchat.chat.feedback
         self._options = options
 
@@ -263,9 +229,9 @@ class _Forest:
         if read.flaw is not None:
             self.dropped[read.flaw] += 1
         elif read.opening:
-            self._grow(tree_id_of(read.opening), read.threads, read.prompts)
+            self.trees.add(tree_id_of(read.opening), read.threads, read.prompts)
 
-    def trees(self) -> list[Tree]:
+    def finish(self) -> Forest:
         """The trees of all rows, after linking, selection and merging."""
         for row in self.feedback.values():
             if row.get("verdict") == "none":
@@ -275,41 +241,13 @@ class _Forest:
         self.feedback.clear()
         for name in [name for name, count in self.dropped.items() if not count]:
             del self.dropped[name]
-        self.report.warnings, self.report.unread = self.readers.warnings, self.readers.unread
-        self.report.used = self.readers.used
+        report, trees = self.report, self.trees
+        report.warnings, report.unread, report.used = self.readers.warnings, self.readers.unread, self.readers.used
         for planted in self.readers.linked():
-            self._grow(planted.id, planted.threads, planted.prompts.values())
-        trees = []
-        for tree_id, growing in self.growing.items():
-            threads, prompts = growing.threads, growing.prompts
-            if growing.rows > 1:
-                threads, prompts = list(dict.fromkeys(threads)), _gathered(prompts)
-                if len(threads) < len(growing.threads):
-                    self.dropped["duplicate threads"] += len(growing.threads) - len(threads)
-            trees.append(
-                Tree(
-                    tree_id,
-                    tuple(replace(thread, tree_id=tree_id) for thread in threads),
-                    tuple(replace(prompt, tree_id=tree_id) for prompt in prompts),
-                )
-            )
-        return [tree for tree in trees if tree.threads or tree.prompts]
-
-    def _grow(self, tree_id: str, threads: Iterable[Conversation], prompts: Iterable[Conversation]) -> None:
-        growing = self.growing.setdefault(tree_id, _Growing())
-        growing.rows += 1
-        growing.threads += threads
-        growing.prompts += prompts
-
-
-def _gathered(prompts: list[Conversation]) -> list[Conversation]:
-    """The distinct prompts. Unranked responses to the same prompt with the same check are collected in one."""
-    gathered: dict[Any, Conversation] = {}
-    for prompt in prompts:
-        ranked = any(reply.rank is not None for reply in prompt.references)
-        content = tuple((message.role, message.text) for message in prompt.messages)
-        key = (content, prompt.check, prompt.references if ranked or not content else None)
-        first = gathered.setdefault(key, prompt)
-        if first is not prompt and not ranked:
-            gathered[key] = replace(first, references=tuple(dict.fromkeys(first.references + prompt.references)))
-    return list(gathered.values())
+            trees.add(planted.id, planted.threads, list(planted.prompts.values()))
+        forest = trees.finish()
+        if trees.duplicate_threads:
+            self.dropped["duplicate threads"] += trees.duplicate_threads
+        report.trees = len(forest)
+        report.threads, report.prompts, report.responses = trees.threads, trees.prompts, trees.responses
+        return forest

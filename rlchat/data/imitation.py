@@ -12,9 +12,8 @@ from rlchat.conversation import Message
 
 @dataclass
 class MessageTree:
-    """Numbers messages from ``first`` on, so that conversations with an equal beginning share its numbers."""
+    """Numbers messages from 0 on, so that conversations with an equal beginning share its numbers."""
 
-    first: int = 0
     nodes: dict[tuple[int, Message], int] = field(default_factory=dict)  # (number of the message before, message)
 
     def path(self, messages: Sequence[Message]) -> list[int]:
@@ -22,7 +21,7 @@ class MessageTree:
         numbers: list[int] = []
         before = -1
         for message in messages:
-            before = self.nodes.setdefault((before, message), self.first + len(self.nodes))
+            before = self.nodes.setdefault((before, message), len(self.nodes))
             numbers.append(before)
         return numbers or [-1]
 
@@ -44,6 +43,11 @@ class ImitationCounts:
         self.total_learned += len(self.learned)
         self.total_left_out.update(reason for node, reason in self.left_out.items() if node not in self.learned)
         self.learned, self.left_out = set(), {}
+
+    def add(self, other: ImitationCounts) -> None:
+        """Adds the counts of the finished trees of ``other``."""
+        self.total_learned += other.total_learned
+        self.total_left_out.update(other.total_left_out)
 
     def summary(self) -> str:
         """A clause that describes what is imitated and what is not."""
@@ -76,7 +80,8 @@ class Imitation:
                 reason = self._reason_against(message, last=i == len(messages) - 1)
                 if reason is not None:
                     counts.left_out[node] = reason
-                message = replace(message, learn=reason is None and node not in counts.learned)
+                learn = reason is None and node not in counts.learned
+                message = message if message.learn == learn else replace(message, learn=learn)
             chosen.append(message)
         return tuple(chosen)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 _log = logging.getLogger("rlchat")
 
@@ -13,34 +15,41 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
-def split_trees(
-    tree_ids: Iterable[str], val_fraction: float, test_fraction: float, seed: int
-) -> dict[Split, frozenset[str]]:
-    """Assigns trees to splits. A tree's split depends only on ``seed`` and its id, so it stays when trees are added.
+def split_trees(places: Tensor, used: Tensor, val_fraction: float, test_fraction: float) -> dict[Split, Tensor]:
+    """Assigns trees to splits; each value is Bool [trees].
 
+    A tree's split depends only on its place, so it stays when trees are added. Trees at the same place are one tree.
     In a small file, this can leave a split empty. If there are at least three trees, an empty split with a fraction
     above 0 gets a tree from the largest split. Fewer trees are all in each split, with a warning, unless both
     fractions are 0.
+
+    Args:
+        places: Double [trees], :func:`unit_hash` of a seed and the id.
+        used: Long [at least 1], the indices of the trees that count. Others are in no split, unless they are at the
+            place of one of them.
+        val_fraction: the share of the validation split.
+        test_fraction: the share of the test split.
     """
-    place = {tree: unit_hash(seed, tree) for tree in tree_ids}
-    if len(place) < 3 and val_fraction + test_fraction > 0:
+    distinct = torch.unique(places[used])
+    nearest = torch.searchsorted(distinct, places).clamp(max=len(distinct) - 1)
+    counts = distinct[nearest] == places
+    if len(distinct) < 3 and val_fraction + test_fraction > 0:
         _log.warning(
             "%d conversation trees cannot be split: validation uses the training data, so its metrics do not "
             "measure generalization",
-            len(place),
+            len(distinct),
         )
-        return {name: frozenset(place) for name in SPLITS}
-    splits: dict[Split, set[str]] = {name: set() for name in SPLITS}
-    for tree, u in place.items():
-        splits["val" if u < val_fraction else "test" if u < val_fraction + test_fraction else "train"].add(tree)
+        return dict.fromkeys(SPLITS, counts)
+    is_val, is_held_out = distinct < val_fraction, distinct < val_fraction + test_fraction
+    splits: dict[Split, Tensor] = {"train": ~is_held_out, "val": is_val, "test": is_held_out & ~is_val}
     wanted: dict[Split, bool] = {"train": True, "val": val_fraction > 0, "test": test_fraction > 0}
     for name in SPLITS:
-        if wanted[name] and not splits[name]:
-            largest = max(SPLITS, key=lambda other: len(splits[other]))
-            moved = min(splits[largest], key=place.__getitem__)
-            splits[largest].remove(moved)
-            splits[name].add(moved)
-    return {name: frozenset(trees) for name, trees in splits.items()}
+        if wanted[name] and not splits[name].any():
+            largest = max(SPLITS, key=lambda other: int(splits[other].sum()))
+            moved = int(splits[largest].nonzero()[0])  # `distinct` is sorted
+            splits[largest][moved] = False
+            splits[name][moved] = True
+    return {name: counts & split[nearest] for name, split in splits.items()}
 
 
 def unit_hash(seed: int, name: str) -> float:

@@ -1,6 +1,7 @@
 """Tokenizes trees of conversations.
 
-:func:`tokenize_trees` renders the data of one task (threads, prompts or ranked responses) into flat tensors.
+:func:`tokenize_trees` renders the data of one task (threads, prompts or ranked responses) into arrays in a folder. It
+works in parts of a few hundred trees, so that several processes can share the work and memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -10,17 +11,28 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from rlchat.conversation import Conversation, Message, conversation_to_dict, message_to_list
-from rlchat.data.corpus import Corpus, DataNeeds, Prompts, Ragged, RankedReplies, Sequences, StoredConversations
-from rlchat.data.formats import Tree, ranked_pairs
+from rlchat.data.corpus import BOUNDS, COUNTS, RANKED, DataNeeds, Prompts, Ragged
+from rlchat.data.forest import Tree
+from rlchat.data.formats import ranked_pairs
 from rlchat.data.imitation import Imitation, ImitationCounts, MessageTree
+from rlchat.data.splits import unit_hash
+from rlchat.errors import UserError
 from rlchat.tokenizer.rendering import Rendered
-from rlchat.utils.progress import with_progress
+from rlchat.utils.arrays import Arrays, ArrayWriter
+from rlchat.utils.progress import DelayedProgress
+
+TREES_IN_A_PART = 256
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass
@@ -29,18 +41,17 @@ class _RaggedBuilder:
 
     typecode: str
     flat: array[int] = field(init=False)
-    offsets: array[int] = field(default_factory=lambda: array("q", [0]))
+    ends: array[int] = field(default_factory=lambda: array("q"))
 
     def __post_init__(self) -> None:
         self.flat = array(self.typecode)
 
     def add(self, row: Iterable[int]) -> None:
         self.flat.extend(row)
-        self.offsets.append(len(self.flat))
+        self.ends.append(len(self.flat))
 
-    def build(self, dtype: torch.dtype) -> Ragged:
-        flat = torch.frombuffer(self.flat, dtype=dtype) if self.flat else torch.empty(0, dtype=dtype)
-        return Ragged(flat, torch.frombuffer(self.offsets, dtype=torch.int64))
+    def build(self, name: str) -> Arrays:
+        return {f"{name}.flat": np.asarray(self.flat), f"{name}.offsets": np.asarray(self.ends)}
 
 
 @dataclass
@@ -58,26 +69,109 @@ class _Tally:
         self.response_cut += rendered.response_cut
         return rendered
 
+    def add(self, other: _Tally) -> None:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How trees become the data of a corpus.
+
+    Attributes:
+        needs: what the data is for.
+        imitation: selects the messages that SFT trains on (default: every assistant message once).
+        contrast: whether :func:`contrasted` adds responses.
+        split_seed: the seed whose :func:`unit_hash` of each tree is stored.
+    """
+
+    needs: DataNeeds
+    imitation: Imitation = field(default_factory=Imitation)
+    contrast: bool = False
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The data of some trees, by the names in :class:`rlchat.data.corpus.Corpus`, and what was counted."""
+
+    arrays: Arrays
+    tally: _Tally
+    imitated: ImitationCounts
+
 
 def tokenize_trees(
     trees: Sequence[Tree],
-    needs: DataNeeds,
+    how: Tokenization,
+    folder: Path,
     report: str = "",
     warnings: Sequence[str] = (),
     *,
-    imitation: Imitation | None = None,
-    contrast: bool = False,
+    processes: int = 0,
     progress: bool = False,
-) -> Corpus:
-    """The data for ``needs.task`` in ``trees``, rendered and truncated.
+) -> None:
+    """Writes the data for ``how.needs.task`` in ``trees``, rendered and truncated, as arrays into the empty ``folder``.
 
-    ``imitation`` selects the messages that SFT trains on (default: every assistant message once). With ``contrast``,
-    :func:`contrasted` adds responses.
+    ``rlchat.data.corpus.corpus_of(*read_arrays(folder))`` is then the corpus. The result does not depend on the number
+    of ``processes`` (0: this process does the work).
+
+    Raises:
+        UserError: the tokenizer cannot encode a text, or the chat format cannot express a conversation.
+        OSError: the folder cannot be written.
     """
-    tally, counts = _Tally(), ImitationCounts()
-    sequences = _SequenceBuilder(needs, imitation or Imitation(), counts)
+    tally, imitated = _Tally(), ImitationCounts()
+    # A loader is a pool of processes that ends with this one. With a generator, it draws no number of the global one.
+    generator = torch.Generator().manual_seed(0)
+    parts = DataLoader(_Parts(trees, how), batch_size=None, num_workers=processes, generator=generator)
+    with DelayedProgress("tokenizing", len(parts), progress) as bar, ArrayWriter(folder) as writer:
+        for done, part in enumerate(parts):
+            if isinstance(part, UserError):
+                raise part
+            _append(part.arrays, writer)
+            tally.add(part.tally)
+            imitated.add(part.imitated)
+            bar.update(done)
+        if how.needs.task == "sft":
+            report = "; ".join(filter(None, (report, imitated.summary())))
+        writer.finish(
+            {
+                "facts": {"trees": len(trees), **vars(tally)},
+                "report": report,
+                "warnings": list(warnings),
+                "split_seed": how.split_seed,
+            }
+        )
+
+
+class _Parts(Dataset["_Part | UserError"]):
+    """The data of ``trees``, :data:`TREES_IN_A_PART` at a time, tokenized on access.
+
+    An error of the user is an item, because a loader would add the traceback of its process to the message.
+    """
+
+    def __init__(self, trees: Sequence[Tree], how: Tokenization) -> None:
+        self.trees, self.how = trees, how
+
+    def __len__(self) -> int:
+        return -(-len(self.trees) // TREES_IN_A_PART)
+
+    def __getitem__(self, index: int) -> _Part | UserError:
+        try:
+            return _tokenized(self.trees[index * TREES_IN_A_PART : (index + 1) * TREES_IN_A_PART], self.how)
+        except UserError as error:
+            return error
+
+
+def _tokenized(trees: Sequence[Tree], how: Tokenization) -> _Part:
+    needs, tally, counts = how.needs, _Tally(), ImitationCounts()
+    sequences = _SequenceBuilder(needs, how.imitation, counts)
     ranked, prompts = _RankedBuilder(needs), _PromptBuilder(needs)
-    for index, tree in enumerate(with_progress(trees, "tokenizing", progress)):
+    tree_ids, split_ids, split_hash = _RaggedBuilder("B"), _RaggedBuilder("B"), array("d")
+    for index, tree in enumerate(trees):
+        tree_ids.add(tree.id.encode())
+        opening_id = tree.opening_id
+        split_ids.add(opening_id.encode())
+        split_hash.append(unit_hash(how.split_seed, opening_id))
         if needs.task in ("sft", "ppo"):
             sequences.add(tree.threads, index, tally)
             prompts_of_tree = [p for p in tree.prompts if p.is_prompt]
@@ -87,21 +181,19 @@ def tokenize_trees(
             count = 1 if needs.task == "sft" else None
             prompts.add(prompts_of_tree[:count], index, tally if needs.task == "ppo" else _Tally())
         if needs.task == "reward":
-            for prompt in filter(_is_judged, contrasted(tree.prompts) if contrast else tree.prompts):
+            for prompt in filter(_is_judged, contrasted(tree.prompts) if how.contrast else tree.prompts):
                 ranked.add(prompt, index, tally)
-    facts = {"trees": len(trees), **vars(tally)}
-    if needs.task == "sft":
-        report = "; ".join(filter(None, (report, counts.summary())))
-    return Corpus(
-        [tree.id for tree in trees],
-        [tree.opening_id for tree in trees],
-        sequences.build(),
-        ranked.build(),
-        prompts.build(),
-        facts,
-        report,
-        list(warnings),
-    )
+    trees_alone = {**tree_ids.build("tree_ids"), **split_ids.build("split_ids"), "split_hash": np.asarray(split_hash)}
+    return _Part({**trees_alone, **sequences.build(), **ranked.build(), **prompts.build()}, tally, counts)
+
+
+def _append(arrays: Arrays, writer: ArrayWriter) -> None:
+    """Appends a part; its numbers, which count from the part's own beginning, then count from that of the whole."""
+    before = {name: writer.length(counted) for name, counted in COUNTS.items()}
+    for name, values in arrays.items():
+        if name in BOUNDS and not writer.length(name):
+            writer.append(name, np.zeros(1, dtype=np.int64))
+        writer.append(name, values + before[name] if name in COUNTS else values)
 
 
 def contrasted(prompts: Sequence[Conversation]) -> list[Conversation]:
@@ -147,10 +239,10 @@ def whole_conversations(prompts: Sequence[Conversation]) -> list[Conversation]:
 
 def render_prompts(conversations: Sequence[Conversation], needs: DataNeeds) -> Prompts:
     """``conversations``, each of which ends with a user message, in their order."""
-    ids = _RaggedBuilder("i")
-    for conversation in conversations:
-        ids.add(needs.tokenizer.render_prompt(conversation, needs.prompt_length).ids)
-    return Prompts(ids.build(torch.int32), conversations, torch.arange(len(conversations)))
+    rows = [needs.tokenizer.render_prompt(conversation, needs.prompt_length).ids for conversation in conversations]
+    offsets = torch.tensor([0, *accumulate(map(len, rows))])
+    flat = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+    return Prompts(Ragged(flat, offsets), conversations, torch.arange(len(conversations)))
 
 
 def recent_messages(conversation: Conversation, room: int, tokens_of: Callable[[str], int]) -> Conversation:
@@ -160,6 +252,8 @@ def recent_messages(conversation: Conversation, room: int, tokens_of: Callable[[
     Truncation to ``room`` tokens then gives the same result as for the whole conversation.
     """
     messages = conversation.messages
+    if sum(len(message.text.encode()) for message in messages) <= room:  # a token is at least one byte
+        return conversation
     start, used = len(messages), 0
     while start > 0 and used <= room:
         start -= 1
@@ -196,30 +290,33 @@ class _SequenceBuilder:
             self.tree.append(tree)
         self.counts.finish_tree()
 
-    def build(self) -> Sequences:
-        return Sequences(self.ids.build(torch.int32), self.mask.build(torch.bool), _long(self.tree))
+    def build(self) -> Arrays:
+        mask = self.mask.build("sequences.loss_mask")
+        mask["sequences.loss_mask.flat"] = mask["sequences.loss_mask.flat"].view(np.bool_)
+        return {**self.ids.build("sequences.ids"), **mask, "sequences.tree": np.asarray(self.tree)}
 
 
 class _PromptBuilder:
     def __init__(self, needs: DataNeeds) -> None:
         self.needs = needs
         self.ids, self.rows, self.tree = _RaggedBuilder("i"), _RaggedBuilder("B"), array("q")
-        self.messages, self.parents = _RaggedBuilder("B"), array("q")
+        self.messages, self.parents, self.first_message = _RaggedBuilder("B"), array("q"), array("q")
 
     def add(self, prompts: Sequence[Conversation], tree: int, tally: _Tally) -> None:
         tokenizer = self.needs.tokenizer
         tokens_of = cache(lambda text: len(tokenizer.encode(text)))
-        known = MessageTree(first=len(self.parents))
+        known, first_message = MessageTree(), len(self.parents)
         for prompt in prompts:
             recent = recent_messages(prompt, self.needs.prompt_length, tokens_of)
             rendered = tokenizer.render_prompt(recent, self.needs.prompt_length)
             dropped = rendered.dropped + len(prompt.messages) - len(recent.messages)
             self.ids.add(tally.count(replace(rendered, dropped=dropped)).ids)
-            self.rows.add(json.dumps(self._stored(prompt, known), ensure_ascii=False).encode())
+            self.rows.add(_json(self._stored(prompt, known)))
+            self.first_message.append(first_message)
             self.tree.append(tree)
         for parent, message in known.nodes:
             self.parents.append(parent)
-            self.messages.add(json.dumps(message_to_list(message), ensure_ascii=False).encode())
+            self.messages.add(_json(message_to_list(message)))
 
     def _stored(self, prompt: Conversation, known: MessageTree) -> dict[str, Any]:
         return {
@@ -228,17 +325,21 @@ class _PromptBuilder:
             "later": [self._stored(later, known) for later in prompt.later],
         }
 
-    def build(self) -> Prompts:
-        stored = StoredConversations(
-            self.rows.build(torch.uint8), self.messages.build(torch.uint8), _long(self.parents)
-        )
-        return Prompts(self.ids.build(torch.int32), stored, _long(self.tree))
+    def build(self) -> Arrays:
+        return {
+            **self.ids.build("prompts.ids"),
+            **self.rows.build("prompts.rows"),
+            **self.messages.build("prompts.messages"),
+            "prompts.parents": np.asarray(self.parents),
+            "prompts.first_message": np.asarray(self.first_message),
+            "prompts.tree": np.asarray(self.tree),
+        }
 
 
 class _RankedBuilder:
     def __init__(self, needs: DataNeeds) -> None:
         self.needs = needs
-        self.ids, self.replies, self.tree = _RaggedBuilder("i"), array("q", [0]), array("q")
+        self.ids, self.replies, self.tree = _RaggedBuilder("i"), array("q"), array("q")
         self.rank, self.quality, self.right = array("q"), array("f"), array("q")
 
     def add(self, prompt: Conversation, tree: int, tally: _Tally) -> None:
@@ -252,16 +353,11 @@ class _RankedBuilder:
         self.replies.append(len(self.rank))
         self.tree.append(tree)
 
-    def build(self) -> RankedReplies:
-        quality = torch.frombuffer(self.quality, dtype=torch.float32) if self.quality else torch.empty(0)
-        return RankedReplies(
-            self.ids.build(torch.int32),
-            _long(self.replies),
-            _long(self.rank),
-            quality,
-            _long(self.right),
-            _long(self.tree),
-        )
+    def build(self) -> Arrays:
+        return {
+            **self.ids.build("ranked.ids"),
+            **{f"ranked.{name}": np.asarray(getattr(self, name)) for name in RANKED},
+        }
 
 
 def _is_judged(prompt: Conversation) -> bool:
@@ -272,5 +368,5 @@ def _is_judged(prompt: Conversation) -> bool:
     return any(reply.quality is not None for reply in prompt.references) or bool(ranked_pairs(prompt))
 
 
-def _long(values: array[int]) -> Tensor:
-    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+def _json(values: Any) -> bytes:
+    return _JSON.encode(values).encode()

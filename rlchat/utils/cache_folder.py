@@ -21,11 +21,14 @@ LIMIT = 10 * 2**30
 BASE_MODELS = "base_models"
 """The subfolder of unpacked base models in the user's cache folder."""
 
+FILE_HASHES = "file_hashes.json"
+"""The file with the hashes of data files; see :mod:`rlchat.data.file_hashes`."""
+
 MARKER = ".rlchat"
 """A file in each unpacked base model. Folders without it are not rlchat's."""
 
-_TOKENIZED = re.compile(r"[0-9a-f]{64}\.pt")
-_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\.pt\..+|\.(unpacking|removing)-.+")
+_TOKENIZED = re.compile(r"[0-9a-f]{64}(\.pt)?")  # rlchat 0.1 wrote files, which end in .pt
+_UNFINISHED = re.compile(r"\.[0-9a-f]{64}\..+|\.(unpacking|removing)-.+")
 _DAY = 24 * 60 * 60
 
 _log = logging.getLogger("rlchat")
@@ -36,7 +39,7 @@ class Entry:
     """A file or folder of the cache."""
 
     path: Path
-    what: str  # "tokenized data", "base model", or "unfinished", which a stopped run left
+    what: str  # "tokenized data", "base model", "file hashes", or "unfinished", which a stopped run left
     size: int  # bytes
     used: float  # when it was written or last read, in seconds since 1970
 
@@ -75,26 +78,28 @@ def prune(folder: Path) -> list[Entry]:
     for entry in known[:-1]:
         if total <= LIMIT:
             break
-        if _remove(entry.path):
+        if remove(entry.path):
             total -= entry.size
             removed.append(entry)
     if removed:
         size = sum(entry.size for entry in removed) / 1e6
-        _log.info("%s: removed the least recently used data (%d files, %.0f MB)", folder, len(removed), size)
+        _log.info("%s: removed the least recently used data (%d entries, %.0f MB)", folder, len(removed), size)
     return removed
 
 
 def clear(folder: Path) -> list[Entry]:
     """Removes all entries of ``folder``; returns those that could be removed. Raises UserError as :func:`entries`."""
-    return [entry for entry in entries(folder) if _remove(entry.path)]
+    return [entry for entry in entries(folder) if remove(entry.path)]
 
 
 def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
     for path in _listed(folder):
-        if _TOKENIZED.fullmatch(path.name) and path.is_file():
+        if _TOKENIZED.fullmatch(path.name) and path.is_dir() != bool(path.suffix):
             yield path, "tokenized data"
-        elif _UNFINISHED.fullmatch(path.name) and path.is_file():
+        elif _UNFINISHED.fullmatch(path.name):
             yield path, "unfinished"
+        elif path.name == FILE_HASHES:
+            yield path, "file hashes"
     if folder != user_cache():
         return
     for path in _listed(folder / BASE_MODELS):
@@ -120,7 +125,8 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _remove(path: Path) -> bool:
+def remove(path: Path) -> bool:
+    """Removes an entry. Returns False if that fails; then it is complete, or known as unfinished."""
     try:
         if path.is_dir():
             # Renamed first, so that an interrupted removal leaves no folder that looks complete.

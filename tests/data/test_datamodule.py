@@ -26,24 +26,19 @@ from torch.utils.data import Dataset
 
 import rlchat
 from rlchat.conversation import Conversation, Message
-from rlchat.data.batches import (
-    BatchLoader,
-    Plan,
-    RankSampler,
-    SequenceRows,
-    bucketed_plan,
-    fixed_plan,
-    full_batches_plan,
-)
-from rlchat.data.cache import cache_key, code_hash
+from rlchat.data.batches import BatchLoader, RankSampler, SequenceRows
+from rlchat.data.cache import CorpusCache, code_hash
 from rlchat.data.corpus import Ragged, Sequences
 from rlchat.data.datamodule import DataNeeds, OASST2DataModule, PromptBatch, RankedBatch, SequenceBatch, split_trees
 from rlchat.data.formats import read_trees
+from rlchat.data.plans import Plan, bucketed_plan, fixed_plan, full_batches_plan
 from rlchat.data.sources import data_file
+from rlchat.data.splits import unit_hash
 from rlchat.data.tokenizing import contrasted, whole_conversations
 from rlchat.demo.corpus import write_demo_corpus
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.utils.arrays import ArrayWriter
 from rlchat.utils.cache_folder import entries
 
 OASST = Path(__file__).parent / "samples" / "oasst.messages.jsonl.gz"
@@ -214,11 +209,18 @@ def test_lightning_can_move_and_convert_a_prompt_batch(tmp_path: Path, ppo: Data
 names = st.lists(st.text(max_size=8), unique=True, min_size=3, max_size=60)
 
 
+def split_of(trees: Sequence[str], val: float, test: float, seed: int) -> dict[Any, set[str]]:
+    """The names in each split."""
+    places = torch.tensor([unit_hash(seed, name) for name in trees], dtype=torch.float64)
+    splits = split_trees(places, torch.arange(len(trees)), val, test)
+    return {split: {trees[i] for i in of_split.nonzero().squeeze(1)} for split, of_split in splits.items()}
+
+
 @given(names, st.floats(0, 0.49), st.floats(0, 0.49), st.integers(0, 5))
 def test_a_tree_is_in_exactly_one_split_and_no_requested_split_is_empty(
     trees: list[str], val: float, test: float, seed: int
 ) -> None:
-    splits = split_trees(trees, val, test, seed)
+    splits = split_of(trees, val, test, seed)
     assert sorted(tree for split in splits.values() for tree in split) == sorted(trees)
     assert splits["train"]
     assert bool(splits["val"]) == (val > 0)
@@ -227,12 +229,12 @@ def test_a_tree_is_in_exactly_one_split_and_no_requested_split_is_empty(
 
 def test_the_split_is_stable_when_data_is_added_and_has_the_requested_size() -> None:
     trees = [f"tree-{i}" for i in range(4000)]
-    few, many = split_trees(trees[:2000], 0.1, 0.05, 0), split_trees(reversed(trees), 0.1, 0.05, 0)
+    few, many = split_of(trees[:2000], 0.1, 0.05, 0), split_of(trees[::-1], 0.1, 0.05, 0)
     for name, split in few.items():
         assert split == many[name] & set(trees[:2000])
     assert 340 < len(many["val"]) < 460  # expected 400 with a standard deviation of 19
     assert 150 < len(many["test"]) < 250
-    assert split_trees(trees, 0.1, 0.05, seed=1)["val"] != many["val"]
+    assert split_of(trees, 0.1, 0.05, seed=1)["val"] != many["val"]
 
 
 @pytest.mark.parametrize("task", ["sft", "reward", "ppo"])
@@ -266,7 +268,7 @@ def test_without_fractions_few_trees_are_training_data_without_a_warning(
     trees: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = [f"tree {i}" for i in range(trees)]
-    assert split_trees(ids, 0, 0, 0) == {"train": frozenset(ids), "val": frozenset(), "test": frozenset()}
+    assert split_of(ids, 0, 0, 0) == {"train": set(ids), "val": set(), "test": set()}
     assert not caplog.text
 
 
@@ -374,11 +376,12 @@ def test_all_ranks_take_the_same_number_of_steps_and_rows_occur_once(
 def test_the_order_depends_only_on_epoch_and_seed() -> None:
     lengths = [1] * 64
     plan = bucketed_plan(lengths, 4, 1, seed=0)
-    assert plan(0) == plan(0)
-    assert plan(0) != plan(1)
-    assert plan(0) != bucketed_plan(lengths, 4, 1, seed=1)(0)
+    first, second = list(plan(0)), list(plan(1))
+    assert first == list(plan(0))
+    assert first != second
+    assert first != list(bucketed_plan(lengths, 4, 1, seed=1)(0))
     torch.manual_seed(1)
-    assert plan(1) == bucketed_plan(lengths, 4, 1, seed=0)(1)
+    assert second == list(bucketed_plan(lengths, 4, 1, seed=0)(1))
 
 
 def test_batches_have_rows_of_similar_length_and_are_shuffled() -> None:
@@ -415,9 +418,9 @@ def test_threads_that_begin_alike_are_a_group() -> None:
     offsets = torch.tensor([0, *itertools.accumulate(map(len, rows))])
     ids = Ragged(flat, offsets)
     sequences = Sequences(ids, Ragged(flat > 0, offsets), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]))
-    assert SequenceRows(sequences, range(8), 0).groups() == [0, 0, 1, 1, 1, 1, 2, 2]
-    assert SequenceRows(sequences, [0, 2, 3, 7], 0).groups() == [0, 1, 1, 2]
-    assert SequenceRows(sequences, [], 0).groups() == []
+    assert SequenceRows(sequences, range(8), 0).groups().tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert SequenceRows(sequences, [0, 2, 3, 7], 0).groups().tolist() == [0, 1, 1, 2]
+    assert SequenceRows(sequences, [], 0).groups().tolist() == []
 
 
 def test_all_mixed_in_rows_are_used() -> None:
@@ -653,16 +656,16 @@ def test_a_full_cache_keeps_the_data_that_was_used_last(
 
     assert not cached(64)
     assert not cached(63)
-    old, new = (entry.path for entry in entries(tmp_path / "c"))
-    for age, file in enumerate((new, old)):
-        os.utime(file, (1e9 + age, 1e9 + age))  # `old` is now the one that was used last
+    old, new = (entry for entry in entries(tmp_path / "c") if entry.what == "tokenized data")
+    for age, entry in enumerate((new, old)):
+        os.utime(entry.path, (1e9 + age, 1e9 + age))  # `old` is now the one that was used last
     assert cached(63)  # which changes that again
-    monkeypatch.setattr("rlchat.utils.cache_folder.LIMIT", 2 * new.stat().st_size + old.stat().st_size // 2)
+    monkeypatch.setattr("rlchat.utils.cache_folder.LIMIT", 2 * new.size + old.size // 2)
     heard.clear()
     module(path, DataNeeds("sft", byte_tokenizer, 62), tmp_path / "c").setup("fit")
-    assert "removed the least recently used data (1 files" in heard.text
-    assert not old.exists()
-    assert new.exists()
+    assert "removed the least recently used data (1 entries" in heard.text
+    assert not old.path.exists()
+    assert new.path.exists()
 
 
 def test_the_cache_key_depends_on_everything_that_changes_the_data(
@@ -696,7 +699,7 @@ def test_the_cache_key_depends_on_the_code(tmp_path: Path, sft: DataNeeds, monke
 
     def key() -> str:
         code_hash.cache_clear()
-        return cache_key([data_file(path)], sft, {})
+        return CorpusCache(str(tmp_path / "c")).key([data_file(path)], sft, {})
 
     try:
         keys = [key(), key()]
@@ -714,27 +717,59 @@ def test_the_cache_key_depends_on_the_code(tmp_path: Path, sft: DataNeeds, monke
     assert len(set(keys)) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "missing", "no manifest", "other manifest", "other arrays"])
 def test_a_damaged_cache_is_created_again(tmp_path: Path, sft: DataNeeds, heard: Any, damage: str) -> None:
     path = many_trees(tmp_path / "d.jsonl", 10)
     whole = module(path, sft, tmp_path / "c")
     assert not was_cached(whole, heard)
-    (file,) = (tmp_path / "c").iterdir()
-    content = bytearray(file.read_bytes())
-    if damage == "cut":
-        content = content[: len(content) // 2]
-    elif damage == "flip":
-        content[content.index(bytes(torch.tensor([USER], dtype=torch.int32).numpy()))] ^= 255
-    elif damage == "empty":
-        content = bytearray()
-    file.write_bytes(content)
-    if damage == "other":
-        torch.save({"something": "else"}, file)
+    expected = contents(whole)
+    (folder,) = (entry.path for entry in entries(tmp_path / "c") if entry.what == "tokenized data")
+    ids, manifest = folder / "sequences.ids.flat.bin", folder / "about.json"
+    content = bytearray(ids.read_bytes())
+    content[content.index(bytes(torch.tensor([USER], dtype=torch.int32).numpy()))] ^= 255
+    if damage == "other arrays":
+        with ArrayWriter(folder) as writer:
+            writer.finish({"facts": {}})
+    elif damage == "missing":
+        ids.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "other manifest":
+        manifest.write_bytes(manifest.read_bytes().replace(b"int64", b"int32"))
+    else:
+        # Replaced, because this process has mapped the file.
+        ids.unlink()
+        ids.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
     again = module(path, sft, tmp_path / "c")
     assert not was_cached(again, heard)
     assert "is damaged" in heard.text
-    assert contents(again) == contents(whole)
+    assert contents(again) == expected
     assert was_cached(module(path, sft, tmp_path / "c"), heard)
+
+
+@pytest.mark.parametrize("ends", ["error", "full"])
+def test_an_interrupted_start_leaves_no_data_behind(
+    tmp_path: Path, sft: DataNeeds, heard: Any, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    path = many_trees(tmp_path / "d.jsonl", 10)
+    append, appended = ArrayWriter.append, itertools.count()
+
+    def interrupted(self: ArrayWriter, *arguments: Any) -> None:
+        if next(appended) == 5:
+            raise KeyboardInterrupt if ends == "error" else OSError(28, "No space left on device")
+        append(self, *arguments)
+
+    monkeypatch.setattr(ArrayWriter, "append", interrupted)
+    data = module(path, sft, tmp_path / "c")
+    if ends == "error":
+        with pytest.raises(KeyboardInterrupt):
+            data.setup()
+    else:
+        data.setup()  # with temporary files instead
+        assert "could not cache the tokenized data in" in heard.text
+        assert "No space left on device" in heard.text
+        assert len(contents(data)[0]) == 7
+    assert not list((tmp_path / "c").glob("*"))
 
 
 def test_a_cache_that_cannot_be_written_only_warns(tmp_path: Path, sft: DataNeeds, heard: Any) -> None:
@@ -753,8 +788,7 @@ def test_the_cache_is_in_the_users_cache_folder(
     data = OASST2DataModule(many_trees(tmp_path / "d.jsonl", 10))
     data.needs = sft
     data.prepare_data()
-    (file,) = (tmp_path / "xdg" / "rlchat").iterdir()
-    assert file.suffix == ".pt"
+    assert "tokenized data" in [entry.what for entry in entries(tmp_path / "xdg" / "rlchat")]
 
 
 # ---- messages and errors ---------------------------------------------------------------------------------------------

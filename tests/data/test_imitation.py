@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from helpers.data_rows import node, root, tree_row, write
+from helpers.data_rows import node, root, tokenized, tree_row, write
 
 from rlchat.data.corpus import DataNeeds
 from rlchat.data.formats import read_trees
 from rlchat.data.imitation import Imitation
-from rlchat.data.tokenizing import tokenize_trees
+from rlchat.data.tokenizing import Tokenization
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 # q1 ┬ a1 (rank 0, quality .9) ┬ q2 ─ a3
@@ -34,7 +34,8 @@ TREE = tree_row(
 def learned(tmp_path: Path, tokenizer: ChatTokenizer, length: int = 64, **options: Any) -> tuple[list[str], str]:
     """The text with a loss in each thread, and the report."""
     trees, _ = read_trees([write(tmp_path / "d.jsonl", TREE)])
-    corpus = tokenize_trees(trees, DataNeeds("sft", tokenizer, length), imitation=Imitation(**options))
+    how = Tokenization(DataNeeds("sft", tokenizer, length), Imitation(**options))
+    corpus = tokenized(trees, how, tmp_path)
     ids, mask = corpus.sequences.ids, corpus.sequences.loss_mask
     return [tokenizer.decode(ids[row][mask[row]].tolist()) for row in range(len(ids))], corpus.report
 

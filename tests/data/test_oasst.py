@@ -26,7 +26,8 @@ from helpers.data_rows import (
 )
 
 from rlchat.conversation import Check, Message
-from rlchat.data.formats import Tree, ranked_pairs, read_trees
+from rlchat.data.forest import Tree
+from rlchat.data.formats import ranked_pairs, read_trees
 from rlchat.errors import UserError
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.data_rows import write
+from helpers.data_rows import tokenized, write
 
 from rlchat.data.corpus import Corpus, DataNeeds, StoredConversations
-from rlchat.data.formats import Tree, read_trees
-from rlchat.data.tokenizing import tokenize_trees
+from rlchat.data.forest import Tree
+from rlchat.data.formats import read_trees
+from rlchat.data.tokenizing import Tokenization
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
@@ -29,8 +30,8 @@ def long_conversation(folder: Path, messages: int, system: bool) -> list[Tree]:
     return read_trees([write(folder / "d.jsonl", {"messages": opening + turns})])[0]
 
 
-def corpus_of(trees: list[Tree], tokenizer: ChatTokenizer) -> Corpus:
-    return tokenize_trees(trees, DataNeeds("ppo", tokenizer, 96, 16))
+def for_ppo(trees: list[Tree], tokenizer: ChatTokenizer, folder: Path) -> Corpus:
+    return tokenized(trees, Tokenization(DataNeeds("ppo", tokenizer, 96, 16)), folder)
 
 
 @pytest.mark.parametrize("system", [False, True])
@@ -38,7 +39,7 @@ def test_skipping_old_messages_does_not_change_tokens_and_conversations(
     tmp_path: Path, byte_tokenizer: ChatTokenizer, system: bool
 ) -> None:
     trees = long_conversation(tmp_path, 60, system)
-    corpus = corpus_of(trees, byte_tokenizer)
+    corpus = for_ppo(trees, byte_tokenizer, tmp_path)
     assert len(corpus.prompts.ids) == 30
     for row, prompt in enumerate(trees[0].prompts):
         assert corpus.prompts.ids[row].tolist() == byte_tokenizer.render_prompt(prompt, 80).ids
@@ -51,7 +52,8 @@ def test_skipping_old_messages_does_not_change_tokens_and_conversations(
 def test_the_tokenization_cost_is_linear(tmp_path: Path, encoding: str) -> None:
     def cost(messages: int) -> tuple[int, int]:
         tokenizer = CountingTokenizer(encoding)
-        conversations = corpus_of(long_conversation(tmp_path, messages, False), tokenizer).prompts.conversations
+        trees = long_conversation(tmp_path, messages, False)
+        conversations = for_ppo(trees, tokenizer, tmp_path).prompts.conversations
         assert isinstance(conversations, StoredConversations)
         return tokenizer.encoded, len(conversations.rows.flat) + len(conversations.messages.flat)
 

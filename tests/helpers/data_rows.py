@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlchat.conversation import Conversation
-from rlchat.data.formats import ReadReport, Tree, read_trees
+from rlchat.data.corpus import Corpus, corpus_of
+from rlchat.data.forest import Tree
+from rlchat.data.formats import ReadReport, read_trees
+from rlchat.data.tokenizing import Tokenization, tokenize_trees
 from rlchat.errors import UserError
+from rlchat.utils.arrays import read_arrays
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
@@ -65,6 +71,13 @@ def flat_rows(row: dict[str, Any], parent_id: str | None = None, tree_id: str = 
     mine = {key: value for key, value in row.items() if key != "replies"}
     mine |= {"parent_id": parent_id, "message_tree_id": tree_id, "tree_state": "ready_for_export"}
     return [mine, *(flat for reply in row["replies"] for flat in flat_rows(reply, row["message_id"], tree_id))]
+
+
+def tokenized(trees: Sequence[Tree], how: Tokenization, folder: Path, processes: int = 0) -> Corpus:
+    """The corpus of ``trees``, whose arrays are in a new folder in ``folder``."""
+    arrays = Path(tempfile.mkdtemp(prefix="arrays-", dir=folder))
+    tokenize_trees(trees, how, arrays, processes=processes)
+    return corpus_of(*read_arrays(arrays))
 
 
 # q1 ┬ a1 (rank 1) ┬ q2 ─ a3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from rlchat.__main__ import main
 from rlchat.errors import UserError
 from rlchat.utils import cache_folder
-from rlchat.utils.cache_folder import BASE_MODELS, MARKER, clear, entries, mark_used, prune
+from rlchat.utils.cache_folder import BASE_MODELS, FILE_HASHES, MARKER, clear, entries, mark_used, prune
 
 MEGABYTE = 10**6
 
@@ -26,8 +27,8 @@ def file(path: Path, megabytes: int) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five entries, the least recently used first: data a (100 MB), model m (60), data b (50), data c (10), and a
-    file of 7 MB that a run left when it was stopped on 1 January 2020."""
+    """Five entries, the least recently used first: data a (100 MB, a file of rlchat 0.1), model m (60), data b (50),
+    data c (10), and a folder of 7 MB that a run left when it was stopped on 1 January 2020."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "120")
     folder = tmp_path / "rlchat"
@@ -35,8 +36,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file(model / "config.json", 20)
     file(model / "model.safetensors", 40)
     (model / MARKER).touch()
-    a, b, c = (file(folder / f"{name * 64}.pt", size) for name, size in (("a", 100), ("b", 50), ("c", 10)))
-    left = file(folder / f".{'d' * 64}.pt.x1y2", 7)
+    a = file(folder / f"{'a' * 64}.pt", 100)
+    b, c = (file(folder / (name * 64) / "ids.bin", size).parent for name, size in (("b", 50), ("c", 10)))
+    left = file(folder / f".{'d' * 64}.x1y2" / "ids.bin", 7).parent
     for path, day in ((a, 2), (model, 3), (b, 4), (c, 5), (left, 1)):
         noon = time.mktime((2020, 1, day, 12, 0, 0, 0, 0, -1))
         os.utime(path, (noon, noon))
@@ -45,7 +47,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def strangers(folder: Path) -> list[Path]:
     """Files that are not rlchat's entries, although they are in its folder, or that are being written."""
-    names = ["notes.pt", f"{'a' * 63}.pt", f".{'e' * 64}.pt.fresh", "thesis/a.txt"]
+    names = ["notes.pt", f"{'a' * 63}.pt", "a" * 64, f"{'b' * 64}.pt/a.txt", f".{'e' * 64}.fresh/ids.bin"]
+    names += ["thesis/a.txt"]
     names += [f"{BASE_MODELS}/{name}/model.safetensors" for name in (".unpacking-xyz", "my-own-0123456789abcdef")]
     return [file(folder / name, 1000) for name in names]
 
@@ -92,6 +95,15 @@ def test_data_that_is_used_again_stays(folder: Path, monkeypatch: pytest.MonkeyP
     mark_used(folder / "missing")  # no error
 
 
+def test_the_hashes_of_data_files_are_cleared_but_not_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_folder, "LIMIT", 0)
+    hashes = file(folder / FILE_HASHES, 1)
+    prune(folder)
+    assert [entry.path for entry in entries(folder) if entry.what == "file hashes"] == [hashes]
+    clear(folder)
+    assert not hashes.exists()
+
+
 def test_no_folder_is_an_empty_cache(tmp_path: Path) -> None:
     assert entries(tmp_path / "missing") == prune(tmp_path / "missing") == clear(tmp_path / "missing") == []
 
@@ -111,6 +123,8 @@ def test_an_interrupted_removal_leaves_no_model_that_looks_complete(
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
+    shutil.rmtree(folder / f".{'d' * 64}.x1y2")
+    (folder / f"{'a' * 64}.pt").unlink()  # the model is now the first to be removed
     monkeypatch.setattr("shutil.rmtree", interrupt)
     with pytest.raises(KeyboardInterrupt):
         clear(folder)
@@ -149,4 +163,4 @@ def test_what_cannot_be_removed_is_counted(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     assert main(["cache", "clear"]) == 1
-    assert "removed 1 of 5 entries" in capsys.readouterr().out
+    assert "removed 4 of 5 entries" in capsys.readouterr().out

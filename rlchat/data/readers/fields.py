@@ -27,6 +27,7 @@ _ROLES: dict[str, Role] = {
 _TOOL_ROLES = ("tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation")
 # Fractions are not supported: a message is either trained on or not.
 LEARN_KEYS = ("weight", "loss_weight", "train", "loss_mask")
+_LEARN_KEYS = frozenset(LEARN_KEYS)
 
 
 def shown(value: object) -> str:
@@ -123,6 +124,8 @@ def learn_field(row: dict[str, Any]) -> bool:
 
 def unread_weights(row: dict[str, Any]) -> set[str]:
     """The keys of ``row`` whose values :func:`learn_field` does not support: fractions and lists."""
+    if _LEARN_KEYS.isdisjoint(row):  # as in most rows, of which there may be millions
+        return set()
     return {key for key in LEARN_KEYS if key in row and row[key] not in (None, 0, 1)}
 
 
