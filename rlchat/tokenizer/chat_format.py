@@ -99,7 +99,7 @@ class ChatFormat:
         """
         prefix = self.before["assistant"].removeprefix(self.opening)
         if not self.thoughts:
-            return text if not prefix or text.startswith(prefix.split()[0]) else prefix + text
+            return text if text.startswith(tuple(prefix.split()[:1])) else prefix + text
         begin, end = prefix.split()
         thought = text.split(end)[0].split(begin)[-1].strip("\n") if end in text else ""
         answer = text.split(end)[-1].lstrip("\n")

@@ -95,8 +95,10 @@ class Renderer:
     def following(self, messages: Sequence[Message], ended: bool) -> list[int]:
         """The ids between a response and the next one: ``messages``, and what asks for the next response.
 
-        Unless the response ``ended`` by itself, its end token comes first.
+        Unless the response ``ended`` by itself, its end token comes first. Raises :class:`UserError` for messages that
+        the format cannot write after a response.
         """
+        self.form.check([Message("assistant", ""), *messages])
         ids = [] if ended else [self._controls[self.form.end]]
         for segment in self._segments(messages, "assistant"):
             ids += segment.ids

@@ -160,6 +160,16 @@ def test_a_template_with_a_thought_before_the_last_response(tmp_path: Path) -> N
         UserError, match=r"writes a response differently once another message follows it.*user assistant"
     ):
         tokenizer.render_prompt(Conversation((user, reply, user)))
+    with pytest.raises(UserError, match="writes a response differently once another message follows it"):
+        tokenizer.render_turn([user], ended=True)
+
+
+def test_a_line_break_that_the_template_does_not_ask_with_belongs_to_the_response(tmp_path: Path) -> None:
+    template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}")
+    tokenizer = ChatTokenizer(str(tokenizer_folder(tmp_path, tokenizer_json(), template)))
+    rendered = tokenizer.render(Conversation((Message("user", "fox"), Message("assistant", "dog"))))
+    learned = [token for token, learn in zip(rendered.ids, rendered.loss_mask, strict=True) if learn]
+    assert learned == [*tokenizer.encode("\ndog"), tokenizer.end_id]
 
 
 def test_a_thought_is_written_as_the_template_writes_it(tmp_path: Path) -> None:
