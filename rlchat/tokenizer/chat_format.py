@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rlchat.conversation import Message
 from rlchat.errors import UserError
 
 MARKERS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_OPTIONAL = ("strip_start", "strip_end", "thoughts", "skips_empty_system")  # left out of the state where unused
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,49 @@ class ChatFormat:
     late_system: bool = True  # whether a system message may come later than at the beginning
     single_turn: bool = False  # whether earlier responses are written in another way than the last one
     template: str = ""  # the Jinja template that this table replaces, for export
+    strip_start: dict[str, str] = field(
+        default_factory=dict
+    )  # by role: the characters that its text loses at the start
+    strip_end: dict[str, str] = field(default_factory=dict)  # by role: the characters that its text loses at the end
+    thoughts: bool = False  # whether the thought of a response is written anew, see :meth:`response`
+    skips_empty_system: bool = False  # whether a system message without text counts as none
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ChatFormat:
         """The format that :meth:`state` described. Raises KeyError, TypeError or ValueError for damaged values."""
         if unknown := state.keys() - {field.name for field in fields(cls)}:
             raise ValueError(f"unknown part {sorted(unknown)[0]} of the chat format")
-        for role in ("before", "after"):
-            if not all(isinstance(text, str) for text in state[role].values()):
-                raise TypeError(f"{role} of the chat format is not text")
+        for part in ("before", "after", "strip_start", "strip_end"):
+            texts = state.get(part, {}) if part in _OPTIONAL else state[part]
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise TypeError(f"{part} of the chat format is not text")
         return cls(**{**state, "strips": tuple(state.get("strips", ()))})
 
     def state(self) -> dict[str, Any]:
         """Plain values from which :meth:`from_state` builds the same format."""
-        return {**asdict(self), "strips": list(self.strips)}
+        state = {**asdict(self), "strips": list(self.strips)}
+        # Formats of older model files lack these parts: without them, a format keeps its fingerprint.
+        return {part: value for part, value in state.items() if value or part not in _OPTIONAL}
+
+    def written(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """``messages`` without a leading system message that the format does not write."""
+        if self.skips_empty_system and messages and messages[0].role == "system" and not messages[0].text:
+            return messages[1:]
+        return messages
 
     def text_of(self, message: Message) -> str:
-        """The text of ``message`` as it is encoded."""
-        return message.text.strip() if message.role in self.strips else message.text
+        """The text of ``message`` as it is encoded; of a response it is :meth:`response`."""
+        text = message.text.strip() if message.role in self.strips else message.text
+        if start := self.strip_start.get(message.role):
+            text = text.lstrip(start)
+        if end := self.strip_end.get(message.role):
+            text = text.rstrip(end)
+        return self.response(text) if message.role == "assistant" else text
 
     def head(self, role: str, previous: str | None) -> str:
         """What is written before a message of ``role`` after one of the role ``previous``; None at the beginning.
 
-        Before a response it is what asks for it: what follows up to the response itself is :meth:`reply_prefix`.
+        Before a response it is what asks for it: what follows up to the end token is :meth:`response`.
         """
         if previous is None:
             between = self.start_system if role == "system" else self.start
@@ -71,22 +92,26 @@ class ChatFormat:
         """What is written after a message of ``role``."""
         return self.end if role == "assistant" else self.after[role]
 
-    def reply_prefix(self, text: str) -> str:
-        """What a template writes before a response without thoughts of its own (``<think>\\n\\n</think>\\n\\n``)."""
+    def response(self, text: str) -> str:
+        """The response ``text`` with the thought that the format writes before it: ``<think>\\n\\n</think>\\n\\n``.
+
+        With ``thoughts``, a thought in ``text`` is written in this form too. Otherwise such a text stays as it is.
+        """
         prefix = self.before["assistant"].removeprefix(self.opening)
-        return "" if not prefix or text.startswith(prefix.split()[0]) else prefix
+        if not self.thoughts:
+            return text if text.startswith(tuple(prefix.split()[:1])) else prefix + text
+        begin, end = prefix.split()
+        thought = text.split(end)[0].split(begin)[-1].strip("\n") if end in text else ""
+        answer = text.split(end)[-1].lstrip("\n")
+        return f"{begin}\n{thought}\n{end}\n\n{answer}"
 
     def text(self, messages: Sequence[Message], opening: bool) -> str:
-        """The conversation as one text, as a Jinja template writes it."""
+        """The conversation as one text, as a Jinja template writes it up to the end token of a last response."""
         written, previous = "", None
-        for message in messages:
-            said = self.text_of(message)
-            prefix = self.reply_prefix(said) if message.role == "assistant" else ""
-            written += self.head(message.role, previous) + prefix + said + self.tail(message.role)
+        for message in self.written(messages):
+            written += self.head(message.role, previous) + self.text_of(message) + self.tail(message.role)
             previous = message.role
-        if opening:
-            return written + self.opening_after(previous)
-        return written + (self.after["assistant"].removeprefix(self.end) if previous == "assistant" else "")
+        return written + self.opening_after(previous) if opening else written
 
     def check(self, messages: Sequence[Message]) -> None:
         """Raises :class:`UserError` for a conversation that this format cannot write."""

@@ -72,6 +72,7 @@ class Renderer:
         Raises ValueError where what asks for the response alone is longer.
         """
         self.form.check(messages)
+        messages = self.form.written(messages)
         ask = self.written(self.form.opening_after(messages[-1].role if messages else None)) if opening else ()
         segments = self._segments(messages, None)
         dropped = cut = 0
@@ -94,8 +95,10 @@ class Renderer:
     def following(self, messages: Sequence[Message], ended: bool) -> list[int]:
         """The ids between a response and the next one: ``messages``, and what asks for the next response.
 
-        Unless the response ``ended`` by itself, its end token comes first.
+        Unless the response ``ended`` by itself, its end token comes first. Raises :class:`UserError` for messages that
+        the format cannot write after a response.
         """
+        self.form.check([Message("assistant", ""), *messages])
         ids = [] if ended else [self._controls[self.form.end]]
         for segment in self._segments(messages, "assistant"):
             ids += segment.ids
@@ -121,7 +124,7 @@ class Renderer:
         head, text = self.form.head(message.role, previous), self.form.text_of(message)
         tail, opened = self.form.tail(message.role), self.written(head)
         if message.role == "assistant":  # encoded apart from its head, as it was sampled
-            said = self._encode(self.form.reply_prefix(text) + text)
+            said = self._encode(text)
             return _Segment(message, [*opened, *said, *self.written(tail)], len(opened))
         # Ordinary text of the format beside the message is encoded together with it: pieces may cross the border.
         *before, last = self._cut.split(head)

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlchat.conversation import Conversation, Message, Role
 from rlchat.errors import UserError
+from rlchat.tokenizer.chat_format import ChatFormat
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 LLAMA = (
@@ -28,23 +29,19 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-LAST_THINKS = (  # as Qwen3's: an empty thought before the last response only
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last and '</think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+QWEN3 = (Path(__file__).parents[1] / "data" / "chat_templates" / "qwen3.jinja").read_text("utf-8")
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 SPECIAL = {
     CHATML: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    LAST_THINKS: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    QWEN3: ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     LLAMA: ("<bos>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     GEMMA: ("<bos>", "<pad>", "<start_of_turn>", "<end_of_turn>"),
     LLAMA2: ("<bos>", "<eos>"),
 }
+WHITE = "".join(letter for letter in map(chr, range(0x10000)) if letter.isspace())
 TEXTS = ("Hello", "the fox ", "\n\nlines\n", "it's 1234", "<|im_end|>", "é🙂", "a<|eot_id|>\n", "<end_of_turn>", "")
 
 
@@ -147,7 +144,7 @@ def test_a_format_comes_back_from_its_state_and_is_part_of_the_fingerprint(
 
 
 def test_a_template_with_a_thought_before_the_last_response(tmp_path: Path) -> None:
-    tokenizer = ChatTokenizer(str(folder(tmp_path, LAST_THINKS)))
+    tokenizer = ChatTokenizer(str(folder(tmp_path, QWEN3)))
     assert tokenizer.format.single_turn
     user, reply = Message("user", "fox"), Message("assistant", "dog")
     prompt, whole = tokenizer.render_prompt(Conversation((user,))), tokenizer.render(Conversation((user, reply)))
@@ -163,6 +160,70 @@ def test_a_template_with_a_thought_before_the_last_response(tmp_path: Path) -> N
         UserError, match=r"writes a response differently once another message follows it.*user assistant"
     ):
         tokenizer.render_prompt(Conversation((user, reply, user)))
+    with pytest.raises(UserError, match="writes a response differently once another message follows it"):
+        tokenizer.render_turn([user], ended=True)
+
+
+def test_a_line_break_that_the_template_does_not_ask_with_belongs_to_the_response(tmp_path: Path) -> None:
+    template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant' }}")
+    tokenizer = ChatTokenizer(str(tokenizer_folder(tmp_path, tokenizer_json(), template)))
+    rendered = tokenizer.render(Conversation((Message("user", "fox"), Message("assistant", "dog"))))
+    learned = [token for token, learn in zip(rendered.ids, rendered.loss_mask, strict=True) if learn]
+    assert learned == [*tokenizer.encode("\ndog"), tokenizer.end_id]
+
+
+def test_a_thought_is_written_as_the_template_writes_it(tmp_path: Path) -> None:
+    form = ChatTokenizer(str(folder(tmp_path, QWEN3))).format
+    assert form.response("dog") == "<think>\n\n</think>\n\ndog"
+    assert form.response("\n\ndog\n") == "<think>\n\n</think>\n\ndog\n"
+    assert form.response("<think>x</think>dog") == "<think>\nx\n</think>\n\ndog"
+    assert form.response("<think>\ncut") == "<think>\n\n</think>\n\n<think>\ncut"
+
+
+def test_a_format_of_an_older_model_file_stays_as_it_is(own_tokenizer: ChatTokenizer) -> None:
+    """Parts that it lacks are neither written to its state nor part of its fingerprint."""
+    older = {"name", "start", "start_system", "before", "after", "opening", "end", "pad", "strips", "late_system"}
+    older |= {"single_turn", "template"}
+    state = own_tokenizer.state()["chat_format"]
+    assert state.keys() == older
+    before = {**state["before"], "assistant": state["opening"] + "<think>\n\n</think>\n\n"}
+    thinks = ChatFormat.from_state({**state, "before": before, "single_turn": True})
+    assert thinks.state().keys() == older
+    assert thinks.response("dog") == "<think>\n\n</think>\n\ndog"
+    assert thinks.response("<think>x</think>dog") == "<think>x</think>dog"
+    with pytest.raises(TypeError, match="strip_end of the chat format is not text"):
+        ChatFormat.from_state({**state, "strip_end": {"user": 1}})
+
+
+@pytest.mark.parametrize(
+    ("trimmed", "start", "end"),
+    [
+        ("m['content'].lstrip('\n')", "\n", ""),
+        ("m['content'].rstrip('\n')", "", "\n"),
+        ("m['content'].strip('\n')", "\n", "\n"),
+        ("m['content'].lstrip()", WHITE, ""),
+        ("m['content'].rstrip()", "", WHITE),
+    ],
+)
+def test_what_a_template_trims_is_part_of_the_table(tmp_path: Path, trimmed: str, start: str, end: str) -> None:
+    template = LLAMA.replace("m['content'] | trim", trimmed)
+    raw = tokenizer_json(special=SPECIAL[LLAMA])
+    form = ChatTokenizer(str(tokenizer_folder(tmp_path, raw, template, eos_token="<|eot_id|>"))).format
+    assert not form.strips
+    for role in ("system", "user", "assistant"):
+        assert (set(form.strip_start.get(role, "")), set(form.strip_end.get(role, ""))) == (set(start), set(end))
+
+
+def test_control_tokens_that_take_the_white_space_of_the_template_are_refused(tmp_path: Path) -> None:
+    raw = tokenizer_json()
+    for token in raw["added_tokens"]:
+        token["rstrip"] = True
+    tokenizer_folder(tmp_path, raw, CHATML)
+    reason = (
+        r"on \(user 'Hello'\) its tokenizer makes \['<\|im_start\|>', .* writes, where rlchat has \['\\n', '<\|im_start"
+    )
+    with pytest.raises(UserError, match=reason):
+        ChatTokenizer(str(tmp_path))
 
 
 def test_roles_that_a_template_does_not_have_are_refused(tmp_path: Path) -> None:
