@@ -497,6 +497,7 @@ def test_time_limits(tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pyte
         def too_late(tickets: list[Ticket]) -> None:
             for ticket in tickets:
                 ticket.deliver(Piece("", 0, "expired"))
+                ticket.wake()
 
         monkeypatch.setattr(server.engine, "submit", too_late)
         answer = post(server, ask())
