@@ -65,10 +65,16 @@ def plan_rows(
         rows = [(token,) for token in range(_GPT2_TOKENS)]
         markers = [(_GPT2_TOKENS - 1,)] * (tokenizer.vocab_size - _GPT2_TOKENS)
         return RowPlan((*rows, *markers), copied=_GPT2_TOKENS, by_role=len(markers))
-    raise UserError(
+    raise no_tokenizer_files(base_model)
+
+
+def no_tokenizer_files(base_model: str) -> UserError:
+    """The error for a base model whose tokenizer is not known."""
+    return UserError(
         f"base_model {base_model} has no tokenizer files (tokenizer.json), so it is unknown which row of its embedding "
         f"stands for which token, and every embedding would start from random values: the model would lose its "
-        f"vocabulary. Put the tokenizer.json beside the weights, or set --model.new_embeddings true"
+        f"vocabulary. Put tokenizer.json and tokenizer_config.json beside the weights, or set --model.new_embeddings "
+        f"true"
     )
 
 

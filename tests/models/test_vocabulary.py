@@ -240,8 +240,9 @@ def test_embeddings_start_anew_only_on_request(tmp_path: Path) -> None:
     model = base_model(tmp_path, tokenizer_json(LLAMA3))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer files.*set --model.new_embeddings true"):
-        open_policy(str(tmp_path), "rlchat_1k", 64, None, None)
+    for encoding in ("rlchat_1k", None):
+        with pytest.raises(UserError, match=r"has no tokenizer files.*set --model.new_embeddings true"):
+            open_policy(str(tmp_path), encoding, 64, None, None)
     policy = open_policy(str(tmp_path), "rlchat_1k", 64, None, None, new_embeddings=True).model
     old, new = model.get_input_embeddings().weight, policy.backbone.transformer.get_input_embeddings().weight
     assert isinstance(old, torch.Tensor)
