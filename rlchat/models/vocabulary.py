@@ -83,9 +83,10 @@ class _Planner:
 
     def __init__(self, files: TokenizerFiles, rows: int, tokenizer: ChatTokenizer) -> None:
         self.base, self.rows, self.tokenizer = BaseVocabulary(files), rows, tokenizer
-        if self.base.size > rows:
+        last = max([self.base.size - 1, *self.base.special.values()])  # tokenizers closes gaps before special tokens
+        if last >= rows:
             raise UserError(
-                f"base_model {files.source}: its tokenizer has ids up to {self.base.size - 1}, but its embedding has "
+                f"base_model {files.source}: its tokenizer has ids up to {last}, but its embedding has "
                 f"{rows} rows; use the tokenizer that belongs to the weights"
             )
 

@@ -257,6 +257,16 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         open_policy(str(tmp_path), None, 64, None, None)
 
 
+def test_a_special_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    """Although the number of tokens fits: the ids have a gap."""
+    raw = tokenizer_json(LLAMA3)
+    raw["added_tokens"][-1]["id"] = 500
+    base_model(tmp_path, raw, None, rows=420)
+    for encoding in (None, "rlchat_1k"):
+        with pytest.raises(UserError, match="has ids up to 500, but its embedding has 420 rows"):
+            open_policy(str(tmp_path), encoding, 64, None, None)
+
+
 def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
     base_model(tmp_path, tokenizer_json(LLAMA3))
     (tmp_path / "tokenizer.json").write_text("not JSON")
