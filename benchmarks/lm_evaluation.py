@@ -33,7 +33,7 @@ NAME = "rlchat_questions"
 CONVERSATIONS = ("Hello", "Hello."), ("Thanks", "You are welcome."), ("Bye", "Goodbye.")
 # Training one layer keeps the checkpoint small; the learning rate of 0 keeps its weights too.
 UNTRAINED = """
-fit --config sft --data.path data.jsonl --data.val_fraction 0.5 --data.test_fraction 0 --model.tiktoken_encoding null
+fit --config sft --data.path data.jsonl --data.val_fraction 0.5 --data.test_fraction 0
 --model.max_length 1024 --model.hidden_dim 0 --model.max_new_tokens 1 --model.learning_rate 0 --model.train_layers 1
 --trainer.max_epochs 1
 """

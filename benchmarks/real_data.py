@@ -55,7 +55,7 @@ def main() -> None:
             "--data.batch_size=4",
             "--data.val_batch_size=4",
         ]
-        stages["sft"] += ["--model.base_model", base, "--model.tiktoken_encoding=null"]
+        stages["sft"] += ["--model.base_model", base]
     else:
         stages["sft"] += ["--model.base_model", MODEL, f"--model.tiktoken_encoding={encoding}"]
         stages["sft"] += ["--model.learning_rate=3e-3"]

@@ -12,13 +12,15 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jsonargparse
 import pytest
 import yaml
-from helpers.adapters import base_folder, ppo_with_adapter, save
+from helpers.adapters import base_folder, ppo_with_adapter, reward_with_adapter, save
 from helpers.chat_models import random_policy
 from helpers.command_line import write_talk
+from lightning.pytorch import Trainer
 
 from rlchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
 from rlchat.conversation import Conversation, Message
@@ -115,6 +117,36 @@ def test_training_command_parses(line: str, folder: Path, capsys: pytest.Capture
         del words[place : place + 2]
     assert main([*words, "--print_config"]) == 0
     assert "class_path" in yaml.safe_load(capsys.readouterr().out)["model"]
+
+
+# They need vLLM or bitsandbytes, or a checkpoint. The other options that are left out choose devices.
+ELSEWHERE = ("vllm", "adamw_8bit", "--ckpt_path")
+DEVICES = re.compile(r"--config scale/\w+|--trainer\.accelerator \w+|--trainer\.precision [\w-]+")
+
+
+@pytest.fixture
+def models(folder: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models under the names that the documentation uses."""
+    from rlchat.training import initial_model
+
+    monkeypatch.setattr(initial_model, "DEFAULT_ENCODING", "rlchat_1k")  # cl100k_base is not on every machine
+    for name in ("FOLDER", "SmolLM2-135M-Instruct", "distilbert-base-uncased"):
+        base_folder(Path(name))
+    save_bundle("checkpoints/sft_model.pt", random_policy(tokenizer, max_length=256))
+    save(ppo_with_adapter(base_model="FOLDER"), Path("adapter.pt"))
+    save(reward_with_adapter(init_from="checkpoints/sft_model.pt"), Path("checkpoints/reward_model.pt"))
+    shutil.copy(ROOT / "rlchat" / "tokenizer" / "encodings" / "rlchat_1k.tiktoken", "mine.tiktoken")
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in TRAINING if " fit " in line and not any(word in line for word in ELSEWHERE)]
+)
+def test_training_command_builds_its_models(line: str, models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options fit together, and every model that the recipe names is made or loaded."""
+    fit = mock.create_autospec(Trainer.fit)
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", fit)
+    assert main([*shlex.split(DEVICES.sub("", line))[1:], "--trainer.accelerator", "cpu"]) == 0
+    fit.assert_called_once()
 
 
 @pytest.mark.parametrize("line", [line for line in OTHER if line in PARSED_ONLY or line.startswith("rlchat serve")])

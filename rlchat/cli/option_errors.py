@@ -13,16 +13,15 @@ import inspect
 import types
 from collections import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from rlchat.cli.option_aliases import ALIASES
+from rlchat.cli.settings import Setting, class_path_of, config_files, settings_of_file, settings_of_flags
 from rlchat.errors import UserError
 from rlchat.rewards import Factor
 
@@ -43,18 +42,6 @@ _FEW = 12
 _SHOWN = 80
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One value that the user set."""
-
-    place: str
-    """As the user wrote it: ``--model.clip_eps`` on the command line, ``model.clip_eps`` in a file."""
-    keys: tuple[str, ...]
-    """The path to the value, without ``init_args``."""
-    value: Any
-    """The value as parsed by YAML; ``None`` if a flag has no value."""
-
-
 def explain(argv: Sequence[str], groups: Mapping[str, type], options: Iterable[str], detail: str) -> UserError:
     """An error for the first invalid setting in ``argv`` (the command and its options).
 
@@ -66,12 +53,12 @@ def explain(argv: Sequence[str], groups: Mapping[str, type], options: Iterable[s
     """
     known = set(options)
     words = list(argv[1:])
-    settings = [setting for path in _configs(words) for setting in _of_file(path)]
+    settings = [setting for path in config_files(words) for setting in settings_of_file(path)]
     model: Any = None
-    for setting in settings + list(_of_flags(words)):
+    for setting in settings + list(settings_of_flags(words)):
         if isinstance(setting, UserError):
             return setting
-        if setting.keys[0] == "model" and (chosen := _class_path(setting)) is not None:
+        if setting.keys[0] == "model" and (chosen := class_path_of(setting)) is not None:
             model = chosen
         error = _problem(setting, groups, known, model)
         if error is not None:
@@ -94,79 +81,14 @@ def ignored_variables(
         return
     names = {option.lstrip("-").upper().replace(".", "__"): option for option in options}
     words = list(argv[1:])
-    set_by_user = [setting for path in _configs(words) for setting in _of_file(path)]
-    set_by_user += [setting for setting in _of_flags(words) if isinstance(setting, Setting)]
+    set_by_user = [setting for path in config_files(words) for setting in settings_of_file(path)]
+    set_by_user += [setting for setting in settings_of_flags(words) if isinstance(setting, Setting)]
     for variable in variables:
         option = names.get(variable.removeprefix(prefix))
         if option is None:
             yield variable, f"{argv[0]} has no option of that name"
         elif any(setting.keys == tuple(option.lstrip("-").split(".")) for setting in set_by_user):
             yield variable, f"a configuration file or a flag sets {option}"
-
-
-# ---- the settings of the user ----------------------------------------------------------------------------------------
-
-
-def _configs(words: Sequence[str]) -> list[str]:
-    return [value for flag, value in _flags(words) if flag == "--config" and value is not None]
-
-
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(flag, value) for each flag of the command line; a positional word has the value None."""
-    rest = list(words)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        if equals or not flag.startswith("--"):
-            yield flag, value if equals else None
-        elif rest and not rest[0].startswith("--"):
-            yield flag, rest.pop(0)
-        else:
-            yield flag, None
-
-
-def _of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
-    appended: dict[tuple[str, ...], Any] = {}  # the class that --trainer.callbacks+=CLASS has appended to a list
-    for flag, text in _flags(words):
-        if flag == "--config" or flag.endswith((".help", "--help", "--print_config")):
-            continue
-        if not flag.startswith("-"):
-            yield UserError(f"{flag!r} is not an option; options are written --group.name VALUE")
-            continue
-        keys = tuple(key for key in flag.lstrip("-").rstrip("+").split(".") if key != "init_args")
-        value = text if text is None else _from_yaml(text)
-        if flag.endswith("+"):
-            appended[keys] = value
-        elif keys[:-1] in appended and value is not None:  # an option of that class
-            one = {"class_path": appended[keys[:-1]], "init_args": {keys[-1]: value}}
-            yield Setting("--" + ".".join(keys), keys[:-1], [one])
-            continue
-        yield Setting("--" + ".".join(keys), keys, [value] if flag.endswith("+") and value is not None else value)
-
-
-def _from_yaml(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _of_file(path: str) -> Iterator[Setting]:
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for group, value in content.items():
-        if isinstance(value, dict) and group != "model" and "class_path" not in value:
-            yield from (Setting(f"{group}.{name}", (group, name), inner) for name, inner in value.items())
-        else:
-            yield Setting(group, (group,), value)
-
-
-def _class_path(setting: Setting) -> Any:
-    """The class path of the model in ``setting``, or None if it contains none."""
-    value = setting.value
-    if setting.keys == ("model", "class_path"):
-        return value
-    if setting.keys == ("model",):
-        return value.get("class_path") if isinstance(value, dict) else value
-    return None
 
 
 # ---- invalid settings ------------------------------------------------------------------------------------------------
@@ -181,7 +103,7 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
             options_only = isinstance(setting.value, dict) and "class_path" not in setting.value and model is not None
             base = imported_class("model", model, LightningModule) if options_only else LightningModule
             return _class_problem(setting.place, setting.value, base) if isinstance(base, type) else base
-        if setting.value is None and setting.place.startswith("--"):
+        if setting.is_missing:
             return UserError(f"{setting.place}: expected a value: {setting.place} VALUE")
         found = imported_class("model", model, LightningModule)
         if found is None or isinstance(found, UserError):
@@ -201,7 +123,7 @@ def _problem(setting: Setting, groups: Mapping[str, type], known: set[str], mode
         group not in groups or len(setting.keys) == 1 or setting.keys[1] not in _hints(groups[group])
     ):
         return _no_such_option(flag, known)
-    if setting.value is None and setting.place.startswith("--"):
+    if setting.is_missing:
         return UserError(f"{setting.place}: expected a value: {setting.place} VALUE")
     if group in groups and len(setting.keys) > 1:
         return _option_problem(setting.place, setting.keys[1], _nested(setting), groups[group])
@@ -221,7 +143,10 @@ def _option_problem(place: str, name: str, value: Any, owner: type) -> UserError
     hints = _hints(owner)
     if name not in hints:
         return _no_such_option_of_class(place, name, owner)
-    return None if value is None else _value_problem(place, value, hints[name])
+    members = _members(hints[name])
+    if value is None:  # written as null
+        return None if {type(None), Any, inspect.Parameter.empty} & {*members} else _wrong_type(place, members, value)
+    return _value_problem(place, value, hints[name])
 
 
 def _value_problem(place: str, value: Any, hint: Any) -> UserError | None:
@@ -352,7 +277,7 @@ def _wrong_type(place: str, members: Sequence[Any], value: Any) -> UserError:
         expected.append("one of " + ", ".join(dict.fromkeys(choices)))
     if not expected:
         expected = [getattr(member, "__name__", str(member)) for member in members if member is not type(None)]
-    shown = _one_line(str(value), _SHOWN)
+    shown = "null" if value is None else _one_line(str(value), _SHOWN)
     return UserError(f"invalid value {shown!r} for {place}: expected {' or '.join(expected)}")
 
 
@@ -373,7 +298,8 @@ def _hints(owner: type) -> dict[str, Any]:
             hints = {}
         for parameter in parameters:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+                hint = hints.get(parameter.name, Any)
+                found.setdefault(parameter.name, hint | None if parameter.default is None else hint)
         if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found

@@ -17,7 +17,7 @@ from rlchat.data.forest import Tree
 from rlchat.data.formats import read_trees
 from rlchat.data.sources import data_file
 from rlchat.errors import UserError
-from rlchat.tokenizer.base_files import tokenizer_files
+from rlchat.tokenizer.base_files import no_tokenizer_json, tokenizer_files
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.load import sidecar, write_encoding
 from rlchat.tokenizer.own import own_encoding, own_format_of
@@ -103,11 +103,11 @@ def _convert(options: argparse.Namespace) -> None:
     output = _check_output(options)
     files = tokenizer_files(options.model)
     if files is None:
-        raise UserError(f"{options.model}: found no tokenizer.json; pass a folder that holds one")
-    conversion = own_encoding(files)
+        raise no_tokenizer_json(options.model)
+    conversion = own_encoding(files, "Choose another model, or make a rank file with `rlchat tokenizer train`")
     encoding, form = conversion.encoding, None
     if not options.no_chat_format:
-        encoding, form = own_format_of(files, conversion)
+        encoding, form = own_format_of(files, conversion, "Leave the template out with --no-chat-format")
     write_encoding(output, encoding, form)
     written = "the model's own chat format" if form else "no chat format, so rlchat's own markers are used"
     print(f"{output}: {conversion.summary()}; {written}")

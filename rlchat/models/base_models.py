@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from rlchat.models.families import encoder_families, positions_of
 
 T = TypeVar("T")
 
+_HUB_SECONDS = 10.0  # to wait for an answer of the model hub
 _SAMPLED_VALUES = 4096  # of each weight, for a digest
 
 # Without it, transformers asks in the terminal whether to run the code that comes with a model.
@@ -70,6 +72,7 @@ def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length:
     Raises :class:`UserError` if it cannot be loaded, has too few positions, or has unknown options.
     """
     if isinstance(base_model, str):
+        _require_model(base_model)
         config = _fetch(base_model, lambda: AutoConfig.from_pretrained(base_model, **NO_CODE))
         _require_positions(config, max_length, base_model)
         return config
@@ -262,20 +265,49 @@ def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> 
         )
 
 
+def _require_model(name: str) -> None:
+    """Raises :class:`UserError` unless ``name`` is a folder with a configuration, or a hub has one, or it is cached.
+
+    transformers tries each file of a model six times, which takes minutes without a network. This tries once.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return
+    if folder.is_dir():
+        raise UserError(f"base_model {name}: {_no_configuration(folder)}")
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
+    except Exception as error:  # no valid name of a hub, or whatever its client raises for a failed connection
+        raise _not_downloaded(name, error) from error
+
+
+def _no_configuration(folder: Path) -> str:
+    """Why ``folder``, which has no config.json, is no base model."""
+    if not (folder / "adapter_config.json").is_file():
+        return "the folder contains no config.json, expected a model of transformers"
+    return (
+        "the folder contains an adapter of peft, not a whole model; merge it into its base model with peft "
+        "(merge_and_unload, then save_pretrained of model and tokenizer), and set --model.base_model to the new folder"
+    )
+
+
+def _not_downloaded(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"base_model {name} is neither a folder nor a model that could be downloaded ({type(error).__name__}); "
+        f"download its config.json, .safetensors files, tokenizer.json and tokenizer_config.json into one folder, and "
+        f"set --model.base_model to it"
+    )
+
+
 def _fetch(name: str, load: Callable[[], T]) -> T:
     """What ``load`` returns. Raises :class:`UserError` that says what failed."""
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise UserError(f"base_model {name}: the folder contains no config.json, expected a model of transformers")
     try:
         return load()
     except OSError as error:
         if Path(name).is_dir():
             raise UserError(f"base_model {name}: the folder has no complete model: {one_line(error)}") from error
-        raise UserError(
-            f"base_model {name} is neither a folder nor a model that could be downloaded; connect to the network, pass "
-            f"the path of a downloaded model, or an inline configuration such as "
-            f"{{model_type: llama, hidden_size: 128}}"
-        ) from error
+        raise _not_downloaded(name, error) from error
     except (ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         if _needs_code(name):
             raise UserError(

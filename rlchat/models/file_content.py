@@ -57,6 +57,11 @@ def read_content(path: str | Path, kind: Kind, weights: bool = True) -> dict[str
         UserError: if the file is missing, damaged, or contains another kind of model.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path}: this is a folder, not a model file; pass a .pt file that `rlchat fit` has written, or train the "
+            f"base model in the folder first, with --model.base_model {path}"
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such model file; train one with `rlchat demo` or `rlchat fit`, or fix the path")
     _check_archive(path)

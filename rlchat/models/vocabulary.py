@@ -65,10 +65,16 @@ def plan_rows(
         rows = [(token,) for token in range(_GPT2_TOKENS)]
         markers = [(_GPT2_TOKENS - 1,)] * (tokenizer.vocab_size - _GPT2_TOKENS)
         return RowPlan((*rows, *markers), copied=_GPT2_TOKENS, by_role=len(markers))
-    raise UserError(
+    raise no_tokenizer_files(base_model)
+
+
+def no_tokenizer_files(base_model: str) -> UserError:
+    """The error for a base model whose tokenizer is not known."""
+    return UserError(
         f"base_model {base_model} has no tokenizer files (tokenizer.json), so it is unknown which row of its embedding "
         f"stands for which token, and every embedding would start from random values: the model would lose its "
-        f"vocabulary. Put the tokenizer.json beside the weights, or set --model.new_embeddings true"
+        f"vocabulary. Put tokenizer.json and tokenizer_config.json beside the weights, or set --model.new_embeddings "
+        f"true"
     )
 
 
@@ -77,9 +83,10 @@ class _Planner:
 
     def __init__(self, files: TokenizerFiles, rows: int, tokenizer: ChatTokenizer) -> None:
         self.base, self.rows, self.tokenizer = BaseVocabulary(files), rows, tokenizer
-        if self.base.size > rows:
+        last = max([self.base.size - 1, *self.base.special.values()])  # tokenizers closes gaps before special tokens
+        if last >= rows:
             raise UserError(
-                f"base_model {files.source}: its tokenizer has ids up to {self.base.size - 1}, but its embedding has "
+                f"base_model {files.source}: its tokenizer has ids up to {last}, but its embedding has "
                 f"{rows} rows; use the tokenizer that belongs to the weights"
             )
 

@@ -163,7 +163,8 @@ class PPOConfig(StageOptions):
             )
         if not estimator.needs_critic and (self.critic == "separate" or self.critic_init or self.critic_warmup):
             raise UserError(
-                f"advantage {self.advantage} has no critic; leave out critic, critic_init and critic_warmup, or use gae"
+                f"advantage {self.advantage} has no critic; set --model.critic shared, --model.critic_init null and "
+                f"--model.critic_warmup 0, or use gae"
             )
         if self.critic_init is not None and self.critic != "separate":
             raise UserError("critic_init requires a separate critic; set --model.critic separate")

@@ -47,6 +47,19 @@ def tokenizer_files(source: str) -> TokenizerFiles | None:
     return TokenizerFiles(source, tokenizer, options, template)
 
 
+def no_tokenizer_json(source: str) -> UserError:
+    """The error for a ``source`` without tokenizer files."""
+    if Path(source, "vocab.txt").is_file():
+        return UserError(
+            f"{source}: found a vocab.txt but no tokenizer.json; a WordPiece vocabulary is not byte-level BPE, so it "
+            f"has no exact form under tiktoken; choose a model with a byte-level BPE tokenizer, or another encoding"
+        )
+    return UserError(
+        f"{source}: found no tokenizer.json; pass a folder that holds one, or the name of a model that was downloaded "
+        f"or can be"
+    )
+
+
 def _file(source: str, name: str) -> Path | None:
     from transformers.utils import cached_file
 

@@ -84,15 +84,12 @@ def _from_file(path: Path, own_format: bool) -> Loaded:
 
 
 def _from_base_model(name: str, own_format: bool) -> Loaded:
-    from rlchat.tokenizer.base_files import tokenizer_files
+    from rlchat.tokenizer.base_files import no_tokenizer_json, tokenizer_files
     from rlchat.tokenizer.own import own_encoding, own_format_of
 
     files = tokenizer_files(name)
     if files is None:
-        raise UserError(
-            f"{name}: found no tokenizer.json; pass a folder that holds one, or the name of a model that was "
-            f"downloaded or can be"
-        )
+        raise no_tokenizer_json(name)
     conversion = own_encoding(files)
     return own_format_of(files, conversion) if own_format else (conversion.encoding, None)
 

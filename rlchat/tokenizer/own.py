@@ -23,24 +23,32 @@ _NEW_PAD = "<|rlchat_pad|>"
 # The white space that a control token with lstrip or rstrip takes: that of Unicode, without str.isspace's separators.
 _SPACE = "".join(letter for letter in map(chr, range(0x3001)) if letter.isspace() and letter not in "\x1c\x1d\x1e\x1f")
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_OTHER_ENCODING = (
+    "Set --model.tiktoken_encoding cl100k_base (or another encoding): rows of the embedding then start from the pieces "
+    "that the base tokenizer makes of each token, and the model has to be trained for longer"
+)
+_OTHER_FORMAT = "Set --model.chat_format rlchat to use rlchat's own markers"
 
 
-def own_encoding(files: TokenizerFiles) -> Conversion:
-    """The tokenizer of ``files`` under tiktoken. Raises :class:`NotExact` with the reason where that is not exact."""
+def own_encoding(files: TokenizerFiles, cure: str = _OTHER_ENCODING) -> Conversion:
+    """The tokenizer of ``files`` under tiktoken.
+
+    Raises :class:`NotExact` with the reason where that is not exact, and ``cure``, which says what to do instead.
+    """
     try:
         return convert(files.tokenizer, _short_name(files.source))
     except NotExact as error:
         raise NotExact(
-            f"{files.source}: its tokenizer cannot be converted to tiktoken exactly: {error}. Set "
-            f"--model.tiktoken_encoding cl100k_base (or another encoding): rows of the embedding then start from the "
-            f"pieces that the base tokenizer makes of each token, and the model has to be trained for longer"
+            f"{files.source}: its tokenizer cannot be converted to tiktoken exactly: {error}. {cure}"
         ) from error
 
 
-def own_format_of(files: TokenizerFiles, conversion: Conversion) -> tuple[TextEncoding, ChatFormat | None]:
+def own_format_of(
+    files: TokenizerFiles, conversion: Conversion, cure: str = _OTHER_FORMAT
+) -> tuple[TextEncoding, ChatFormat | None]:
     """The encoding of ``conversion`` with a token for padding, and the chat format; None without a chat template.
 
-    Raises :class:`NotExact` for a template that no table can replace.
+    Raises :class:`NotExact` for a template that no table can replace, with ``cure``, which says what to do instead.
     """
     encoding = conversion.encoding
     if not files.template:
@@ -51,9 +59,7 @@ def own_format_of(files: TokenizerFiles, conversion: Conversion) -> tuple[TextEn
         encoding, form = _with_pad(encoding, _without_space(read, files), tokens["pad_token"])
         _check_ids(files, conversion, ChatTokenizer.of(encoding, form), read)
     except NotExact as error:
-        raise NotExact(
-            f"{files.source}: {error}. Set --model.chat_format rlchat to use rlchat's own markers"
-        ) from error
+        raise NotExact(f"{files.source}: {error}. {cure}") from error
     plain = [role for role, text in form.before.items() if text and not any(t in text for t in encoding.special_tokens)]
     if plain:
         log.warning(

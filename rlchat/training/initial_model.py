@@ -8,9 +8,11 @@ from typing import Any
 from rlchat.distributed.sharding import weights_on_first
 from rlchat.errors import UserError
 from rlchat.models.base.weights import BaseWeights, base_model_folder, open_base_model
+from rlchat.models.base_models import configuration
 from rlchat.models.file_content import holds_adapter
 from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
 from rlchat.models.networks import value_head
+from rlchat.models.vocabulary import no_tokenizer_files
 from rlchat.tokenizer.base_files import tokenizer_files
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.tokenizer.own import own_encoding, own_format_of
@@ -43,10 +45,12 @@ def open_policy(
         UserError: if the other options contradict the model file, or the base model cannot be used.
     """
     if init_from is None:
+        base_model, length = base_model or DEFAULT_BASE_MODEL, max_length or DEFAULT_MAX_LENGTH
         folder = base_model_folder(base_model) if isinstance(base_model, str) else base_model
-        tokenizer = open_tokenizer(folder, tiktoken_encoding, chat_format)
-        base_model, folder = base_model or DEFAULT_BASE_MODEL, folder or DEFAULT_BASE_MODEL
-        length = max_length or DEFAULT_MAX_LENGTH
+        if isinstance(folder, str):
+            # A missing model is reported before its tokenizer is looked for.
+            configuration(folder, vocab_size=1, max_length=length)
+        tokenizer = open_tokenizer(folder, tiktoken_encoding, chat_format, new_embeddings)
         with weights_on_first() as weights:
             backbone = open_base_model(folder, tokenizer, length, new_embeddings, attn_implementation, weights)
             model = new_policy(backbone, tokenizer, hidden_dim or 0)
@@ -88,24 +92,34 @@ def base_options(options: StageOptions) -> dict[str, Any]:
 
 
 def open_tokenizer(
-    base_model: str | dict[str, Any] | None, tiktoken_encoding: str | None, chat_format: ChatFormatName | None = None
+    base_model: str | dict[str, Any],
+    tiktoken_encoding: str | None,
+    chat_format: ChatFormatName | None = None,
+    new_embeddings: bool = False,
 ) -> ChatTokenizer:
-    """The tokenizer that the options ask for: by default the base model's own, where it has tokenizer files.
+    """The tokenizer that the options ask for: by default the base model's own.
+
+    The default is cl100k_base for an inline model, for ``distilbert-base-uncased`` (the default base model, whose own
+    tokenizer has no exact form), and, with ``new_embeddings``, for a base model without tokenizer files.
 
     Raises:
-        UserError: if ``chat_format`` is own and the encoding comes with none, or if the tokenizer or the chat template
-            of the base model cannot be reproduced exactly.
+        UserError: if ``chat_format`` is own and the encoding comes with none, or if the base model's own tokenizer or
+            its chat template is missing or cannot be reproduced exactly.
     """
     own_format = chat_format != "rlchat"
     if tiktoken_encoding is not None:
         tokenizer = ChatTokenizer(tiktoken_encoding, own_format)
-    elif isinstance(base_model, str) and (files := tokenizer_files(base_model)) is not None:
+    elif isinstance(base_model, dict) or base_model == DEFAULT_BASE_MODEL:
+        tokenizer = ChatTokenizer(DEFAULT_ENCODING)
+    elif (files := tokenizer_files(base_model)) is not None:
         conversion = own_encoding(files)
         log.info("%s: its own tokenizer under tiktoken: %s", base_model, conversion.summary())
         encoding, form = own_format_of(files, conversion) if own_format else (conversion.encoding, None)
         tokenizer = ChatTokenizer.of(encoding, form)
-    else:
+    elif new_embeddings:
         tokenizer = ChatTokenizer(DEFAULT_ENCODING)
+    else:
+        raise no_tokenizer_files(base_model)
     if chat_format == "own" and not tokenizer.has_own_format:
         raise UserError(
             f"invalid value 'own' for chat_format: the encoding {tokenizer.name} comes with no chat template; leave it "

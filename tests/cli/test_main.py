@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -229,28 +230,41 @@ def test_an_invalid_value_of_a_valid_option(
     for place in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.setenv(place, str(here / "nothing"))
     monkeypatch.setattr("tiktoken.load.read_file", unreachable)
-    monkeypatch.setattr("rlchat.models.base_models.AutoConfig.from_pretrained", offline(words))
+    monkeypatch.setattr("rlchat.models.base_models.get_hf_file_metadata", unreachable)
     message = {"message_id": "1", "text": "Bonjour", "role": "prompter", "lang": "fr", "replies": []}
     tree = {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": {**message, "lang": "de"}}
     (here / "tree.jsonl").write_text(json.dumps(tree) + "\n")
     assert re.search(f"^rlchat: {answer}", error_message(capsys, *SMOKE, *words))
 
 
-def unreachable(*_: Any) -> bytes:
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--config", "gpt2"], "gpt2"),
+        (["--config", "smollm2-lora"], "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (["--config", "sft"], "distilbert-base-uncased"),
+        (["--config", "sft", "--model.base_model", "/nope/folder"], "/nope/folder"),
+    ],
+)
+def test_a_base_model_that_cannot_be_downloaded(
+    words: list[str], name: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most one request, and the model is named; its tokenizer and cl100k_base are not looked for."""
+    monkeypatch.setattr("rlchat.models.base_models.try_to_load_from_cache", lambda *_: None)
+    request = mock.Mock(side_effect=ConnectionError)
+    monkeypatch.setattr("rlchat.models.base_models.get_hf_file_metadata", request)
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", mock.Mock(side_effect=AssertionError))
+    message = error_message(capsys, "fit", *words, "--data.path", "talk.jsonl")
+    assert message.startswith(f"rlchat: base_model {name} is neither a folder nor a model that could be downloaded")
+    assert message.rstrip().endswith(
+        "; download its config.json, .safetensors files, tokenizer.json and tokenizer_config.json into one folder, "
+        "and set --model.base_model to it"
+    )
+    assert request.call_count == (name != "/nope/folder")
+
+
+def unreachable(*_: Any, **__: Any) -> bytes:
     raise ConnectionError("no network in a test")
-
-
-def offline(words: list[str]) -> Any:
-    from transformers import AutoConfig
-
-    real = AutoConfig.from_pretrained
-
-    def load(name: str, **options: Any) -> Any:
-        if not Path(name).is_dir():
-            raise OSError("no network in a test")
-        return real(name, **options)
-
-    return load
 
 
 INVALID_LINES = {

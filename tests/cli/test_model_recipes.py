@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.command_line import BRIEF, SHAPE, rlchat, write_talk
 from helpers.hf_tokenizers import LLAMA3, QWEN, tokenizer_folder, tokenizer_json
+from tokenizers import Tokenizer
 from transformers import (
     DistilBertConfig,
     DistilBertForMaskedLM,
@@ -79,6 +80,22 @@ def write_questions(path: Path) -> Path:
     rows = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_a_base_model_in_the_recipe_of_sft_keeps_its_own_tokens(workplace: Path) -> None:
+    """The first command of docs/models.md."""
+    base, data = stand_in("smollm2-lora", workplace / "SmolLM2-135M-Instruct"), write_talk(workplace / "talk.jsonl")
+    words = ["fit", "--config", "sft", "--data.path", str(data), "--model.base_model", base]
+    rlchat(*words, *BRIEF, "--trainer.accelerator=cpu", "--model.max_length=96", "--model.learning_rate=0")
+    bundle = load_policy("checkpoints/sft_model.pt")
+    assert bundle.tokenizer.has_own_format
+    assert bundle.tokenizer.base_size <= ROWS
+    rows = LlamaForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    ours = bundle.model.backbone.transformer.get_input_embeddings().weight
+    own = bundle.tokenizer.encode("The quick brown fox")
+    theirs = Tokenizer.from_file(f"{base}/tokenizer.json").encode("The quick brown fox").ids
+    assert own == theirs
+    torch.testing.assert_close(ours[own], rows[own], atol=0, rtol=0)
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("distilbert", "from-scratch", "llama-lora")]

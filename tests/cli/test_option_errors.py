@@ -86,6 +86,32 @@ def test_a_flag_overrides_the_class_in_a_file(tmp_path: Path) -> None:
     assert str(explain(words, GROUPS, OPTIONS, "")).startswith("--model.clip_eps: no such option of SFTModule")
 
 
+def test_null_is_a_value() -> None:
+    """It hides no other error: neither before nor after it."""
+    unknown = "--model.lerning_rate: no such option of PPOModule; did you mean learning_rate?"
+    assert error("--model.init_from", "null", "--model.lerning_rate", "3") == unknown
+    assert error("--model.lerning_rate", "3", "--model.init_from=null") == unknown
+    assert error("--data.cache_dir", "null", "--model.lerning_rate", "3") == unknown
+    absent = "--model.reward.factors=[{class_path: nowhere.Absent}]"
+    assert "nowhere.Absent cannot be imported: there is no module nowhere" in error("--model.init_from=null", absent)
+    misspelled = "--model.reward.factors=[{class_path: rlchat.rewards.TooLong, init_args: {max_wrods: 3}}]"
+    assert "max_wrods: no such option of TooLong; did you mean max_words?" in error(
+        "--model.init_from=null", misspelled
+    )
+
+
+def test_null_where_a_value_is_needed() -> None:
+    wrong = "invalid value 'null' for --model.learning_rate: expected a number"
+    assert error("--model.init_from=null", "--model.learning_rate", "null") == wrong
+    assert error("--data.batch_size", "null") == "invalid value 'null' for --data.batch_size: expected an integer"
+
+
+@pytest.mark.parametrize("flag", ["--model.init_from", "--data.path", "--trainer.max_epochs"])
+def test_a_flag_without_a_value(flag: str) -> None:
+    assert error(flag) == f"{flag}: expected a value: {flag} VALUE"
+    assert error(flag, "--model.lerning_rate", "3") == f"{flag}: expected a value: {flag} VALUE"
+
+
 def test_other_errors_keep_the_message_of_the_parser() -> None:
     assert error("--model.clip_eps", "0.1", "--trainer.max_epochs=2") == "the parser's message"
 

@@ -400,6 +400,9 @@ def test_a_missing_base_model_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
         Backbone("no-such-owner/no-such-model", 35, POSITIONS)
     with pytest.raises(UserError, match=r"the folder contains no config\.json, expected a model of transformers"):
         Backbone(str(tmp_path), 35, POSITIONS)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"contains an adapter of peft, not a whole model; merge it into its base"):
+        Backbone(str(tmp_path), 35, POSITIONS)
 
 
 def test_a_leak_is_an_error_for_a_folder_too(tmp_path: Path) -> None:

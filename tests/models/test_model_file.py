@@ -259,8 +259,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path, write: Callable[[Path], None]
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.pt", tmp_path):
-        with pytest.raises(UserError, match="no such model file; train one") as error:
+    folder = r"this is a folder, not a model file; .*--model.base_model"
+    for path, reason in ((tmp_path / "nothing.pt", "no such model file; train one"), (tmp_path, folder)):
+        with pytest.raises(UserError, match=reason) as error:
             load_policy(path)
         check_one_sentence(error, path)
 

@@ -241,8 +241,9 @@ def test_embeddings_start_anew_only_on_request(tmp_path: Path) -> None:
     model = base_model(tmp_path, tokenizer_json(LLAMA3))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer files.*set --model.new_embeddings true"):
-        open_policy(str(tmp_path), "rlchat_1k", 64, None, None)
+    for encoding in ("rlchat_1k", None):
+        with pytest.raises(UserError, match=r"has no tokenizer files.*set --model.new_embeddings true"):
+            open_policy(str(tmp_path), encoding, 64, None, None)
     policy = open_policy(str(tmp_path), "rlchat_1k", 64, None, None, new_embeddings=True).model
     old, new = model.get_input_embeddings().weight, policy.backbone.transformer.get_input_embeddings().weight
     assert isinstance(old, torch.Tensor)
@@ -255,6 +256,16 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     base_model(tmp_path, tokenizer_json(LLAMA3), rows=300)
     with pytest.raises(UserError, match="has ids up to 402, but its embedding has 300 rows"):
         open_policy(str(tmp_path), None, 64, None, None)
+
+
+def test_a_special_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    """Although the number of tokens fits: the ids have a gap."""
+    raw = tokenizer_json(LLAMA3)
+    raw["added_tokens"][-1]["id"] = 500
+    base_model(tmp_path, raw, None, rows=420)
+    for encoding in (None, "rlchat_1k"):
+        with pytest.raises(UserError, match="has ids up to 500, but its embedding has 420 rows"):
+            open_policy(str(tmp_path), encoding, 64, None, None)
 
 
 def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:

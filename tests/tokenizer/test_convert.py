@@ -242,6 +242,27 @@ def test_a_refusal_says_what_would_follow(tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found no tokenizer.json; pass a folder that holds one"):
         ChatTokenizer(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nthe\n")
+    for attempt in (lambda: ChatTokenizer(str(tmp_path)), lambda: main(["convert", str(tmp_path), "-o", "o.tiktoken"])):
+        with pytest.raises(UserError, match=r"WordPiece.* (is|only) .*byte-level BPE"):
+            attempt()
+
+
+def test_the_command_suggests_its_own_options(tmp_path: Path) -> None:
+    raw, output = tokenizer_json(LLAMA3), tmp_path / "own.tiktoken"
+    words = [
+        "convert",
+        str(tokenizer_folder(tmp_path / "base", raw, "{{ messages[-1]['content'] }}")),
+        "-o",
+        str(output),
+    ]
+    with pytest.raises(UserError, match=r"Leave the template out with --no-chat-format$"):
+        main(words)
+    assert main([*words, "--no-chat-format"]) == 0
+    output.unlink()
+    tokenizer_folder(tmp_path / "base", {**raw, "normalizer": {"type": "NFKC"}})
+    with pytest.raises(UserError, match=r"NFKC[^-]*make a rank file with `rlchat tokenizer train`$"):
+        main(words)
 
 
 def test_a_converted_file_is_the_same_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

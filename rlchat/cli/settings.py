@@ -1,0 +1,92 @@
+"""The settings of the user, from the command line and from configuration files, as plain values with their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlchat.errors import UserError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that the user set."""
+
+    place: str
+    """As the user wrote it: ``--model.clip_eps`` on the command line, ``model.clip_eps`` in a file."""
+    keys: tuple[str, ...]
+    """The path to the value, without ``init_args``."""
+    value: Any
+    """The value as parsed by YAML."""
+    is_missing: bool = False
+    """Whether it is a flag without a value. The value None, written ``null``, is a value."""
+
+
+def config_files(words: Sequence[str]) -> list[str]:
+    """The files that ``--config`` names in ``words``, the command line without the command."""
+    return [value for flag, value in _flags(words) if flag == "--config" and value is not None]
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(flag, value) for each flag of the command line; a positional word has the value None."""
+    rest = list(words)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if equals or not flag.startswith("--"):
+            yield flag, value if equals else None
+        elif rest and not rest[0].startswith("--"):
+            yield flag, rest.pop(0)
+        else:
+            yield flag, None
+
+
+def settings_of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
+    """The setting of each flag except ``--config``; an error in place of a word that is no flag."""
+    appended: dict[tuple[str, ...], Any] = {}  # the class that --trainer.callbacks+=CLASS has appended to a list
+    for flag, text in _flags(words):
+        if flag == "--config" or flag.endswith((".help", "--help", "--print_config")):
+            continue
+        if not flag.startswith("-"):
+            yield UserError(f"{flag!r} is not an option; options are written --group.name VALUE")
+            continue
+        keys = tuple(key for key in flag.lstrip("-").rstrip("+").split(".") if key != "init_args")
+        value = text if text is None else _from_yaml(text)
+        if flag.endswith("+"):
+            appended[keys] = value
+        elif keys[:-1] in appended and value is not None:  # an option of that class
+            one = {"class_path": appended[keys[:-1]], "init_args": {keys[-1]: value}}
+            yield Setting("--" + ".".join(keys), keys[:-1], [one])
+            continue
+        value = [value] if flag.endswith("+") and value is not None else value
+        yield Setting("--" + ".".join(keys), keys, value, is_missing=not text)
+
+
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def settings_of_file(path: str) -> Iterator[Setting]:
+    """The settings in the configuration file ``path``; those of the model are one setting."""
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for group, value in content.items():
+        if isinstance(value, dict) and group != "model" and "class_path" not in value:
+            yield from (Setting(f"{group}.{name}", (group, name), inner) for name, inner in value.items())
+        else:
+            yield Setting(group, (group,), value)
+
+
+def class_path_of(setting: Setting) -> Any:
+    """The class path of the model in ``setting``, or None if it contains none."""
+    value = setting.value
+    if setting.keys == ("model", "class_path"):
+        return value
+    if setting.keys == ("model",):
+        return value.get("class_path") if isinstance(value, dict) else value
+    return None
