@@ -6,8 +6,8 @@ Both are measured against one `rlchat serve` process, over HTTP, with the same p
 the same tokens. They take turns, and figures are medians over turns, ratios pair by pair. Without MODEL, it uses random
 weights in the shape of the demo's model; their responses have all `--tokens`, a trained model's end earlier.
 
-Latency is that of small requests on one connection that is kept alive. The work of a response of one token, without
-HTTP, is measured in this process.
+Latency is that of small requests on one connection that is kept alive, with the server's CPU time. The work of a
+response of one token, without HTTP, is measured in this process.
 """
 
 from __future__ import annotations
@@ -119,12 +119,17 @@ async def latencies(url: str, model: Path, count: int = 200) -> dict[str, dict[s
         }
         for name, request in asked.items():
             seconds = []
+            before, own = await processor_seconds(client), time.process_time()
             for _ in range(count):
                 began = time.perf_counter()
                 await request()
                 seconds.append(time.perf_counter() - began)
-            results[name] = milliseconds(seconds)
-            print(f"{name:<22} {results[name]['median_ms']:6.1f} ms median {results[name]['p95_ms']:6.1f} ms 95th")
+            theirs = await processor_seconds(client) - before
+            used = time.process_time() - own if request is work_alone else theirs
+            row = results[name] = {**milliseconds(seconds), "cpu_ms": 1000 * used / count}
+            print(
+                f"{name:<22} {row['median_ms']:6.1f} ms median {row['p95_ms']:6.1f} ms 95th {row['cpu_ms']:6.1f} ms CPU"
+            )
     return results
 
 
