@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
@@ -46,8 +46,11 @@ class _RaggedBuilder:
     def __post_init__(self) -> None:
         self.flat = array(self.typecode)
 
-    def add(self, row: Iterable[int]) -> None:
-        self.flat.extend(row)
+    def add(self, row: list[int] | bytes) -> None:
+        if isinstance(row, bytes):
+            self.flat.frombytes(row)
+        else:
+            self.flat.extend(row)
         self.ends.append(len(self.flat))
 
     def build(self, name: str) -> Arrays:
@@ -286,7 +289,7 @@ class _SequenceBuilder:
                 if chosen[i].learn and chosen[i].role == "assistant" and (i > rendered.dropped or not rendered.dropped)
             )
             self.ids.add(rendered.ids)
-            self.mask.add(rendered.loss_mask)
+            self.mask.add(bytes(rendered.loss_mask))
             self.tree.append(tree)
         self.counts.finish_tree()
 
@@ -310,7 +313,7 @@ class _PromptBuilder:
             recent = recent_messages(prompt, self.needs.prompt_length, tokens_of)
             rendered = tokenizer.render_prompt(recent, self.needs.prompt_length)
             dropped = rendered.dropped + len(prompt.messages) - len(recent.messages)
-            self.ids.add(tally.count(replace(rendered, dropped=dropped)).ids)
+            self.ids.add(tally.count(replace(rendered, dropped=dropped) if dropped else rendered).ids)
             self.rows.add(_json(self._stored(prompt, known)))
             self.first_message.append(first_message)
             self.tree.append(tree)
