@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
@@ -17,6 +19,8 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 # With fewer tokens, the chat markers leave no room for text.
 MIN_PROMPT_LENGTH = 8
+
+_STRINGS_AT_ONCE = 10_000
 
 Task = Literal["sft", "reward", "ppo"]
 
@@ -64,7 +68,8 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> Tensor:
-        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+        start, end = self.offsets[row : row + 2].tolist()
+        return self.flat[start:end]
 
     @property
     def lengths(self) -> Tensor:
@@ -125,6 +130,13 @@ class StoredStrings(Sequence[str]):
         if not 0 <= row < len(self):
             raise IndexError(row)
         return _bytes(self.rows[row]).decode()
+
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), _STRINGS_AT_ONCE):
+            offsets = self.rows.offsets[first : first + _STRINGS_AT_ONCE + 1].tolist()
+            content = _bytes(self.rows.flat[offsets[0] : offsets[-1]])
+            for start, end in pairwise(offsets):
+                yield content[start - offsets[0] : end - offsets[0]].decode()
 
 
 class StoredConversations(Sequence[Conversation]):
@@ -187,7 +199,8 @@ class Corpus:
         """``unit_hash(seed, split_id)`` as Double [trees]: stored for one seed, computed for others."""
         if seed == self.split_seed:
             return self.split_hash
-        return torch.tensor([unit_hash(seed, name) for name in self.split_ids], dtype=torch.float64)
+        hashes = array("d", (unit_hash(seed, name) for name in self.split_ids))
+        return torch.frombuffer(hashes, dtype=torch.float64)
 
 
 # Array -> the array whose values it counts. The numbers of a part of the data start from 0. When it is appended to

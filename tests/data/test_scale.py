@@ -19,6 +19,7 @@ from rlchat.data.datamodule import OASST2DataModule
 from rlchat.data.forest import ForestBuilder
 from rlchat.data.formats import read_forest, read_trees
 from rlchat.data.imitation import Imitation
+from rlchat.data.splits import unit_hash
 from rlchat.data.tokenizing import Tokenization, tokenize_trees, whole_conversations
 from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -165,6 +166,17 @@ def test_reading_and_tokenizing_keep_few_bytes_per_row(tmp_path: Path, byte_toke
 
     peak(100)  # what is imported and cached at the first use
     assert peak(4000) - peak(2000) < 2000 * 100
+
+
+def test_another_seed_has_the_places_of_its_own_hash(
+    tmp_path: Path, byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlchat.data.corpus._STRINGS_AT_ONCE", 7)
+    trees, _ = read_trees([write(tmp_path / "d.jsonl")], progress=False)
+    corpus = tokenized(trees, Tokenization(DataNeeds("sft", byte_tokenizer, 64), split_seed=3), tmp_path)
+    assert list(corpus.split_ids) == [corpus.split_ids[i] for i in range(51)] == [tree.opening_id for tree in trees]
+    for seed in (3, 4):
+        assert corpus.places(seed).tolist() == [unit_hash(seed, tree.opening_id) for tree in trees]
 
 
 def test_rows_of_one_tree_are_merged_in_their_order(tmp_path: Path) -> None:
