@@ -138,6 +138,7 @@ def models(folder: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPat
     shutil.copy(ROOT / "rlchat" / "tokenizer" / "encodings" / "rlchat_1k.tiktoken", "mine.tiktoken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line", [line for line in TRAINING if " fit " in line and not any(word in line for word in ELSEWHERE)]
 )
