@@ -78,8 +78,7 @@ def measure(run: Run) -> None:
     import lightning as L
     import torch
     from common import SIZES, Hyperparameters, initial_model, make_prompts
-    from rlchat_side import IdPPO, make_batches, options_of
-    from torch.utils.data import DataLoader
+    from rlchat_side import IdPPO, fit, make_batches, options_of
 
     from rlchat.data.batches import PromptBatch
     from rlchat.ppo.module import Iteration
@@ -118,19 +117,8 @@ def measure(run: Run) -> None:
         PromptBatch(batch.ids[rank::world], batch.attention_mask[rank::world], batch.conversations[rank::world])
         for batch in batches
     ]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        use_distributed_sampler=False,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Printer()],
-    )
-    trainer.fit(module, DataLoader(mine, batch_size=None))
+    strategy = "ddp" if world > 1 else "auto"
+    fit(module, mine, Printer(), devices=world, strategy=strategy, use_distributed_sampler=False)
 
 
 def measured(run: Run) -> dict[str, float]:

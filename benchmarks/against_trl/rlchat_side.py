@@ -169,23 +169,23 @@ def options_of(
     }
 
 
-def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback, gpu: bool = False) -> None:
-    """Trains on the batches in their order, without writing files."""
+def fit(module: IdPPO, batches: list[PromptBatch], *callbacks: L.Callback, gpu: bool = False, **trainer: Any) -> None:
+    """Trains on the batches in their order, without writing files; ``trainer`` are more options of the Trainer."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
-    trainer = L.Trainer(
-        accelerator="gpu" if gpu else "cpu",
-        devices=1,
-        precision="bf16-mixed" if gpu else "32-true",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    options: dict[str, Any] = {
+        "accelerator": "gpu" if gpu else "cpu",
+        "devices": 1,
+        "precision": "bf16-mixed" if gpu else "32-true",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": list(callbacks),
+    }
+    L.Trainer(**(options | trainer)).fit(module, DataLoader(batches, batch_size=None))
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ class PartCheckpoint:
             UserError: if it does not; the error names the option or the weight.
         """
         self._check_options(module, checkpoint.get("hyper_parameters", {}))
-        state = checkpoint.get("state_dict", {})
-        for name, value in module.state_dict().items():
+        state, own = checkpoint.get("state_dict", {}), module.state_dict()
+        for name, value in own.items():
             if name in state and state[name].shape != value.shape:
                 found, expected = tuple(state[name].shape), tuple(value.shape)
                 raise UserError(
@@ -97,7 +97,7 @@ class PartCheckpoint:
                 "or init_from, and the same seed_everything if the base model has random weights"
             )
         omitted = omitted_weights(module)
-        for name in module.state_dict():
+        for name in own:
             if name not in state and name not in omitted:
                 raise UserError(f"the checkpoint lacks the weight {name}; use a checkpoint of the same model")
 
