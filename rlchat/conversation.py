@@ -6,7 +6,10 @@ contain plain values, and import nothing large.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -155,6 +158,11 @@ def conversation_from_dict(row: dict[str, Any]) -> Conversation:
 def message_to_list(message: Message) -> list[Any]:
     """Plain values such that ``Message(*values)`` is the same message."""
     return [message.role, message.text, message.quality, message.rank, message.learn]
+
+
+def messages_id(messages: Sequence[Sequence[str]]) -> str:
+    """Names a list of (role, text): 12 hexadecimal digits, the same in every process."""
+    return hashlib.blake2b(json.dumps([*map(list, messages)]).encode(), digest_size=6).hexdigest()
 
 
 def numbers_in(text: str) -> list[float]:

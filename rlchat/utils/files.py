@@ -54,10 +54,15 @@ def give_usual_permissions(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends one line of JSON per row to ``path``, in one write. Raises :class:`UserError` if that fails."""
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], compact: bool = False) -> None:
+    """Appends one line of JSON per row to ``path``, in one write. Raises :class:`UserError` if that fails.
+
+    ``compact`` lines have no spaces between fields and numbers.
+    """
+    separators = (",", ":") if compact else (", ", ": ")
     # A lone surrogate has no UTF-8 encoding; JSON represents it by its backslash escape.
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    text = "".join(json.dumps(row, ensure_ascii=False, separators=separators) + "\n" for row in rows)
+    lines = text.encode("utf-8", "backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:

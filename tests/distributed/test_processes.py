@@ -29,6 +29,7 @@ from rlchat.models.model_file import load_policy
 PREDICT = ["--data.predict_path=questions.txt", "--trainer.accelerator=cpu", "--data.val_batch_size=4"]
 SAVING = ["--best_model.save_last_every=1", "--trainer.plugins+=keeper.Keeper"]
 FEW_STEPS = "--model.minibatches=2"  # a step with FSDP2 takes longer
+ROLLOUTS = ["--rollout_log.every_n_iterations=1", "--rollout_log.max_replies=5", "--rollout_log.ratio=true"]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = "--model.init_from=one-ppo/checkpoints/rl_chat_model_tiktoken.pt"
     predict = ["predict", *PREDICT, "--model=rlchat.PPOModule", "--model.max_new_tokens=12", bundle]
     with working_in(folder):
-        rlchat(*words("one-ppo", "ppo", 1, "auto"))
-        rlchat(*words("one-few", "ppo", 1, "auto", FEW_STEPS))
+        rlchat(*words("one-ppo", "ppo", 1, "auto", *ROLLOUTS))
+        rlchat(*words("one-few", "ppo", 1, "auto", FEW_STEPS, *ROLLOUTS))
         rlchat(*predict, "--predictions.path=one.jsonl")
     kept = "fsdp2-few/lightning_logs/ppo/version_0/checkpoints/kept/01.ckpt"
     run(
         folder,
         [
-            words("ddp-ppo", "ppo", 2, "ddp"),
-            words("fsdp2-few", "ppo", 2, "fsdp2", *SAVING, FEW_STEPS),
+            words("ddp-ppo", "ppo", 2, "ddp", *ROLLOUTS),
+            words("fsdp2-few", "ppo", 2, "fsdp2", *SAVING, FEW_STEPS, *ROLLOUTS),
             words("fsdp2-resumed", "ppo", 2, "fsdp2", *SAVING, FEW_STEPS, "--ckpt_path", kept),
             [*predict, "--predictions.path=two.jsonl", "--trainer.devices=2", "--trainer.strategy=fsdp2"],
         ],
@@ -75,6 +76,24 @@ def all_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("strategy", "name"), [("ddp", "ppo"), ("fsdp2", "few")])
 def test_two_processes_train_ppo_like_one(strategy: str, name: str, runs: Path) -> None:
     compare(runs / f"one-{name}", runs / f"{strategy}-{name}", ranks=2, stage="ppo").check()
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("ddp", "ppo"), ("fsdp2", "few")])
+def test_two_processes_log_the_rollouts_of_one(strategy: str, name: str, runs: Path) -> None:
+    """The same responses in the same order, with the same numbers per token."""
+    logs = [runs / f"{run}-{name}" / "lightning_logs/ppo/version_0/rollouts.jsonl" for run in ("one", strategy)]
+    one, two = ([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] for log in logs)
+    assert [row["iteration"] for row in one] == [n for n in (1, 2, 3) for _ in range(5)]
+    for row, other in zip(one, two, strict=True):
+        tokens, others = row.pop("per_token"), other.pop("per_token")
+        assert tokens.pop("text") == others.pop("text")
+        assert set(tokens) == {"logprob", "kl", "entropy", "advantage", "value", "ratio"}
+        for column, numbers in tokens.items():
+            assert others[column] == pytest.approx(numbers, rel=2e-3, abs=1e-3), column
+        for number in ("reward", "kl", "value"):
+            assert other.pop(number) == pytest.approx(row.pop(number), abs=1e-4)
+        assert other.pop("factors") == pytest.approx(row.pop("factors"), abs=1e-5)
+        assert other == row
 
 
 @pytest.mark.slow

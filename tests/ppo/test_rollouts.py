@@ -551,6 +551,7 @@ def test_the_rows_of_a_conversation_of_two_turns_by_hand() -> None:
         old_logprobs=torch.tensor([[-1.0, -2.0, 9.0, -0.5], [-4.0, 9.0, 9.0, 9.0]]),
         ref_logprobs=torch.tensor([[-1.5, -2.25, 5.0, -0.25], [-6.0, 5.0, 5.0, 5.0]]),
         values=torch.tensor([[0.1, 0.2, 7.0, 0.3], [0.4, 7.0, 7.0, 7.0]]),
+        entropy=torch.zeros(2, 4),
         sampling_logprobs=torch.zeros(2, 4),
         kept=KeptStates(),
     )
