@@ -13,6 +13,7 @@ COMMANDS = {
     "validate": "measure a model on the validation split",
     "test": "measure a model on the held-out test split",
     "predict": "write responses to a file of prompts as JSONL",
+    "look": "look at the rollouts of a PPO run token by token, on a page at http://127.0.0.1:8010",
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
@@ -68,6 +69,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.chat import repl
 
         return repl.main
+    if command == "look":
+        from rlchat.look import main as look
+
+        return look.main
     if command == "serve":
         from rlchat.server import main as server
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from starlette.responses import Response
 
 from rlchat.server.errors import APIError
+from rlchat.utils.hosts import is_address_or
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -136,14 +136,7 @@ class Guard:
 
     def knows(self, host: str) -> bool:
         """Whether ``host`` is an address or an allowed name, with or without a port."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            if name in self.hosts:
-                return True
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        return is_address_or(host, self.hosts)
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if the client disconnected before its end. Raises :class:`APIError` if it is too large."""
