@@ -20,6 +20,7 @@ import yaml
 from helpers.adapters import base_folder, ppo_with_adapter, reward_with_adapter, save
 from helpers.chat_models import random_policy
 from helpers.command_line import write_talk
+from helpers.look_runs import rollout, write_run
 from lightning.pytorch import Trainer
 
 from rlchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
@@ -37,7 +38,14 @@ BLOCKS = [
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
 # Commands that train, or listen for requests: their command lines are parsed. The other commands of rlchat run.
-PARSED_ONLY = {"rlchat demo", "rlchat demo --seed 1", "rlchat demo --real"}
+PARSED_ONLY = {
+    "rlchat demo",
+    "rlchat demo --seed 1",
+    "rlchat demo --real",
+    "rlchat look",
+    "rlchat look lightning_logs/ppo/version_0 --port 8011",
+    "rlchat look lightning_logs/ppo/version_1 --with lightning_logs/ppo/version_0",
+}
 
 
 def shell_lines() -> list[str]:
@@ -96,6 +104,7 @@ def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
     (workplace / "questions.txt").write_text("What comes after 3?\nHello\n")
     save_bundle("checkpoints/rl_chat_model_tiktoken.pt", random_policy(tokenizer))
     shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/sft_model.pt")
+    write_run(Path("lightning_logs/ppo/version_0"), [rollout()])
     Path("checkpoints/report.json").write_text('{"ppo": {"reward": 1.05}}')
     return workplace
 

@@ -158,6 +158,7 @@ class Demo:
         show_first_messages(self.console, new.first_messages, SHOWN)
         show_figures(self.console, self.report, time.monotonic() - began)
         commands = {
+            "rlchat look": "the responses of PPO, token by token",
             "tensorboard --logdir lightning_logs": "training curves of all three stages",
             "rlchat demo --seed 1": "train in another world",
         }

@@ -17,7 +17,7 @@ from typing import Any
 from rlchat.conversation import messages_id
 
 NAME = "rollouts.jsonl"
-FIELDS = ("advantage", "value", "kl", "ratio", "entropy", "logprob")  # the numbers per token, in the page's order
+FIELDS = ("advantage", "value", "kl", "ratio", "entropy", "logprob")  # the numbers per token, in the order of page.html
 
 
 class Rollouts:
@@ -55,7 +55,6 @@ class Rollouts:
             head = {
                 "source": here,
                 "first": first,
-                "fields": FIELDS,
                 "factors": self._factors,
                 "firstPrompt": known_prompts,
                 "prompts": self._messages[known_prompts:],
@@ -102,7 +101,7 @@ class Rollouts:
             _number(line["kl"]),
             _number(line["value"]),
             [scores.get(factor) for factor in names],
-            line["per_token"] and _all_extremes(line["per_token"], line["tokens"]),
+            None if line["per_token"] is None else _all_extremes(line["per_token"], line["tokens"]),
         ]
         encoded = _compact(row)
         # The line is complete: from here on, nothing fails.

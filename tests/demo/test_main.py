@@ -105,7 +105,8 @@ def test_the_output_ends_with_replies_figures_and_the_next_commands(demo: tuple[
     assert re.search(rf"correct after a change of subject, sampled +│ +{before:.3f} +│ +{after:.3f}", screen)
     assert "before PPO (SFT)" in screen
     ending = screen[screen.index("Next:") :]
-    for command in ("rlchat chat", "rlchat serve", "tensorboard --logdir lightning_logs", "rlchat demo --seed 1"):
+    others = ("rlchat look", "tensorboard --logdir lightning_logs", "rlchat demo --seed 1")
+    for command in ("rlchat chat", "rlchat serve", *others):
         assert re.search(rf"^  {command}  ", ending, re.MULTILINE)
     assert screen.rstrip().endswith('Try "Hello, how are you?", "What is the capital of Belan?" or "3 + 4".')
     assert "Traceback" not in screen

@@ -237,7 +237,7 @@ def test_the_same_prompt_over_iterations(opener: Opener) -> None:
     expect(rows).to_have_count(12)
 
 
-CURVES = "step,train/reward,train/kl,odd\n0,0.0,1,5\n10,1.0,2,\n20,2.0,3,7\n"
+CURVES = "step,train/reward,train/kl,odd\n0,0.0,1,5\n10,1.0,2,\n20,2.0,3,\n"
 
 
 def test_curves_with_the_iteration_marked(opener: Opener) -> None:
@@ -252,7 +252,8 @@ def test_curves_with_the_iteration_marked(opener: Opener) -> None:
     assert rewards(page) == ["3", "1"]  # those of the logged iteration that is nearest
     expect(mark).to_have_attribute("x1", "0")
     page.get_by_text("All metrics").click()
-    expect(page.locator("#more .curve .title span:first-child")).to_have_text(["odd"])
+    expect(page.locator("#more .curve .title span")).to_have_text(["odd", "5"])
+    expect(page.locator("#more .curve circle")).to_have_count(1)  # a curve of one point
 
 
 def test_two_runs_side_by_side(opener: Opener, tmp_path: Path) -> None:

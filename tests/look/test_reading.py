@@ -35,7 +35,6 @@ def test_rows_and_their_tokens(tmp_path: Path) -> None:
     head, tokens = read(write_run(tmp_path / "run", [rollout(), other, rollout(iteration=4)]))
     value, kl, entropy = FIRST
     extremes = [[-1.0, 2.0], value, kl, None, entropy, SECOND]
-    assert head["fields"] == ["advantage", "value", "kl", "ratio", "entropy", "logprob"]
     assert head["factors"] == ["quality", "polite", "new"]
     assert head["prompts"] == [["a", [["user", "Say hello."]]], ["b", [["user", "Say hello."]]]]
     assert head["rows"] == [
@@ -68,6 +67,7 @@ DAMAGED = [
     json.dumps(rollout(per_token={**TOKENS, "kl": [0.5, "x", 0.5]})),
     json.dumps(rollout(per_token={**TOKENS, "text": [1, 2, 3]})),
     json.dumps(rollout(per_token=[1])),
+    json.dumps(rollout(per_token={})),
     json.dumps(rollout())[:-40],
     "[" * 100_000,
 ]
