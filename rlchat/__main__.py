@@ -14,6 +14,7 @@ COMMANDS = {
     "test": "measure a model on the held-out test split",
     "predict": "write responses to a file of prompts as JSONL",
     "look": "look at the rollouts of a PPO run token by token, on a page at http://127.0.0.1:8010",
+    "report": "write a page about a run: figures before and after, plots, samples, alarms",
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
@@ -73,6 +74,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.look import main as look
 
         return look.main
+    if command == "report":
+        from rlchat.look import report
+
+        return report.main
     if command == "serve":
         from rlchat.server import main as server
 

@@ -38,13 +38,21 @@ from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.progress_bar import OneLineProgressBar
 from rlchat.callbacks.rollout_log import RolloutLog
+from rlchat.callbacks.run_state import is_fast_dev_run
 from rlchat.cli.data_class import BatchCheck, check_data_needs, with_data_class
 from rlchat.cli.hyperparameters import HyperparameterLog, options_to_log
 from rlchat.cli.library_errors import user_error_in
 from rlchat.cli.messages import configure_messages
 from rlchat.cli.option_errors import explain, ignored_variables
 from rlchat.cli.recipes import checked_recipe
-from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configuration_of, newest_run
+from rlchat.cli.runs import (
+    LOGS,
+    CheckpointRecord,
+    check_checkpoint,
+    configuration_of,
+    newest_run,
+    record_versions,
+)
 from rlchat.cli.trainer_options import check_checkpoint_keyword, check_trainer, check_trainer_for_ppo
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.distributed.collectives import is_first
@@ -236,12 +244,15 @@ class RLChatCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration of a run in its log folder. A run without loggers has no log folder."""
+    """Saves the configuration of a run and its versions in its log folder. A run without loggers has no log folder."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Writes ``config.yaml``; ``rlchat fit --config`` with this file repeats the run."""
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
+            folder = trainer.log_dir  # a collective
+            if folder is not None and trainer.is_global_zero and not is_fast_dev_run(trainer):
+                record_versions(Path(folder))
 
 
 def main(args: ArgsType = None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
 LOGS = "lightning_logs"
+_PACKAGES = ("rlchat", "torch", "lightning", "transformers", "tiktoken")
 _RECORD = Path(LOGS, "checkpoint_folders.json")
 
 
@@ -53,6 +56,12 @@ class CheckpointRecord(L.Callback):
             return
         older = [Path(path) for path in _recorded().get(self.stage, []) if path != str(best.dirpath)]
         delete_checkpoints(older[: len(older) - (best.keep_runs - 1)], (BEST, LAST))
+
+
+def record_versions(folder: Path) -> None:
+    """Writes ``versions.json``: the versions of Python and of the packages that determine the result of a run."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    write_atomically(folder / "versions.json", lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
 def _recorded() -> dict[str, list[str]]:

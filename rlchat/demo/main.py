@@ -21,12 +21,14 @@ from rlchat.conversation import Conversation
 from rlchat.demo.corpus import TREES, write_demo_corpus
 from rlchat.demo.tables import show_figures, show_first_messages, show_next_steps, show_replies
 from rlchat.errors import UserError
+from rlchat.look.report import write_report
 from rlchat.utils.files import set_aside, write_atomically
 from rlchat.utils.threads import fastest_threads
 
 DATA = Path("data/demo.jsonl")
 CHECKPOINTS = Path("checkpoints")
 REPORT = CHECKPOINTS / "report.json"
+PAGE = CHECKPOINTS / "report.html"
 SHOWN = 8
 
 _STAGES = {
@@ -135,6 +137,7 @@ class Demo:
         self.common = [f"--seed_everything={seed}", f"--data.seed={seed}"] if seed else []
         self.fast = fast
         self.report: dict[str, Any] = {}
+        self.run_folder = Path()  # of the last stage
 
     def run(self) -> None:
         """SFT, reward model and PPO; then the report and the tables."""
@@ -163,7 +166,8 @@ class Demo:
             "rlchat demo --seed 1": "train in another world",
         }
         questions = '"Hello, how are you?", "What is the capital of Belan?" or "3 + 4"'
-        show_next_steps(self.console, REPORT, commands, questions)
+        page, _ = write_report(self.run_folder, PAGE)
+        show_next_steps(self.console, REPORT, page, commands, questions)
 
     def fit(self, stage: str) -> None:
         """Trains one stage, and records how long it took."""
@@ -175,7 +179,8 @@ class Demo:
         began = time.monotonic()
         threads = self.threads or fastest_threads()
         torch.set_num_threads(threads)
-        _run([*argv, *(_FAST if self.fast else []), *(_FAST_PPO if self.fast and stage == "ppo" else [])])
+        cli = _run([*argv, *(_FAST if self.fast else []), *(_FAST_PPO if self.fast and stage == "ppo" else [])])
+        self.run_folder = Path(cli.trainer.log_dir)
         self.report[stage] = {"seconds": round(time.monotonic() - began, 1), "threads": threads}
 
     def test(self, stage: str, checkpoint: str | None) -> tuple[dict[str, float], list[Conversation]]:

@@ -77,12 +77,13 @@ def show_figures(console: Console, report: dict[str, Any], seconds: float) -> No
     )
 
 
-def show_next_steps(console: Console, report: Path, commands: dict[str, str], questions: str) -> None:
+def show_next_steps(console: Console, report: Path, page: Path, commands: dict[str, str], questions: str) -> None:
     """Prints which files the demo has written, the ``commands`` to go on with (and what for), and ``questions``."""
     files = {
         "model": "checkpoints/rl_chat_model_tiktoken.pt",
         "plot": "checkpoints/rl_chat_model_tiktoken_stats.png",
         "figures": str(report),
+        "report": str(page),
     }
     for what, name in files.items():
         console.print(f"{what:>8}  {name}", highlight=False)

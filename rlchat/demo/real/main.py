@@ -17,6 +17,7 @@ from rlchat.demo.real.base import find_base_model
 from rlchat.demo.real.measure import Measured, mean_kl, measure, read_data
 from rlchat.demo.real.tables import show_control, show_figures, show_replies
 from rlchat.demo.tables import show_next_steps
+from rlchat.look.report import write_report
 from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.training.initial_model import open_policy
 from rlchat.utils.devices import choose_device
@@ -25,6 +26,7 @@ from rlchat.utils.files import set_aside, write_atomically
 CHECKPOINTS = Path("checkpoints")
 MODEL = CHECKPOINTS / "rl_chat_model_tiktoken.pt"
 REPORT = CHECKPOINTS / "real_report.json"
+PAGE = CHECKPOINTS / "real_report.html"
 MAX_LENGTH = 256
 SHOWN = 8
 
@@ -91,7 +93,8 @@ class RealDemo:
             "tensorboard --logdir lightning_logs": "training curves",
             "rlchat demo --real --seed 1": "the same with another seed",
         }
-        show_next_steps(self.console, REPORT, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
+        page, _ = write_report(self.run_folder, PAGE)
+        show_next_steps(self.console, REPORT, page, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
 
     def base(self) -> PolicyBundle:
         """The base model, in eval mode."""
@@ -115,6 +118,7 @@ class RealDemo:
             self.console.print(f"[dim]$[/] rlchat {escape(' '.join(argv))}", highlight=False, soft_wrap=True)
             began = time.monotonic()
             trained = cli.run([*argv, *(_FAST if self.fast else [])])
+        self.run_folder = Path(trained.trainer.log_dir or "")
         return {
             "iterations": int(trained.model.iterations),
             "seconds": round(time.monotonic() - began, 1),
