@@ -13,6 +13,7 @@ from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.rewards import Factor, Reply, Reward
+from rlchat.rewards.best_of import best_of
 from rlchat.rewards.classifier import HFReward
 from rlchat.rewards.described import check_arguments, find_factor
 from rlchat.rewards.learned import LearnedQuality
@@ -89,6 +90,19 @@ class RewardScorer:
             why = "; ".join(f"{name} ({reason})" for name, reason in self.not_scored(prompt).items())
             raise UserError(f"{self._path}: no factor of the reward can score this response: {why}")
         return factors
+
+    def best(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Reply]:
+        """For each of ``prompts``, the response with the highest reward.
+
+        ``replies`` are n responses to the first prompt, then n to the second, and so on. Raises :class:`UserError` if
+        no factor can score the responses to a prompt.
+        """
+        n = len(replies) // len(prompts) if prompts else 1
+        of_each = [prompt for prompt in prompts for _ in range(n)]
+        rewards = []
+        for prompt, reply, factors in zip(of_each, replies, self.breakdown(of_each, replies), strict=True):
+            rewards.append(sum((factors or self.score(prompt, reply)).values()))
+        return [replies[i] for i in best_of(rewards, n)]
 
     def score_text(
         self, prompt: Conversation, text: str, *, ended: bool = True

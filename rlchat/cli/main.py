@@ -300,8 +300,9 @@ def run(argv: list[str]) -> RLChatCLI:
 def with_recipes(argv: list[str]) -> list[str]:
     """``argv`` in the form that jsonargparse expects.
 
-    Recipes become the paths of their files, and several values after ``--data.path`` become one list. If the command
-    line sets a checkpoint and no configuration, the configuration of the checkpoint's run is added.
+    Recipes become the paths of their files, several values after ``--data.path`` become one list, and ``--best_of`` is
+    short for ``--predictions.best_of``. If the command line sets a checkpoint and no configuration, the configuration
+    of the checkpoint's run is added.
     """
     result: list[str] = []
     words = deque(argv)
@@ -319,6 +320,8 @@ def with_recipes(argv: list[str]) -> list[str]:
             result += [f"{word}={json.dumps(values)}"] if quoted else [word, *values]
         elif flag == "--data.path" and _is_comment(value):
             result.append(f"{flag}={json.dumps([value])}")
+        elif flag == "--best_of":
+            result.append(word.replace(flag, "--predictions.best_of", 1))
         else:
             result.append(word)
     checkpoint = _option(argv, "--ckpt_path")

@@ -594,6 +594,21 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
     assert asked == [["Hi"], ["Hi", "Hello!", "Why?"], ["Hi"]]
 
 
+def test_predict_writes_the_best_of_several(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (after / "prompts.txt").write_text("Hi\nWhy?\nWhat is it?\n")
+    words = ["predict", "--ckpt_path", "best", "--data.val_batch_size", "2", "--data.predict_path", "prompts.txt"]
+    rlchat(*words, "--best_of", "4")
+    assert "the best of 4 have a mean reward of" in (printed := capsys.readouterr().out)
+    assert "KL to the model at most 0.64 nats per response" in printed  # log 4 - 3/4
+    replies = rows(after / "replies.jsonl")
+    assert [reply["messages"][-1]["content"] for reply in replies] == ["Hi", "Why?", "What is it?"]
+    assert all(reply["best_of"] == 4 and reply["reward"] >= reply["mean_reward"] for reply in replies)
+    assert any(reply["reward"] > reply["mean_reward"] for reply in replies)
+    sft = newest(trained, "sft") / "checkpoints" / "best.ckpt"
+    message = error_message(capsys, *words[:2], str(sft), *words[3:], "--best_of", "2", "--predictions.path", "x")
+    assert "--best_of 2 needs a reward, and SFTModule has none" in message
+
+
 def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_message(capsys, "predict", "--ckpt_path", "best")
     assert "no prompts are specified; pass a file of prompts with --data.predict_path FILE" in message
