@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(command)(rest)
     except UserError as error:
-        print(f"rlchat: {error}", file=sys.stderr)
+        print(f"{error.details}rlchat: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nrlchat: {str(stop) or 'stopped'}", file=sys.stderr)

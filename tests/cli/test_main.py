@@ -682,15 +682,74 @@ def test_ctrl_c_before_the_first_batch(here: Path, capsys: pytest.CaptureFixture
 # ---- errors of users' code and of libraries --------------------------------------------------------------------------
 
 
-def test_an_error_in_a_users_own_code_keeps_its_traceback(here: Path) -> None:
-    (here / "broken.py").write_text(
-        "from rlchat.rewards import ReplyFactor\nclass Broken(ReplyFactor):\n"
-        "    def score(self, prompt, reply):\n        return 1 / 0\n"
-    )
-    (here / "mine.yaml").write_text(factor("{class_path: broken.Broken}"))
-    with pytest.raises(RuntimeError, match="reward factor 'broken' failed: ZeroDivisionError") as failure:
-        main(["fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]])
-    assert isinstance(failure.value.__cause__, ZeroDivisionError)
+BROKEN = """from rlchat.rewards import FunctionReward, ReplyFactor
+
+def ratio(prompt, reply):
+    return inner(0)
+
+def inner(number):
+    return 1 / number
+
+class Broken(ReplyFactor):
+    def score(self, prompt, reply):
+        raise OSError(2, "no such lexicon")
+
+class Unready(ReplyFactor):
+    def __init__(self, weight: float = 1.0):
+        self.words = {}["words"]
+
+    def score(self, prompt, reply):
+        return 0.0
+
+class Unmoved(ReplyFactor):
+    def to(self, device):
+        raise AssertionError
+
+    def score(self, prompt, reply):
+        return 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "described", "frames", "last"),
+    [
+        (
+            "fit",
+            "{class_path: rlchat.rewards.FunctionReward, init_args: {function: broken.ratio}}",
+            ["ratio", "inner"],
+            "'ratio' (broken.ratio) failed: ZeroDivisionError: division by zero; see line 7 of broken.py",
+        ),
+        (
+            "validate",
+            "{class_path: broken.Broken}",
+            ["score"],
+            "'broken' (broken.Broken) failed: FileNotFoundError: [Errno 2] no such lexicon; see line 11 of broken.py",
+        ),
+        (
+            "fit",
+            "{class_path: broken.Unready}",
+            ["__init__"],
+            "'unready' (broken.Unready) failed: KeyError: 'words'; see line 15 of broken.py",
+        ),
+        (
+            "fit",
+            "{class_path: broken.Unmoved}",
+            ["to"],
+            "'unmoved' (broken.Unmoved) failed: AssertionError; see line 22 of broken.py",
+        ),
+    ],
+)
+def test_an_error_in_a_users_own_factor_shows_the_traceback_of_its_code(
+    here: Path, capsys: pytest.CaptureFixture[str], command: str, described: str, frames: list[str], last: str
+) -> None:
+    (here / "broken.py").write_text(BROKEN)
+    (here / "mine.yaml").write_text(factor(described))
+    sys.modules.pop("broken", None)
+    assert main([command, "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]]) == 2
+    err = capsys.readouterr().err
+    trace = err[err.index("Traceback (most recent call last):") :].splitlines()
+    assert [line.rpartition(" in ")[2] for line in trace if line.startswith("  File ")] == frames
+    assert trace[-1] == f"rlchat: reward factor {last}"
 
 
 def test_a_user_error_is_found_inside_the_error_of_a_library() -> None:

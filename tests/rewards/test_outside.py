@@ -147,11 +147,14 @@ def test_a_failing_function_is_named() -> None:
         FactorError, match=r"reward factor 'word' returned 'good' for the response 'hi': score\(\) must"
     ):
         Reward([FunctionReward("functions_for_a_test.word")])([ASKED], [reply("hi")])
-    with pytest.raises(
-        RuntimeError, match="reward factor 'fails' failed: ZeroDivisionError: division by zero"
-    ) as error:
+    with pytest.raises(FactorError) as error:
         Reward([FunctionReward("functions_for_a_test.fails")])([ASKED], [reply("hi")])
+    assert str(error.value) == (
+        "reward factor 'fails' (functions_for_a_test.fails) failed: ZeroDivisionError: division by zero; "
+        "see line 12 of functions_for_a_test.py"
+    )
     assert isinstance(error.value.__cause__, ZeroDivisionError)
+    assert [line.strip() for line in error.value.details.splitlines()][2] == "return 1 / 0"
 
 
 def test_a_user_error_of_any_factor_names_it() -> None:
