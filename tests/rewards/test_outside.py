@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rlchat.errors import UserError
 from rlchat.rewards import FactorError, FunctionReward, HTTPReward, Reply, ReplyFactor, Reward, Verified
 
 ASKED = Conversation((Message("user", "What is 6 × 7?"),), check=Check(("42",), kind="number"))
+SLOW = "(a|aa)+$"  # tries every way to write 100 letters as ones and twos
 UNCHECKED = Conversation((Message("user", "Hello"),))
 
 
@@ -54,6 +56,18 @@ def test_verified_by_kind_of_check(check: Check, right: list[str], wrong: list[s
     texts = right + wrong
     scores = Verified()([prompt] * len(texts), [reply(text) for text in texts])
     assert dict(zip(texts, scores.tolist(), strict=True)) == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+
+
+@pytest.mark.parametrize("check", [Check((SLOW,), kind="regex"), Check(("a",), (SLOW,), "regex")])
+def test_a_pattern_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
+    monkeypatch.setattr("rlchat.conversation.REGEX_SECONDS", 0.05)
+    prompt = Conversation(ASKED.messages, check=check)
+    replies = [reply("a" * 100 + "!"), reply("b"), reply("a" * 100 + "!")]
+    complaint = "the check '(a|aa)+$' of the prompt 'What is 6 × 7?' took more than 0.05 s on a response, which"
+    with pytest.warns(UserWarning, match=re.escape(complaint)):
+        assert Verified()([prompt] * 3, replies).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(TimeoutError, match=r"^\(a\|aa\)\+\$$"):
+        check.passes(replies[0].text)
 
 
 def test_verified_counts_prompts_without_a_check(caplog: pytest.LogCaptureFixture) -> None:
