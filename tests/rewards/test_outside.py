@@ -224,21 +224,41 @@ def test_temporary_failures_are_retried() -> None:
         (
             (500, b"no\nmemory"),
             2,
-            r"answered HTTP 500 Internal Server Error \(no memory\) after 2 attempts; check that",
+            r"answered HTTP 500 Internal Server Error \(no memory\) after 2 attempts; see the log of the service, or",
         ),
-        ((404, b""), 1, r"answered HTTP 404 Not Found$"),
-        ((302, b""), 1, r"answered HTTP 302 Found"),
-        ((200, b"<html>hello"), 1, r"answered '<html>hello', which is not JSON; expected {\"scores\": \[...\]} with 2"),
+        ((429, b""), 2, r"answered HTTP 429 Too Many Requests after 2 attempts; raise backoff or retries$"),
+        (
+            (404, b""),
+            1,
+            r"answered HTTP 404 Not Found; set url to the address and path at which the service takes POST",
+        ),
+        ((401, b""), 1, r"answered HTTP 401 Unauthorized; set token_env to the name of an environment variable with"),
+        ((413, b""), 1, r"answered HTTP 413 .*; lower batch_size"),
+        (
+            (422, b"bad"),
+            1,
+            r'answered HTTP 422 .*; the service must take {"items": \[{"messages": \[...\], "response": ',
+        ),
+        ((302, b""), 1, r"answered HTTP 302 Found; redirects are not followed, set url to /elsewhere$"),
+        (
+            (200, b"<html>hello"),
+            1,
+            r'answered \'<html>hello\', which is not JSON; expected {"scores": \[0.5, -1\]} with 2 finite numbers$',
+        ),
         ((200, b"\xff\xfe"), 1, "which is not JSON"),
         ((200, b"[1, 2]"), 1, r"answered '\[1, 2\]'; expected {\"scores\""),
         ((200, b'{"scores": 3}'), 1, 'expected {"scores"'),
-        ((200, b'{"scores": [1]}'), 1, "answered 1 scores for 2 responses"),
+        ((200, b'{"scores": [1]}'), 1, 'answered 1 scores for 2 responses; expected {"scores": '),
         ((200, b'{"scores": [1, 2, 3]}'), 1, "answered 3 scores for 2 responses"),
-        ((200, b'{"scores": [1, NaN]}'), 1, "answered NaN as score 1: expected a finite number"),
-        ((200, b'{"scores": [1, null]}'), 1, "answered null as score 1: expected a finite number"),
-        ((200, b'{"scores": ["1", 2]}'), 1, 'answered "1" as score 0: expected a finite number'),
+        (
+            (200, b'{"scores": [1, NaN]}'),
+            1,
+            r"answered NaN as score 1; expected {\"scores\": \[0.5, -1\]} with 2 finite numbers",
+        ),
+        ((200, b'{"scores": [1, null]}'), 1, "answered null as score 1; expected {"),
+        ((200, b'{"scores": ["1", 2]}'), 1, 'answered "1" as score 0; expected {"scores"'),
         ((200, b'{"scores": [true, 2]}'), 1, "answered true as score 0"),
-        ((200, b'{"scores": [1, 1' + b"0" * 400 + b"]}"), 1, "as score 1: expected a finite number"),
+        ((200, b'{"scores": [1, 1' + b"0" * 400 + b"]}"), 1, "as score 1; expected {"),
     ],
 )
 def test_a_wrong_answer_names_the_factor(answer: Answer, requests: int, complaint: str) -> None:
@@ -252,7 +272,8 @@ def test_a_wrong_answer_names_the_factor(answer: Answer, requests: int, complain
 
 def test_a_service_that_does_not_answer() -> None:
     complaint = (
-        r"^reward factor 'http_reward': http://127.0.0.1:\d+/score did not answer within 0.05 s after 2 attempts"
+        r"^reward factor 'http_reward': http://127.0.0.1:\d+/score did not answer within 0.05 s after 2 attempts; "
+        r"raise timeout, or lower batch_size \(64 responses per request\)$"
     )
     with Service(lambda *_: None) as service, pytest.raises(FactorError, match=complaint):
         HTTPReward(service.url, timeout=0.05, retries=1, backoff=0)([ASKED], [reply("a")])
@@ -262,7 +283,8 @@ def test_a_service_that_is_down() -> None:
     with Service(lengths) as service:
         pass
     with pytest.raises(
-        FactorError, match=r"reward factor 'http_reward': .* cannot be reached \(.*refused\) after 1 att"
+        FactorError,
+        match=r"'http_reward': .* cannot be reached \(.*refused\) after 1 attempt; start the service, or correct url$",
     ):
         HTTPReward(service.url, retries=0)([ASKED], [reply("a")])
 
