@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError, one_line
+from rlchat.utils.devices import choose_device
 
 if TYPE_CHECKING:
     from rlchat.models.model_file import PolicyBundle
@@ -142,6 +143,13 @@ class Factor(abc.ABC):
     def unavailable(self, prompt: Conversation) -> str | None:
         """Why no response to ``prompt`` can be scored; None, the default, if it can. Training uses the score anyway."""
         return None
+
+    def device_named(self, name: str) -> torch.device | None:
+        """The device ``name``; None for ``auto``. Raises :class:`FactorError` for one that this machine lacks."""
+        try:
+            return None if name == "auto" else choose_device(name)
+        except UserError as error:
+            raise self.error(f"{error}, or auto for that of the policy") from error
 
     def error(self, reason: str) -> FactorError:
         """An error for the user that names this factor."""

@@ -89,7 +89,7 @@ class HFReward(Factor):
         self.trust_remote_code = trust_remote_code
         self.cut = RowCount()
         """The responses that did not fit into ``max_length`` with their prompts."""
-        self._device = torch.device("cpu" if device == "auto" else device)
+        self._device = self.device_named(device) or torch.device("cpu")
         self._loaded: _Classifier | None = None
         if not clip > 0:
             raise self.error(f"invalid value {clip} for clip: expected a number above 0")
