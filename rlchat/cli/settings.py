@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from rlchat.errors import UserError
 
@@ -63,6 +64,22 @@ def settings_of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
             continue
         value = [value] if flag.endswith("+") and value is not None else value
         yield Setting("--" + ".".join(keys), keys, value, is_missing=not text)
+
+
+def with_home(value: Any) -> Any:
+    """``value`` with the home folder for ``~`` in every text in it that begins with ``~/``, at any depth.
+
+    A :class:`jsonargparse.Namespace` is changed in place. Only paths begin so.
+    """
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    if isinstance(value, Namespace):
+        for name, inner in vars(value).items():
+            setattr(value, name, with_home(inner))
+        return value
+    if isinstance(value, dict):
+        return {name: with_home(inner) for name, inner in value.items()}
+    return [with_home(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_yaml(text: str) -> Any:

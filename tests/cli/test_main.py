@@ -16,15 +16,17 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from helpers.command_line import SHAPE, TINY, rlchat, working_in, write_talk
+from helpers.command_line import BRIEF, SHAPE, TINY, rlchat, working_in, write_talk
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 
-from rlchat.__main__ import main
+from rlchat.__main__ import _with_home, main
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.progress_bar import OneLineProgressBar
 from rlchat.cli import main as cli
+from rlchat.cli.settings import with_home
 from rlchat.errors import UserError
 
 SMOKE = ["fit", "--config", "smoke", "--data.path", "talk.jsonl", "--data.batch_size", "2"]
@@ -607,6 +609,7 @@ def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.Capt
 CTRL_C = """
 import os, signal
 from pathlib import Path
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 class CtrlC(Callback):
@@ -680,6 +683,58 @@ def test_ctrl_c_before_the_first_batch(here: Path, capsys: pytest.CaptureFixture
 
 
 # ---- errors of users' code and of libraries --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_path_may_begin_with_the_home_folder(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    (here / "talk.jsonl").rename(home / "talk.jsonl")
+    assert main(["tokenizer", "train", "~/talk.jsonl", "--vocab-size", "256", "--output=~/own.tiktoken"]) == 0
+    options = {"data": {"path": ["~/talk.jsonl"]}, "stats_plot": {"path": "~/plot.png"}}
+    (home / "mine.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.setenv("PL_FIT__BEST_MODEL__FOLDER", "~/models")
+    first = ["fit", "--config", "smoke", "--config=~/mine.yaml", *BRIEF, "--model.tiktoken_encoding", "~/own.tiktoken"]
+    assert main([*first, "--trainer.default_root_dir=~/runs"]) == 0
+    (checkpoint,) = (home / "runs").glob("lightning_logs/*/*/checkpoints/last.ckpt")
+    again = "~/" + str(checkpoint.relative_to(home))
+    assert main(["validate", "--ckpt_path", again, "--data.path", "~/talk.jsonl"]) == 0
+    (home / "ask.txt").write_text("Hi\n")
+    model = "~/models/rl_chat_model_tiktoken.pt"
+    assert main(["chat", model, "--prompts=~/ask.txt", "--out=~/replies.json", "--max_new_tokens=2"]) == 0
+    assert main(["export", model, "--to=safetensors", "~/weights.safetensors"]) == 0
+    written = {"own.tiktoken", "models", "runs", "plot.png", "replies.json", "weights.safetensors"}
+    assert written <= {path.name for path in home.iterdir()}
+    assert not (here / "~").exists()
+
+
+def test_the_home_folder_in_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = Namespace(data=Namespace(path=["~/a", "b", {"c": "~/d"}]), url="http://a//b", seed=0, empty=None)
+    assert with_home(written) == Namespace(
+        data=Namespace(path=[f"{tmp_path}/a", "b", {"c": f"{tmp_path}/d"}]), url="http://a//b", seed=0, empty=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "expanded"),
+    [
+        ("~/a b.pt", "~/a b.pt"),  # a sentence, unless there is such a file
+        ("~/there is.pt", "HOME/there is.pt"),
+        ("~/a.pt", "HOME/a.pt"),
+        ("--x=~/a", "--x=HOME/a"),
+        ("a~/b", "a~/b"),
+        ("-", "-"),
+    ],
+)
+def test_the_home_folder_on_the_command_line(
+    word: str, expanded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there is.pt").touch()
+    assert _with_home(word) == expanded.replace("HOME", str(tmp_path))
 
 
 BROKEN = """from rlchat.rewards import FunctionReward, ReplyFactor
