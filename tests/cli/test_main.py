@@ -232,7 +232,7 @@ def test_an_invalid_value_of_a_valid_option(
     for place in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.setenv(place, str(here / "nothing"))
     monkeypatch.setattr("tiktoken.load.read_file", unreachable)
-    monkeypatch.setattr("rlchat.models.base_models.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     message = {"message_id": "1", "text": "Bonjour", "role": "prompter", "lang": "fr", "replies": []}
     tree = {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": {**message, "lang": "de"}}
     (here / "tree.jsonl").write_text(json.dumps(tree) + "\n")
@@ -254,7 +254,7 @@ def test_a_base_model_that_cannot_be_downloaded(
     """At most one request, and the model is named; its tokenizer and cl100k_base are not looked for."""
     monkeypatch.setattr("rlchat.models.base_models.try_to_load_from_cache", lambda *_: None)
     request = mock.Mock(side_effect=ConnectionError)
-    monkeypatch.setattr("rlchat.models.base_models.get_hf_file_metadata", request)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", request)
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", mock.Mock(side_effect=AssertionError))
     message = error_message(capsys, "fit", *words, "--data.path", "talk.jsonl")
     assert message.startswith(f"rlchat: base_model {name} is neither a folder nor a model that could be downloaded")
