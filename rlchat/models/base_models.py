@@ -321,19 +321,21 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
             ) from error
         raise _not_downloaded(name, error) from error
     except (ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if _needs_code(name):
+        if code := _own_code(name):
             raise UserError(
-                f"base_model {name} comes with its own code, which rlchat does not run; choose a model whose family is "
-                f"part of transformers"
+                f"base_model {name} needs its own code ({', '.join(code)}), which rlchat does not run, because a model "
+                f"file must load without code from elsewhere; choose a model whose family is part of transformers"
             ) from error
         # An unknown family, or an attention that the family lacks.
         raise UserError(f"base_model {name}: transformers cannot load it: {one_line(error)}") from error
 
 
-def _needs_code(name: str) -> bool:
-    """Whether the family of ``name`` is only defined by Python files that come with the model."""
+def _own_code(name: str) -> list[str]:
+    """The Python files that come with ``name`` and define its family; empty if transformers has the family."""
     try:
         values, _ = PretrainedConfig.get_config_dict(reachable_source(name))
     except (OSError, ValueError):
-        return False
-    return "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
+        return []
+    if not isinstance(values.get("auto_map"), dict) or values.get("model_type") in CONFIG_MAPPING:
+        return []
+    return sorted({f"{path.rpartition('.')[0]}.py" for path in values["auto_map"].values() if isinstance(path, str)})

@@ -224,7 +224,9 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, monkeypatch: py
     (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "configuration_new.New"}}')
     (tmp_path / "configuration_new.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer to transformers' question
-    with pytest.raises(UserError, match="comes with its own code, which rlchat does not run; choose a model whose"):
+    with pytest.raises(
+        UserError, match=r"needs its own code \(configuration_new\.py\), which rlchat does not run, because a"
+    ):
         Backbone(str(tmp_path), VOCABULARY, POSITIONS)
     assert not (tmp_path / "ran").exists()
 
