@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
 
         session.terminal = Terminal()
     if prompts is not None:
-        session.respond_to_all(prompts, None if options.out is None else Path(options.out).expanduser())
+        session.respond_to_all(prompts, None if options.out is None else Path(options.out))
     elif question is not None:
         session.respond(question)
     else:

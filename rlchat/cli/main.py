@@ -45,6 +45,7 @@ from rlchat.cli.messages import configure_messages
 from rlchat.cli.option_errors import explain, ignored_variables
 from rlchat.cli.recipes import checked_recipe
 from rlchat.cli.runs import LOGS, CheckpointRecord, check_checkpoint, configuration_of, newest_run
+from rlchat.cli.settings import with_home, with_own_tokenizer
 from rlchat.cli.trainer_options import check_checkpoint_keyword, check_trainer, check_trainer_for_ppo
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.distributed.collectives import is_first
@@ -108,6 +109,7 @@ class RLChatCLI(LightningCLI):
         except ArgumentError as error:
             groups: dict[str, type] = {"trainer": L.Trainer, "data": self.data_class, **CALLBACKS}
             raise explain(words, groups, self._options(words[0] if words else "fit"), str(error)) from error
+        self.config = with_home(self.config)
         for variable, reason in ignored_variables(os.environ, words, self._options(words[0])) if words else ():
             _log.warning("the environment variable %s has no effect: %s", variable, reason)
 
@@ -269,7 +271,7 @@ def run(argv: list[str]) -> RLChatCLI:
         sys.path.insert(0, here)  # so that a user's reward in the working directory can be imported
     scratch = tempfile.TemporaryDirectory(prefix="rlchat-")
     try:
-        words, data_class = with_data_class(with_recipes(argv), Path(scratch.name))
+        words, data_class = with_data_class(with_own_tokenizer(with_recipes(argv)), Path(scratch.name))
         # Lightning would build a parser for each command, which takes a second.
         commands = [name for name in COMMANDS if name in words[:1]] or COMMANDS
         return RLChatCLI(

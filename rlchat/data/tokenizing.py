@@ -352,7 +352,8 @@ class _RankedBuilder:
             self.ids.add(tally.count(needs.tokenizer.render_response(prompt, reply, needs.max_length)).ids)
             self.rank.append(-1 if reply.rank is None else reply.rank)
             self.quality.append(float("nan") if reply.quality is None else reply.quality)
-            self.right.append(-1 if prompt.check is None else prompt.check.passes(reply.text))
+            passed = prompt.passes(reply.text)
+            self.right.append(-1 if passed is None else passed)
         self.replies.append(len(self.rank))
         self.tree.append(tree)
 

@@ -21,6 +21,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from rlchat.distributed.collectives import gather_objects
 from rlchat.errors import UserError, one_line
 from rlchat.models.base.embeddings import rows_from
+from rlchat.models.base.source import BaseSource
 from rlchat.models.base_models import (
     LogitsForm,
     attention_name,
@@ -87,6 +88,9 @@ class Backbone(nn.Module):
                 # A pooler is not used. Where the files have none, its values are random.
                 self.fingerprint = weights_digest(pair for pair in named if not pair[0].startswith("pooler."))
             self._fit_vocabulary(base.head, rows or [()] * vocab_size)
+            source = BaseSource.of(base_model)
+            self.transformer.config.rlchat_base = source.values()
+            self.transformer.config.name_or_path = source.hub  # transformers puts the path of the folder there
         else:
             self._build(config, attention)
             self.logits_form = logits_form(config)

@@ -612,6 +612,33 @@ def test_the_reward_and_its_factors(
     assert lines[6:] == ["  reward       -1.750", "  too_short    -0.750", "  missing_end  -1.000", left_out, critic]
 
 
+def test_a_factor_that_fails_does_not_end_the_chat(
+    byte_tokenizer: ChatTokenizer, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "fails_in_chat.py").write_text(
+        "from rlchat.rewards import MissingEnd, ReplyFactor\n\n"
+        "def count(prompt, reply):\n    return {}[reply.text]\n\n"
+        "class Refuses(MissingEnd):\n    def unavailable(self, prompt):\n        raise RuntimeError('not now')\n"
+    )
+    monkeypatch.syspath_prepend(str(workplace))
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode())))
+    function = {"class_path": "rlchat.rewards.FunctionReward", "init_args": {"function": "fails_in_chat.count"}}
+    bundle.about["reward"] = [
+        {"class_path": "rlchat.rewards.MissingEnd"},
+        function,
+        {"class_path": "fails_in_chat.Refuses"},
+    ]
+    save_bundle("rl.pt", bundle)
+    pipe(monkeypatch, "Hi\n/reward\nHi\n", "rl.pt")
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n" * 2  # the chat goes on
+    lines = [line for line in err.splitlines() if line.startswith("  ")]
+    assert lines[:2] == ["  reward       +0.000", "  missing_end  +0.000"]
+    assert [line.partition(" (")[0] for line in lines[2:4]] == ["  not included: count", "  not included: refuses"]
+    assert f"(fails_in_chat.count) failed: KeyError: '{REPLY}'; see line 4 of fails_in_chat.py" in lines[2]
+    assert "(fails_in_chat.Refuses) failed: RuntimeError: not now; see line 8 of fails_in_chat.py" in lines[3]
+
+
 def test_the_test_command(polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pipe(monkeypatch, "Hi <|end|>\n/test\n", polite)
     *checks, total = capsys.readouterr().err.splitlines()

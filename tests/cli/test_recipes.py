@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.command_line import rlchat
+from helpers.command_line import BRIEF, rlchat, write_talk
+from helpers.hf_tokenizers import tokenizer_folder, tokenizer_json
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlchat as package
 from rlchat.callbacks import SampleResponses, StatsPlot
@@ -23,8 +25,10 @@ from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.rollout_log import RolloutLog
 from rlchat.cli.recipes import FOLDER, checked_recipe, describe_recipes, find_recipe, recipes
+from rlchat.cli.settings import with_own_tokenizer
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import UserError
+from rlchat.models.model_file import load_policy
 from rlchat.ppo.module import PPOModule
 from rlchat.rewards import (
     AppropriateLength,
@@ -275,3 +279,33 @@ def test_the_batch_script_parses_and_matches_its_recipe(tmp_path: Path) -> None:
     trainer = content("scale/nodes")["trainer"]
     assert dict(asked) == {"nodes": str(trainer["num_nodes"]), "ntasks-per-node": str(trainer["devices"])}
     assert set(re.findall(r"--config (\S+)", script.read_text(encoding="utf-8"))) <= set(recipes())
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "from-scratch", "demo/sft"])
+def test_a_base_model_of_the_user_keeps_its_tokenizer_under_a_recipe_from_scratch(recipe: str, tmp_path: Path) -> None:
+    path = str(recipes()[recipe])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {init_args: {base_model: folder}}")
+    encoded = tmp_path / "encoded.yaml"
+    encoded.write_text("model: {init_args: {base_model: folder, tiktoken_encoding: rlchat_1k}}")
+    reset = "--model.tiktoken_encoding=null"
+    base = ["--model.base_model", "folder"]
+    for words in (["--config", path, *base], ["--config", path, "--config", str(mine)]):
+        assert with_own_tokenizer(["fit", *words]) == ["fit", *words, reset]
+    for words in (
+        ["--config", path],
+        ["--config", path, "--model.base_model", "{model_type: gpt2}"],
+        ["--config", path, *base, "--model.tiktoken_encoding", "rlchat_1k"],
+        ["--config", path, "--config", str(encoded)],
+        ["--config", str(recipes()["distilbert"]), *base],  # its encoding is for a pretrained model
+    ):
+        assert with_own_tokenizer(["fit", *words]) == ["fit", *words]
+
+
+def test_smoke_with_a_base_model_trains_under_its_own_tokenizer(workplace: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=420, max_position_embeddings=128)).save_pretrained("base")
+    tokenizer_folder(workplace / "base", tokenizer_json())
+    talk = str(write_talk(workplace / "talk.jsonl"))
+    rlchat("fit", "--config", "smoke", "--model.base_model", "base", "--data.path", talk, *BRIEF)
+    assert load_policy("checkpoints/rl_chat_model_tiktoken.pt").tokenizer.has_own_format

@@ -155,7 +155,7 @@ def reply_figures(samples: Sequence[Sampled], reward: Reward) -> dict[str, float
 
 def is_correct(sample: Sampled) -> bool:
     """Whether a reply to a control question contains the right answer."""
-    return sample.prompt.check is not None and sample.prompt.check.passes(sample.reply.text)
+    return sample.prompt.passes(sample.reply.text) is True
 
 
 def perplexity(bundle: PolicyBundle, prompts: Sequence[Conversation]) -> float:
