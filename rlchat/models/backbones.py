@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from rlchat.distributed.collectives import gather_objects
@@ -37,7 +37,7 @@ from rlchat.models.base_models import (
 )
 from rlchat.models.causal_attention import causal_mask
 from rlchat.models.families import EncoderFamily, encoder_families
-from rlchat.models.kv_cache import Cache, EncoderCache
+from rlchat.models.kv_cache import Cache, EncoderCache, decoder_cache
 from rlchat.models.packing import Packing, faster_packing
 from rlchat.models.probe import can_pack, probe
 
@@ -200,7 +200,7 @@ class Backbone(nn.Module):
 
     def new_cache(self) -> Cache:
         """An empty cache for :meth:`forward`; each batch of conversations needs its own."""
-        return EncoderCache() if self.is_encoder else DynamicCache(config=self.transformer.config)
+        return EncoderCache() if self.is_encoder else decoder_cache(self.transformer.config, self.device)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states [batch, time, hidden] of ``ids`` [batch, time]; those of padding have no meaning.
