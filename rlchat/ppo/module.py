@@ -85,7 +85,7 @@ class PPOModule(ResumableModule):
         minibatches: optimizer steps in each pass.
         micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all rows.
         advantage: the advantage estimator: gae uses a critic; rloo and grpo compare the responses to the same prompt
-            instead.
+            instead; reinforce_pp compares each token's rewards to go with those of the whole batch.
         critic: a value head on the policy's backbone (shared), or a separate network (separate).
         critic_init: the model file of a reward model that initializes a separate critic; by default it is a copy of the
             policy's backbone.

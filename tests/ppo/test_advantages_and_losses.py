@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,7 @@ from rlchat.ppo import (
     masked_whiten,
     place_scores,
     policy_loss,
+    reinforce_pp,
     rloo,
     shape_rewards,
     value_loss,
@@ -233,6 +234,20 @@ def test_grpo_by_hand() -> None:
     close(grpo(t(1, 2, 6, 5, 5, 5), 3), [-2 * scale, -scale, 3 * scale, 0, 0, 0])
 
 
+def test_reinforce_pp_by_hand() -> None:
+    """γ = 1/2. Row 1: G = 4, 0 + 4/2 = 2, 1 + 2/2 = 2. Row 2: G = 8, 0 + 8/2 = 4. Mean 20/5 = 4, variance 24/5."""
+    rewards, mask = t([1, 0, 4, 99], [0, 8, 99, 99]), m([1, 1, 1, 0], [1, 1, 0, 0])
+    s = 1 / math.sqrt(24 / 5 + 1e-8)
+    close(reinforce_pp(rewards, mask, gamma=0.5), [[-2 * s, -2 * s, 0, 0], [0, 4 * s, 0, 0]])
+    # The same with a user turn between two tokens of the first row.
+    rewards, mask = t([1, 99, 0, 4], [0, 8, 99, 99]), m([1, 0, 1, 1], [1, 1, 0, 0])
+    close(reinforce_pp(rewards, mask, gamma=0.5), [[-2 * s, 0, -2 * s, 0], [0, 4 * s, 0, 0]])
+    # Without a discount, G = 5, 4, 4 and 8, 8: mean 29/5.
+    variance = (0.8**2 + 2 * 1.8**2 + 2 * 2.2**2) / 5
+    s = 1 / math.sqrt(variance + 1e-8)
+    close(reinforce_pp(rewards, mask), [[-0.8 * s, 0, -1.8 * s, -1.8 * s], [2.2 * s, 2.2 * s, 0, 0]])
+
+
 @pytest.mark.parametrize("estimate", [rloo, grpo])
 @pytest.mark.parametrize("group_size", [1, 0, -1])
 def test_a_group_of_one_response_is_refused(estimate: Callable[[Tensor, int], Tensor], group_size: int) -> None:
@@ -388,6 +403,37 @@ def test_whitening_in_shards_equals_whitening_of_the_whole(batch: tuple[Tensor, 
     close(torch.cat(shards), masked_whiten(x, mask), 1e-9)
     for first, second, total in zip(sent[:3], sent[3:], totals, strict=True):
         close(first + second, total, 1e-9)
+
+
+@given(batches(1), st.integers(0, 4), st.floats(0, 1))
+@quickly
+def test_reinforce_pp_in_shards_equals_that_of_the_whole(batch: tuple[Tensor, ...], at: int, gamma: float) -> None:
+    mask, rewards = batch
+    shards = [(rewards[rows], mask[rows]) for rows in (slice(0, at), slice(at, None))]
+    to_go = [gae(r, torch.zeros_like(r), m, gamma, 1.0)[0][m] for r, m in shards]
+    inside = torch.cat(to_go)
+    totals = [torch.tensor(len(inside)), inside.sum(), (inside - inside.mean()).square().sum()]
+    sums = cycle(totals)
+    found = [reinforce_pp(r, m, gamma, lambda _: next(sums).double()) for r, m in shards]
+    close(torch.cat(found), reinforce_pp(rewards, mask, gamma), 1e-9)
+
+
+@given(batches(2, prefix=True), st.floats(-5, 5), st.floats(0.5, 4))
+@quickly
+def test_reinforce_pp_depends_neither_on_the_origin_nor_on_the_unit_of_scores(
+    batch: tuple[Tensor, ...], shift: float, scale: float
+) -> None:
+    """Without a discount, each token of a response gets the whole score, whatever the lengths of the responses."""
+    mask, logprobs, ref_logprobs = batch
+    scores = torch.arange(len(mask), dtype=torch.float64)
+
+    def rewards(scores: Tensor, kl_coef: float) -> Tensor:
+        return shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+
+    expected = reinforce_pp(rewards(scores, 0.3), mask)
+    close(reinforce_pp(rewards(scores + shift, 0.3), mask), expected, 1e-6)
+    if float(expected[mask].var(unbiased=False)) > 0.99:  # else the variance is as small as the 1e-8 in the divisor
+        close(reinforce_pp(rewards(scores * scale, 0.3 * scale), mask), expected, 1e-2)
 
 
 @given(batches(2), st.floats(0, 1), st.floats(0, 1))

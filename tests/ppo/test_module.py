@@ -231,6 +231,18 @@ def test_ppo_learns_a_rule(encoding: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_reinforce_pp_learns_a_rule_from_one_response_per_prompt(encoding: str) -> None:
+    module = ppo(
+        encoding, reward=Reward([LetterE()]), kl_coef=0.0, ppo_epochs=2, minibatches=2, advantage="reinforce_pp"
+    )
+    rows = fit(module, 25, prompts(module.tokenizer, QUESTIONS * 4))
+    first, last = (sum(row["train/reward"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert first < 0.1
+    assert last > first + 0.3
+    assert "train/value_loss" not in rows[0]
+    assert module.options.group_size == 1
+
+
 def test_the_kl_penalty_keeps_the_policy_close_to_the_reference(encoding: str) -> None:
     free, held = (fit(ppo(encoding, kl_coef=coef, minibatches=2), 6)[-1]["train/kl"] for coef in (0.0, 5.0))
     assert held < free / 2

@@ -73,6 +73,13 @@ STAGES = {
         "--model.micro_batch_size=1",
         "--trainer.callbacks.unequal=true",
     ],
+    # The mean and the variance of the rewards to go are those of all processes.
+    "reinforce_pp": [
+        "--config=smoke",
+        "--model.advantage=reinforce_pp",
+        "--model.gamma=0.9",
+        "--trainer.callbacks.unequal=true",
+    ],
     # Two adapters on frozen weights, which the policy, the reference model and the critic share.
     "lora": [
         "--config=smoke",
