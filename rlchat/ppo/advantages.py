@@ -188,6 +188,7 @@ class EstimatorInputs:
     gamma: float  # discount per token
     lam: float  # λ of GAE
     reduce: Reduce  # sums a tensor over all processes
+    lam_critic: float | None = None  # λ of the critic's returns; None: the same
 
 
 class Advantages(NamedTuple):
@@ -245,7 +246,10 @@ def advantage_estimator(
 
 @advantage_estimator("gae", needs_critic=True, allows_turns=True, allows_whiten_rewards=True)
 def _gae_estimator(inputs: EstimatorInputs) -> Advantages:
-    advantages, returns = gae(inputs.rewards, inputs.values, inputs.mask, inputs.gamma, inputs.lam)
+    tokens = (inputs.rewards, inputs.values, inputs.mask, inputs.gamma)
+    advantages, returns = gae(*tokens, inputs.lam)
+    if inputs.lam_critic is not None:  # decoupled GAE: VC-PPO (Yuan et al. 2025) and VAPO (Yue et al. 2025)
+        _, returns = gae(*tokens, inputs.lam_critic)
     return Advantages(masked_whiten(advantages, inputs.mask, reduce=inputs.reduce), returns)
 
 

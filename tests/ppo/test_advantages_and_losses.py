@@ -29,6 +29,7 @@ from rlchat.ppo import (
     shape_rewards,
     value_loss,
 )
+from rlchat.ppo.advantages import ESTIMATORS, EstimatorInputs
 from rlchat.ppo.losses import KLKind
 
 GOLDEN = Path(__file__).parents[1] / "data" / "ppo_golden.json"
@@ -164,6 +165,24 @@ def test_gae_by_hand() -> None:
     advantages, returns = gae(rewards, values, m([1, 0, 1, 0, 0, 1, 0]), gamma=0.5, lam=0.5)
     close(advantages, [[0.375, 0, -2.5, 0, 0, 2.0, 0]])
     close(returns, [[2.375, 0, 1.5, 0, 0, 4.0, 0]])
+
+
+def decoupled(lam_critic: float | None) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of the rewards, values, γ and λ of the test above, and a user turn."""
+    rewards, values, mask = t([1, 50, 0, 4]), t([2, 8, 4, 2]), m([1, 0, 1, 1])
+    inputs = EstimatorInputs(rewards, values, mask, 1, 0.5, 0.5, lambda x: x, lam_critic)
+    return ESTIMATORS["gae"].compute(inputs)
+
+
+def test_two_lambdas_by_hand() -> None:
+    """The advantages keep λ: 0.375, -2.5 and 2, mean -1/24. With λ_critic = 1, the returns are the discounted rewards
+    to go: 4, 0 + 4/2, 1 + 2/2. With λ_critic = 0, they are r + γ·V_next: 4, 0 + 2/2, 1 + 4/2."""
+    raw = t([0.375, -2.5, 2.0])[0]
+    white = (raw - raw.mean()) / (raw.var(unbiased=False) + 1e-8).sqrt()
+    for lam_critic, returns in ((None, [2.375, 1.5, 4]), (0.5, [2.375, 1.5, 4]), (1.0, [2, 2, 4]), (0.0, [3, 1, 4])):
+        advantages, found = decoupled(lam_critic)
+        close(advantages, [[white[0], 0, white[1], white[2]]])
+        close(found, [[returns[0], 0, returns[1], returns[2]]])
 
 
 def test_policy_loss_by_hand() -> None:
