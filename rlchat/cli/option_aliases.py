@@ -42,6 +42,8 @@ _OPTIONS = {
     "model.gamma": "discount discount_factor",
     "model.lam": "gae_lambda lambda lambda_ lambd lam_policy lam_actor",
     "model.lam_critic": "critic_lam lambda_critic critic_lambda",
+    "model.beta": "dpo_beta",
+    "model.loss_type": "loss preference_loss pref_loss",
     "model.whiten_rewards": "normalize_rewards normalize_reward",
     "model.max_grad_norm": "clip_grad_norm grad_norm_clip grad_clip clip_grad gradient_clip",
     "data.path": "dataset dataset_name data_path train_file train_files prompt_data",
