@@ -1,4 +1,4 @@
-"""`rlchat fit|validate|test|predict`: LightningCLI over the three stages."""
+"""`rlchat fit|validate|test|predict`: LightningCLI over the stages."""
 
 from __future__ import annotations
 
@@ -54,13 +54,14 @@ from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy, is
 from rlchat.errors import UserError
 from rlchat.ppo.module import PPOModule
 from rlchat.training.base import StageModule
+from rlchat.training.dpo import DPOModule
 from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
 _log = logging.getLogger("rlchat")
 
 COMMANDS = ("fit", "validate", "test", "predict")
-STAGES = (SFTModule, RewardModelModule, PPOModule)
+STAGES = (SFTModule, RewardModelModule, PPOModule, DPOModule)
 CALLBACKS = {
     "best_model": BestModel,
     "sample_responses": SampleResponses,
@@ -72,7 +73,8 @@ CALLBACKS = {
 _USAGE = "rlchat {} --config RECIPE_OR_FILE [--data.path FILE [FILE ...]] [--GROUP.OPTION VALUE ...]"
 _HELP = """\
 The configuration sets the options; flags override it. Add --print_config to see all options with their values.
-Help on the options of a stage: --model.help rlchat.SFTModule, rlchat.RewardModelModule or rlchat.PPOModule.
+Help on the options of a stage: --model.help rlchat.SFTModule, rlchat.RewardModelModule, rlchat.DPOModule or
+rlchat.PPOModule.
 """
 
 

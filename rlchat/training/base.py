@@ -130,6 +130,10 @@ class StageModule(ShardableModule):
         """``value`` summed over all processes, without a gradient."""
         return global_sum(self, value)
 
+    def global_mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` [N] over all processes, whose N may differ; 0 if there is none."""
+        return self.global_sum(values.sum()) / self.global_sum(len(values)).clamp(min=1)
+
     def mean_loss(self, name: str, total: Tensor, count: Tensor) -> Tensor:
         """The loss to return from ``training_step``: its gradient is that of the global mean over a whole batch.
 

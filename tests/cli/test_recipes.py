@@ -42,6 +42,7 @@ from rlchat.rewards import (
     TooShort,
 )
 from rlchat.rewards.learned import LearnedQuality
+from rlchat.training.dpo import DPOModule
 from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
@@ -49,8 +50,9 @@ SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
 """These have no model: they extend another recipe."""
 MODELS = ["distilbert", "from-scratch", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"]
 """These start from a certain base model; tests/cli/test_model_recipes.py runs them."""
-NAMES = sorted(["demo/ppo", "demo/real", "demo/reward", "demo/sft", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
-MODULES = [SFTModule, RewardModelModule, PPOModule]
+DEMO = ["demo/ppo", "demo/real", "demo/reward", "demo/sft"]
+NAMES = sorted([*DEMO, "dpo", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
+MODULES = [SFTModule, RewardModelModule, DPOModule, PPOModule]
 CALLBACKS = {
     "alarms": Alarms,
     "rollout_log": RolloutLog,
@@ -138,7 +140,7 @@ def assert_holds(printed: Any, shown: Any, place: str) -> None:
         assert printed == shown, place
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 def test_full_recipes_show_every_option(name: str) -> None:
     shown = content(name)
     module = import_object(shown["model"]["class_path"])
@@ -257,7 +259,7 @@ def package_attributes() -> set[str]:
 
 
 @pytest.mark.parametrize("name", SCALE)
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_a_scale_recipe_extends_another_recipe(
     name: str, stage: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
