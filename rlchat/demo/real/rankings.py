@@ -28,7 +28,8 @@ ASKED = 48
 
 _REWARD_SEEDS = ("seed_everything", "data.seed")  # a reward model samples nothing
 _FAST = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--data.batch_size=2"]
-_FAST_PPO = [*_FAST, "--data.max_val_prompts=4"]
+_FAST_SFT = [*_FAST, "--model.max_new_tokens=8"]
+_FAST_PPO = [*_FAST_SFT, "--data.max_val_prompts=4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class RankingsDemo(RealDemo):
         disable_progress_bar()  # of loading weights
         began, used = time.monotonic(), time.process_time()
         self.title("1 of 3: supervised fine-tuning", "The model learns to imitate the replies that people ranked best.")
-        _, sft = self.fit("rankings-sft", ["rankings.jsonl"], [self.base_option], fast=_FAST)
+        _, sft = self.fit("rankings-sft", ["rankings.jsonl"], [self.base_option], fast=_FAST_SFT)
         self.title("2 of 3: reward model", "It learns from the rankings which replies people prefer.")
         _, trained = self.fit("rankings-reward", ["rankings.jsonl"], fast=_FAST, seeds=_REWARD_SEEDS)
         self.title("3 of 3: PPO", "The model learns to give complete replies that the reward model scores higher.")
