@@ -37,7 +37,7 @@ BLOCKS = [
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
 # Commands that train, or listen for requests: their command lines are parsed. The other commands of rlchat run.
-PARSED_ONLY = {"rlchat demo", "rlchat demo --seed 1", "rlchat demo --real"}
+PARSED_ONLY = {"rlchat demo", "rlchat demo --seed 1", "rlchat demo --real", "rlchat demo --real --rankings"}
 
 
 def shell_lines() -> list[str]:

@@ -50,12 +50,17 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     console = Console()
+    if options.rankings and not options.real:
+        raise UserError("--rankings applies only to a real chat model; add --real")
     if options.real:
         if options.data_only or options.trees is not None:
             raise UserError("--data-only and --trees apply only to generated conversations; omit them with --real")
-        from rlchat.demo.real.main import RealDemo  # importing the models takes seconds
+        # importing the models takes seconds
+        from rlchat.demo.real.main import RealDemo
+        from rlchat.demo.real.rankings import RankingsDemo
 
-        RealDemo(console, options.seed, options.threads, options.fast).run()
+        demo = RankingsDemo if options.rankings else RealDemo
+        demo(console, options.seed, options.threads, options.fast).run()
         return 0
     trees = options.trees or TREES
     write_conversations(trees, options.seed)
@@ -84,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         "--real",
         action="store_true",
         help="instead, teach a real chat model, SmolLM2-135M-Instruct, to reply in one short sentence",
+    )
+    parser.add_argument(
+        "--rankings",
+        action="store_true",
+        help="with --real: run all three stages with people's rankings of replies (two cores: about 20 minutes)",
     )
     parser.add_argument("--data-only", action="store_true", help=f"only write {DATA}, without training")
     parser.add_argument(

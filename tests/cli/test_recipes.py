@@ -50,8 +50,16 @@ SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
 """These have no model: they extend another recipe."""
 MODELS = ["distilbert", "from-scratch", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"]
 """These start from a certain base model; tests/cli/test_model_recipes.py runs them."""
-DEMO = ["demo/ppo", "demo/real", "demo/reward", "demo/sft"]
-NAMES = sorted([*DEMO, "dpo", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
+DEMOS = [
+    "demo/ppo",
+    "demo/rankings-ppo",
+    "demo/rankings-reward",
+    "demo/rankings-sft",
+    "demo/real",
+    "demo/reward",
+    "demo/sft",
+]
+NAMES = sorted([*DEMOS, "dpo", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
 MODULES = [SFTModule, RewardModelModule, DPOModule, PPOModule]
 CALLBACKS = {
     "alarms": Alarms,
@@ -90,7 +98,7 @@ def test_a_file_takes_precedence_over_a_recipe_of_that_name(workplace: Path) -> 
 
 
 def test_neither_file_nor_recipe() -> None:
-    with pytest.raises(UserError, match="no file and no recipe named 'demo/pop'; the recipes are demo/ppo, demo/re"):
+    with pytest.raises(UserError, match="no file and no recipe named 'demo/pop'; the recipes are demo/ppo, demo/ra"):
         find_recipe("demo/pop")
 
 
