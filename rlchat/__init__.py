@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from rlchat.rewards.learned import LearnedQuality as LearnedQuality
     from rlchat.rewards.reward import Reward as Reward
     from rlchat.tokenizer.chat_tokenizer import ChatTokenizer as ChatTokenizer
+    from rlchat.training.dpo import DPOModule as DPOModule
     from rlchat.training.reward_model import RewardModelModule as RewardModelModule
     from rlchat.training.sft import SFTModule as SFTModule
 
 __all__ = [
     "ChatInterface",
     "ChatTokenizer",
+    "DPOModule",
     "LearnedQuality",
     "OASST2DataModule",
     "PPOModule",
@@ -31,6 +33,7 @@ __getattr__ = lazy_exports(
     {
         "ChatInterface": "rlchat.chat.interface",
         "ChatTokenizer": "rlchat.tokenizer.chat_tokenizer",
+        "DPOModule": "rlchat.training.dpo",
         "LearnedQuality": "rlchat.rewards.learned",
         "OASST2DataModule": "rlchat.data.datamodule",
         "PPOModule": "rlchat.ppo.module",

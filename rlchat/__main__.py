@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rlchat.errors import UserError
 
@@ -52,13 +54,27 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        return _run(command)(rest)
+        return _run(command)([_with_home(word) for word in rest])
     except UserError as error:
-        print(f"rlchat: {error}", file=sys.stderr)
+        print(f"{error.details}rlchat: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nrlchat: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _with_home(word: str) -> str:
+    """``word`` with the home folder for ``~``, which a shell leaves in ``--option=~/file`` and in quotes.
+
+    Configuration files and environment variables follow in :func:`rlchat.cli.settings.with_home`. A sentence that
+    begins with ``~``, such as a question of `rlchat chat`, stays as it is.
+    """
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if not value.startswith("~/"):
+        return word
+    path = str(Path(value).expanduser())
+    is_sentence = any(map(str.isspace, value)) and not os.path.exists(path)  # noqa: PTH110 (a sentence may be long)
+    return word if is_sentence else flag + equals + path
 
 
 def _run(command: str) -> Callable[[list[str]], int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +19,9 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 CheckKind = Literal["contains", "exact", "number", "regex"]
 CHECK_KINDS: tuple[CheckKind, ...] = ("contains", "exact", "number", "regex")
+
+REGEX_SECONDS = 1.0
+"""The processor time that one search for a regular expression may take. Most need a millionth of it."""
 
 # A sign counts unless it follows a word or a number, as in "3-4". Commas group thousands.
 _NUMBER = re.compile(
@@ -61,7 +65,7 @@ class Check:
         kind: how an answer matches a response. ``contains``: the response contains its words, in their order and
             whole; case and punctuation do not count. ``exact``: it is the response, apart from case, white space and a
             final full stop. ``number``: it is the last number in the response. ``regex``: it is a regular expression
-            that matches somewhere in the response.
+            of the package regex that matches somewhere in the response.
         tolerance: of ``number``: the largest difference that counts as equal.
     """
 
@@ -71,7 +75,11 @@ class Check:
     tolerance: float = 0.0
 
     def passes(self, reply: str) -> bool:
-        """Whether ``reply`` matches an accepted answer and no forbidden one."""
+        """Whether ``reply`` matches an accepted answer and no forbidden one.
+
+        Raises TimeoutError with the pattern if the search for a regular expression takes :data:`REGEX_SECONDS`. Only
+        such a search can fail; see :meth:`Conversation.passes`.
+        """
         return any(self._matches(answer, reply) for answer in self.any_of) and not any(
             self._matches(answer, reply) for answer in self.none_of
         )
@@ -85,7 +93,12 @@ class Check:
             last, expected = next(iter(numbers_in(reply)[-1:]), None), numbers_in(answer)[0]
             # Beside the tolerance, a difference that floating-point rounding explains.
             return last is not None and abs(last - expected) <= self.tolerance + 1e-9 * abs(expected)
-        return re.search(answer, reply) is not None
+        import regex  # re cannot stop a search, and nested repetition such as (a|aa)+$ may take years
+
+        try:
+            return regex.search(answer, reply, timeout=REGEX_SECONDS) is not None
+        except TimeoutError:
+            raise TimeoutError(answer) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +128,26 @@ class Conversation:
     def is_prompt(self) -> bool:
         """Whether the assistant speaks next."""
         return bool(self.messages) and self.messages[-1].role == "user"
+
+    def passes(self, reply: str) -> bool | None:
+        """Whether ``reply`` passes the check of this prompt; None if there is no check.
+
+        A search for a regular expression that takes :data:`REGEX_SECONDS` of processor time is given up. Then ``reply``
+        does not pass, whether the pattern is accepted or forbidden, and a warning names the pattern and the prompt.
+        """
+        if self.check is None:
+            return None
+        try:
+            return self.check.passes(reply)
+        except TimeoutError as error:
+            # Python shows a warning once for each text.
+            warnings.warn(
+                f"the check {str(error)!r} of the prompt {self.messages[-1].text[:60]!r} took more than "
+                f"{REGEX_SECONDS:g} s on a response, which therefore does not pass; rewrite the pattern without "
+                f"alternatives or repetitions inside a repetition",
+                stacklevel=1,
+            )
+            return False
 
     def say(self, role: Role, text: str) -> Conversation:
         """This conversation with one more message, without the references and the check of its last message."""

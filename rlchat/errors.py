@@ -4,8 +4,10 @@
 class UserError(Exception):
     """An error that the user can fix. The message states the cause, the place and the fix.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints ``details`` and then the message, without a traceback, and exits with code 2.
     """
+
+    details: str = ""  # the traceback of the user's own code, where that is what failed
 
 
 class NonFiniteError(UserError):

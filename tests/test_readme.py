@@ -42,6 +42,7 @@ PARSED_ONLY = {
     "rlchat demo",
     "rlchat demo --seed 1",
     "rlchat demo --real",
+    "rlchat demo --real --rankings",
     "rlchat look",
     "rlchat look lightning_logs/ppo/version_0 --port 8011",
     "rlchat look lightning_logs/ppo/version_1 --with lightning_logs/ppo/version_0",
@@ -263,6 +264,20 @@ def test_ppo_options_exist() -> None:
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert len(named) > 25
     assert named <= set(recipe)
+
+
+def test_dpo_options_exist() -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "dpo.yaml").read_text())["model"]["init_args"]
+    table = TEXTS["docs/dpo.md"].split("## Options")[1].split("## Metrics")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert {"beta", "loss_type", "label_smoothing"} <= named <= set(recipe)
+
+
+def test_advantage_estimators_are_documented() -> None:
+    from rlchat.ppo.advantages import ESTIMATORS
+
+    table = TEXTS["docs/ppo.md"].split("## Advantage estimators")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ["advantage", *ESTIMATORS]
 
 
 def test_reward_factors_exist() -> None:

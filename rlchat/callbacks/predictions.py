@@ -11,7 +11,9 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rlchat.distributed.collectives import gather_objects, take_turns
-from rlchat.errors import UserError
+from rlchat.errors import UserError, at_least_one
+from rlchat.ppo.module import PPOModule
+from rlchat.rewards.best_of import best_of_kl
 from rlchat.utils.files import write_atomically
 
 
@@ -21,19 +23,29 @@ class Predictions(BasePredictionWriter):
     Args:
         path: the file to write; an existing file is an error unless ``overwrite`` is set.
         overwrite: replace an existing file.
+        best_of: generate this many responses to each prompt, and write the one with the highest reward. The row also
+            has ``mean_reward``, the mean reward of all of them. The stage needs a reward, so it must be PPO.
     """
 
-    def __init__(self, path: str = "replies.jsonl", overwrite: bool = False) -> None:
+    def __init__(self, path: str = "replies.jsonl", overwrite: bool = False, best_of: int = 1) -> None:
         super().__init__(write_interval="epoch")
+        self.best_of = at_least_one("Predictions", "best_of", best_of)
         self.path = Path(path)
         self.overwrite = overwrite
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises :class:`UserError` for an existing file, before anything is computed."""
+        """Raises :class:`UserError` for an existing file, and for ``best_of`` without a reward."""
         if self.path.exists() and not self.overwrite:
             raise UserError(
                 f"{self.path} already exists; set another --predictions.path, or --predictions.overwrite true"
             )
+        if self.best_of > 1:
+            if not isinstance(pl_module, PPOModule):
+                raise UserError(
+                    f"--best_of {self.best_of} needs a reward, and {type(pl_module).__name__} has none; use the "
+                    f"configuration or checkpoint of a PPO run"
+                )
+            pl_module.best_of = self.best_of
 
     def write_on_epoch_end(
         self,
@@ -50,4 +62,14 @@ class Predictions(BasePredictionWriter):
         rows = take_turns(parts)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
-        print(f"wrote {len(rows)} responses to {self.path}")
+        print(f"wrote {len(rows)} responses to {self.path}{self._gain(rows)}")
+
+    def _gain(self, rows: Sequence[dict[str, Any]]) -> str:
+        """What the choice among ``best_of`` responses changed, as the end of a sentence."""
+        if self.best_of == 1 or not rows:
+            return ""
+        chosen, mean = (sum(row[name] for row in rows) / len(rows) for name in ("reward", "mean_reward"))
+        return (
+            f": the best of {self.best_of} have a mean reward of {chosen:.3g}, all have {mean:.3g}; "
+            f"KL to the model at most {best_of_kl(self.best_of):.2f} nats per response"
+        )

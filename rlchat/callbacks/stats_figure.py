@@ -58,6 +58,7 @@ _REWARD = _Panel("reward", "Reward", "per response")
 _PANELS = (
     _Panel("loss", "Loss", "nats"),
     _Panel("pair_loss", "Pair loss", "nats per pair"),
+    _Panel("reward_margin", "Implicit reward margin", "nats per pair"),
     _Panel("pair_accuracy", "Pair accuracy", "fraction of pairs ranked correctly", "share"),
     _Panel("right_over_wrong", "Correct above incorrect", "fraction of pairs ranked correctly", "share"),
     _Panel("answer_accuracy", "Answer accuracy", "fraction of prompts", "share"),

@@ -30,7 +30,8 @@ def generate_rows(
     """
     started = now()
     replies = chat.batch_replies(prompts, **asdict(sampling))
-    facts = {"time": started, "model": chat.model_path.name, "sampling": {**asdict(sampling), "seed": chat.seed}}
+    how = {**asdict(sampling), "seed": chat.seed, **({"best_of": chat.best_of} if chat.best_of > 1 else {})}
+    facts = {"time": started, "model": chat.model_path.name, "sampling": how}
     rows = []
     for prompt, reply in zip(prompts, replies, strict=True):
         messages = [{"role": m.role, "content": m.text} for m in prompt.messages]

@@ -18,7 +18,7 @@ from rlchat.errors import UserError
 if TYPE_CHECKING:
     from rlchat.chat.repl import Session
 
-SETTINGS = ("temperature", "max_new_tokens", "top_p", "top_k", "seed")
+SETTINGS = ("temperature", "max_new_tokens", "top_p", "top_k", "seed", "best_of")
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 

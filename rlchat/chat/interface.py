@@ -28,7 +28,7 @@ from rlchat.chat.generation import (
 from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, now, save_conversation
 from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
-from rlchat.errors import UserError
+from rlchat.errors import UserError, at_least_one
 from rlchat.models.model_file import load_policy
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
@@ -46,6 +46,9 @@ class ChatInterface:
     ``system`` is the system message (None: none). After each response, ``dropped_messages``, ``dropped_system`` and
     ``cut_tokens`` describe what did not fit into the model's context: the number of oldest messages, whether the system
     message was left out, and the number of tokens cut from a message that was too long on its own.
+
+    Of ``best_of`` responses to each message, the one with the highest reward is kept (by the reward in the model file).
+    Above 1, a response arrives in one piece.
 
     A ChatInterface generates one response at a time. Starting another response or changing the conversation while a
     stream is open or another thread is generating raises :class:`UserError`.
@@ -73,6 +76,7 @@ class ChatInterface:
         self.dropped_system = False
         self.cut_tokens = 0
         self._system: str | None = None
+        self._best_of = 1
         self._busy = threading.Lock()
         self._generator = ResponseGenerator(self.bundle, self.device, generator)
         self._messages: list[SavedMessage] = []
@@ -92,6 +96,17 @@ class ChatInterface:
         if text is not None and not isinstance(text, str):
             raise UserError(f"invalid system message {reprlib.repr(text)}: expected a string or None")
         self._system = text
+
+    @property
+    def best_of(self) -> int:
+        """See the class. Setting it raises :class:`UserError` for an invalid number, or without a usable reward."""
+        return self._best_of
+
+    @best_of.setter
+    def best_of(self, number: int) -> None:
+        self._best_of = at_least_one("ChatInterface", "best_of", number)
+        if number > 1:
+            _ = self.reward  # raises if the model file contains none
 
     def reseed(self, seed: int | None) -> None:
         """Seed the responses that follow. Raises :class:`UserError` for an invalid seed."""
@@ -292,11 +307,13 @@ class ChatInterface:
             raise UserError("invalid prompts: expected a list of prompts, got a single one")
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise UserError(f"invalid value {batch_size!r} for batch_size: expected a positive integer")
-        sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
         with self._exclusive():
-            self._sampling = sampling
+            self._sampling = sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
             self._reset_dropped()
-            fitted = [self._fit(self._prompt(prompt, i), sampling) for i, prompt in enumerate(prompts, 1)]
+            conversations = [self._prompt(prompt, i) for i, prompt in enumerate(prompts, 1)]
+            fitted = [self._fit(conversation, sampling) for conversation in conversations]
+            if self.best_of > 1:
+                return self._best_replies(conversations, fitted, sampling, int(batch_size))
             return self._generator.batch(fitted, sampling, int(batch_size))
 
     def tokenization_test(self) -> list[TokenizationCheck]:
@@ -308,26 +325,43 @@ class ChatInterface:
             asked_at = now()
             before = self.history if use_history else ()
             self._reset_dropped()
-            prompt = self._fit(Conversation((*self._system_messages(), *before, Message("user", text))), sampling)
             self._sampling = sampling
+            prompt = Conversation((*self._system_messages(), *before, Message("user", text)))
+            fitted = self._fit(prompt, sampling)
+            if self.best_of > 1:
+                (best,) = self._best_replies([prompt], [fitted], sampling, self.best_of)
+                self._add_turn(text, asked_at, best, use_history)
+                yield best.text
+                return
             pieces: list[str] = []
             tokens: list[int] = []
             finished = False
             try:
-                for piece in decode_stream(
-                    self.tokenizer, self._generator.stream(prompt, sampling, use_history, tokens)
-                ):
+                sampled = self._generator.stream(fitted, sampling, use_history, tokens)
+                for piece in decode_stream(self.tokenizer, sampled):
                     pieces.append(piece)
                     yield piece
                 finished = True
             finally:
                 # A response that was stopped before its first character is discarded: an empty assistant message would
                 # make another empty response likely.
-                if use_history and (finished or pieces):
-                    reply = "".join(pieces)
-                    self._messages += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply, now())]
-                    self._undone = []
-                    self._last = Reply(reply, len(tokens), ended=tokens[-1:] == [self.tokenizer.end_id])
+                if finished or pieces:
+                    ended = tokens[-1:] == [self.tokenizer.end_id]
+                    self._add_turn(text, asked_at, Reply("".join(pieces), len(tokens), ended), use_history)
+
+    def _add_turn(self, text: str, asked_at: str, reply: Reply, use_history: bool) -> None:
+        if use_history:
+            self._messages += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply.text, now())]
+            self._undone = []
+            self._last = reply
+
+    def _best_replies(
+        self, prompts: Sequence[Conversation], fitted: Sequence[FittedPrompt], sampling: Sampling, batch_size: int
+    ) -> list[Reply]:
+        if sampling.temperature == 0:
+            raise UserError("best_of needs different responses to a message: set temperature above 0")
+        copies = [one for one in fitted for _ in range(self.best_of)]
+        return self.reward.best(prompts, self._generator.batch(copies, sampling, batch_size))
 
     def _prompt(self, prompt: str | Conversation, number: int) -> Conversation:
         """A prompt of :meth:`batch_replies` as a conversation, with the system message if it has none."""

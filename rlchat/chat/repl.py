@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlchat.chat import commands
 from rlchat.chat.feedback import Correction, Verdict
+from rlchat.chat.options import DEFAULT_MODEL, parser
 from rlchat.conversation import Conversation
 from rlchat.data.formats import read_prompts
 from rlchat.errors import UserError
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from rlchat.chat.interface import ChatInterface
     from rlchat.chat.terminal import Terminal
 
-DEFAULT_MODEL = "checkpoints/rl_chat_model_tiktoken.pt"
-
 _INTERRUPTED = 130  # the exit code after Ctrl-C
 _FAILED = 2  # the exit code after an error
 
@@ -43,7 +42,7 @@ _FAILED = 2  # the exit code after an error
 def main(args: list[str]) -> int:
     """Run ``rlchat chat`` with ``args``; return the exit code. Raises :class:`rlchat.errors.UserError`."""
     try:
-        options = _parser().parse_intermixed_args(args)
+        options = parser().parse_intermixed_args(args)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -76,74 +75,6 @@ class OutputError(UserError):
     """Standard output cannot be written; the chat ends."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rlchat chat", description="Chat with a model, in the terminal or through a pipe."
-    )
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="[MODEL] [QUESTION]",
-        help=f"a model file (default: {DEFAULT_MODEL}), and a question to answer; a single argument is the model if "
-        "it ends in .pt or is a file; text from a pipe is put before the question",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.7,
-        metavar="T",
-        help="0: always the most likely token; 1: sample from the model's distribution (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        "--max-new-tokens",
-        type=int,
-        default=100,
-        metavar="N",
-        help="maximum number of tokens per response (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, metavar="S", help="random seed, for repeatable responses (default: random)")
-    parser.add_argument(
-        "--top_k",
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="sample from the K most likely tokens; 0 or -1 for all (default: all)",
-    )
-    parser.add_argument(
-        "--top_p",
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the most likely tokens with total probability P (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="respond to each line of a .txt file, or to each row of a JSONL file"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE", help="JSON file for the responses to --prompts (default: standard output)"
-    )
-    _add_output_options(parser)
-    return parser
-
-
-def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="overwrite files without asking")
-    parser.add_argument(
-        "--feedback",
-        metavar="FILE",
-        default="feedback.jsonl",
-        help="file for the feedback of good, bad and edit, which `rlchat fit` can train on (default: %(default)s)",
-    )
-    parser.add_argument("--base-model", metavar="PATH", help="the base of an adapter file (default: as in training)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on CUDA if supported, else float32)"
-    )
-
-
 def _run(options: argparse.Namespace) -> int:
     model, question = _model_and_question(options.words)
     if question is not None and not question.strip():
@@ -170,13 +101,14 @@ def _run(options: argparse.Namespace) -> int:
         chat = ChatInterface(
             model, device=options.device, dtype=options.dtype, seed=options.seed, base_model=options.base_model
         )
+        chat.best_of = options.best_of
     session = Session(chat, asdict(sampling), feedback=options.feedback, force=options.force)
     if interactive and question is None:
         from rlchat.chat.terminal import Terminal
 
         session.terminal = Terminal()
     if prompts is not None:
-        session.respond_to_all(prompts, None if options.out is None else Path(options.out).expanduser())
+        session.respond_to_all(prompts, None if options.out is None else Path(options.out))
     elif question is not None:
         session.respond(question)
     else:
@@ -353,7 +285,8 @@ class Session:
 
     def settings(self) -> dict[str, Any]:
         """The sampling options, by the names in :data:`rlchat.chat.commands.SETTINGS`."""
-        values = {**self.sampling, "seed": "none" if self.chat.seed is None else self.chat.seed}
+        seed = "none" if self.chat.seed is None else self.chat.seed
+        values = {**self.sampling, "seed": seed, "best_of": self.chat.best_of}
         return {name: values[name] for name in commands.SETTINGS}
 
     def set(self, name: str, value: str) -> None:
@@ -382,6 +315,8 @@ class Session:
 
         if name == "seed":
             self.chat.reseed(value)
+        elif name == "best_of":
+            self.chat.best_of = value
         else:
             self.sampling = asdict(sampling_from(**{**self.sampling, name: value}))
 

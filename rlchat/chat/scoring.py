@@ -12,7 +12,8 @@ from torch import nn
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
-from rlchat.rewards import Factor, Reply, Reward
+from rlchat.rewards import Factor, FactorError, Reply, Reward
+from rlchat.rewards.best_of import best_of
 from rlchat.rewards.classifier import HFReward
 from rlchat.rewards.described import check_arguments, find_factor
 from rlchat.rewards.learned import LearnedQuality
@@ -61,14 +62,14 @@ class RewardScorer:
         """
         rows: list[dict[str, float]] = [{} for _ in replies]
         for name, factor in list(self.reward.factors.items()):
-            numbers = [i for i, prompt in enumerate(prompts) if factor.unavailable(prompt) is None]
-            if not numbers:
-                continue
+            alone = Reward([factor])
             try:
-                scored = Reward([factor]).breakdown([prompts[i] for i in numbers], [replies[i] for i in numbers])
-            except Exception as error:  # a factor can be any code; if one fails, the others are still shown
-                cause = error if isinstance(error, UserError) else error.__cause__ or error
-                self.left_out[name] = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+                numbers = [i for i, prompt in enumerate(prompts) if not alone.unavailable(prompt)]
+                if not numbers:
+                    continue
+                scored = alone.breakdown([prompts[i] for i in numbers], [replies[i] for i in numbers])
+            except FactorError as error:  # a factor can be any code; if one fails, the others are still shown
+                self.left_out[name] = str(error)
                 del self.reward.factors[name]
                 continue
             for i, score in zip(numbers, next(iter(scored.values())).tolist(), strict=True):
@@ -79,8 +80,7 @@ class RewardScorer:
 
     def not_scored(self, prompt: Conversation) -> dict[str, str]:
         """The factors that do not score responses to ``prompt``, with the reason."""
-        reasons = {name: factor.unavailable(prompt) for name, factor in self.reward.factors.items()}
-        return self.left_out | {name: reason for name, reason in reasons.items() if reason is not None}
+        return self.left_out | self.reward.unavailable(prompt)
 
     def score(self, prompt: Conversation, reply: Reply) -> dict[str, float]:
         """The factors of one response. Raises :class:`UserError` if none can score it."""
@@ -89,6 +89,19 @@ class RewardScorer:
             why = "; ".join(f"{name} ({reason})" for name, reason in self.not_scored(prompt).items())
             raise UserError(f"{self._path}: no factor of the reward can score this response: {why}")
         return factors
+
+    def best(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Reply]:
+        """For each of ``prompts``, the response with the highest reward.
+
+        ``replies`` are n responses to the first prompt, then n to the second, and so on. Raises :class:`UserError` if
+        no factor can score the responses to a prompt.
+        """
+        n = len(replies) // len(prompts) if prompts else 1
+        of_each = [prompt for prompt in prompts for _ in range(n)]
+        rewards = []
+        for prompt, reply, factors in zip(of_each, replies, self.breakdown(of_each, replies), strict=True):
+            rewards.append(sum((factors or self.score(prompt, reply)).values()))
+        return [replies[i] for i in best_of(rewards, n)]
 
     def score_text(
         self, prompt: Conversation, text: str, *, ended: bool = True

@@ -11,14 +11,19 @@ import lightning as L
 import yaml
 
 from rlchat.cli.option_errors import imported_class
-from rlchat.data.batches import PromptBatch, RankedBatch, SequenceBatch
+from rlchat.data.batches import PreferenceBatch, PromptBatch, RankedBatch, SequenceBatch
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import UserError
 from rlchat.training.base import StageModule
 
 _log = logging.getLogger("rlchat")
 
-_BATCHES = {"sft": (SequenceBatch,), "reward": (RankedBatch,), "ppo": (PromptBatch, SequenceBatch)}
+_BATCHES = {
+    "sft": (SequenceBatch,),
+    "reward": (RankedBatch,),
+    "dpo": (PreferenceBatch, SequenceBatch),
+    "ppo": (PromptBatch, SequenceBatch),
+}
 
 
 def with_data_class(argv: Sequence[str], scratch: Path) -> tuple[list[str], type[L.LightningDataModule] | None]:
@@ -88,7 +93,7 @@ def check_data_needs(module: type, data: type[L.LightningDataModule]) -> None:
     if issubclass(data, OASST2DataModule) and not hasattr(module, "data_needs"):
         raise UserError(
             f"{module.__name__} has no data_needs attribute, which rlchat's data module requires; derive it "
-            f"from rlchat.SFTModule, RewardModelModule or PPOModule, or set --data to your own data module"
+            f"from rlchat.SFTModule, RewardModelModule, DPOModule or PPOModule, or set --data to your own data module"
         )
 
 

@@ -7,6 +7,7 @@ import traceback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rlchat.errors import UserError
+from rlchat.rewards import Factor, FactorError
 
 # Lightning raises these when it checks options and the requirements of callbacks and loggers.
 _REFUSALS = (MisconfigurationException, ValueError)
@@ -32,6 +33,8 @@ def user_error_in(error: BaseException) -> UserError | None:
         if isinstance(inner, ImportError) and (module := _raised_in(inner)).startswith("lightning."):
             option = "trainer.logger" if module.startswith("lightning.pytorch.loggers") else "trainer"
             return UserError(f"{option}: {' '.join(str(inner).split())}")
+        if (failure := _failed_factor(inner)) is not None:
+            return failure
         inner = inner.__cause__ or inner.__context__
     text = " ".join(str(error).split())
     # PyTorch and Lightning raise these as RuntimeError or MisconfigurationException without more specific types, so
@@ -59,6 +62,20 @@ def user_error_in(error: BaseException) -> UserError | None:
         return UserError(f"trainer: {text}")
     if isinstance(error, _REFUSALS_OF_PARTS) and any(module.startswith(part) for part in _PARTS):
         return UserError(f"trainer: {text}")
+    return None
+
+
+def _failed_factor(error: BaseException) -> FactorError | None:
+    """The error that names the reward factor whose constructor raised ``error``; None if none did.
+
+    jsonargparse turns such an exception into a list of all options, in which its class and its place are lost.
+    """
+    trace = error.__traceback__
+    while trace is not None and isinstance(error, Exception):
+        factor = trace.tb_frame.f_locals.get("self")
+        if isinstance(factor, Factor) and trace.tb_frame.f_code.co_name == "__init__":
+            return FactorError.from_code(factor.name, factor.code, error.with_traceback(trace))
+        trace = trace.tb_next
     return None
 
 

@@ -1,4 +1,4 @@
-"""`rlchat fit|validate|test|predict`: LightningCLI over the three stages."""
+"""`rlchat fit|validate|test|predict`: LightningCLI over the stages."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ from rlchat.cli.runs import (
     newest_run,
     record_versions,
 )
+from rlchat.cli.settings import with_home, with_own_tokenizer
 from rlchat.cli.trainer_options import check_checkpoint_keyword, check_trainer, check_trainer_for_ppo
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.distributed.collectives import is_first
@@ -61,13 +62,14 @@ from rlchat.distributed.strategies import AtomicCheckpointIO, check_strategy, is
 from rlchat.errors import UserError
 from rlchat.ppo.module import PPOModule
 from rlchat.training.base import StageModule
+from rlchat.training.dpo import DPOModule
 from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
 _log = logging.getLogger("rlchat")
 
 COMMANDS = ("fit", "validate", "test", "predict")
-STAGES = (SFTModule, RewardModelModule, PPOModule)
+STAGES = (SFTModule, RewardModelModule, PPOModule, DPOModule)
 CALLBACKS = {
     "best_model": BestModel,
     "sample_responses": SampleResponses,
@@ -79,7 +81,8 @@ CALLBACKS = {
 _USAGE = "rlchat {} --config RECIPE_OR_FILE [--data.path FILE [FILE ...]] [--GROUP.OPTION VALUE ...]"
 _HELP = """\
 The configuration sets the options; flags override it. Add --print_config to see all options with their values.
-Help on the options of a stage: --model.help rlchat.SFTModule, rlchat.RewardModelModule or rlchat.PPOModule.
+Help on the options of a stage: --model.help rlchat.SFTModule, rlchat.RewardModelModule, rlchat.DPOModule or
+rlchat.PPOModule.
 """
 
 
@@ -116,6 +119,7 @@ class RLChatCLI(LightningCLI):
         except ArgumentError as error:
             groups: dict[str, type] = {"trainer": L.Trainer, "data": self.data_class, **CALLBACKS}
             raise explain(words, groups, self._options(words[0] if words else "fit"), str(error)) from error
+        self.config = with_home(self.config)
         for variable, reason in ignored_variables(os.environ, words, self._options(words[0])) if words else ():
             _log.warning("the environment variable %s has no effect: %s", variable, reason)
 
@@ -280,7 +284,7 @@ def run(argv: list[str]) -> RLChatCLI:
         sys.path.insert(0, here)  # so that a user's reward in the working directory can be imported
     scratch = tempfile.TemporaryDirectory(prefix="rlchat-")
     try:
-        words, data_class = with_data_class(with_recipes(argv), Path(scratch.name))
+        words, data_class = with_data_class(with_own_tokenizer(with_recipes(argv)), Path(scratch.name))
         # Lightning would build a parser for each command, which takes a second.
         commands = [name for name in COMMANDS if name in words[:1]] or COMMANDS
         return RLChatCLI(
@@ -311,8 +315,9 @@ def run(argv: list[str]) -> RLChatCLI:
 def with_recipes(argv: list[str]) -> list[str]:
     """``argv`` in the form that jsonargparse expects.
 
-    Recipes become the paths of their files, and several values after ``--data.path`` become one list. If the command
-    line sets a checkpoint and no configuration, the configuration of the checkpoint's run is added.
+    Recipes become the paths of their files, several values after ``--data.path`` become one list, and ``--best_of`` is
+    short for ``--predictions.best_of``. If the command line sets a checkpoint and no configuration, the configuration
+    of the checkpoint's run is added.
     """
     result: list[str] = []
     words = deque(argv)
@@ -330,6 +335,8 @@ def with_recipes(argv: list[str]) -> list[str]:
             result += [f"{word}={json.dumps(values)}"] if quoted else [word, *values]
         elif flag == "--data.path" and _is_comment(value):
             result.append(f"{flag}={json.dumps([value])}")
+        elif flag == "--best_of":
+            result.append(word.replace(flag, "--predictions.best_of", 1))
         else:
             result.append(word)
     checkpoint = _option(argv, "--ckpt_path")

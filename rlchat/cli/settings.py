@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
+from rlchat.cli.recipes import FOLDER
 from rlchat.errors import UserError
+
+_log = logging.getLogger("rlchat")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,22 @@ def settings_of_flags(words: Sequence[str]) -> Iterator[Setting | UserError]:
         yield Setting("--" + ".".join(keys), keys, value, is_missing=not text)
 
 
+def with_home(value: Any) -> Any:
+    """``value`` with the home folder for ``~`` in every text in it that begins with ``~/``, at any depth.
+
+    A :class:`jsonargparse.Namespace` is changed in place. Only paths begin so.
+    """
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~/") else value
+    if isinstance(value, Namespace):
+        for name, inner in vars(value).items():
+            setattr(value, name, with_home(inner))
+        return value
+    if isinstance(value, dict):
+        return {name: with_home(inner) for name, inner in value.items()}
+    return [with_home(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _from_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -90,3 +111,35 @@ def class_path_of(setting: Setting) -> Any:
     if setting.keys == ("model",):
         return value.get("class_path") if isinstance(value, dict) else value
     return None
+
+
+def with_own_tokenizer(words: Sequence[str]) -> list[str]:
+    """``words`` such that a pretrained base model of the user keeps its own tokenizer under a recipe.
+
+    A recipe for a model from scratch also sets the encoding of that model. It is not the user's choice, so it is reset
+    where the user sets another base model and no encoding. ``words`` contain the paths of the recipes.
+    """
+    base: Any = None
+    encoding = None  # of the recipe; None if the user sets one
+    for file in config_files(words):
+        model = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model")
+        options = model.get("init_args") or model if isinstance(model, dict) else {}
+        from_scratch = Path(file).is_relative_to(FOLDER) and isinstance(options.get("base_model"), dict)
+        base = options.get("base_model", base)
+        if "tiktoken_encoding" in options:
+            encoding = options["tiktoken_encoding"] if from_scratch else None
+    for setting in settings_of_flags(words[1:]):
+        if isinstance(setting, Setting) and setting.keys == ("model", "base_model"):
+            base = setting.value
+        elif isinstance(setting, Setting) and setting.keys == ("model", "tiktoken_encoding"):
+            encoding = None
+    if encoding is None or not isinstance(base, str):
+        return list(words)
+    _log.info(
+        "%s keeps its own tokenizer, because %s is the recipe's encoding for a model from scratch; to use it, pass "
+        "--model.tiktoken_encoding %s",
+        base,
+        encoding,
+        encoding,
+    )
+    return [*words, "--model.tiktoken_encoding=null"]

@@ -55,6 +55,20 @@ class RankedBatch(NamedTuple):
         return RankedBatch(*(tensor.to(device) for tensor in self))
 
 
+class PreferenceBatch(NamedTuple):
+    """Ranked responses with their prompts, one per row, padded on the right; responses to one prompt are adjacent."""
+
+    ids: Tensor  # Long [N, T]
+    attention_mask: Tensor  # Bool [N, T], False on padding
+    response_mask: Tensor  # Bool [N, T], True on the tokens of the response and its end marker
+    group: Tensor  # Long [N], index of the prompt in this batch
+    rank: Tensor  # Long [N], 0 is the best of its group
+
+    def to(self, device: torch.device | str) -> PreferenceBatch:
+        """The same batch on ``device``."""
+        return PreferenceBatch(*(tensor.to(device) for tensor in self))
+
+
 class PromptBatch:
     """Prompts to respond to, padded on the left.
 
@@ -128,8 +142,14 @@ class SequenceRows(Dataset[SequenceBatch]):
         return SequenceBatch(*pad(ids, self.pad_id, "right"), loss_masks.bool())
 
 
-class RankedRows(Dataset[RankedBatch]):
-    """The prompts ``rows`` of ``ranked`` with their responses. Indexing with a list of indices returns a batch."""
+class _ResponseRows:
+    """The prompts ``rows`` of ``ranked`` with their responses. Indexing with a list of indices returns a batch.
+
+    Args:
+        ranked: all prompts with their responses.
+        rows: Long, those that are used.
+        pad_id: the id of padding.
+    """
 
     def __init__(self, ranked: RankedReplies, rows: Indices, pad_id: int) -> None:
         self.ranked, self.rows, self.pad_id = ranked, _long(rows), pad_id
@@ -143,16 +163,37 @@ class RankedRows(Dataset[RankedBatch]):
     def _replies(self, row: int) -> slice:
         return slice(int(self.ranked.replies[row]), int(self.ranked.replies[row + 1]))
 
-    def __getitem__(self, index: int | Sequence[int]) -> RankedBatch:
+    def _rendered(self, index: int | Sequence[int]) -> tuple[list[slice], Tensor, Tensor, Tensor]:
+        """The responses of each prompt, and the ids, the attention mask and the group of all of them."""
         spans = [self._replies(row) for row in self.rows[_as_list(index)].tolist()]
         ids = [self.ranked.ids[reply].tolist() for span in spans for reply in range(span.start, span.stop)]
+        group = torch.cat([torch.full((span.stop - span.start,), number) for number, span in enumerate(spans)])
+        return spans, *pad(ids, self.pad_id, "right"), group
+
+
+class RankedRows(_ResponseRows, Dataset[RankedBatch]):
+    """What a reward model trains on."""
+
+    def __getitem__(self, index: int | Sequence[int]) -> RankedBatch:
+        spans, ids, mask, group = self._rendered(index)
         return RankedBatch(
-            *pad(ids, self.pad_id, "right"),
-            torch.cat([torch.full((span.stop - span.start,), group) for group, span in enumerate(spans)]),
+            ids,
+            mask,
+            group,
             torch.cat([self.ranked.rank[span] for span in spans]),
             torch.cat([self.ranked.quality[span] for span in spans]),
             torch.cat([self.ranked.right[span] for span in spans]),
         )
+
+
+class PreferenceRows(_ResponseRows, Dataset[PreferenceBatch]):
+    """What DPO trains on."""
+
+    def __getitem__(self, index: int | Sequence[int]) -> PreferenceBatch:
+        spans, ids, mask, group = self._rendered(index)
+        start = torch.cat([self.ranked.start[span] for span in spans])
+        response_mask = mask & (torch.arange(ids.shape[1]) >= start[:, None])
+        return PreferenceBatch(ids, mask, response_mask, group, torch.cat([self.ranked.rank[span] for span in spans]))
 
 
 class PromptRows(Dataset[PromptBatch]):

@@ -22,7 +22,7 @@ MIN_PROMPT_LENGTH = 8
 
 _STRINGS_AT_ONCE = 10_000
 
-Task = Literal["sft", "reward", "ppo"]
+Task = Literal["sft", "reward", "dpo", "ppo"]
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,14 @@ class Sequences:
 
 @dataclass(frozen=True)
 class RankedReplies:
-    """Prompts with their ranked or labelled responses: what a reward model trains on. A row is a prompt."""
+    """Prompts with their ranked or labelled responses: what a reward model and DPO train on. A row is a prompt."""
 
     ids: Ragged  # Int, the tokens of each prompt with one response
     replies: Tensor  # Long [rows + 1]: row i has the responses replies[i]..replies[i + 1]
     rank: Tensor  # Long [replies], 0 the best, -1 unranked
     quality: Tensor  # Float [replies] in 0..1, nan unlabelled
     right: Tensor  # Long [replies], 1 or 0 by the prompt's check, -1 without one
+    start: Tensor  # Long [replies], the number of tokens before the response
     tree: Tensor  # Long [rows]
 
 
@@ -107,7 +108,7 @@ class Prompts:
     tree: Tensor  # Long [prompts]
 
 
-RANKED = ("replies", "rank", "quality", "right", "tree")
+RANKED = ("replies", "rank", "quality", "right", "start", "tree")
 """The arrays of :class:`RankedReplies` beside the tokens, in their order there."""
 
 

@@ -1,9 +1,9 @@
-"""The data module of all three stages: it turns conversation files into batches.
+"""The data module of all stages: it turns conversation files into batches.
 
     rlchat fit --config sft --data.path trees.jsonl.gz
 
 The LightningModule declares what it needs (:class:`DataNeeds`), and :class:`OASST2DataModule` provides it: sequences
-for SFT, ranked responses for the reward model, prompts for PPO.
+for SFT, ranked responses for the reward model and DPO, prompts for PPO.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.utils.data import Dataset
 from rlchat.conversation import Conversation
 from rlchat.data.batches import (
     BatchLoader,
+    PreferenceBatch,
+    PreferenceRows,
     PromptBatch,
     PromptRows,
     RankedBatch,
@@ -41,9 +43,23 @@ from rlchat.data.splits import Split, split_trees, unit_hash
 from rlchat.data.tokenizing import Tokenization, render_prompts
 from rlchat.errors import UserError
 
-__all__ = ["DataNeeds", "OASST2DataModule", "PromptBatch", "RankedBatch", "SequenceBatch", "split_trees"]
+__all__ = [
+    "DataNeeds",
+    "OASST2DataModule",
+    "PreferenceBatch",
+    "PromptBatch",
+    "RankedBatch",
+    "SequenceBatch",
+    "split_trees",
+]
 
 _log = logging.getLogger("rlchat")
+
+_TRAINED_ON = {
+    "sft": "responses to imitate",
+    "reward": "ranked or labelled responses",
+    "dpo": "responses with different ranks",
+}
 
 
 class OASST2DataModule(LightningDataModule):
@@ -65,8 +81,8 @@ class OASST2DataModule(LightningDataModule):
         min_quality: SFT skips responses labelled lower than this, from 0 to 1; null ignores labels.
         best_rank_only: Whether SFT skips responses that are ranked below another one.
         loss_on: Whether SFT trains on all assistant messages of a thread, or only on the last.
-        contrast: For a reward model on data without ranks and labels: treat the response to a turn as better than the
-            response to another turn of the same conversation.
+        contrast: For a reward model or DPO on data without ranks and labels: treat the response to a turn as better
+            than the response to another turn of the same conversation.
         val_fraction: The fraction of trees in the validation split; 0 turns validation off.
         test_fraction: The fraction of trees in the held-out test split, for `rlchat test`.
         seed: The seed of the split and of the training order.
@@ -172,7 +188,8 @@ class OASST2DataModule(LightningDataModule):
 
     def _task_trees(self, corpus: Corpus) -> Tensor:
         """The tree of each row that the stage trains on, Long [rows]."""
-        rows = {"sft": corpus.sequences.tree, "reward": corpus.ranked.tree, "ppo": corpus.prompts.tree}
+        ranked = corpus.ranked.tree
+        rows = {"sft": corpus.sequences.tree, "reward": ranked, "dpo": ranked, "ppo": corpus.prompts.tree}
         return rows[self.needs.task]
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
@@ -189,13 +206,13 @@ class OASST2DataModule(LightningDataModule):
             mixed_rows = 0 if threads is None else len(threads)
             plan = full_batches_plan(len(prompts), self.batch_size, world, self.seed, mixed_rows)
             return self._resumed(self._loader(prompts, plan))
-        rows = self._sequences() if needs.task == "sft" else self._ranked()
-        self._require(rows, "responses to imitate" if needs.task == "sft" else "ranked or labelled responses")
+        rows = self._sequences() if needs.task == "sft" else self._responses(self._rows(corpus.ranked.tree, "train"))
+        self._require(rows, _TRAINED_ON[needs.task])
         groups = rows.groups() if isinstance(rows, SequenceRows) else None
         return self._resumed(self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed, groups)))
 
     def val_dataloader(self) -> list[BatchLoader]:
-        """One loader for SFT and the reward model, two for PPO: prompts, then sequences. Each row occurs once."""
+        """One loader for SFT and the reward model; DPO and PPO have another one, of sequences. Each row occurs once."""
         return self._held_out("val") if self.val_fraction else []
 
     def test_dataloader(self) -> list[BatchLoader]:
@@ -245,14 +262,17 @@ class OASST2DataModule(LightningDataModule):
 
     def _held_out(self, split: Split) -> list[BatchLoader]:
         corpus, task = self._loaded(), self.needs.task
+        loaders = []
+        if task in ("reward", "dpo"):
+            ranked = self._responses(self._rows_in_fixed_order(corpus.ranked.tree, split))
+            loaders = [self._loader(ranked, self._fixed(len(ranked), f"{split} rows"))]
         if task == "reward":
-            ranked = RankedRows(corpus.ranked, self._rows_in_fixed_order(corpus.ranked.tree, split), self._pad_id)
-            return [self._loader(ranked, self._fixed(len(ranked), f"{split} rows"))]
+            return loaders
         rows = self._rows_in_fixed_order(corpus.sequences.tree, split)
         threads = SequenceRows(corpus.sequences, rows, self._pad_id)
         sequences = self._loader(threads, self._fixed(len(threads), f"{split} threads"))
-        if task == "sft":
-            return [sequences]
+        if task != "ppo":
+            return [*loaders, sequences]
         limit = self.max_val_prompts if split == "val" else None
         rows = self._rows_in_fixed_order(corpus.prompts.tree, split, limit)
         prompts = PromptRows(corpus.prompts, rows, self._pad_id)
@@ -262,9 +282,10 @@ class OASST2DataModule(LightningDataModule):
         sequences = self._loaded().sequences
         return SequenceRows(sequences, self._rows(sequences.tree, "train"), self._pad_id)
 
-    def _ranked(self) -> RankedRows:
-        ranked = self._loaded().ranked
-        return RankedRows(ranked, self._rows(ranked.tree, "train"), self._pad_id)
+    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows:
+        """The prompts ``rows`` (Long) with their responses, as the stage needs them."""
+        kind = PreferenceRows if self.needs.task == "dpo" else RankedRows
+        return kind(self._loaded().ranked, rows, self._pad_id)
 
     def _loader(self, dataset: Dataset[Any], plan: Plan) -> BatchLoader:
         rank, world = self._rank_and_world()

@@ -81,6 +81,6 @@ def _losses(corpus: Corpus, needs: DataNeeds) -> str:
     if needs.max_new_tokens:
         text += f" ({needs.max_new_tokens:,} of them reserved for the response)"
     text += f", oldest messages dropped from {dropped:,} rows and text cut from {cut:,}"
-    if needs.task == "reward":
+    if needs.task in ("reward", "dpo"):
         text += f" ({closed:,} of {len(corpus.ranked.rank):,} responses cut and closed with the end marker)"
     return text + (f"; {left_out:,} threads with nothing to learn left out" if left_out else "")

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlchat.conversation import Conversation, Message, conversation_to_dict, message_to_list
-from rlchat.data.corpus import BOUNDS, COUNTS, RANKED, DataNeeds, Prompts, Ragged
+from rlchat.data.corpus import BOUNDS, COUNTS, RANKED, DataNeeds, Prompts, Ragged, Task
 from rlchat.data.forest import Tree
 from rlchat.data.formats import ranked_pairs
 from rlchat.data.imitation import Imitation, ImitationCounts, MessageTree
@@ -175,17 +175,18 @@ def _tokenized(trees: Sequence[Tree], how: Tokenization) -> _Part:
         opening_id = tree.opening_id
         split_ids.add(opening_id.encode())
         split_hash.append(unit_hash(how.split_seed, opening_id))
-        if needs.task in ("sft", "ppo"):
+        if needs.task != "reward":
             sequences.add(tree.threads, index, tally)
             prompts_of_tree = [p for p in tree.prompts if p.is_prompt]
             if needs.whole_conversations:
                 prompts_of_tree = whole_conversations(prompts_of_tree)
-            # SFT uses prompts for samples only: one per tree is enough, and its truncation does not matter.
-            count = 1 if needs.task == "sft" else None
+            # SFT and DPO use prompts for samples only: one per tree is enough, and its truncation does not matter.
+            count = None if needs.task == "ppo" else 1
             prompts.add(prompts_of_tree[:count], index, tally if needs.task == "ppo" else _Tally())
-        if needs.task == "reward":
-            for prompt in filter(_is_judged, contrasted(tree.prompts) if how.contrast else tree.prompts):
-                ranked.add(prompt, index, tally)
+        if needs.task in ("reward", "dpo"):
+            for prompt in contrasted(tree.prompts) if how.contrast else tree.prompts:
+                if _is_judged(prompt, needs.task):
+                    ranked.add(prompt, index, tally)
     trees_alone = {**tree_ids.build("tree_ids"), **split_ids.build("split_ids"), "split_hash": np.asarray(split_hash)}
     return _Part({**trees_alone, **sequences.build(), **ranked.build(), **prompts.build()}, tally, counts)
 
@@ -343,16 +344,20 @@ class _RankedBuilder:
     def __init__(self, needs: DataNeeds) -> None:
         self.needs = needs
         self.ids, self.replies, self.tree = _RaggedBuilder("i"), array("q"), array("q")
-        self.rank, self.quality, self.right = array("q"), array("f"), array("q")
+        self.rank, self.quality, self.right, self.start = array("q"), array("f"), array("q"), array("q")
 
     def add(self, prompt: Conversation, tree: int, tally: _Tally) -> None:
-        needs = self.needs
-        judged = [reply for reply in prompt.references if reply.rank is not None or reply.quality is not None]
-        for reply in judged:
-            self.ids.add(tally.count(needs.tokenizer.render_response(prompt, reply, needs.max_length)).ids)
+        needs, labels = self.needs, self.needs.task == "reward"
+        used = [r for r in prompt.references if r.rank is not None or (labels and r.quality is not None)]
+        for reply in used:
+            response = replace(reply, learn=True)  # marks its tokens
+            rendered = tally.count(needs.tokenizer.render_response(prompt, response, needs.max_length))
+            self.ids.add(rendered.ids)
+            self.start.append(start_of_response(rendered))
             self.rank.append(-1 if reply.rank is None else reply.rank)
             self.quality.append(float("nan") if reply.quality is None else reply.quality)
-            self.right.append(-1 if prompt.check is None else prompt.check.passes(reply.text))
+            passed = prompt.passes(reply.text)
+            self.right.append(-1 if passed is None else passed)
         self.replies.append(len(self.rank))
         self.tree.append(tree)
 
@@ -363,12 +368,23 @@ class _RankedBuilder:
         }
 
 
-def _is_judged(prompt: Conversation) -> bool:
-    """Whether a reward model can learn from ``prompt``: it has two references with different ranks, or a labelled one.
+def _is_judged(prompt: Conversation, task: Task) -> bool:
+    """Whether ``task`` can learn from ``prompt``: it has two references with different ranks.
 
-    A labelled response without a prompt counts: it is a prompt without messages.
+    For a reward model, one labelled reference is enough. A labelled response without a prompt counts: it is a prompt
+    without messages.
     """
-    return any(reply.quality is not None for reply in prompt.references) or bool(ranked_pairs(prompt))
+    labelled = task == "reward" and any(reply.quality is not None for reply in prompt.references)
+    return labelled or bool(ranked_pairs(prompt))
+
+
+def start_of_response(rendered: Rendered) -> int:
+    """The number of tokens before the last response in ``rendered``, which ends with it.
+
+    Earlier responses are in the loss mask too, but not what opens the last one.
+    """
+    before = (i for i in reversed(range(len(rendered.loss_mask))) if not rendered.loss_mask[i])
+    return next(before, -1) + 1
 
 
 def _json(values: Any) -> bytes:

@@ -21,14 +21,13 @@ from rlchat.conversation import Conversation
 from rlchat.demo.corpus import TREES, write_demo_corpus
 from rlchat.demo.tables import show_figures, show_first_messages, show_next_steps, show_replies
 from rlchat.errors import UserError
-from rlchat.look.report import write_report
+from rlchat.look.report import write_page
 from rlchat.utils.files import set_aside, write_atomically
 from rlchat.utils.threads import fastest_threads
 
 DATA = Path("data/demo.jsonl")
 CHECKPOINTS = Path("checkpoints")
 REPORT = CHECKPOINTS / "report.json"
-PAGE = CHECKPOINTS / "report.html"
 SHOWN = 8
 
 _STAGES = {
@@ -52,12 +51,17 @@ def main(args: list[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     console = Console()
+    if options.rankings and not options.real:
+        raise UserError("--rankings applies only to a real chat model; add --real")
     if options.real:
         if options.data_only or options.trees is not None:
             raise UserError("--data-only and --trees apply only to generated conversations; omit them with --real")
-        from rlchat.demo.real.main import RealDemo  # importing the models takes seconds
+        # importing the models takes seconds
+        from rlchat.demo.real.main import RealDemo
+        from rlchat.demo.real.rankings import RankingsDemo
 
-        RealDemo(console, options.seed, options.threads, options.fast).run()
+        demo = RankingsDemo if options.rankings else RealDemo
+        demo(console, options.seed, options.threads, options.fast).run()
         return 0
     trees = options.trees or TREES
     write_conversations(trees, options.seed)
@@ -86,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         "--real",
         action="store_true",
         help="instead, teach a real chat model, SmolLM2-135M-Instruct, to reply in one short sentence",
+    )
+    parser.add_argument(
+        "--rankings",
+        action="store_true",
+        help="with --real: run all three stages with people's rankings of replies (two cores: about 20 minutes)",
     )
     parser.add_argument("--data-only", action="store_true", help=f"only write {DATA}, without training")
     parser.add_argument(
@@ -166,7 +175,7 @@ class Demo:
             "rlchat demo --seed 1": "train in another world",
         }
         questions = '"Hello, how are you?", "What is the capital of Belan?" or "3 + 4"'
-        page, _ = write_report(self.run_folder, PAGE)
+        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"))
         show_next_steps(self.console, REPORT, page, commands, questions)
 
     def fit(self, stage: str) -> None:

@@ -69,10 +69,7 @@ def second_question_accuracy(
         for (first, second), reply in zip(pairs, replies, strict=True)
     ]
     answers = _replies(chat, conversations, temperature)
-    correct = [
-        second.check is not None and second.check.passes(answer)
-        for (_, second), answer in zip(pairs, answers, strict=True)
-    ]
+    correct = [second.passes(answer) is True for (_, second), answer in zip(pairs, answers, strict=True)]
     return sum(correct) / len(correct)
 
 

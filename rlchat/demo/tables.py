@@ -114,4 +114,5 @@ def mark(good: bool) -> str:
 
 
 def _marked(prompt: Conversation, reply: str) -> str:
-    return escape(reply) if prompt.check is None else f"{mark(prompt.check.passes(reply))} {escape(reply)}"
+    passed = prompt.passes(reply)
+    return escape(reply) if passed is None else f"{mark(passed)} {escape(reply)}"

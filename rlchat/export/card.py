@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlchat.errors import UserError
+from rlchat.models.base.source import BaseSource
 from rlchat.models.model_file import PolicyBundle
 
 _HOW_TO_USE = """\
@@ -43,12 +43,12 @@ class CardFacts:
 def model_card(bundle: PolicyBundle, name: str, facts: CardFacts) -> str:
     """The text of README.md for the model ``name``: base model, training, data, reward, figures and licence."""
     about, config = bundle.about, bundle.model.backbone.transformer.config
-    base = str(getattr(config, "name_or_path", "") or "")
-    licence = facts.license or base_license(base)
+    source = _source(config)
+    licence = facts.license or (source.license if source else "")
     parameters = sum(weight.numel() for weight in bundle.model.backbone.parameters())
     rows = {
-        "Base model": _code(base) if base else f"none: a {config.model_type} model with random initial weights",
-        "License of the base model": "" if not base else base_license(base) or "not known; see the base model",
+        "Base model": _base_row(source, config.model_type),
+        "License of the base model": "" if source is None else source.license or "not known; see the base model",
         "Parameters": f"{parameters:,}",
         "Longest conversation": f"{bundle.max_length} tokens",
         "Tokenizer": f"{_code(bundle.tokenizer.name)}, {bundle.tokenizer.vocab_size:,} ids",
@@ -59,7 +59,7 @@ def model_card(bundle: PolicyBundle, name: str, facts: CardFacts) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
     parts = [
-        _front_matter(licence, base),
+        _front_matter(licence, source.hub if source else ""),
         f"# {name}\n\nA chat model trained with rlchat.\n",
         f"| | |\n|---|---|\n{table}\n",
         _reward(about.get("reward")),
@@ -69,16 +69,20 @@ def model_card(bundle: PolicyBundle, name: str, facts: CardFacts) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def base_license(base: str) -> str:
-    """The licence in the metadata of the model card of the folder ``base``; empty if there is none."""
-    card = Path(base) / "README.md"
-    try:
-        text = card.read_text(encoding="utf-8") if base and card.is_file() else ""
-    except (OSError, ValueError):
-        return ""
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license:\s*[\"']?([\w.+-]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else ""
+def _source(config: Any) -> BaseSource | None:
+    """Where the base model comes from; None for a model with random initial weights."""
+    name = str(getattr(config, "name_or_path", "") or "")
+    if (known := BaseSource.from_values(getattr(config, "rlchat_base", None))) is not None:
+        return known
+    return BaseSource.of(name) if name else None  # a model file of an earlier version has the name or the path only
+
+
+def _base_row(source: BaseSource | None, family: str) -> str:
+    if source is None:
+        return f"none: a {family} model with random initial weights"
+    if source.hub:
+        return _code(source.hub)
+    return f"a local model of the architecture {family}" + (f", called {source.title}" if source.title else "")
 
 
 def read_figures(path: Path) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def read_figures(path: Path) -> dict[str, Any]:
 def _front_matter(licence: str, base: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [rlchat, rlhf]"]
     lines += [f"license: {licence}"] if licence else []
-    lines += [f"base_model: {json.dumps(base)}"] if base and not Path(base).is_absolute() else []
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
     return "\n".join([*lines, "---", ""])
 
 
@@ -106,12 +110,21 @@ def _reward(factors: Any) -> str:
     if not factors:
         return ""
     lines = [
-        f"- {_code(str(factor['class_path']))}: {_code(json.dumps(factor.get('init_args', {}), ensure_ascii=False))}"
+        f"- {_code(str(factor['class_path']))}: {_code(json.dumps(_without_places(factor), ensure_ascii=False))}"
         for factor in factors
     ]
     return "\n".join(
         ["## Reward", "", "The policy was optimized for the weighted sum of these factors:", "", *lines, ""]
     )
+
+
+def _without_places(factor: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``factor``. Of an absolute path, only the name of the file remains."""
+    options = dict(factor.get("init_args", {}))
+    for name, value in options.items():
+        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+            options[name] = Path(value).name
+    return options
 
 
 def _figures(figures: Mapping[str, Any]) -> str:

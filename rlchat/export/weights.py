@@ -44,6 +44,7 @@ def causal_lm(bundle: PolicyBundle) -> PreTrainedModel:
             f"family {config.model_type}; use --to safetensors for its weights"
         )
     config.__dict__.pop("rlchat_logits", None)
+    config.__dict__.pop("rlchat_base", None)
     config.tie_word_embeddings = backbone.head is None
     config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.end_id, tokenizer.pad_id, None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

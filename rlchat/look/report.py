@@ -39,12 +39,12 @@ def main(args: list[str]) -> int:
         raise UserError(f"invalid value {str(out)!r} for --out: expected a file name that ends in .html")
     if out.exists() and not options.force:
         raise UserError(f"{out} already exists; set another --out, or use --force")
-    page, picture = write_report(find_run(options.run), out)
+    page, picture = write_page(find_run(options.run), out)
     print(f"report: {page}\npicture for a slide: {picture}")
     return 0
 
 
-def write_report(run: Path, out: Path) -> tuple[Path, Path]:
+def write_page(run: Path, out: Path) -> tuple[Path, Path]:
     """Writes the page ``out`` about the run in the folder ``run``, and a picture beside it; returns both paths."""
     from rlchat.look.report_page import draw_slide, report_page  # Matplotlib takes a second
 

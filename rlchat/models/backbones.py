@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from rlchat.distributed.collectives import gather_objects
 from rlchat.errors import UserError, one_line
 from rlchat.models.base.embeddings import rows_from
+from rlchat.models.base.source import BaseSource
 from rlchat.models.base_models import (
     LogitsForm,
     attention_name,
@@ -36,7 +37,7 @@ from rlchat.models.base_models import (
 )
 from rlchat.models.causal_attention import causal_mask
 from rlchat.models.families import EncoderFamily, encoder_families
-from rlchat.models.kv_cache import Cache, EncoderCache
+from rlchat.models.kv_cache import Cache, EncoderCache, decoder_cache
 from rlchat.models.packing import Packing, faster_packing
 from rlchat.models.probe import can_pack, probe
 
@@ -87,6 +88,9 @@ class Backbone(nn.Module):
                 # A pooler is not used. Where the files have none, its values are random.
                 self.fingerprint = weights_digest(pair for pair in named if not pair[0].startswith("pooler."))
             self._fit_vocabulary(base.head, rows or [()] * vocab_size)
+            source = BaseSource.of(base_model)
+            self.transformer.config.rlchat_base = source.values()
+            self.transformer.config.name_or_path = source.hub  # transformers puts the path of the folder there
         else:
             self._build(config, attention)
             self.logits_form = logits_form(config)
@@ -196,7 +200,7 @@ class Backbone(nn.Module):
 
     def new_cache(self) -> Cache:
         """An empty cache for :meth:`forward`; each batch of conversations needs its own."""
-        return EncoderCache() if self.is_encoder else DynamicCache(config=self.transformer.config)
+        return EncoderCache() if self.is_encoder else decoder_cache(self.transformer.config, self.device)
 
     def forward(self, ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states [batch, time, hidden] of ``ids`` [batch, time]; those of padding have no meaning.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from rlchat.errors import UserError, one_line
 from rlchat.models.causal_attention import ATTENTION_NAME
 from rlchat.models.families import encoder_families, positions_of
+from rlchat.utils.hub import hub_error, reachable_source
 
 T = TypeVar("T")
 
-_HUB_SECONDS = 10.0  # to wait for an answer of the model hub
 _SAMPLED_VALUES = 4096  # of each weight, for a digest
 
 # Without it, transformers asks in the terminal whether to run the code that comes with a model.
@@ -73,7 +73,7 @@ def configuration(base_model: str | dict[str, Any], vocab_size: int, max_length:
     """
     if isinstance(base_model, str):
         _require_model(base_model)
-        config = _fetch(base_model, lambda: AutoConfig.from_pretrained(base_model, **NO_CODE))
+        config = _fetch(base_model, lambda: AutoConfig.from_pretrained(reachable_source(base_model), **NO_CODE))
         _require_positions(config, max_length, base_model)
         return config
     values = dict(base_model)
@@ -116,10 +116,10 @@ def pretrained(name: str, config: PretrainedConfig, attention: str | None = None
     options: dict[str, Any] = {"attn_implementation": attention_name(config, attention), "dtype": torch.float32}
     options |= NO_CODE | REPORT
     if not _has_head(config):
-        model, report = _fetch(name, lambda: AutoModel.from_pretrained(name, **options))
+        model, report = _fetch(name, lambda: AutoModel.from_pretrained(reachable_source(name), **options))
         check_report(name, report, config.model_type)
         return Pretrained(model, None, LogitsForm())
-    loaded: Any = _fetch(name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
+    loaded: Any = _fetch(name, lambda: AutoModelForCausalLM.from_pretrained(reachable_source(name), **options))
     whole, report = loaded
     check_report(name, report, config.model_type)
     parts = _parts(whole, config)
@@ -266,20 +266,22 @@ def _require_positions(config: PretrainedConfig, max_length: int, name: str) -> 
 
 
 def _require_model(name: str) -> None:
-    """Raises :class:`UserError` unless ``name`` is a folder with a configuration, or a hub has one, or it is cached.
-
-    transformers tries each file of a model six times, which takes minutes without a network. This tries once.
-    """
+    """Raises :class:`UserError` unless ``name`` is a folder with a configuration, or a hub has one, or it is cached."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         return
     if folder.is_dir():
         raise UserError(f"base_model {name}: {_no_configuration(folder)}")
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
-    except Exception as error:  # no valid name of a hub, or whatever its client raises for a failed connection
+    if (error := hub_error(name)) is not None and not _is_cached(name):
         raise _not_downloaded(name, error) from error
+
+
+def _is_cached(name: str) -> bool:
+    """Whether the configuration of ``name`` has been downloaded."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # no valid name of a hub
+        return False
 
 
 def _no_configuration(folder: Path) -> str:
@@ -295,9 +297,14 @@ def _no_configuration(folder: Path) -> str:
 def _not_downloaded(name: str, error: Exception) -> UserError:
     return UserError(
         f"base_model {name} is neither a folder nor a model that could be downloaded ({type(error).__name__}); "
-        f"download its config.json, .safetensors files, tokenizer.json and tokenizer_config.json into one folder, and "
-        f"set --model.base_model to it"
+        f"{_DOWNLOAD}"
     )
+
+
+_DOWNLOAD = (
+    "download its config.json, .safetensors files, tokenizer.json and tokenizer_config.json into one folder, and set "
+    "--model.base_model to it"
+)
 
 
 def _fetch(name: str, load: Callable[[], T]) -> T:
@@ -307,21 +314,28 @@ def _fetch(name: str, load: Callable[[], T]) -> T:
     except OSError as error:
         if Path(name).is_dir():
             raise UserError(f"base_model {name}: the folder has no complete model: {one_line(error)}") from error
+        if (cause := hub_error(name)) is not None and _is_cached(name):
+            raise UserError(
+                f"base_model {name}: its config.json has been downloaded before, but not its weights, and the hub "
+                f"cannot be reached now ({type(cause).__name__}); connect to a network and start again, or {_DOWNLOAD}"
+            ) from error
         raise _not_downloaded(name, error) from error
     except (ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        if _needs_code(name):
+        if code := _own_code(name):
             raise UserError(
-                f"base_model {name} comes with its own code, which rlchat does not run; choose a model whose family is "
-                f"part of transformers"
+                f"base_model {name} needs its own code ({', '.join(code)}), which rlchat does not run, because a model "
+                f"file must load without code from elsewhere; choose a model whose family is part of transformers"
             ) from error
         # An unknown family, or an attention that the family lacks.
         raise UserError(f"base_model {name}: transformers cannot load it: {one_line(error)}") from error
 
 
-def _needs_code(name: str) -> bool:
-    """Whether the family of ``name`` is only defined by Python files that come with the model."""
+def _own_code(name: str) -> list[str]:
+    """The Python files that come with ``name`` and define its family; empty if transformers has the family."""
     try:
-        values, _ = PretrainedConfig.get_config_dict(name)
+        values, _ = PretrainedConfig.get_config_dict(reachable_source(name))
     except (OSError, ValueError):
-        return False
-    return "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING
+        return []
+    if not isinstance(values.get("auto_map"), dict) or values.get("model_type") in CONFIG_MAPPING:
+        return []
+    return sorted({f"{path.rpartition('.')[0]}.py" for path in values["auto_map"].values() if isinstance(path, str)})

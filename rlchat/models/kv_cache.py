@@ -7,12 +7,16 @@ a cache: shorter rows begin with padding, which the attention mask hides and pos
 from __future__ import annotations
 
 from collections import UserDict
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, cat, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# The new columns of a layer that has no room: a quarter of its columns, and no fewer than this.
+_LEAST_ROOM = 32
 
 
 class EncoderCache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
@@ -21,6 +25,51 @@ class EncoderCache(UserDict[nn.Module, tuple[Tensor, Tensor]]):
 
 Cache = DynamicCache | EncoderCache
 """transformers' cache for decoders, rlchat's cache for encoders."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer with room for more columns: a new token is written there, and those before it are rarely copied.
+
+    ``keys`` and ``values`` [batch, heads, columns, width] are the used part of the room. If other code replaces them,
+    for example to remove rows, the next update copies them into new room.
+    """
+
+    _room: tuple[Tensor, Tensor] | None = None
+    _used: Tensor | None = None  # keys, as the last update left them
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends columns [batch, heads, time, width]; returns keys and values of all columns."""
+        before = self.get_seq_length()
+        if before == 0 or key_states.requires_grad:  # the backward pass needs tensors that nothing is written to
+            self._room = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
+        after = before + key_states.shape[2]
+        if self._room is None or self._used is not self.keys or after > self._room[0].shape[2]:
+            self._room = None  # frees it, if nothing else refers to it
+            self._room = _with_room(self.keys, after), _with_room(self.values, after)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, before:after] = new
+        self.keys, self.values = (room[:, :, :after] for room in self._room)
+        self._used = self.keys
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Keeps the rows with the indices ``beam_idx`` [kept], in that order, and frees the memory of the others."""
+        super().reorder_cache(beam_idx)
+        self._room = self._used = None
+
+
+_PLAIN = (DynamicLayer, GrowingLayer)  # these keep all columns; subclasses of DynamicLayer in transformers may not
+
+
+def decoder_cache(config: PretrainedConfig, device: torch.device) -> DynamicCache:
+    """An empty cache for a decoder. On a CPU, its plain layers grow without a copy of all columns at each token."""
+    cache = DynamicCache(config=config)
+    if device.type == "cpu":
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def is_empty(cache: Cache) -> bool:
@@ -40,7 +89,7 @@ def _holds_state(layer: object) -> bool:
 
 def can_append(cache: Cache) -> bool:
     """Whether rows can be added. That requires all columns; sliding windows and recurrent states do not keep them."""
-    return isinstance(cache, EncoderCache) or all(type(layer) is DynamicLayer for layer in cache.layers)
+    return isinstance(cache, EncoderCache) or all(type(layer) in _PLAIN for layer in cache.layers)
 
 
 def keep_rows(cache: Cache, rows: Tensor) -> None:
@@ -83,7 +132,7 @@ def shorten(cache: Cache, length: int) -> bool:
         cache.update({module: (key[:, :, :length], value[:, :, :length]) for module, (key, value) in cache.items()})
         return True
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in (*_PLAIN, DynamicSlidingWindowLayer):
             return False
         assert isinstance(layer, DynamicLayer)
         too_many = layer.get_seq_length() - length if layer.is_initialized else 0
@@ -107,3 +156,10 @@ def _layers(cache: DynamicCache) -> list[_Layer]:
 def _stack(first: Tensor, second: Tensor) -> Tensor:
     columns = max(first.shape[2], second.shape[2])
     return cat([F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in (first, second)])
+
+
+def _with_room(x: Tensor, columns: int) -> Tensor:
+    """A copy of ``x`` [batch, heads, time, width] with more than ``columns`` columns; the new ones are not set."""
+    room = x.new_empty(*x.shape[:2], columns + max(_LEAST_ROOM, columns // 4), x.shape[3])
+    room[:, :, : x.shape[2]] = x
+    return room

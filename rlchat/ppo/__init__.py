@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rlchat.ppo.advantages import grpo as grpo
     from rlchat.ppo.advantages import masked_whiten as masked_whiten
     from rlchat.ppo.advantages import place_scores as place_scores
+    from rlchat.ppo.advantages import reinforce_pp as reinforce_pp
     from rlchat.ppo.advantages import rloo as rloo
     from rlchat.ppo.advantages import shape_rewards as shape_rewards
     from rlchat.ppo.losses import AdaptiveKL as AdaptiveKL
@@ -34,6 +35,7 @@ __all__ = [
     "masked_whiten",
     "place_scores",
     "policy_loss",
+    "reinforce_pp",
     "rloo",
     "shape_rewards",
     "value_loss",
@@ -52,6 +54,7 @@ __getattr__ = lazy_exports(
         "masked_whiten": "rlchat.ppo.advantages",
         "place_scores": "rlchat.ppo.advantages",
         "policy_loss": "rlchat.ppo.losses",
+        "reinforce_pp": "rlchat.ppo.advantages",
         "rloo": "rlchat.ppo.advantages",
         "shape_rewards": "rlchat.ppo.advantages",
         "value_loss": "rlchat.ppo.losses",

@@ -157,6 +157,23 @@ def _shifted_groups(scores: Tensor, group_size: int) -> Tensor:
     return groups - groups[:, :1]
 
 
+def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float = 1.0, reduce: Reduce = lambda t: t) -> Tensor:
+    """REINFORCE++ [B, R]: the discounted rewards to go of each token, whitened over the batch (Hu 2025).
+
+    Source: arXiv 2501.03262, *REINFORCE++*, without a baseline, as in ``reinforce`` of OpenRLHF and
+    ``reinforce_plus_plus`` of verl. G_t = r_t + γ·G_next, where *next* is the next token inside the mask, and
+    A = (G - mean G) / std G over all tokens of the batch; 0 outside the mask.
+
+    Args:
+        rewards: r [B, R], which include the KL penalty of each token.
+        mask: Bool [B, R].
+        gamma: γ, the discount per token.
+        reduce: sums over all processes, so that mean and variance are global.
+    """
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)  # without values, λ = 1 leaves G
+    return masked_whiten(to_go, mask, reduce=reduce)
+
+
 # ---- the registry ----------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +188,7 @@ class EstimatorInputs:
     gamma: float  # discount per token
     lam: float  # λ of GAE
     reduce: Reduce  # sums a tensor over all processes
+    lam_critic: float | None = None  # λ of the critic's returns; None: the same
 
 
 class Advantages(NamedTuple):
@@ -228,12 +246,15 @@ def advantage_estimator(
 
 @advantage_estimator("gae", needs_critic=True, allows_turns=True, allows_whiten_rewards=True)
 def _gae_estimator(inputs: EstimatorInputs) -> Advantages:
-    advantages, returns = gae(inputs.rewards, inputs.values, inputs.mask, inputs.gamma, inputs.lam)
+    tokens = (inputs.rewards, inputs.values, inputs.mask, inputs.gamma)
+    advantages, returns = gae(*tokens, inputs.lam)
+    if inputs.lam_critic is not None:  # decoupled GAE: VC-PPO (Yuan et al. 2025) and VAPO (Yue et al. 2025)
+        _, returns = gae(*tokens, inputs.lam_critic)
     return Advantages(masked_whiten(advantages, inputs.mask, reduce=inputs.reduce), returns)
 
 
-# Without a critic, the return of a response is the sum of its rewards, and each of its tokens gets the same advantage.
-# These estimators support neither turns (a row would have several responses) nor whitened rewards (whitening adds a
+# Of rloo and grpo, the return of a response is the sum of its rewards, and each of its tokens gets the same advantage.
+# They support neither turns (a row would have several responses) nor whitened rewards (whitening adds a
 # constant to each token, so the sum would depend on the length).
 @advantage_estimator("rloo", needs_group=True)
 def _rloo_estimator(inputs: EstimatorInputs) -> Advantages:
@@ -244,4 +265,12 @@ def _rloo_estimator(inputs: EstimatorInputs) -> Advantages:
 @advantage_estimator("grpo", needs_group=True)
 def _grpo_estimator(inputs: EstimatorInputs) -> Advantages:
     advantages = grpo(inputs.rewards.sum(1), inputs.group_size)[:, None] * inputs.mask
+    return Advantages(advantages, torch.zeros_like(advantages))
+
+
+# Whitened rewards are not supported: whitening adds a constant to each token, so the rewards to go would depend on the
+# number of tokens that follow.
+@advantage_estimator("reinforce_pp", allows_turns=True)
+def _reinforce_pp_estimator(inputs: EstimatorInputs) -> Advantages:
+    advantages = reinforce_pp(inputs.rewards, inputs.mask, inputs.gamma, inputs.reduce)
     return Advantages(advantages, torch.zeros_like(advantages))

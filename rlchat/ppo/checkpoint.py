@@ -12,7 +12,6 @@ import torch
 
 from rlchat.errors import UserError
 from rlchat.models.file_content import FORMAT, VERSION
-from rlchat.models.model_file import PolicyBundle
 from rlchat.ppo.config import PPOConfig
 from rlchat.ppo.held_out import HeldOutModule
 from rlchat.ppo.losses import AdaptiveKL
@@ -20,6 +19,7 @@ from rlchat.ppo.state import restore_counters, saved_counters
 from rlchat.rewards import Reward
 from rlchat.rewards.described import describe_fully, rebuild
 from rlchat.training.guard import LastGoodWeights
+from rlchat.training.initial_model import base_options, open_policy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,12 +33,12 @@ class ResumableModule(HeldOutModule):
     """The counters of PPO, and checkpoints that contain them.
 
     Args:
-        bundle: the policy to start from.
-        options: the options of PPO.
+        options: the options of PPO, which name the policy to start from.
         reward: scores the responses.
     """
 
-    def __init__(self, bundle: PolicyBundle, options: PPOConfig, reward: Reward) -> None:
+    def __init__(self, options: PPOConfig, reward: Reward) -> None:
+        bundle = open_policy(*options.start, **base_options(options))
         options.check_length(bundle.max_length)
         super().__init__(bundle, options, reward)
         self.automatic_optimization = False

@@ -47,6 +47,7 @@ class PPOConfig(StageOptions):
     critic_warmup: int
     gamma: float
     lam: float
+    lam_critic: float | None
     whiten_rewards: bool
     # The loss
     clip_eps: float
@@ -88,6 +89,8 @@ class PPOConfig(StageOptions):
             kl_coef=self.kl_coef,
         )
         fractions(gamma=self.gamma, lam=self.lam)
+        if self.lam_critic is not None:
+            fractions(lam_critic=self.lam_critic)
         positive(max_grad_norm=self.max_grad_norm, kl_target=self.kl_target)
         if not 1e-6 <= self.temperature <= 1e6:
             raise UserError(f"invalid value {self.temperature} for temperature: expected a number from 1e-6 to 1e6")
@@ -165,6 +168,10 @@ class PPOConfig(StageOptions):
             raise UserError(
                 f"advantage {self.advantage} has no critic; set --model.critic shared, --model.critic_init null and "
                 f"--model.critic_warmup 0, or use gae"
+            )
+        if not estimator.needs_critic and self.lam_critic is not None:
+            raise UserError(
+                f"advantage {self.advantage} has no critic; set --model.lam_critic null, or --model.advantage gae"
             )
         if self.critic_init is not None and self.critic != "separate":
             raise UserError("critic_init requires a separate critic; set --model.critic separate")

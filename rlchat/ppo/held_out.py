@@ -54,7 +54,7 @@ class HeldOutModule(RolloutModule):
 
     def tally_answers(self, name: str, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> None:
         """Adds the fraction of correct responses, among the prompts that have a check."""
-        correct = [float(p.check.passes(r.text)) for p, r in zip(prompts, replies, strict=True) if p.check]
+        correct = [float(p.passes(r.text) or 0) for p, r in zip(prompts, replies, strict=True) if p.check]
         if correct:
             self.tally.add(name, torch.tensor(correct))
 

@@ -38,7 +38,6 @@ from rlchat.ppo.minibatches import local_minibatches, not_empty, shuffled_rows
 from rlchat.ppo.rollouts import Rollout
 from rlchat.ppo.state import saving_last_good, stop_run
 from rlchat.rewards import Reward
-from rlchat.training.initial_model import base_options, open_policy
 from rlchat.training.optimizers import OptimizerName
 from rlchat.training.options import ChatFormatName, Schedule
 
@@ -85,7 +84,7 @@ class PPOModule(ResumableModule):
         minibatches: optimizer steps in each pass.
         micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all rows.
         advantage: the advantage estimator: gae uses a critic; rloo and grpo compare the responses to the same prompt
-            instead.
+            instead; reinforce_pp compares each token's rewards to go with those of the whole batch.
         critic: a value head on the policy's backbone (shared), or a separate network (separate).
         critic_init: the model file of a reward model that initializes a separate critic; by default it is a copy of the
             policy's backbone.
@@ -103,6 +102,7 @@ class PPOModule(ResumableModule):
         kl_horizon: the number of episodes in which the adaptive kl_coef can change by about 20 %.
         gamma: γ, the discount per token.
         lam: λ of generalized advantage estimation.
+        lam_critic: λ of the returns that the critic is trained on; None: lam, as for the advantages.
         whiten_rewards: scale the per-token rewards to unit variance, without changing their mean.
         target_kl: stop training on a rollout when approx_kl, the KL to the old policy, exceeds this; None: never.
         max_grad_norm: the maximum norm of the gradients, which are clipped to it.
@@ -169,6 +169,7 @@ class PPOModule(ResumableModule):
         kl_horizon: int = 10_000,
         gamma: float = 1.0,
         lam: float = 0.95,
+        lam_critic: float | None = None,
         whiten_rewards: bool = False,
         target_kl: float | None = None,
         max_grad_norm: float = 1.0,
@@ -185,8 +186,7 @@ class PPOModule(ResumableModule):
         new_embeddings: bool = False,
         attn_implementation: str | None = None,
     ) -> None:
-        options = PPOConfig.of(locals())
-        super().__init__(open_policy(*options.start, **base_options(options)), options, reward or Reward())
+        super().__init__(PPOConfig.of(locals()), reward or Reward())
         self.save_hyperparameters(ignore=["reward"])
 
     def setup(self, stage: str) -> None:
@@ -244,8 +244,8 @@ class PPOModule(ResumableModule):
         rewards = shape_rewards(placed, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef, o.kl_estimator)
         if o.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=self.global_sum)
-        inputs = EstimatorInputs(rewards, rollout.values, mask, o.group_size, o.gamma, o.lam, self.global_sum)
-        return o.estimator.compute(inputs)
+        numbers = (o.group_size, o.gamma, o.lam, self.global_sum, o.lam_critic)
+        return o.estimator.compute(EstimatorInputs(rewards, rollout.values, mask, *numbers))
 
     def update(self, iteration: Iteration, sequences: SequenceBatch | None) -> dict[str, float]:
         """``ppo_epochs`` passes of ``minibatches`` optimizer steps over the rollout; returns their mean metrics."""

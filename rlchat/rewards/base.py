@@ -19,15 +19,18 @@ import inspect
 import numbers
 import re
 import reprlib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlchat.conversation import Conversation
-from rlchat.errors import UserError
+from rlchat.errors import UserError, one_line
+from rlchat.utils.devices import choose_device
 
 if TYPE_CHECKING:
     from rlchat.models.model_file import PolicyBundle
@@ -50,6 +53,27 @@ class Reply:
 
 class FactorError(UserError):
     """A reward factor cannot score. The message names the factor."""
+
+    @classmethod
+    def from_code(cls, name: str, code: str, error: Exception) -> FactorError:
+        """The error for ``error``, an unexpected exception in ``code`` (the import path) of the factor ``name``.
+
+        ``details`` is its traceback, from the call of that code on.
+        """
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next and trace.tb_frame.f_globals.get("__name__") in _CALLERS:
+            trace = trace.tb_next
+        frames = traceback.extract_tb(trace)
+        place = next((frame for frame in reversed(frames) if frame.filename == frames[0].filename), None)
+        where = f"; see line {place.lineno} of {Path(place.filename).name}" if place else ""
+        what = f": {one_line(error)}" if str(error).strip() else ""
+        failure = cls(f"reward factor '{name}' ({code}) failed: {type(error).__name__}{what}{where}")
+        failure.details = "".join(traceback.format_exception(type(error), error, trace))
+        return failure
+
+
+# The modules that call a factor's code: a user who looks for a mistake in that code does not need their lines.
+_CALLERS = ("rlchat.rewards.base", "rlchat.rewards.function", "rlchat.rewards.reward")
 
 
 class RowCount:
@@ -87,6 +111,11 @@ class Factor(abc.ABC):
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(self).__name__)
         return self._name or words.lower()
 
+    @property
+    def code(self) -> str:
+        """The import path of the code that scores, for errors."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
     def describe(self) -> dict[str, Any]:
         """Plain values from which the factor can be created again: ``class_path``, and ``init_args`` by name.
 
@@ -114,6 +143,13 @@ class Factor(abc.ABC):
     def unavailable(self, prompt: Conversation) -> str | None:
         """Why no response to ``prompt`` can be scored; None, the default, if it can. Training uses the score anyway."""
         return None
+
+    def device_named(self, name: str) -> torch.device | None:
+        """The device ``name``; None for ``auto``. Raises :class:`FactorError` for one that this machine lacks."""
+        try:
+            return None if name == "auto" else choose_device(name)
+        except UserError as error:
+            raise self.error(f"{error}, or auto for that of the policy") from error
 
     def error(self, reason: str) -> FactorError:
         """An error for the user that names this factor."""

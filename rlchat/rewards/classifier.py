@@ -16,6 +16,7 @@ from rlchat.conversation import Conversation
 from rlchat.errors import at_least_one, one_line
 from rlchat.models.families import positions_of
 from rlchat.rewards.base import Factor, Reply, RowCount
+from rlchat.utils.hub import reachable_source
 
 _log = logging.getLogger("rlchat")
 
@@ -89,7 +90,7 @@ class HFReward(Factor):
         self.trust_remote_code = trust_remote_code
         self.cut = RowCount()
         """The responses that did not fit into ``max_length`` with their prompts."""
-        self._device = torch.device("cpu" if device == "auto" else device)
+        self._device = self.device_named(device) or torch.device("cpu")
         self._loaded: _Classifier | None = None
         if not clip > 0:
             raise self.error(f"invalid value {clip} for clip: expected a number above 0")
@@ -171,10 +172,11 @@ class HFReward(Factor):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer  # slow to import
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+            source = reachable_source(self.model)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
             dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                self.model, trust_remote_code=self.trust_remote_code, dtype=dtype, output_loading_info=True
+                source, trust_remote_code=self.trust_remote_code, dtype=dtype, output_loading_info=True
             )
         except Exception as error:  # of many kinds: no file, no network, no package, a damaged file
             if Path(self.model).is_dir():

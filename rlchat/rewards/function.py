@@ -41,6 +41,11 @@ class FunctionReward(ReplyFactor):
                 "reply)"
             ) from error
 
+    @property
+    def code(self) -> str:
+        """The import path of the function."""
+        return self.function
+
     def score(self, prompt: Conversation, reply: Reply) -> float:
         return self._function(prompt, reply)
 

@@ -51,6 +51,7 @@ class LearnedQuality(Factor):
             raise UserError(
                 f"invalid values for LearnedQuality: clip {clip} and batch_size {batch_size} must be above 0"
             )
+        self.device_named(device)  # so that an error comes now
         self.bundle = bundle
         self.device = device
         self.base_model = base_model

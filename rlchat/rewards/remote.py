@@ -110,9 +110,7 @@ class HTTPReward(Factor):
             except _TemporaryError as error:
                 if attempt + 1 == attempts:
                     tried = f"after {attempts} attempts" if attempts > 1 else "after 1 attempt"
-                    raise self.error(
-                        f"{self.url} {error} {tried}; check that the service runs, or raise timeout or retries"
-                    ) from error
+                    raise self.error(f"{self.url} {error} {tried}; {error.fix}") from error
                 time.sleep(max(error.wait, self.backoff * 2**attempt))
         raise AssertionError("unreachable")
 
@@ -129,17 +127,23 @@ class HTTPReward(Factor):
             with error:
                 text = " ".join(error.read(200).decode("utf-8", "replace").split())
             what = f"answered HTTP {error.code} {error.reason}" + (f" ({text})" if text else "")
+            fix = _fix_of_status(error.code, error.headers.get("Location"))
             if error.code >= 500 or error.code in _TEMPORARY:
-                raise _TemporaryError(what, _seconds(error.headers.get("Retry-After"))) from error
-            raise self.error(f"{self.url} {what}") from error
+                raise _TemporaryError(what, fix, _seconds(error.headers.get("Retry-After"))) from error
+            raise self.error(f"{self.url} {what}; {fix}") from error
         except TimeoutError as error:
-            raise _TemporaryError(f"did not answer within {self.timeout:g} s") from error
+            raise self._too_late() from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
-                raise _TemporaryError(f"did not answer within {self.timeout:g} s") from error
-            raise _TemporaryError(f"cannot be reached ({error.reason})") from error
+                raise self._too_late() from error
+            raise _TemporaryError(f"cannot be reached ({error.reason})", "start the service, or correct url") from error
         except (OSError, HTTPException) as error:
-            raise _TemporaryError(f"broke off its answer ({type(error).__name__})") from error
+            what = f"broke off its answer ({type(error).__name__})"
+            raise _TemporaryError(what, "see the log of the service") from error
+
+    def _too_late(self) -> _TemporaryError:
+        fix = f"raise timeout, or lower batch_size ({self.batch_size} responses per request)"
+        return _TemporaryError(f"did not answer within {self.timeout:g} s", fix)
 
     def _read(self, answer: Any) -> bytes:
         """The whole answer. The timeout holds for all of it, because a socket's own holds for each part."""
@@ -150,7 +154,7 @@ class HTTPReward(Factor):
             parts.append(part)
             size += len(part)
             if size > _MAX_BYTES:
-                raise self.error(f"{self.url} answered more than {_MAX_BYTES >> 20} MiB")
+                raise self.error(f"{self.url} answered more than {_MAX_BYTES >> 20} MiB; {_expected(self.batch_size)}")
             if time.monotonic() > end:
                 raise TimeoutError
         return b"".join(parts)
@@ -159,28 +163,51 @@ class HTTPReward(Factor):
         try:
             found = json.loads(answer)
         except ValueError as error:
-            raise self.error(
-                f"{self.url} answered {_shown(answer)}, which is not JSON; {_EXPECTED.format(count)}"
-            ) from error
+            raise self.error(f"{self.url} answered {_shown(answer)}, which is not JSON; {_expected(count)}") from error
         scores = found.get("scores") if isinstance(found, dict) else None
         if not isinstance(scores, list):
-            raise self.error(f"{self.url} answered {_shown(answer)}; {_EXPECTED.format(count)}")
+            raise self.error(f"{self.url} answered {_shown(answer)}; {_expected(count)}")
         if len(scores) != count:
-            raise self.error(f"{self.url} answered {len(scores)} scores for {count} responses")
+            raise self.error(f"{self.url} answered {len(scores)} scores for {count} responses; {_expected(count)}")
         for row, score in enumerate(scores):
             if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
-                raise self.error(f"{self.url} answered {json.dumps(score)} as score {row}: expected a finite number")
+                raise self.error(f"{self.url} answered {json.dumps(score)} as score {row}; {_expected(count)}")
         return [float(score) for score in scores]
 
 
-_EXPECTED = 'expected {{"scores": [...]}} with {} numbers'
+def _expected(count: int) -> str:
+    """The right answer to a request with ``count`` responses, for an error."""
+    more = ", ..." if count > 2 else ""
+    example = ", ".join(["0.5", "-1"][:count])
+    return f'expected {{"scores": [{example}{more}]}} with {count} finite number{"s" if count > 1 else ""}'
+
+
+def _fix_of_status(code: int, location: str | None) -> str:
+    """What the user can do about the HTTP status ``code``."""
+    if 300 <= code < 400:
+        return f"redirects are not followed, set url to {location or 'the address of the service itself'}"
+    if code in (401, 403):
+        return "set token_env to the name of an environment variable with a valid token"
+    if code in (404, 405):
+        return "set url to the address and path at which the service takes POST requests"
+    if code == 413:
+        return "lower batch_size, the number of responses per request"
+    if code == 429:
+        return "raise backoff or retries"
+    if 400 <= code < 500 and code not in _TEMPORARY:
+        return 'the service must take {"items": [{"messages": [...], "response": "...", "tokens": 12, "ended": true}]}'
+    return "see the log of the service, or raise retries"
 
 
 class _TemporaryError(Exception):
-    """What went wrong in an attempt that may be repeated. ``wait`` is the least number of seconds before the next."""
+    """What went wrong in an attempt that may be repeated, and what the user can do if all fail.
 
-    def __init__(self, what: str, wait: float = 0.0) -> None:
+    ``wait`` is the least number of seconds before the next attempt.
+    """
+
+    def __init__(self, what: str, fix: str, wait: float = 0.0) -> None:
         super().__init__(what)
+        self.fix = fix
         self.wait = wait
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +30,8 @@ class Reward:
     are numbered: ``too_short``, ``too_short_2``.
 
     Raises:
-        FactorError: when called, if a factor returns anything but one finite number per response, or raises a
-            :class:`UserError`. It names the factor.
-        RuntimeError: when called, if a factor raises another exception, which is the cause. It names the factor.
+        FactorError: when called, if a factor raises an exception, which is the cause, or returns anything but one
+            finite number per response. It names the factor.
     """
 
     # Not ``| None``: jsonargparse would replace a factor's UserError by a list of the types in the union.
@@ -48,14 +48,16 @@ class Reward:
 
     def to(self, device: torch.device) -> Reward:
         """This reward, after the models of its factors have been moved to ``device``."""
-        for factor in self.factors.values():
-            factor.to(device)
+        for name, factor in self.factors.items():
+            with _named(name, factor):
+                factor.to(device)
         return self
 
     def share_weights(self, policy: PolicyBundle | None) -> None:
         """Lets the models of factors use the frozen weights of ``policy``; see :meth:`Factor.share_weights`."""
-        for factor in self.factors.values():
-            factor.share_weights(policy)
+        for name, factor in self.factors.items():
+            with _named(name, factor):
+                factor.share_weights(policy)
 
     def describe(self) -> list[dict[str, Any]]:
         """The factors as plain values, as a model file stores them."""
@@ -63,10 +65,20 @@ class Reward:
 
     def breakdown(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> dict[str, Tensor]:
         """The weighted score of each factor: name → ``[batch]`` float32. They sum to the reward."""
-        return {
-            name: factor.weight * _checked(name, _scores(name, factor, prompts, replies), replies)
-            for name, factor in self.factors.items()
-        }
+        found = {}
+        for name, factor in self.factors.items():
+            with _named(name, factor):
+                scores = factor(prompts, replies)
+            found[name] = factor.weight * _checked(name, scores, replies)
+        return found
+
+    def unavailable(self, prompt: Conversation) -> dict[str, str]:
+        """The factors that cannot score responses to ``prompt``, with the reason; see :meth:`Factor.unavailable`."""
+        reasons = {}
+        for name, factor in self.factors.items():
+            with _named(name, factor):
+                reasons[name] = factor.unavailable(prompt)
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def default_factors() -> list[Factor]:
@@ -90,15 +102,17 @@ def _unused_name(name: str, taken: dict[str, Factor]) -> str:
     return unused
 
 
-def _scores(name: str, factor: Factor, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
+@contextmanager
+def _named(name: str, factor: Factor) -> Iterator[None]:
+    """Turns every exception of the factor's code into a :class:`FactorError` that names the factor."""
     try:
-        return factor(prompts, replies)
+        yield
     except FactorError:
         raise
     except UserError as error:
         raise FactorError(f"reward factor '{name}': {error}") from error
     except Exception as error:
-        raise RuntimeError(f"reward factor '{name}' failed: {type(error).__name__}: {error}") from error
+        raise FactorError.from_code(name, factor.code, error) from error
 
 
 def _checked(name: str, scores: Tensor, replies: Sequence[Reply]) -> Tensor:

@@ -36,9 +36,8 @@ class Verified(ReplyFactor):
         return "the prompt has no answer to check" if prompt.check is None else None
 
     def score(self, prompt: Conversation, reply: Reply) -> float:
-        if prompt.check is None:
-            return 0.0
-        return 1.0 if prompt.check.passes(reply.text) else self.wrong
+        passed = prompt.passes(reply.text)
+        return 0.0 if passed is None else 1.0 if passed else self.wrong
 
     def __call__(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:
         without = sum(prompt.check is None for prompt in prompts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.errors import UserError
+from rlchat.utils.hub import reachable_source
 
 _OLDER = ("vocab.json", "vocab.txt", "tokenizer.model")  # layouts that transformers converts to tokenizer.json
 
@@ -65,7 +66,7 @@ def _file(source: str, name: str) -> Path | None:
 
     try:
         path = cached_file(
-            source,
+            reachable_source(source),
             name,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
@@ -92,7 +93,7 @@ def _converted_by_transformers(source: str) -> dict[str, Any] | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(reachable_source(source), trust_remote_code=False)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception:  # whatever a family of transformers raises for files that are not complete
         return None

@@ -24,6 +24,7 @@ from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel, RLChatModel, TokenStats
 from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms, generate
 from rlchat.rewards import Reply
+from rlchat.rewards.best_of import best_of
 from rlchat.training.guard import NonFiniteGuard
 from rlchat.training.optimizers import follow_schedule, make_optimizer, make_scheduler
 from rlchat.training.options import StageOptions
@@ -128,6 +129,10 @@ class StageModule(ShardableModule):
     def global_sum(self, value: Tensor | float) -> Tensor:
         """``value`` summed over all processes, without a gradient."""
         return global_sum(self, value)
+
+    def global_mean(self, values: Tensor) -> Tensor:
+        """The mean of ``values`` [N] over all processes, whose N may differ; 0 if there is none."""
+        return self.global_sum(values.sum()) / self.global_sum(len(values)).clamp(min=1)
 
     def mean_loss(self, name: str, total: Tensor, count: Tensor) -> Tensor:
         """The loss to return from ``training_step``: its gradient is that of the global mean over a whole batch.
@@ -295,6 +300,7 @@ class PolicyModule(StageModule):
     def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling, seed: int) -> None:
         super().__init__(bundle, options)
         self.sampling = sampling
+        self.best_of = 1  # responses per prompt of which `rlchat predict` keeps the one with the highest reward
         self.seed = seed
 
     def token_stats(self, batch: SequenceBatch) -> TokenStats:
@@ -338,20 +344,30 @@ class PolicyModule(StageModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One row of plain values per prompt: the prompt, the response and, in a stage with a reward, its reward."""
-        rows = self.global_rows(len(batch.ids), self.predicted_prompts)
+        n = self.best_of
+        rows = self.global_rows(len(batch.ids), self.predicted_prompts, copies=n)
         self.predicted_prompts += len(batch.ids)
         uniforms = addressed_uniforms(self.seed, PREDICTION_STREAM, rows)
-        replies = self.decode(self.generate(batch.ids, batch.attention_mask, self.sampling, uniforms))
-        rewards = self.predicted_rewards(batch.conversations, replies)
+        ids, mask = (x.repeat_interleave(n, 0) for x in (batch.ids, batch.attention_mask))
+        replies = self.decode(self.generate(ids, mask, self.sampling, uniforms))
+        prompts = [prompt for prompt in batch.conversations for _ in range(n)]
+        rewards = self.predicted_rewards(prompts, replies)
+        kept: Sequence[int] = range(len(replies))
+        if n > 1:
+            totals = [reward["reward"] for reward in rewards]
+            kept = best_of(totals, n)
+            for i in kept:
+                start = i - i % n
+                rewards[i] |= {"best_of": n, "mean_reward": sum(totals[start : start + n]) / n}
         return [
             {
-                "messages": [{"role": m.role, "content": m.text} for m in prompt.messages],
-                "reply": reply.text,
-                "tokens": reply.tokens,
-                "ended": reply.ended,
-                **reward,
+                "messages": [{"role": m.role, "content": m.text} for m in prompts[i].messages],
+                "reply": replies[i].text,
+                "tokens": replies[i].tokens,
+                "ended": replies[i].ended,
+                **rewards[i],
             }
-            for prompt, reply, reward in zip(batch.conversations, replies, rewards, strict=True)
+            for i in kept
         ]
 
     def predicted_rewards(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, TrainedPart
 from rlchat.models.base.weights import BaseWeights
+from rlchat.models.sampling import Sampling
 from rlchat.training.optimizers import OptimizerName
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -138,6 +139,24 @@ def fractions(**options: float) -> None:
     for name, value in options.items():
         if not 0 <= value <= 1:
             raise UserError(f"invalid value {value} for {name}: expected a number from 0 to 1")
+
+
+def check_sampling(max_new_tokens: int | None, temperature: float) -> None:
+    """Raises :class:`UserError` for the options of sampled responses in a stage that does not sample to train."""
+    positive_integers(max_new_tokens=max_new_tokens)
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+        raise UserError(f"invalid value {temperature} for temperature: expected 0 or a number from 1e-6 to 1e6")
+
+
+def sampling_within(max_length: int, max_new_tokens: int | None, temperature: float) -> Sampling:
+    """How such a stage samples: at most 100 tokens by default, or half of ``max_length`` if that is less.
+
+    Raises:
+        UserError: if a response can fill the whole ``max_length`` of the model.
+    """
+    sampling = Sampling(max_new_tokens or max(min(100, max_length // 2), 1), temperature)
+    check_room(sampling.max_new_tokens, max_length)
+    return sampling
 
 
 def check_room(max_new_tokens: int, max_length: int) -> None:

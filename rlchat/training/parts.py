@@ -19,6 +19,7 @@ from rlchat.models.adapters import (
     freeze,
     frozen_digest,
     frozen_names,
+    share_frozen,
 )
 from rlchat.models.backbones import Backbone
 from rlchat.training.options import StageOptions
@@ -47,8 +48,8 @@ class PartCheckpoint:
     """
 
     def __init__(self, network: nn.Module, options: StageOptions) -> None:
-        self._whole = options.trained_part.is_everything
-        self._digest = ""
+        self._whole, self._network = options.trained_part.is_everything, network
+        self._digest, self._compared = "", "the frozen weights"
         self.include(network)
         announce_part(network, options.trained_part)
 
@@ -59,6 +60,16 @@ class PartCheckpoint:
         """
         if not self._whole and has_weights():
             self._digest += frozen_digest(network)
+
+    def leave_out(self, reference: nn.Module) -> None:
+        """Keeps the frozen network ``reference`` out of checkpoints too, also of a run that trains all weights.
+
+        A resumed run makes it again, so a checkpoint is checked for its weights.
+        """
+        if self._whole:
+            self._whole, self._compared = False, "the weights of the reference model"
+        if not share_frozen(reference, self._network):
+            self.include(reference)
 
     def follow_first(self) -> None:
         """Takes over the digest of the first process. A collective."""
@@ -93,8 +104,8 @@ class PartCheckpoint:
             return
         if checkpoint.get("rlchat", {}).get("frozen") != self._digest:
             raise UserError(
-                "the frozen weights differ from those that the checkpoint was trained with; pass the same base_model "
-                "or init_from, and the same seed_everything if the base model has random weights"
+                f"{self._compared} differ from those that the checkpoint was trained with; pass the same base_model "
+                f"or init_from, and the same seed_everything if the base model has random weights"
             )
         omitted = omitted_weights(module)
         for name in own:

@@ -234,10 +234,6 @@ class RewardModelModule(StageModule):
         super().on_load_checkpoint(checkpoint)
         self.validated = checkpoint.get("rlchat", {}).get("validated", False)
 
-    def global_mean(self, values: Tensor) -> Tensor:
-        """The mean of ``values`` [N] over all processes, whose N may differ; 0 if there is none."""
-        return self.global_sum(values.sum()) / self.global_sum(len(values)).clamp(min=1)
-
     def validation_step(self, batch: RankedBatch, batch_idx: int) -> None:
         """Accuracy on held-out pairs: by human rank (``pair_accuracy``) and by correctness (``right_over_wrong``)."""
         scores = self.model(batch.ids, batch.attention_mask)

@@ -10,13 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from rlchat.data.datamodule import DataNeeds, SequenceBatch
-from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind
-from rlchat.models.sampling import Sampling
 from rlchat.training.base import PolicyModule
 from rlchat.training.initial_model import base_options, open_policy
 from rlchat.training.optimizers import OptimizerName
-from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions, check_room, positive_integers
+from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions, check_sampling, sampling_within
 
 
 class SFTModule(PolicyModule):
@@ -88,13 +86,9 @@ class SFTModule(PolicyModule):
         attn_implementation: str | None = None,
     ) -> None:
         options = SupervisedOptions.of(locals())
-        positive_integers(max_new_tokens=max_new_tokens)
-        if temperature != 0 and not 1e-6 <= temperature <= 1e6:
-            raise UserError(f"invalid value {temperature} for temperature: expected 0 or a number from 1e-6 to 1e6")
+        check_sampling(max_new_tokens, temperature)
         bundle = open_policy(base_model, tiktoken_encoding, max_length, hidden_dim, init_from, **base_options(options))
-        sampling = Sampling(max_new_tokens or max(min(100, bundle.max_length // 2), 1), temperature)
-        check_room(sampling.max_new_tokens, bundle.max_length)
-        super().__init__(bundle, options, sampling, seed)
+        super().__init__(bundle, options, sampling_within(bundle.max_length, max_new_tokens, temperature), seed)
         self.save_hyperparameters()
         # SFT does not train the value head. DDP fails on a parameter that requires a gradient and gets none.
         self.model.value_head.requires_grad_(False)
@@ -111,7 +105,7 @@ class SFTModule(PolicyModule):
         tokens = self.global_sum(len(stats.logprobs))
         loss = self.mean_loss("train/loss", -stats.logprobs.sum(), tokens)
         if self.logs_this_step:
-            nll, correct = (self.global_sum(x.sum()) / tokens.clamp(min=1) for x in (-stats.logprobs, stats.correct))
+            nll, correct = (self.global_mean(x) for x in (-stats.logprobs, stats.correct))
             self.log_dict({"train/accuracy": correct, "train/perplexity": nll.exp()})
             self.log("train/learning_rate", self.current_learning_rate())
         return loss

@@ -22,7 +22,7 @@ NAMES = [name for command in COMMANDS for name in command.names]
 def test_names_of_all_commands() -> None:
     promised = "quit exit bye clear save test help load system set history undo retry reward good bad edit speed"
     assert sorted(NAMES) == sorted(promised.split())
-    assert set(SETTINGS) == {"temperature", "max_new_tokens", "top_p", "top_k", "seed"}
+    assert set(SETTINGS) == {"temperature", "max_new_tokens", "top_p", "top_k", "seed", "best_of"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.chat_models import chain, scripted_policy
+from helpers.chat_models import chain, random_policy, scripted_policy
 from helpers.full_disk import largest_file
 
 from rlchat.__main__ import main
 from rlchat.chat import repl
 from rlchat.chat.interface import ChatInterface
+from rlchat.chat.options import DEFAULT_MODEL, parser
+from rlchat.conversation import Conversation, Message
 from rlchat.data.formats import read_trees
 from rlchat.errors import UserError
 from rlchat.models.model_file import save_bundle
@@ -41,6 +43,54 @@ def polite(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFacto
 def pipe(monkeypatch: pytest.MonkeyPatch, text: str, *args: str) -> int:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     return main(["chat", *args])
+
+
+# -- best of n --
+
+
+@pytest.fixture(scope="module")
+def rated(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with random weights, whose reward is higher for longer responses."""
+    policy = random_policy(tokenizer)
+    policy.about["reward"] = [{"class_path": "rlchat.rewards.TooShort", "init_args": {"min_words": 40}}]
+    path = tmp_path_factory.mktemp("models") / "rated.pt"
+    save_bundle(path, policy)
+    return str(path)
+
+
+def test_best_of_responds_with_the_highest_reward(rated: str) -> None:
+    chat = ChatInterface(rated, device="cpu", seed=3)
+    chat.best_of = 6
+    text = chat.generate_response("Hi", max_new_tokens=20, temperature=1.0)
+    assert chat.history[-1].text == text
+    single = ChatInterface(rated, device="cpu", seed=3)  # the same random numbers, but all six responses
+    six = single.batch_replies(["Hi"] * 6, max_new_tokens=20, temperature=1.0)
+    rewards = [sum(row.values()) for row in single.reward.breakdown([Conversation((Message("user", "Hi"),))] * 6, six)]
+    assert max(rewards) > min(rewards)
+    assert text == six[rewards.index(max(rewards))].text
+
+
+def test_best_of_in_batch_mode_and_as_a_setting(
+    rated: str, polite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Hi\nWhy?\n")
+    rewards = {}
+    for n in (1, 8):
+        out = tmp_path / f"{n}.json"
+        words = ["--temperature", "1", "--seed", "0", "--max_new_tokens", "20", "--device", "cpu", "--best_of", str(n)]
+        assert pipe(monkeypatch, "", rated, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out), *words) == 0
+        rows = json.loads(out.read_text())
+        rewards[n] = [row["reward"] for row in rows]
+        assert [row["sampling"].get("best_of") for row in rows] == [n if n > 1 else None] * 2
+    assert sum(rewards[8]) > sum(rewards[1])
+    capsys.readouterr()
+    assert pipe(monkeypatch, "/set best_of 3\nHi\n/set best_of 0\n", rated, "--max_new_tokens", "5") == 2
+    assert "best_of 3" in (errors := capsys.readouterr().err)
+    assert "invalid value 0 for ChatInterface.best_of: expected a positive integer" in errors
+    assert pipe(monkeypatch, "Hi", rated, "--best_of", "2", "--temperature", "0") == 2
+    assert "best_of needs different responses to a message: set temperature above 0" in capsys.readouterr().err
+    assert pipe(monkeypatch, "Hi", polite, "--best_of", "2") == 2
+    assert "the model file contains no reward" in capsys.readouterr().err
 
 
 # -- through a pipe --
@@ -122,13 +172,13 @@ def test_options_reach_the_model(
 
 
 def test_the_defaults_are_those_of_the_interface() -> None:
-    options = vars(repl._parser().parse_intermixed_args([]))
+    options = vars(parser().parse_intermixed_args([]))
     expected = {
         name: parameter.default
         for function in (ChatInterface.__init__, ChatInterface.stream_response)
         for name, parameter in inspect.signature(function).parameters.items()
     }
-    assert expected["model_path"] == repl.DEFAULT_MODEL
+    assert expected["model_path"] == DEFAULT_MODEL
     named = ("temperature", "max_new_tokens", "seed", "top_k", "top_p", "device", "dtype")
     assert {name: options[name] for name in named} == {name: expected[name] for name in named}
 
@@ -376,8 +426,8 @@ def test_a_conversation_through_a_pipe(
     assert lines[:6] == [
         "system message: Be brief.",
         "removed: again",
-        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed none",
-        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
+        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed none, best_of 1",
+        "temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3, best_of 1",
         "saved 2 messages to talk.json",
         "conversation cleared",
     ]
@@ -386,7 +436,7 @@ def test_a_conversation_through_a_pipe(
         "the conversation is empty",
         "loaded 2 messages from talk.json (model: polite.pt)",
         "system message: Be brief.",
-        "settings: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3",
+        "settings: temperature 0.5, max_new_tokens 20, top_p 1.0, top_k 0, seed 3, best_of 1",
         "system> Be brief.",
         "you> Hi",
     ]
@@ -402,8 +452,8 @@ def test_a_setting_may_be_written_with_an_equals_sign(
 ) -> None:
     assert pipe(monkeypatch, "/set temperature=0\n/set top_k = 5\n", polite) == 0
     assert capsys.readouterr().err.splitlines() == [
-        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 0, seed none",
-        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 5, seed none",
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 0, seed none, best_of 1",
+        "temperature 0.0, max_new_tokens 100, top_p 1.0, top_k 5, seed none, best_of 1",
     ]
 
 
@@ -420,7 +470,7 @@ def test_a_loaded_conversation_is_sampled_as_it_was(
         "loaded 0 messages from talk.json",
         "temperature stays 0.9: invalid value -1 for temperature: expected 0 (greedy) or a number from 1e-6 to 1e6",
         f"seed stays 4: invalid value {2**64} for seed: expected an integer from 0 to 2**63 - 1",
-        "settings: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4",
+        "settings: temperature 0.9, max_new_tokens 3, top_p 0.5, top_k 5, seed 4, best_of 1",
     ]
 
 
@@ -560,6 +610,33 @@ def test_the_reward_and_its_factors(
     # Two words of four, and an end; then one of four, and none.
     assert lines[:5] == ["  reward       -0.500", "  too_short    -0.500", "  missing_end  +0.000", left_out, critic]
     assert lines[6:] == ["  reward       -1.750", "  too_short    -0.750", "  missing_end  -1.000", left_out, critic]
+
+
+def test_a_factor_that_fails_does_not_end_the_chat(
+    byte_tokenizer: ChatTokenizer, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "fails_in_chat.py").write_text(
+        "from rlchat.rewards import MissingEnd, ReplyFactor\n\n"
+        "def count(prompt, reply):\n    return {}[reply.text]\n\n"
+        "class Refuses(MissingEnd):\n    def unavailable(self, prompt):\n        raise RuntimeError('not now')\n"
+    )
+    monkeypatch.syspath_prepend(str(workplace))
+    bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(REPLY.encode())))
+    function = {"class_path": "rlchat.rewards.FunctionReward", "init_args": {"function": "fails_in_chat.count"}}
+    bundle.about["reward"] = [
+        {"class_path": "rlchat.rewards.MissingEnd"},
+        function,
+        {"class_path": "fails_in_chat.Refuses"},
+    ]
+    save_bundle("rl.pt", bundle)
+    pipe(monkeypatch, "Hi\n/reward\nHi\n", "rl.pt")
+    out, err = capsys.readouterr()
+    assert out == f"{REPLY}\n" * 2  # the chat goes on
+    lines = [line for line in err.splitlines() if line.startswith("  ")]
+    assert lines[:2] == ["  reward       +0.000", "  missing_end  +0.000"]
+    assert [line.partition(" (")[0] for line in lines[2:4]] == ["  not included: count", "  not included: refuses"]
+    assert f"(fails_in_chat.count) failed: KeyError: '{REPLY}'; see line 4 of fails_in_chat.py" in lines[2]
+    assert "(fails_in_chat.Refuses) failed: RuntimeError: not now; see line 8 of fails_in_chat.py" in lines[3]
 
 
 def test_the_test_command(polite: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,10 @@ class NotAFactor:
     for _ in range(2):  # the factor that failed is not used again
         found = scorer.breakdown([PROMPT], [Reply("please", 3, True)])
         assert found == [{"missing_end": 0.0, "polite": 2.0}]
-        assert scorer.left_out == {"fails": "KeyError: 'no score'"}
+        assert scorer.left_out == {
+            "fails": "reward factor 'fails' (mine_scoring.Fails) failed: KeyError: 'no score'; see line 10 of "
+            "mine_scoring.py"
+        }
     others = ["nowhere.Factor", "mine_scoring.NotAFactor", "mine_scoring.Absent", "TooShort", "rlchat.rewards.Factor"]
     scorer = RewardScorer(bundle(byte_tokenizer, NO_END, *({"class_path": path} for path in others)), "rl.pt")
     assert list(scorer.left_out) == others
@@ -108,7 +111,7 @@ class NotAFactor:
     assert scorer.left_out["mine_scoring.NotAFactor"] == "mine_scoring.NotAFactor is not a reward factor"
     with pytest.raises(UserError, match=r"no factor of the reward can be used: nowhere\.Factor \(cannot import"):
         RewardScorer(bundle(byte_tokenizer, {"class_path": "nowhere.Factor"}), "rl.pt")
-    with pytest.raises(UserError, match=r"no factor of the reward can be used: fails \(KeyError"):
+    with pytest.raises(UserError, match=r"no factor of the reward can be used: fails \(reward factor 'fails'"):
         RewardScorer(bundle(byte_tokenizer, fails), "rl.pt").breakdown([PROMPT], [Reply("a", 1, True)])
 
 

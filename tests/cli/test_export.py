@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.chat_models import random_policy
+from helpers.command_line import SHAPE
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlchat.__main__ import main
-from rlchat.export.card import CardFacts, base_license, model_card
+from rlchat.export.card import CardFacts, model_card
 from rlchat.export.folder import FILES
-from rlchat.models.model_file import load_policy
+from rlchat.models.base.source import BaseSource
+from rlchat.models.base.weights import open_base_model
+from rlchat.models.model_file import PolicyBundle, load_policy, new_policy, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 OLD = Path(__file__).parents[1] / "data" / "v0_1"
@@ -91,17 +96,71 @@ def test_invalid_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_license_of_the_base_model_is_read_from_its_folder(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\nlicense: no\n")
-    assert base_license(str(tmp_path)) == "mit"
-    assert base_license(str(tmp_path / "none")) == ""
-    bundle = random_policy(tokenizer)
-    bundle.model.backbone.transformer.config.name_or_path = str(tmp_path)
-    card = model_card(bundle, "m", CardFacts())
+def base_folder(path: Path, name_or_path: str = "") -> Path:
+    """A folder of transformers with random weights, a licence, and ``_name_or_path`` in its configuration."""
+    path.mkdir(parents=True)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, vocab_size=16, max_position_embeddings=66))
+    model.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"_name_or_path": name_or_path}))
+    (path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\nlicense: no\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("place", "written", "row", "front"),
+    [
+        ("mine", "", "a local model of the architecture llama", None),
+        ("mine", "someone/other", "a local model of the architecture llama", None),  # an ancestor, or a path
+        ("Small-1B", "someone/small-1B", "`someone/small-1B`", "someone/small-1B"),
+        ("models--someone--m.1/snapshots/ab12", "", "`someone/m.1`", "someone/m.1"),
+    ],
+)
+def test_the_card_names_no_path_of_the_machine(
+    tmp_path: Path, tokenizer: ChatTokenizer, place: str, written: str, row: str, front: str | None
+) -> None:
+    folder = base_folder(tmp_path / place, written)
+    backbone = open_base_model(str(folder), tokenizer, 64, new_embeddings=True)
+    bundle = PolicyBundle(new_policy(backbone, tokenizer), tokenizer, 64)
+    absolute = {"class_path": "rlchat.rewards.LearnedQuality", "init_args": {"bundle": str(tmp_path / "rm.pt")}}
+    bundle.about["reward"] = [absolute]
+    save_bundle(tmp_path / "m.pt", bundle)
+    assert export(tmp_path / "m.pt", "--to", "hf", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"\n| Base model | {row} |\n" in card
+    assert yaml.safe_load(card.split("---")[1]).get("base_model") == front
     assert "\nlicense: mit\n" in card
     assert "| License of the base model | mit |" in card
-    bundle.model.backbone.transformer.config.name_or_path = "someone/model"
-    assert "| License of the base model | not known; see the base model |" in model_card(bundle, "m", CardFacts())
+    assert '`{"bundle": "rm.pt"' in card
+    assert str(tmp_path) not in card + (tmp_path / "out" / "config.json").read_text()
+    assert str(tmp_path).encode() not in (tmp_path / "m.pt").read_bytes().replace(str(tmp_path / "rm.pt").encode(), b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("someone/model", "`someone/model`"),
+        ("/home/me/model", "a local model of the architecture llama"),
+        ("../model", "a local model of the architecture llama"),
+    ],
+)
+def test_the_card_of_a_model_file_of_an_earlier_version(tokenizer: ChatTokenizer, name: str, row: str) -> None:
+    bundle = random_policy(tokenizer)
+    bundle.model.backbone.transformer.config.name_or_path = name
+    card = model_card(bundle, "m", CardFacts())
+    assert f"| Base model | {row} |" in card
+    assert "| License of the base model | not known; see the base model |" in card
+
+
+def test_the_source_of_a_gguf_file() -> None:
+    def of(**values: str) -> BaseSource:
+        return BaseSource.of_gguf({f"general.{name.replace('__', '.')}": value for name, value in values.items()}.get)
+
+    assert of(name="Small  1B", license="apache-2.0") == BaseSource("", "Small 1B", "apache-2.0")
+    assert of(basename="Small", repo_url="https://huggingface.co/someone/small") == BaseSource("someone/small", "Small")
+    assert of(base_model__0__repo_url="https://huggingface.co/a/b/") == BaseSource("a/b")
+    assert of(source__huggingface__repository="a/b") == BaseSource("a/b")
+    assert of(repo_url="https://example.org/a/b", license="see the page") == BaseSource()
 
 
 @pytest.mark.slow

@@ -16,15 +16,17 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from helpers.command_line import SHAPE, TINY, rlchat, working_in, write_talk
+from helpers.command_line import BRIEF, SHAPE, TINY, rlchat, working_in, write_talk
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 
-from rlchat.__main__ import main
+from rlchat.__main__ import _with_home, main
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.progress_bar import OneLineProgressBar
 from rlchat.cli import main as cli
+from rlchat.cli.settings import with_home
 from rlchat.errors import UserError
 
 SMOKE = ["fit", "--config", "smoke", "--data.path", "talk.jsonl", "--data.batch_size", "2"]
@@ -230,7 +232,7 @@ def test_an_invalid_value_of_a_valid_option(
     for place in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.setenv(place, str(here / "nothing"))
     monkeypatch.setattr("tiktoken.load.read_file", unreachable)
-    monkeypatch.setattr("rlchat.models.base_models.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     message = {"message_id": "1", "text": "Bonjour", "role": "prompter", "lang": "fr", "replies": []}
     tree = {"message_tree_id": "1", "tree_state": "ready_for_export", "prompt": {**message, "lang": "de"}}
     (here / "tree.jsonl").write_text(json.dumps(tree) + "\n")
@@ -252,7 +254,7 @@ def test_a_base_model_that_cannot_be_downloaded(
     """At most one request, and the model is named; its tokenizer and cl100k_base are not looked for."""
     monkeypatch.setattr("rlchat.models.base_models.try_to_load_from_cache", lambda *_: None)
     request = mock.Mock(side_effect=ConnectionError)
-    monkeypatch.setattr("rlchat.models.base_models.get_hf_file_metadata", request)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", request)
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", mock.Mock(side_effect=AssertionError))
     message = error_message(capsys, "fit", *words, "--data.path", "talk.jsonl")
     assert message.startswith(f"rlchat: base_model {name} is neither a folder nor a model that could be downloaded")
@@ -594,6 +596,21 @@ def test_predict_answers_each_row_in_the_order_of_the_file(after: Path, capsys: 
     assert asked == [["Hi"], ["Hi", "Hello!", "Why?"], ["Hi"]]
 
 
+def test_predict_writes_the_best_of_several(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (after / "prompts.txt").write_text("Hi\nWhy?\nWhat is it?\n")
+    words = ["predict", "--ckpt_path", "best", "--data.val_batch_size", "2", "--data.predict_path", "prompts.txt"]
+    rlchat(*words, "--best_of", "4")
+    assert "the best of 4 have a mean reward of" in (printed := capsys.readouterr().out)
+    assert "KL to the model at most 0.64 nats per response" in printed  # log 4 - 3/4
+    replies = rows(after / "replies.jsonl")
+    assert [reply["messages"][-1]["content"] for reply in replies] == ["Hi", "Why?", "What is it?"]
+    assert all(reply["best_of"] == 4 and reply["reward"] >= reply["mean_reward"] for reply in replies)
+    assert any(reply["reward"] > reply["mean_reward"] for reply in replies)
+    sft = newest(trained, "sft") / "checkpoints" / "best.ckpt"
+    message = error_message(capsys, *words[:2], str(sft), *words[3:], "--best_of", "2", "--predictions.path", "x")
+    assert "--best_of 2 needs a reward, and SFTModule has none" in message
+
+
 def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_message(capsys, "predict", "--ckpt_path", "best")
     assert "no prompts are specified; pass a file of prompts with --data.predict_path FILE" in message
@@ -607,6 +624,7 @@ def test_predict_without_prompts(after: Path, trained: Path, capsys: pytest.Capt
 CTRL_C = """
 import os, signal
 from pathlib import Path
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 class CtrlC(Callback):
@@ -682,15 +700,126 @@ def test_ctrl_c_before_the_first_batch(here: Path, capsys: pytest.CaptureFixture
 # ---- errors of users' code and of libraries --------------------------------------------------------------------------
 
 
-def test_an_error_in_a_users_own_code_keeps_its_traceback(here: Path) -> None:
-    (here / "broken.py").write_text(
-        "from rlchat.rewards import ReplyFactor\nclass Broken(ReplyFactor):\n"
-        "    def score(self, prompt, reply):\n        return 1 / 0\n"
+@pytest.mark.slow
+def test_every_path_may_begin_with_the_home_folder(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    (here / "talk.jsonl").rename(home / "talk.jsonl")
+    assert main(["tokenizer", "train", "~/talk.jsonl", "--vocab-size", "256", "--output=~/own.tiktoken"]) == 0
+    options = {"data": {"path": ["~/talk.jsonl"]}, "stats_plot": {"path": "~/plot.png"}}
+    (home / "mine.yaml").write_text(yaml.safe_dump(options))
+    monkeypatch.setenv("PL_FIT__BEST_MODEL__FOLDER", "~/models")
+    first = ["fit", "--config", "smoke", "--config=~/mine.yaml", *BRIEF, "--model.tiktoken_encoding", "~/own.tiktoken"]
+    assert main([*first, "--trainer.default_root_dir=~/runs"]) == 0
+    (checkpoint,) = (home / "runs").glob("lightning_logs/*/*/checkpoints/last.ckpt")
+    again = "~/" + str(checkpoint.relative_to(home))
+    assert main(["validate", "--ckpt_path", again, "--data.path", "~/talk.jsonl"]) == 0
+    (home / "ask.txt").write_text("Hi\n")
+    model = "~/models/rl_chat_model_tiktoken.pt"
+    assert main(["chat", model, "--prompts=~/ask.txt", "--out=~/replies.json", "--max_new_tokens=2"]) == 0
+    assert main(["export", model, "--to=safetensors", "~/weights.safetensors"]) == 0
+    written = {"own.tiktoken", "models", "runs", "plot.png", "replies.json", "weights.safetensors"}
+    assert written <= {path.name for path in home.iterdir()}
+    assert not (here / "~").exists()
+
+
+def test_the_home_folder_in_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = Namespace(data=Namespace(path=["~/a", "b", {"c": "~/d"}]), url="http://a//b", seed=0, empty=None)
+    assert with_home(written) == Namespace(
+        data=Namespace(path=[f"{tmp_path}/a", "b", {"c": f"{tmp_path}/d"}]), url="http://a//b", seed=0, empty=None
     )
-    (here / "mine.yaml").write_text(factor("{class_path: broken.Broken}"))
-    with pytest.raises(RuntimeError, match="reward factor 'broken' failed: ZeroDivisionError") as failure:
-        main(["fit", "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]])
-    assert isinstance(failure.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("word", "expanded"),
+    [
+        ("~/a b.pt", "~/a b.pt"),  # a sentence, unless there is such a file
+        ("~/there is.pt", "HOME/there is.pt"),
+        ("~/a.pt", "HOME/a.pt"),
+        ("--x=~/a", "--x=HOME/a"),
+        ("a~/b", "a~/b"),
+        ("-", "-"),
+    ],
+)
+def test_the_home_folder_on_the_command_line(
+    word: str, expanded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there is.pt").touch()
+    assert _with_home(word) == expanded.replace("HOME", str(tmp_path))
+
+
+BROKEN = """from rlchat.rewards import FunctionReward, ReplyFactor
+
+def ratio(prompt, reply):
+    return inner(0)
+
+def inner(number):
+    return 1 / number
+
+class Broken(ReplyFactor):
+    def score(self, prompt, reply):
+        raise OSError(2, "no such lexicon")
+
+class Unready(ReplyFactor):
+    def __init__(self, weight: float = 1.0):
+        self.words = {}["words"]
+
+    def score(self, prompt, reply):
+        return 0.0
+
+class Unmoved(ReplyFactor):
+    def to(self, device):
+        raise AssertionError
+
+    def score(self, prompt, reply):
+        return 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "described", "frames", "last"),
+    [
+        (
+            "fit",
+            "{class_path: rlchat.rewards.FunctionReward, init_args: {function: broken.ratio}}",
+            ["ratio", "inner"],
+            "'ratio' (broken.ratio) failed: ZeroDivisionError: division by zero; see line 7 of broken.py",
+        ),
+        (
+            "validate",
+            "{class_path: broken.Broken}",
+            ["score"],
+            "'broken' (broken.Broken) failed: FileNotFoundError: [Errno 2] no such lexicon; see line 11 of broken.py",
+        ),
+        (
+            "fit",
+            "{class_path: broken.Unready}",
+            ["__init__"],
+            "'unready' (broken.Unready) failed: KeyError: 'words'; see line 15 of broken.py",
+        ),
+        (
+            "fit",
+            "{class_path: broken.Unmoved}",
+            ["to"],
+            "'unmoved' (broken.Unmoved) failed: AssertionError; see line 22 of broken.py",
+        ),
+    ],
+)
+def test_an_error_in_a_users_own_factor_shows_the_traceback_of_its_code(
+    here: Path, capsys: pytest.CaptureFixture[str], command: str, described: str, frames: list[str], last: str
+) -> None:
+    (here / "broken.py").write_text(BROKEN)
+    (here / "mine.yaml").write_text(factor(described))
+    sys.modules.pop("broken", None)
+    assert main([command, "--config", "smoke", "--config", "mine.yaml", *SMOKE[3:]]) == 2
+    err = capsys.readouterr().err
+    trace = err[err.index("Traceback (most recent call last):") :].splitlines()
+    assert [line.rpartition(" in ")[2] for line in trace if line.startswith("  File ")] == frames
+    assert trace[-1] == f"rlchat: reward factor {last}"
 
 
 def test_a_user_error_is_found_inside_the_error_of_a_library() -> None:

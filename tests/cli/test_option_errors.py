@@ -68,8 +68,8 @@ def test_a_suggestion_is_an_option_of_the_class() -> None:
 
 def test_every_alias_leads_to_an_option_and_is_not_an_option_itself() -> None:
     assert {f"--{option}" for options in ALIASES.values() for option in options} <= OPTIONS
-    # PPO's own name for an option that the other stages have in the trainer.
-    assert set(ALIASES) & {option.rpartition(".")[2].lstrip("-") for option in OPTIONS} == {"max_grad_norm"}
+    # The option of PPO or DPO that replaces one of the trainer, or of the other stage.
+    assert set(ALIASES) & {option.rpartition(".")[2].lstrip("-") for option in OPTIONS} == {"max_grad_norm", "beta"}
 
 
 def test_an_alias_in_a_file_is_written_as_in_a_file(tmp_path: Path) -> None:

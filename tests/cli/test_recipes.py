@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.command_line import rlchat
+from helpers.command_line import BRIEF, rlchat, write_talk
+from helpers.hf_tokenizers import tokenizer_folder, tokenizer_json
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlchat as package
 from rlchat.callbacks import SampleResponses, StatsPlot
@@ -23,8 +25,10 @@ from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
 from rlchat.callbacks.rollout_log import RolloutLog
 from rlchat.cli.recipes import FOLDER, checked_recipe, describe_recipes, find_recipe, recipes
+from rlchat.cli.settings import with_own_tokenizer
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import UserError
+from rlchat.models.model_file import load_policy
 from rlchat.ppo.module import PPOModule
 from rlchat.rewards import (
     AppropriateLength,
@@ -38,6 +42,7 @@ from rlchat.rewards import (
     TooShort,
 )
 from rlchat.rewards.learned import LearnedQuality
+from rlchat.training.dpo import DPOModule
 from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
@@ -45,8 +50,17 @@ SCALE = ["scale/ddp", "scale/fsdp2", "scale/nodes"]
 """These have no model: they extend another recipe."""
 MODELS = ["distilbert", "from-scratch", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"]
 """These start from a certain base model; tests/cli/test_model_recipes.py runs them."""
-NAMES = sorted(["demo/ppo", "demo/real", "demo/reward", "demo/sft", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
-MODULES = [SFTModule, RewardModelModule, PPOModule]
+DEMOS = [
+    "demo/ppo",
+    "demo/rankings-ppo",
+    "demo/rankings-reward",
+    "demo/rankings-sft",
+    "demo/real",
+    "demo/reward",
+    "demo/sft",
+]
+NAMES = sorted([*DEMOS, "dpo", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
+MODULES = [SFTModule, RewardModelModule, DPOModule, PPOModule]
 CALLBACKS = {
     "alarms": Alarms,
     "rollout_log": RolloutLog,
@@ -84,7 +98,7 @@ def test_a_file_takes_precedence_over_a_recipe_of_that_name(workplace: Path) -> 
 
 
 def test_neither_file_nor_recipe() -> None:
-    with pytest.raises(UserError, match="no file and no recipe named 'demo/pop'; the recipes are demo/ppo, demo/re"):
+    with pytest.raises(UserError, match="no file and no recipe named 'demo/pop'; the recipes are demo/ppo, demo/ra"):
         find_recipe("demo/pop")
 
 
@@ -134,7 +148,7 @@ def assert_holds(printed: Any, shown: Any, place: str) -> None:
         assert printed == shown, place
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 def test_full_recipes_show_every_option(name: str) -> None:
     shown = content(name)
     module = import_object(shown["model"]["class_path"])
@@ -253,7 +267,7 @@ def package_attributes() -> set[str]:
 
 
 @pytest.mark.parametrize("name", SCALE)
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
 def test_a_scale_recipe_extends_another_recipe(
     name: str, stage: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,3 +289,33 @@ def test_the_batch_script_parses_and_matches_its_recipe(tmp_path: Path) -> None:
     trainer = content("scale/nodes")["trainer"]
     assert dict(asked) == {"nodes": str(trainer["num_nodes"]), "ntasks-per-node": str(trainer["devices"])}
     assert set(re.findall(r"--config (\S+)", script.read_text(encoding="utf-8"))) <= set(recipes())
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "from-scratch", "demo/sft"])
+def test_a_base_model_of_the_user_keeps_its_tokenizer_under_a_recipe_from_scratch(recipe: str, tmp_path: Path) -> None:
+    path = str(recipes()[recipe])
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {init_args: {base_model: folder}}")
+    encoded = tmp_path / "encoded.yaml"
+    encoded.write_text("model: {init_args: {base_model: folder, tiktoken_encoding: rlchat_1k}}")
+    reset = "--model.tiktoken_encoding=null"
+    base = ["--model.base_model", "folder"]
+    for words in (["--config", path, *base], ["--config", path, "--config", str(mine)]):
+        assert with_own_tokenizer(["fit", *words]) == ["fit", *words, reset]
+    for words in (
+        ["--config", path],
+        ["--config", path, "--model.base_model", "{model_type: gpt2}"],
+        ["--config", path, *base, "--model.tiktoken_encoding", "rlchat_1k"],
+        ["--config", path, "--config", str(encoded)],
+        ["--config", str(recipes()["distilbert"]), *base],  # its encoding is for a pretrained model
+    ):
+        assert with_own_tokenizer(["fit", *words]) == ["fit", *words]
+
+
+def test_smoke_with_a_base_model_trains_under_its_own_tokenizer(workplace: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=420, max_position_embeddings=128)).save_pretrained("base")
+    tokenizer_folder(workplace / "base", tokenizer_json())
+    talk = str(write_talk(workplace / "talk.jsonl"))
+    rlchat("fit", "--config", "smoke", "--model.base_model", "base", "--data.path", talk, *BRIEF)
+    assert load_policy("checkpoints/rl_chat_model_tiktoken.pt").tokenizer.has_own_format

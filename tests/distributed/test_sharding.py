@@ -13,7 +13,7 @@ from helpers.small_ppo import ppo
 from prove.runs import complete
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlchat import PPOModule, RewardModelModule, SFTModule
+from rlchat import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlchat.distributed.sharding import has_weights, to_be_sharded, weights_on_first, will_be_sharded
 from rlchat.distributed.strategies import FSDP2Strategy
 from rlchat.errors import UserError
@@ -31,6 +31,7 @@ PPO = {"max_new_tokens": 4, "minibatches": 1, "ppo_epochs": 1}
 STAGES = {
     "sft": SFTModule,
     "reward": RewardModelModule,
+    "dpo": DPOModule,
     "critic": PPOModule,
     "critic_init": PPOModule,
     "lora": PPOModule,
@@ -44,6 +45,7 @@ def options(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "sft": {**NEW, **base},
         "reward": {**NEW, "base_model": {"model_type": "llama", **SHAPE}},
+        "dpo": init,
         "critic": {**init, **PPO, "critic": "separate"},
         "critic_init": {**init, **PPO, "critic": "separate", "critic_init": str(folder / "reward.pt")},
         "lora": {**base, **PPO, "critic": "separate", "adapter": "lora", "lora_rank": 2, "hidden_dim": 4},
@@ -266,5 +268,5 @@ def test_two_processes_start_from_the_weights_of_one(name: str, sharded: Path) -
     first, second = (json.loads((sharded / f"{name}.{rank}.json").read_text()) for rank in (0, 1))
     for key in ("frozen", "packs", "tables"):
         assert first[key] == second[key]
-    assert (first["frozen"] != "") == (name == "lora")
+    assert (first["frozen"] != "") == (name in ("lora", "dpo"))
     assert first["frozen"] == expected.partly._digest

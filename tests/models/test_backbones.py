@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
@@ -222,7 +224,9 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, monkeypatch: py
     (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "configuration_new.New"}}')
     (tmp_path / "configuration_new.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # the answer to transformers' question
-    with pytest.raises(UserError, match="comes with its own code, which rlchat does not run; choose a model whose"):
+    with pytest.raises(
+        UserError, match=r"needs its own code \(configuration_new\.py\), which rlchat does not run, because a"
+    ):
         Backbone(str(tmp_path), VOCABULARY, POSITIONS)
     assert not (tmp_path / "ran").exists()
 
@@ -392,6 +396,36 @@ def test_a_damaged_folder_is_reported(tmp_path: Path, file: str) -> None:
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:300])
     with pytest.raises(UserError, match=r"transformers cannot load it|has no complete model"):
         Backbone(folder, 35, POSITIONS)
+
+
+def in_hub_cache(folder: Path, config: PretrainedConfig, name: str) -> Path:
+    """``config`` in a cache of the hub below ``folder``; returns the folder of its files."""
+    snapshot = folder / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    config.save_pretrained(snapshot)
+    return snapshot
+
+
+def test_without_a_network_only_the_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request in all, which fails: transformers would repeat it for each file for 24 s."""
+    request = mock.Mock(side_effect=ConnectionError)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", request)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", mock.Mock(side_effect=AssertionError))
+    model = llama()
+    folder = in_hub_cache(tmp_path, model.config, "some/half-cached")
+    with pytest.raises(UserError) as error:
+        Backbone("some/half-cached", 35, POSITIONS)
+    assert str(error.value).startswith(
+        "base_model some/half-cached: its config.json has been downloaded before, but not its weights, and the hub "
+        "cannot be reached now (ConnectionError); connect to a network and start again, or download its config.json"
+    )
+    model.save_pretrained(folder)
+    backbone = Backbone("some/half-cached", 35, POSITIONS)
+    assert backbone.transformer.config.rlchat_base["hub"] == "some/half-cached"
+    assert request.call_count == 1
 
 
 def test_a_missing_base_model_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

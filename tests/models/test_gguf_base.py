@@ -68,6 +68,7 @@ def test_weights_tokens_and_chat_format_come_back(
             logits(after, ids)[:, sayable], logits(before, ids)[:, sayable], atol=1e-4, rtol=1e-4
         )
     (folder,) = cache.iterdir()
+    assert after.model.backbone.transformer.config.rlchat_base == {"hub": "", "title": "A name", "license": ""}
     changed = (folder / "config.json").stat().st_mtime_ns
     os.utime(folder, (1e9, 1e9))
     open_policy(str(path), None, 64, None, None)  # from the cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,10 +24,12 @@ from rlchat.ppo import (
     masked_whiten,
     place_scores,
     policy_loss,
+    reinforce_pp,
     rloo,
     shape_rewards,
     value_loss,
 )
+from rlchat.ppo.advantages import ESTIMATORS, EstimatorInputs
 from rlchat.ppo.losses import KLKind
 
 GOLDEN = Path(__file__).parents[1] / "data" / "ppo_golden.json"
@@ -165,6 +167,24 @@ def test_gae_by_hand() -> None:
     close(returns, [[2.375, 0, 1.5, 0, 0, 4.0, 0]])
 
 
+def decoupled(lam_critic: float | None) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of the rewards, values, γ and λ of the test above, and a user turn."""
+    rewards, values, mask = t([1, 50, 0, 4]), t([2, 8, 4, 2]), m([1, 0, 1, 1])
+    inputs = EstimatorInputs(rewards, values, mask, 1, 0.5, 0.5, lambda x: x, lam_critic)
+    return ESTIMATORS["gae"].compute(inputs)
+
+
+def test_two_lambdas_by_hand() -> None:
+    """The advantages keep λ: 0.375, -2.5 and 2, mean -1/24. With λ_critic = 1, the returns are the discounted rewards
+    to go: 4, 0 + 4/2, 1 + 2/2. With λ_critic = 0, they are r + γ·V_next: 4, 0 + 2/2, 1 + 4/2."""
+    raw = t([0.375, -2.5, 2.0])[0]
+    white = (raw - raw.mean()) / (raw.var(unbiased=False) + 1e-8).sqrt()
+    for lam_critic, returns in ((None, [2.375, 1.5, 4]), (0.5, [2.375, 1.5, 4]), (1.0, [2, 2, 4]), (0.0, [3, 1, 4])):
+        advantages, found = decoupled(lam_critic)
+        close(advantages, [[white[0], 0, white[1], white[2]]])
+        close(found, [[returns[0], 0, returns[1], returns[2]]])
+
+
 def test_policy_loss_by_hand() -> None:
     """Ratios 1, 2, 2, 1/2, 1/2 and advantages 3, 1, -1, 1, -1; the clip is at 0.8 and 1.2."""
     old = torch.full((1, 6), -2.0, dtype=torch.float64)
@@ -231,6 +251,20 @@ def test_grpo_by_hand() -> None:
     """(1, 2, 6): mean 3, sample variance (4 + 1 + 9) / 2 = 7. Equal scores give 0."""
     scale = 1 / (7**0.5 + 1e-4)
     close(grpo(t(1, 2, 6, 5, 5, 5), 3), [-2 * scale, -scale, 3 * scale, 0, 0, 0])
+
+
+def test_reinforce_pp_by_hand() -> None:
+    """γ = 1/2. Row 1: G = 4, 0 + 4/2 = 2, 1 + 2/2 = 2. Row 2: G = 8, 0 + 8/2 = 4. Mean 20/5 = 4, variance 24/5."""
+    rewards, mask = t([1, 0, 4, 99], [0, 8, 99, 99]), m([1, 1, 1, 0], [1, 1, 0, 0])
+    s = 1 / math.sqrt(24 / 5 + 1e-8)
+    close(reinforce_pp(rewards, mask, gamma=0.5), [[-2 * s, -2 * s, 0, 0], [0, 4 * s, 0, 0]])
+    # The same with a user turn between two tokens of the first row.
+    rewards, mask = t([1, 99, 0, 4], [0, 8, 99, 99]), m([1, 0, 1, 1], [1, 1, 0, 0])
+    close(reinforce_pp(rewards, mask, gamma=0.5), [[-2 * s, 0, -2 * s, 0], [0, 4 * s, 0, 0]])
+    # Without a discount, G = 5, 4, 4 and 8, 8: mean 29/5.
+    variance = (0.8**2 + 2 * 1.8**2 + 2 * 2.2**2) / 5
+    s = 1 / math.sqrt(variance + 1e-8)
+    close(reinforce_pp(rewards, mask), [[-0.8 * s, 0, -1.8 * s, -1.8 * s], [2.2 * s, 2.2 * s, 0, 0]])
 
 
 @pytest.mark.parametrize("estimate", [rloo, grpo])
@@ -388,6 +422,37 @@ def test_whitening_in_shards_equals_whitening_of_the_whole(batch: tuple[Tensor, 
     close(torch.cat(shards), masked_whiten(x, mask), 1e-9)
     for first, second, total in zip(sent[:3], sent[3:], totals, strict=True):
         close(first + second, total, 1e-9)
+
+
+@given(batches(1), st.integers(0, 4), st.floats(0, 1))
+@quickly
+def test_reinforce_pp_in_shards_equals_that_of_the_whole(batch: tuple[Tensor, ...], at: int, gamma: float) -> None:
+    mask, rewards = batch
+    shards = [(rewards[rows], mask[rows]) for rows in (slice(0, at), slice(at, None))]
+    to_go = [gae(r, torch.zeros_like(r), m, gamma, 1.0)[0][m] for r, m in shards]
+    inside = torch.cat(to_go)
+    totals = [torch.tensor(len(inside)), inside.sum(), (inside - inside.mean()).square().sum()]
+    sums = cycle(totals)
+    found = [reinforce_pp(r, m, gamma, lambda _: next(sums).double()) for r, m in shards]
+    close(torch.cat(found), reinforce_pp(rewards, mask, gamma), 1e-9)
+
+
+@given(batches(2, prefix=True), st.floats(-5, 5), st.floats(0.5, 4))
+@quickly
+def test_reinforce_pp_depends_neither_on_the_origin_nor_on_the_unit_of_scores(
+    batch: tuple[Tensor, ...], shift: float, scale: float
+) -> None:
+    """Without a discount, each token of a response gets the whole score, whatever the lengths of the responses."""
+    mask, logprobs, ref_logprobs = batch
+    scores = torch.arange(len(mask), dtype=torch.float64)
+
+    def rewards(scores: Tensor, kl_coef: float) -> Tensor:
+        return shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+
+    expected = reinforce_pp(rewards(scores, 0.3), mask)
+    close(reinforce_pp(rewards(scores + shift, 0.3), mask), expected, 1e-6)
+    if float(expected[mask].var(unbiased=False)) > 0.99:  # else the variance is as small as the 1e-8 in the divisor
+        close(reinforce_pp(rewards(scores * scale, 0.3 * scale), mask), expected, 1e-2)
 
 
 @given(batches(2), st.floats(0, 1), st.floats(0, 1))

@@ -13,7 +13,7 @@ from helpers.small_ppo import fit, ppo
 from torch import Tensor
 
 from rlchat.errors import UserError
-from rlchat.ppo.advantages import ESTIMATORS, Advantages, EstimatorInputs, advantage_estimator, masked_whiten
+from rlchat.ppo.advantages import ESTIMATORS, Advantages, EstimatorInputs, advantage_estimator
 from rlchat.ppo.config import PPOConfig
 from rlchat.ppo.module import PPOModule
 
@@ -35,32 +35,31 @@ def test_options_are_typed_and_hyperparameters_are_plain_values(encoding: str) -
 
 
 @pytest.fixture
-def reinforce_plus_plus() -> Iterator[None]:
-    """REINFORCE++ (Hu 2025): the reward-to-go of each token, whitened over the batch; no critic, no groups."""
+def to_go() -> Iterator[None]:
+    """An estimator of a user: the rewards to go of each token; no critic, no groups."""
 
-    @advantage_estimator("reinforce++", allows_turns=True)
-    def reinforce(inputs: EstimatorInputs) -> Advantages:
-        reward_to_go: Tensor = inputs.rewards.flip(1).cumsum(1).flip(1)
-        advantages = masked_whiten(reward_to_go, inputs.mask, reduce=inputs.reduce)
-        return Advantages(advantages, torch.zeros_like(advantages))
+    @advantage_estimator("to_go", allows_turns=True)
+    def estimate(inputs: EstimatorInputs) -> Advantages:
+        rewards_to_go: Tensor = inputs.rewards.flip(1).cumsum(1).flip(1) * inputs.mask
+        return Advantages(rewards_to_go, torch.zeros_like(rewards_to_go))
 
     yield
-    del ESTIMATORS["reinforce++"]
+    del ESTIMATORS["to_go"]
 
 
-@pytest.mark.usefixtures("reinforce_plus_plus")
+@pytest.mark.usefixtures("to_go")
 def test_a_registered_estimator_is_an_option(encoding: str) -> None:
-    module = ppo(encoding, advantage="reinforce++")
+    module = ppo(encoding, advantage="to_go")
     assert module.critic_kind == "none"
     rows = fit(module, 2)
     assert rows[0]["train/approx_kl"] > 0
     assert "train/value_loss" not in rows[0]
-    with pytest.raises(UserError, match="expected one of gae, rloo, grpo, reinforce"):
+    with pytest.raises(UserError, match="expected one of gae, rloo, grpo, reinforce_pp, to_go"):
         ppo(encoding, advantage="ppo")
     with pytest.raises(UserError, match="has no critic"):
-        ppo(encoding, advantage="reinforce++", critic="separate")
+        ppo(encoding, advantage="to_go", critic="separate")
     with pytest.raises(UserError, match="does not support whiten_rewards"):
-        ppo(encoding, advantage="reinforce++", whiten_rewards=True)
+        ppo(encoding, advantage="to_go", whiten_rewards=True)
 
 
 def test_an_estimators_name_is_unique() -> None:

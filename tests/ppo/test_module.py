@@ -231,6 +231,28 @@ def test_ppo_learns_a_rule(encoding: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_reinforce_pp_learns_a_rule_from_one_response_per_prompt(encoding: str) -> None:
+    module = ppo(
+        encoding, reward=Reward([LetterE()]), kl_coef=0.0, ppo_epochs=2, minibatches=2, advantage="reinforce_pp"
+    )
+    rows = fit(module, 25, prompts(module.tokenizer, QUESTIONS * 4))
+    first, last = (sum(row["train/reward"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert first < 0.1
+    assert last > first + 0.3
+    assert "train/value_loss" not in rows[0]
+    assert module.options.group_size == 1
+
+
+def test_the_critic_has_its_own_lambda(encoding: str) -> None:
+    """With 1, the targets of the critic are the rewards to go, whatever it predicts; the advantages do not change."""
+    plain, decoupled = (ppo(encoding, lam_critic=lam, kl_coef=0.0) for lam in (None, 1.0))
+    rollout, scores = rolled_out(plain), torch.arange(8.0)
+    one, two = iterated(plain, rollout, scores), iterated(alone(decoupled), rollout, scores)
+    assert torch.equal(one.advantages, two.advantages)
+    torch.testing.assert_close(two.returns, scores[:, None] * rollout.response_mask)
+    assert not torch.allclose(one.returns, two.returns)
+
+
 def test_the_kl_penalty_keeps_the_policy_close_to_the_reference(encoding: str) -> None:
     free, held = (fit(ppo(encoding, kl_coef=coef, minibatches=2), 6)[-1]["train/kl"] for coef in (0.0, 5.0))
     assert held < free / 2
@@ -638,6 +660,8 @@ def test_options_that_a_resumed_run_keeps_and_those_it_changes(
         ({"advantage": "rloo"}, "set --model.group_size to 2 or more"),
         ({"advantage": "grpo", "group_size": 2, "turns": 2}, "does not support turns"),
         ({"advantage": "grpo", "group_size": 2, "critic": "separate"}, "has no critic"),
+        ({"lam_critic": 1.5}, "invalid value 1.5 for lam_critic: expected a number from 0 to 1"),
+        ({"advantage": "reinforce_pp", "lam_critic": 1.0}, "has no critic; set --model.lam_critic null"),
         # Whitening adds a constant to each token, so the sum would depend on the length.
         ({"advantage": "rloo", "group_size": 2, "whiten_rewards": True}, "does not support whiten_rewards"),
     ],

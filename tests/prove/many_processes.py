@@ -42,6 +42,8 @@ STAGES = {
         "--trainer.gradient_clip_val=0.1",
     ],
     "reward": ["--model=rlchat.RewardModelModule", "--model.base_model", json.dumps(DECODER), *NEW],
+    # Dropout is off, and there are as many pairs as rows.
+    "dpo": ["--model=rlchat.DPOModule", "--model.base_model", json.dumps(ENCODER), "--model.learning_rate=1e-3", *NEW],
     # 12 rows in 8 minibatches are one or two each, so one of two processes sometimes has none; `target_kl` stops
     # passes; conversations are mixed in.
     "ppo": [
@@ -71,6 +73,13 @@ STAGES = {
         "--model.minibatches=5",
         "--model.sft_coef=0.1",
         "--model.micro_batch_size=1",
+        "--trainer.callbacks.unequal=true",
+    ],
+    # The mean and the variance of the rewards to go are those of all processes.
+    "reinforce_pp": [
+        "--config=smoke",
+        "--model.advantage=reinforce_pp",
+        "--model.gamma=0.9",
         "--trainer.callbacks.unequal=true",
     ],
     # Two adapters on frozen weights, which the policy, the reference model and the critic share.

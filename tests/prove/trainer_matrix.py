@@ -21,7 +21,9 @@ from pathlib import Path
 
 from helpers.command_line import BRIEF, TINY, train_bundles
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo")
+RECIPES = {stage: ["--config", f"demo/{stage}"] for stage in STAGES}
+RECIPES["dpo"] = ["--config", "dpo", "--data.path", "data/demo.jsonl"]
 SECONDS_PER_CELL = 120
 
 CALLBACK = "lightning.pytorch.callbacks"
@@ -245,7 +247,7 @@ def run_cell(option: Option, stage: str, prepared: Path) -> Outcome:
         folder = Path(scratch) / "work"
         shutil.copytree(prepared, folder)
         began = time.monotonic()
-        code, output = _forked(["--config", f"demo/{stage}"], option, stage, folder)
+        code, output = _forked(RECIPES[stage], option, stage, folder)
         seconds = time.monotonic() - began
     sentences = [line for line in output.splitlines() if line.startswith("rlchat: ")]
     if code == 0 and "Traceback" not in output:
@@ -301,7 +303,8 @@ def prepare(folder: Path) -> None:
     os.chdir(folder)
     train_bundles(folder)
     (folder / "questions.txt").write_text("What comes after 2?\nHow do you spell cat?\n", encoding="utf-8")
-    rlchat("fit", "--config", "demo/ppo", *BRIEF)
+    for stage in ("ppo", "dpo"):
+        rlchat("fit", *RECIPES[stage], *BRIEF)
 
 
 def as_markdown(table: dict[Option, dict[str, Outcome]]) -> str:
@@ -318,7 +321,13 @@ def as_markdown(table: dict[Option, dict[str, Outcome]]) -> str:
     for option, row in table.items():
         if option.group != group:
             group = option.group
-            lines += ["", f"## {group.capitalize()}", "", "| option | SFT | reward model | PPO |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"## {group.capitalize()}",
+                "",
+                "| option | SFT | reward model | DPO | PPO |",
+                "|---|---|---|---|---|",
+            ]
         cells = []
         for stage in STAGES:
             outcome = row[stage]

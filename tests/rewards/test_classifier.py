@@ -19,7 +19,7 @@ from transformers import (
 
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.rewards import FactorError, HFReward, Reply, Reward
+from rlchat.rewards import Factor, FactorError, HFReward, LearnedQuality, Reply, Reward
 from rlchat.rewards.classifier import shortened
 
 TEMPLATE = "{% for m in messages %}[CLS]{{ m.role }} : {{ m.content }}[SEP]{% endfor %}"
@@ -54,6 +54,21 @@ def test_the_logit_of_a_pair(tmp_path: Path) -> None:
     assert len(set(found.tolist())) == 3
     assert factor([], []).shape == (0,)
     assert HFReward(**factor.describe()["init_args"]).describe() == factor.describe()
+
+
+@pytest.mark.parametrize("kind", [HFReward, LearnedQuality])
+def test_a_device_that_the_machine_lacks(monkeypatch: pytest.MonkeyPatch, kind: type[Factor]) -> None:
+    def no_gpu(*_: object, device: str) -> None:
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr("rlchat.utils.devices.torch.empty", no_gpu)
+    with pytest.raises(FactorError) as error:
+        kind("model", device="cuda")  # type: ignore[call-arg]
+    name = "hf_reward" if kind is HFReward else "learned_quality"
+    assert str(error.value) == (
+        f"reward factor '{name}': device 'cuda' is not available on this machine; use another, for example cpu, or "
+        "auto for that of the policy"
+    )
 
 
 def test_a_model_without_the_files_of_its_tokenizer(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rlchat.errors import UserError
 from rlchat.rewards import FactorError, FunctionReward, HTTPReward, Reply, ReplyFactor, Reward, Verified
 
 ASKED = Conversation((Message("user", "What is 6 × 7?"),), check=Check(("42",), kind="number"))
+SLOW = "(a|aa)+$"  # tries every way to write 100 letters as ones and twos
 UNCHECKED = Conversation((Message("user", "Hello"),))
 
 
@@ -54,6 +56,18 @@ def test_verified_by_kind_of_check(check: Check, right: list[str], wrong: list[s
     texts = right + wrong
     scores = Verified()([prompt] * len(texts), [reply(text) for text in texts])
     assert dict(zip(texts, scores.tolist(), strict=True)) == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+
+
+@pytest.mark.parametrize("check", [Check((SLOW,), kind="regex"), Check(("a",), (SLOW,), "regex")])
+def test_a_pattern_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
+    monkeypatch.setattr("rlchat.conversation.REGEX_SECONDS", 0.05)
+    prompt = Conversation(ASKED.messages, check=check)
+    replies = [reply("a" * 100 + "!"), reply("b"), reply("a" * 100 + "!")]
+    complaint = "the check '(a|aa)+$' of the prompt 'What is 6 × 7?' took more than 0.05 s on a response, which"
+    with pytest.warns(UserWarning, match=re.escape(complaint)):
+        assert Verified()([prompt] * 3, replies).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(TimeoutError, match=r"^\(a\|aa\)\+\$$"):
+        check.passes(replies[0].text)
 
 
 def test_verified_counts_prompts_without_a_check(caplog: pytest.LogCaptureFixture) -> None:
@@ -147,11 +161,14 @@ def test_a_failing_function_is_named() -> None:
         FactorError, match=r"reward factor 'word' returned 'good' for the response 'hi': score\(\) must"
     ):
         Reward([FunctionReward("functions_for_a_test.word")])([ASKED], [reply("hi")])
-    with pytest.raises(
-        RuntimeError, match="reward factor 'fails' failed: ZeroDivisionError: division by zero"
-    ) as error:
+    with pytest.raises(FactorError) as error:
         Reward([FunctionReward("functions_for_a_test.fails")])([ASKED], [reply("hi")])
+    assert str(error.value) == (
+        "reward factor 'fails' (functions_for_a_test.fails) failed: ZeroDivisionError: division by zero; "
+        "see line 12 of functions_for_a_test.py"
+    )
     assert isinstance(error.value.__cause__, ZeroDivisionError)
+    assert [line.strip() for line in error.value.details.splitlines()][2] == "return 1 / 0"
 
 
 def test_a_user_error_of_any_factor_names_it() -> None:
@@ -207,21 +224,41 @@ def test_temporary_failures_are_retried() -> None:
         (
             (500, b"no\nmemory"),
             2,
-            r"answered HTTP 500 Internal Server Error \(no memory\) after 2 attempts; check that",
+            r"answered HTTP 500 Internal Server Error \(no memory\) after 2 attempts; see the log of the service, or",
         ),
-        ((404, b""), 1, r"answered HTTP 404 Not Found$"),
-        ((302, b""), 1, r"answered HTTP 302 Found"),
-        ((200, b"<html>hello"), 1, r"answered '<html>hello', which is not JSON; expected {\"scores\": \[...\]} with 2"),
+        ((429, b""), 2, r"answered HTTP 429 Too Many Requests after 2 attempts; raise backoff or retries$"),
+        (
+            (404, b""),
+            1,
+            r"answered HTTP 404 Not Found; set url to the address and path at which the service takes POST",
+        ),
+        ((401, b""), 1, r"answered HTTP 401 Unauthorized; set token_env to the name of an environment variable with"),
+        ((413, b""), 1, r"answered HTTP 413 .*; lower batch_size"),
+        (
+            (422, b"bad"),
+            1,
+            r'answered HTTP 422 .*; the service must take {"items": \[{"messages": \[...\], "response": ',
+        ),
+        ((302, b""), 1, r"answered HTTP 302 Found; redirects are not followed, set url to /elsewhere$"),
+        (
+            (200, b"<html>hello"),
+            1,
+            r'answered \'<html>hello\', which is not JSON; expected {"scores": \[0.5, -1\]} with 2 finite numbers$',
+        ),
         ((200, b"\xff\xfe"), 1, "which is not JSON"),
         ((200, b"[1, 2]"), 1, r"answered '\[1, 2\]'; expected {\"scores\""),
         ((200, b'{"scores": 3}'), 1, 'expected {"scores"'),
-        ((200, b'{"scores": [1]}'), 1, "answered 1 scores for 2 responses"),
+        ((200, b'{"scores": [1]}'), 1, 'answered 1 scores for 2 responses; expected {"scores": '),
         ((200, b'{"scores": [1, 2, 3]}'), 1, "answered 3 scores for 2 responses"),
-        ((200, b'{"scores": [1, NaN]}'), 1, "answered NaN as score 1: expected a finite number"),
-        ((200, b'{"scores": [1, null]}'), 1, "answered null as score 1: expected a finite number"),
-        ((200, b'{"scores": ["1", 2]}'), 1, 'answered "1" as score 0: expected a finite number'),
+        (
+            (200, b'{"scores": [1, NaN]}'),
+            1,
+            r"answered NaN as score 1; expected {\"scores\": \[0.5, -1\]} with 2 finite numbers",
+        ),
+        ((200, b'{"scores": [1, null]}'), 1, "answered null as score 1; expected {"),
+        ((200, b'{"scores": ["1", 2]}'), 1, 'answered "1" as score 0; expected {"scores"'),
         ((200, b'{"scores": [true, 2]}'), 1, "answered true as score 0"),
-        ((200, b'{"scores": [1, 1' + b"0" * 400 + b"]}"), 1, "as score 1: expected a finite number"),
+        ((200, b'{"scores": [1, 1' + b"0" * 400 + b"]}"), 1, "as score 1; expected {"),
     ],
 )
 def test_a_wrong_answer_names_the_factor(answer: Answer, requests: int, complaint: str) -> None:
@@ -235,7 +272,8 @@ def test_a_wrong_answer_names_the_factor(answer: Answer, requests: int, complain
 
 def test_a_service_that_does_not_answer() -> None:
     complaint = (
-        r"^reward factor 'http_reward': http://127.0.0.1:\d+/score did not answer within 0.05 s after 2 attempts"
+        r"^reward factor 'http_reward': http://127.0.0.1:\d+/score did not answer within 0.05 s after 2 attempts; "
+        r"raise timeout, or lower batch_size \(64 responses per request\)$"
     )
     with Service(lambda *_: None) as service, pytest.raises(FactorError, match=complaint):
         HTTPReward(service.url, timeout=0.05, retries=1, backoff=0)([ASKED], [reply("a")])
@@ -245,7 +283,8 @@ def test_a_service_that_is_down() -> None:
     with Service(lengths) as service:
         pass
     with pytest.raises(
-        FactorError, match=r"reward factor 'http_reward': .* cannot be reached \(.*refused\) after 1 att"
+        FactorError,
+        match=r"'http_reward': .* cannot be reached \(.*refused\) after 1 attempt; start the service, or correct url$",
     ):
         HTTPReward(service.url, retries=0)([ASKED], [reply("a")])
 

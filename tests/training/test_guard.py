@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.command_line import TINY, write_talk
 from helpers.small_ppo import Log, sequences, serve, trainer
+from prove.runs import write_talk as write_pairs
 from torch import Tensor
 from training.test_reward_model import LLAMA, replies_batch
 
@@ -130,17 +131,18 @@ def test_three_skipped_steps_in_a_row_stop_the_run(encoding: str, stage: str) ->
 RUNS = {
     "sft": ["--model=rlchat.SFTModule", *TINY],
     "reward": ["--model=rlchat.RewardModelModule", *TINY, "--data.contrast=true"],
+    "dpo": ["--model=rlchat.DPOModule", *TINY],
     "ppo": ["--config=smoke"],
 }
 
 
 @pytest.mark.parametrize(
-    ("stage", "batches"), [("sft", 1), ("sft", 2), ("sft", 12), ("reward", 1), ("reward", 12), ("ppo", 12)]
+    ("stage", "batches"), [("sft", 1), ("sft", 2), ("sft", 12), ("reward", 1), ("reward", 12), ("dpo", 12), ("ppo", 12)]
 )
 def test_a_run_that_diverges_ends_with_one_sentence_and_no_model(
     stage: str, batches: int, workplace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_talk(workplace / "talk.jsonl", 60)
+    (write_pairs if stage == "dpo" else write_talk)(workplace / "talk.jsonl", 60)
     words = ["fit", *RUNS[stage], "--data.path=talk.jsonl", "--data.batch_size=2", "--model.warmup=0"]
     words += ["--model.learning_rate=1e30", "--data.val_fraction=0.2", "--trainer.enable_progress_bar=false"]
     words += [f"--trainer.limit_train_batches={batches}", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]

@@ -34,11 +34,14 @@ SMALL = ["--model.base_model", json.dumps(ENCODER), "--model.tiktoken_encoding=r
 STAGES = {
     "sft": ["--model=rlchat.SFTModule", *SMALL],
     "reward": ["--model=rlchat.RewardModelModule", *SMALL],
+    "dpo": ["--model=rlchat.DPOModule", *SMALL],
     "ppo": ["--config=smoke", "--model.kl_target=0.5", "--model.kl_horizon=100", "--model.max_new_tokens=6"],
 }
 LORA = ["--model.adapter=lora", "--model.lora_rank=4"]
 STAGES["sft_lora"] = [*STAGES["sft"], *LORA, "--model.lora_dropout=0.2"]
 STAGES["reward_lora"] = [*STAGES["reward"], *LORA, "--model.gradient_checkpointing=true"]
+STAGES["dpo_lora"] = [*STAGES["dpo"], *LORA]
+STAGES["dpo_layers"] = [*STAGES["dpo"], "--model.train_layers=1"]
 STAGES["ppo_lora"] = [*STAGES["ppo"], *LORA, "--model.critic=separate"]
 STAGES["ppo_layers"] = [*STAGES["ppo"], "--model.train_layers=1", "--model.gradient_checkpointing=true"]
 
@@ -53,15 +56,19 @@ def slow(*values: Any) -> Any:
     [
         # After the third batch.
         ("sft", 2, [3]),
+        ("dpo", 2, [3]),
         ("ppo", 2, [3]),
         # Before and after the first validation, after an epoch that ends without a validation.
         slow("sft", 2, [1, 2, 6]),
         slow("ppo", 2, [1, 2, 6]),
         # Before the last batch of an epoch, before and after the validation at its end, before the very last one.
         slow("reward", 5, [3, 4, 5, 10]),
+        slow("dpo", 5, [3, 4, 5, 10]),
         slow("ppo", 5, [3, 4, 5, 10]),
         slow("sft_lora", 2, [3]),
         slow("reward_lora", 2, [3]),
+        slow("dpo_lora", 2, [3]),
+        slow("dpo_layers", 2, [3]),
         slow("ppo_lora", 2, [3]),
         slow("ppo_layers", 2, [3]),
     ],

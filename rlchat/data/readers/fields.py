@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import reprlib
 from typing import Any, cast
+
+import regex
 
 from rlchat.conversation import CHECK_KINDS, Check, CheckKind, Role, is_number, spaced_words
 from rlchat.data.jsonl import BadLineError
@@ -201,7 +202,7 @@ def _checked(check: Check, name: str) -> Check:
             raise BadLineError(f"{name} holds no word to search for: got {shown(answer)}; use the check exact or regex")
         if check.kind == "regex":
             try:
-                re.compile(answer)
-            except re.error as error:
+                regex.compile(answer)
+            except regex.error as error:
                 raise BadLineError(f"{name} is not a regular expression: got {shown(answer)}: {error}") from error
     return check

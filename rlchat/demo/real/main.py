@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rlchat.demo.real.base import find_base_model
 from rlchat.demo.real.measure import Measured, mean_kl, measure, read_data
 from rlchat.demo.real.tables import show_control, show_figures, show_replies
 from rlchat.demo.tables import show_next_steps
-from rlchat.look.report import write_report
+from rlchat.look.report import write_page
 from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.training.initial_model import open_policy
 from rlchat.utils.devices import choose_device
@@ -26,7 +27,6 @@ from rlchat.utils.files import set_aside, write_atomically
 CHECKPOINTS = Path("checkpoints")
 MODEL = CHECKPOINTS / "rl_chat_model_tiktoken.pt"
 REPORT = CHECKPOINTS / "real_report.json"
-PAGE = CHECKPOINTS / "real_report.html"
 MAX_LENGTH = 256
 SHOWN = 8
 
@@ -51,6 +51,7 @@ class RealDemo:
         self.console = console
         self.seed = seed
         self.fast = fast
+        self.run_folder = Path()  # of the last stage
         self.base_model = find_base_model()
         self.device = choose_device(None)
         if threads is not None:
@@ -66,12 +67,13 @@ class RealDemo:
         self.title("1 of 3: the base model", f"It replies to {len(self.held_out)} prompts that training does not use.")
         before = self.measure(self.base())
         self.title("2 of 3: PPO", "The reward is high for one short, complete sentence, and for correct answers.")
-        training = self.fit()
+        trained, training = self.fit("real", ["train.jsonl", "facts.jsonl"], [self.base_option], fast=_FAST)
+        training["iterations"] = int(trained.model.iterations)
         self.title("3 of 3: the trained model", "It replies to the same prompts.")
         tuned = load_policy(MODEL, self.device)
         after = self.measure(tuned)
         kl = mean_kl(tuned, self.base(), after.sampled)
-        reward = training.pop("reward")
+        reward = trained.model.reward
         report: dict[str, Any] = {
             "seed": self.seed,
             "seconds": round(time.monotonic() - began, 1),
@@ -82,10 +84,7 @@ class RealDemo:
             "control": before.control_beside(after),
             "replies": before.replies_beside(after),
         }
-        if REPORT.exists():
-            set_aside(REPORT)
-        content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(REPORT, lambda file: file.write(content.encode()))
+        write_report(REPORT, report)
         show_replies(self.console, report["replies"], SHOWN)
         show_control(self.console, report["control"])
         show_figures(self.console, report)
@@ -93,7 +92,7 @@ class RealDemo:
             "tensorboard --logdir lightning_logs": "training curves",
             "rlchat demo --real --seed 1": "the same with another seed",
         }
-        page, _ = write_report(self.run_folder, PAGE)
+        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"))
         show_next_steps(self.console, REPORT, page, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
 
     def base(self) -> PolicyBundle:
@@ -106,26 +105,45 @@ class RealDemo:
         """The replies and figures of one model."""
         return measure(bundle, self.held_out, self.control, seed=self.seed)
 
-    def fit(self) -> dict[str, Any]:
-        """Trains; returns the number of iterations, the seconds, and the reward."""
+    @property
+    def base_option(self) -> str:
+        """The option of `rlchat fit` for a stage that starts from the base model."""
+        return f"--model.base_model={self.base_model}"
+
+    def fit(
+        self,
+        recipe: str,
+        names: Sequence[str],
+        options: Sequence[str] = (),
+        *,
+        fast: Sequence[str],
+        seeds: Sequence[str] = ("seed_everything", "data.seed", "model.seed"),
+    ) -> tuple[Any, dict[str, Any]]:
+        """Trains with the recipe ``demo/<recipe>`` on the packaged files ``names``.
+
+        ``fast`` are the options of a quick test, and ``seeds`` the options that are set to a seed other than 0.
+        Returns the CLI with the trained module, and the seconds.
+        """
         from rlchat.cli import main as cli  # importing Lightning takes seconds
 
-        seeded = [f"--{name}={self.seed}" for name in ("seed_everything", "data.seed", "model.seed")]
         with as_file(files("rlchat.demo.real") / "data") as data:
-            paths = [str(data / name) for name in ("train.jsonl", "facts.jsonl")]
-            argv = ["fit", "--config", "demo/real", f"--model.base_model={self.base_model}", "--data.path", *paths]
-            argv += seeded if self.seed else []
+            argv = ["fit", "--config", f"demo/{recipe}", *options, "--data.path", *(str(data / name) for name in names)]
+            argv += [f"--{name}={self.seed}" for name in seeds] if self.seed else []
             self.console.print(f"[dim]$[/] rlchat {escape(' '.join(argv))}", highlight=False, soft_wrap=True)
             began = time.monotonic()
-            trained = cli.run([*argv, *(_FAST if self.fast else [])])
+            trained = cli.run([*argv, *(fast if self.fast else [])])
         self.run_folder = Path(trained.trainer.log_dir or "")
-        return {
-            "iterations": int(trained.model.iterations),
-            "seconds": round(time.monotonic() - began, 1),
-            "reward": trained.model.reward,
-        }
+        return trained, {"seconds": round(time.monotonic() - began, 1)}
 
     def title(self, stage: str, purpose: str) -> None:
         """Prints the heading of a stage."""
         self.console.rule(f"[bold]Stage {stage}", align="left")
         self.console.print(purpose)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Writes ``report`` as JSON; an older report is renamed."""
+    if path.exists():
+        set_aside(path)
+    content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(content.encode()))

@@ -57,10 +57,7 @@ class Measured:
 
     def control_beside(self, after: Measured) -> list[dict[str, Any]]:
         """Each control question with the replies of this model (``before``) and of ``after``."""
-        return [
-            {"question": old.prompt.messages[-1].text, "before": _checked(old), "after": _checked(new)}
-            for old, new in zip(self.control, after.control, strict=True)
-        ]
+        return control_beside(self.control, after.control)
 
     def replies_beside(self, after: Measured) -> list[dict[str, Any]]:
         """Each held-out prompt with the greedy replies of this model (``before``) and of ``after``."""
@@ -155,7 +152,15 @@ def reply_figures(samples: Sequence[Sampled], reward: Reward) -> dict[str, float
 
 def is_correct(sample: Sampled) -> bool:
     """Whether a reply to a control question contains the right answer."""
-    return sample.prompt.check is not None and sample.prompt.check.passes(sample.reply.text)
+    return sample.prompt.passes(sample.reply.text) is True
+
+
+def control_beside(before: Sequence[Sampled], after: Sequence[Sampled]) -> list[dict[str, Any]]:
+    """Each control question with the replies of two models, each marked as correct or not."""
+    return [
+        {"question": old.prompt.messages[-1].text, "before": _checked(old), "after": _checked(new)}
+        for old, new in zip(before, after, strict=True)
+    ]
 
 
 def perplexity(bundle: PolicyBundle, prompts: Sequence[Conversation]) -> float:

