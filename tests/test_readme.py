@@ -44,6 +44,8 @@ PARSED_ONLY = {
     "rlchat demo --real",
     "rlchat demo --real --rankings",
     "rlchat look",
+    "rlchat report",
+    "rlchat report lightning_logs/ppo/version_0 --out ppo_0.html",
     "rlchat look lightning_logs/ppo/version_0 --port 8011",
     "rlchat look lightning_logs/ppo/version_1 --with lightning_logs/ppo/version_0",
 }
@@ -103,7 +105,9 @@ def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
         write_talk(path)
         (path.parent / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     (workplace / "questions.txt").write_text("What comes after 3?\nHello\n")
-    save_bundle("checkpoints/rl_chat_model_tiktoken.pt", random_policy(tokenizer))
+    policy = random_policy(tokenizer)
+    policy.about["reward"] = [{"class_path": "rlchat.rewards.TooShort"}]
+    save_bundle("checkpoints/rl_chat_model_tiktoken.pt", policy)
     shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/sft_model.pt")
     write_run(Path("lightning_logs/ppo/version_0"), [rollout()])
     Path("checkpoints/report.json").write_text('{"ppo": {"reward": 1.05}}')

@@ -37,8 +37,9 @@ def main(args: list[str]) -> int:
     out = options.out
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"invalid value {str(out)!r} for --out: expected a file name that ends in .html")
-    if out.exists() and not options.force:
-        raise UserError(f"{out} already exists; set another --out, or use --force")
+    for path in (out, out.with_suffix(".png")):
+        if path.exists() and not options.force:
+            raise UserError(f"{path} already exists; set another --out, or use --force")
     page, picture = write_page(find_run(options.run), out)
     print(f"report: {page}\npicture for a slide: {picture}")
     return 0

@@ -77,7 +77,8 @@ def test_the_files_it_writes(demo: tuple[Path, str]) -> None:
     folder, _ = demo
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     models = {"sft_model", "reward_model", "rl_chat_model_tiktoken"}
-    assert left == {f"{name}.pt" for name in models} | {f"{name}_stats.png" for name in models} | {"report.json"}
+    reports = {f"report.{ending}" for ending in ("json", "html", "png")}
+    assert left == {f"{name}.pt" for name in models} | {f"{name}_stats.png" for name in models} | reports
     for name in models:
         assert (folder / "checkpoints" / f"{name}_stats.png").read_bytes().startswith(b"\x89PNG")
     trees, _ = read_trees([folder / "data" / "demo.jsonl"], progress=False)
