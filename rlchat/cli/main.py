@@ -68,6 +68,7 @@ CALLBACKS = {
     "alarms": Alarms,
     "rollout_log": RolloutLog,
 }
+_SHORT = {"--checks": "--alarms.checks"}
 _USAGE = "rlchat {} --config RECIPE_OR_FILE [--data.path FILE [FILE ...]] [--GROUP.OPTION VALUE ...]"
 _HELP = """\
 The configuration sets the options; flags override it. Add --print_config to see all options with their values.
@@ -300,14 +301,15 @@ def run(argv: list[str]) -> RLChatCLI:
 def with_recipes(argv: list[str]) -> list[str]:
     """``argv`` in the form that jsonargparse expects.
 
-    Recipes become the paths of their files, and several values after ``--data.path`` become one list. If the command
-    line sets a checkpoint and no configuration, the configuration of the checkpoint's run is added.
+    Recipes become the paths of their files, short options become whole ones, and several values after ``--data.path``
+    become one list. If the command line sets a checkpoint and no configuration, that of the checkpoint's run is added.
     """
     result: list[str] = []
     words = deque(argv)
     while words:
-        word = words.popleft()
-        flag, equals, value = word.partition("=")
+        flag, equals, value = words.popleft().partition("=")
+        flag = _SHORT.get(flag, flag)
+        word = flag + equals + value
         if flag in ("--config", "-c"):
             value = value if equals else words.popleft() if words else ""
             result += ["--config", str(checked_recipe(value))]

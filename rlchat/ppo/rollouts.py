@@ -49,6 +49,7 @@ class Rollout:
     old_logprobs: Tensor  # [B, R] of the policy that sampled, computed in the same way as in the update
     ref_logprobs: Tensor  # [B, R] of the reference model
     values: Tensor  # [B, R] of the critic, before each token; 0 without a critic
+    entropy: Tensor  # [B, R] of the policy's distribution of each token, in nats
     sampling_logprobs: Tensor  # [B, R] of the same policy, as computed during sampling
     kept: KeptStates  # the output of the frozen layers for ids, from which the passes of the update start
 
@@ -230,6 +231,7 @@ class RolloutModule(PolicyModule):
             old_logprobs=policy.logprobs,
             ref_logprobs=reference.logprobs,
             values=policy.values,
+            entropy=policy.entropy,
             sampling_logprobs=torch.where(mask, transcript.sampling_logprobs.gather(1, columns), 0.0),
             kept=kept,
         )
