@@ -15,7 +15,7 @@ from rlchat.callbacks.best_model import BestModel
 from rlchat.distributed.collectives import gather_objects, greatest
 from rlchat.errors import UserError, at_least_one
 from rlchat.ppo.checks.invariants import INVARIANTS, InvariantChecks
-from rlchat.ppo.checks.residuals import fingerprint
+from rlchat.ppo.checks.residuals import broken_prompts, fingerprint, prompt_header
 from rlchat.ppo.checks.sampler import CERTAIN, MANY_DEVIATIONS, PreviousTokens, Surprisal
 from rlchat.ppo.module import PPOModule
 
@@ -91,7 +91,8 @@ class Alarms(Callback):
     while answer accuracy, perplexity or another factor of the reward worsens. It also warns when the responses become
     identical, the KL to the reference model exceeds a bound, the explained variance stays negative, most responses are
     truncated, a reward factor is constant, the rollout engine samples from another distribution than the policy or
-    repeats its random numbers, an update moves the policy too far or not at all, or the critic's values are far off.
+    repeats its random numbers, a prompt has no end, an update moves the policy too far or not at all, or the critic's
+    values are far off.
 
     Apart from these signs, it checks the invariants of PPO, which hold in every correct run: for example, the ratio is
     1 before the first optimizer step, and the reference model does not change. See
@@ -132,6 +133,7 @@ class Alarms(Callback):
         """The problems that it has warned about, in order."""
         self._lasting: dict[str, int] = {}
         self._weights: list[float] = []  # a fingerprint of the policy after the last iteration
+        self._header: list[int] = []  # the last ids of every prompt
         self._tokens = PreviousTokens()
         self._surprisal = Surprisal()
         self._rewards: list[float] = []  # of the iterations since the last validation
@@ -162,6 +164,7 @@ class Alarms(Callback):
         if isinstance(pl_module, PPOModule):
             self.invariants.start(pl_module)
             self._weights = fingerprint(pl_module.model, trained_only=True)
+            self._header = prompt_header(pl_module.tokenizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -258,9 +261,16 @@ class Alarms(Callback):
             )
 
     def _check_sampler(self, trainer: Trainer, module: PPOModule) -> None:
-        """Warns if the sampled tokens are not independent draws from the policy, which log-probs alone do not show."""
+        """Warns of wrong prompts, and of tokens that are not independent draws, which log-probs alone do not show."""
         assert module.last_iteration is not None
         rollout, mask = module.last_iteration.rollout, module.last_iteration.rollout.response_mask
+        if greatest(module, broken_prompts(rollout.ids, rollout.sampled, self._header)):
+            self._warn(
+                trainer,
+                "prompts",
+                "a response does not follow the header of an assistant message in the policy's chat format: cut long "
+                "prompts at their beginning, and render prompts with the policy's tokenizer",
+            )
         if greatest(module, int(self._tokens.evidence(rollout) > CERTAIN)):
             self._warn(
                 trainer,

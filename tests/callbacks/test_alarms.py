@@ -133,6 +133,15 @@ def test_repeated_random_numbers(run: Run) -> None:
     assert run.iterate() == ["repetition"]  # 60 - 2 - 2·log(30) = 51 nats
 
 
+def test_responses_without_a_header_before_them(run: Run) -> None:
+    run.alarms._header = [7]
+    tokens = {"ids": torch.tensor([[7, 1], [7, 2]]), **{k: v for k, v in run.sampled().items() if k != "ids"}}
+    run.sampled = lambda: tokens  # type: ignore[method-assign]
+    assert run.iterate() == []
+    tokens["ids"] = torch.tensor([[7, 1], [6, 2]])
+    assert run.iterate() == ["prompts"]
+
+
 def test_tokens_that_are_less_surprising_than_the_entropy(run: Run) -> None:
     """Greedy sampling from two tokens of probability 1/2 would report a log-prob of 0. 2·n tokens count as a variance
     of 2 each: (log 2)·2n / √(4n) is 5.96 for n = 74, and 6.003 for n = 75.

@@ -16,6 +16,7 @@ from rlchat.ppo.checks.residuals import (
     broken_responses,
     fingerprint,
     group_residual,
+    prompt_header,
     return_residual,
     reward_residual,
     shared_parameters,
@@ -23,6 +24,7 @@ from rlchat.ppo.checks.residuals import (
 )
 from rlchat.ppo.checks.sampler import Surprisal, repetition_evidence
 from rlchat.ppo.losses import KLKind, kl_estimate, policy_loss, value_loss
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 # Two rows: responses 0 and 2 with a user turn between them, and response 1.
 INDEX = torch.tensor([[0, 0, -1, 2], [1, 1, 1, -1]])
@@ -137,6 +139,13 @@ def test_prompts_by_hand() -> None:
     assert broken_prompts(ids, sampled.roll(-1, 1), [7, 8]) == 3
     assert broken_prompts(ids, torch.ones_like(sampled), [7, 8]) == 2  # nothing before the first token
     assert broken_prompts(ids, sampled, []) == 0
+
+
+def test_the_header_of_a_prompt_is_what_all_prompts_end_with(encoding: str) -> None:
+    tokenizer = ChatTokenizer(encoding)
+    header = prompt_header(tokenizer)
+    assert 1 <= len(header) <= 2
+    assert set(header) <= tokenizer.special_ids | set(tokenizer.encode("\n"))
 
 
 def test_a_fingerprint_shows_a_change() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from rlchat.conversation import Conversation, Message
+import torch
+
 from rlchat.distributed.collectives import gather_objects, is_sharded
+from rlchat.models.sampling import Generated
 from rlchat.models.token_stats import is_lower_precision
 from rlchat.ppo.advantages import masked_whiten
 from rlchat.ppo.checks.residuals import (
-    broken_prompts,
     broken_responses,
     fingerprint,
     group_residual,
@@ -25,7 +26,6 @@ from rlchat.ppo.checks.residuals import (
     whitening_residual,
 )
 from rlchat.ppo.losses import kl_estimate
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from rlchat.ppo.module import Iteration, PPOModule
@@ -73,10 +73,6 @@ INVARIANTS = {
         "tokens, and the end token at its end if it ended, and nowhere else",
         "check the mask for an offset of one, for prompt tokens and for padding",
     ),
-    "prompts": Invariant(
-        "a response does not follow the header of an assistant message, in the prompts of the data",
-        "cut long prompts at their beginning",
-    ),
     "scores": Invariant(
         "the scores are not the sums of the reward factors, in training_step()",
         "pass the scores on unchanged and in the same order",
@@ -114,29 +110,16 @@ def rounding(module: PPOModule) -> float:
     return _LOW_PRECISION if not exact or is_lower_precision(module.model.backbone.head_weight) else _ROUNDING
 
 
-def prompt_header(tokenizer: ChatTokenizer) -> list[int]:
-    """The last ids of every prompt, at most two: those that two prompts of different text have in common."""
-    one, other = (tokenizer.render_prompt(Conversation((Message("user", text),))).ids for text in ("a", "No."))
-    header: list[int] = []
-    for x, y in zip(reversed(one[-2:]), reversed(other[-2:]), strict=True):
-        if x != y:
-            break
-        header.insert(0, x)
-    return header
-
-
 class InvariantChecks:
     """Measures the invariants of each iteration, and remembers what must not change between iterations."""
 
     def __init__(self) -> None:
         self._reference: list[float] | None = None  # None if the networks are sharded
-        self._header: list[int] = []
 
     def start(self, module: PPOModule) -> None:
         """Remembers the reference model, before the first iteration of the run or of the resumed run."""
         # Sharded parameters are whole after some forward passes, in memory that passes share.
         self._reference = None if is_sharded(module.reference) else fingerprint(module.reference)
-        self._header = prompt_header(module.tokenizer)
 
     def broken(self, module: PPOModule, iteration: Iteration, metrics: Mapping[str, float]) -> list[str]:
         """The names of the invariants that do not hold, on any process. A collective.
@@ -186,9 +169,10 @@ class InvariantChecks:
         limit = module.options.max_new_tokens
         broken = broken_responses(tokens, numbers, lengths, ended, module.tokenizer.end_id, limit)
         for number in range(0 if broken else min(_DECODED, len(lengths))):
-            text = module.tokenizer.decode(tokens[numbers == number].tolist()).strip()
-            broken += text != rollout.replies[number].text
-        return {"responses": broken, "prompts": broken_prompts(rollout.ids, rollout.sampled, self._header)}
+            ids = tokens[numbers == number][None]
+            said = Generated(ids, torch.ones_like(ids).bool(), torch.tensor([ended[number]]), torch.zeros(ids.shape))
+            broken += module.decode(said)[0].text != rollout.replies[number].text
+        return {"responses": broken}
 
     def _of_targets(self, module: PPOModule, iteration: Iteration, metrics: Mapping[str, float]) -> dict[str, float]:
         o, rollout, mask = module.options, iteration.rollout, iteration.rollout.response_mask

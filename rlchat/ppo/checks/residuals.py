@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlchat.conversation import Conversation, Message
 from rlchat.ppo.advantages import Reduce
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
 def largest(x: Tensor) -> float:
@@ -124,6 +126,17 @@ def broken_responses(
         wrong = (token_ids == end_id) != (is_last & has_ended[numbers])
         broken = broken | (numbers[wrong].bincount(minlength=count) > 0)
     return int(broken.sum())
+
+
+def prompt_header(tokenizer: ChatTokenizer) -> list[int]:
+    """The last ids of every prompt, at most two: those that two prompts of different text have in common."""
+    one, other = (tokenizer.render_prompt(Conversation((Message("user", text),))).ids for text in ("a", "No."))
+    header: list[int] = []
+    for x, y in zip(reversed(one[-2:]), reversed(other[-2:]), strict=True):
+        if x != y:
+            break
+        header.insert(0, x)
+    return header
 
 
 def broken_prompts(ids: Tensor, sampled: Tensor, header: Sequence[int]) -> int:
