@@ -128,8 +128,10 @@ def test_responses_by_hand(tokens: list[int], numbers: list[int], broken: int) -
     assert broken_responses(torch.tensor(tokens), torch.tensor(numbers), [3, 3], [True, False], END, 3) == broken
 
 
-def test_truncated_responses_have_all_their_tokens() -> None:
-    assert broken_responses(torch.tensor([1, 2]), torch.tensor([0, 0]), [2], [False], END, 3) == 1
+def test_a_response_has_at_most_its_maximum_of_tokens() -> None:
+    tokens, numbers = torch.tensor([1, 2]), torch.tensor([0, 0])
+    assert broken_responses(tokens, numbers, [2], [False], END, 2) == 0
+    assert broken_responses(tokens, numbers, [2], [False], END, 1) == 1
 
 
 def test_prompts_by_hand() -> None:

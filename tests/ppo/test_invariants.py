@@ -95,6 +95,8 @@ def test_each_invariant_is_broken_by_what_it_names(done: tuple[PPOModule, Checks
     assert broken(done, replace(iteration, rollout=replace(rollout, replies=replies))) == ["responses"]
     wrong_way = checks.metrics["kl_coef"] - 1e-3 if module.kl_coef > checks.metrics["kl_coef"] else 1.0
     assert broken(done, iteration, kl_coef=wrong_way, kl=0.0 if wrong_way < 1 else 9.0)[-1] == "kl_coef"
+    rounded = module.kl_coef * (1 + 1e-7)  # as a logged float32
+    assert broken(done, iteration, kl_coef=rounded, kl=9.0) == []
 
 
 def test_a_reference_that_changes_or_differs(encoding: str) -> None:

@@ -194,5 +194,6 @@ class InvariantChecks:
             residuals["advantages"] = group_residual(advantages, mask, o.group_size)
         if o.kl_target is not None and module.iterations > o.critic_warmup:
             step, error = module.kl_coef - metrics["kl_coef"], metrics["kl"] - o.kl_target
-            residuals["kl_coef"] = float(step * error < 0)
+            moved = abs(step) > 1e-6 * module.kl_coef  # metrics are logged in float32
+            residuals["kl_coef"] = float(moved and step * error < 0)
         return residuals

@@ -113,14 +113,14 @@ def broken_responses(
         lengths: [N] the number of tokens that were sampled for each response.
         ended: [N] whether it ended with the end token.
         end_id: the id of the end token.
-        most: the number of tokens of a response that did not end.
+        most: the maximum number of tokens of a response.
     """
     count = len(lengths)
     if len(token_ids) != len(numbers):
         return count
     sizes = torch.tensor(lengths, dtype=torch.long, device=numbers.device)
     has_ended = torch.tensor(ended, dtype=torch.bool, device=numbers.device)
-    broken = (numbers.bincount(minlength=count) != sizes) | (~has_ended & (sizes != most))
+    broken = (numbers.bincount(minlength=count) != sizes) | (sizes > most)
     if len(numbers):
         is_last = torch.cat([numbers[1:] != numbers[:-1], torch.ones_like(numbers[:1], dtype=torch.bool)])
         wrong = (token_ids == end_id) != (is_last & has_ended[numbers])
