@@ -64,7 +64,8 @@ class Timed(PPOModule):
         print(f"{len(scores)} responses, {int(transcript.attention_mask.sum())} tokens", flush=True)
         for _ in range(self.rounds):
             for keeps, rollout in rollouts.items():
-                iteration = Iteration(rollout, {}, scores, *self.compute_advantages(rollout, scores))
+                rewards = self.token_rewards(rollout, scores)
+                iteration = Iteration(rollout, {}, scores, rewards, *self.compute_advantages(rollout, rewards))
                 self.measured("pass of the update", keeps, lambda iteration=iteration: self.update(iteration, None))
         self.lr_schedulers().step()  # type: ignore[union-attr]
 

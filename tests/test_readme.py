@@ -11,6 +11,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -77,7 +78,7 @@ def lines_of(*programs: str) -> list[str]:
 RLCHAT = lines_of("rlchat") + [line.partition("--no-python ")[2] for line in lines_of("torchrun")]
 TRAINING = [line for line in RLCHAT if line.split()[1] in TRAINER_COMMANDS]
 OTHER = [line for line in RLCHAT if line not in TRAINING]
-BENCHMARKS = [line for line in lines_of("python") if line.startswith("python benchmarks/")]
+BENCHMARKS = [line for line in lines_of("python") if line.startswith(("python benchmarks/", "python -m benchmarks."))]
 
 
 class CommandLineParsed(Exception):
@@ -189,9 +190,14 @@ def test_short_command_runs(
 @pytest.mark.parametrize("line", BENCHMARKS)
 def test_benchmark_parses(line: str, folder: Path, stop_after_parsing: None, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[1:]
+    if words[0] == "-m":
+        words.pop(0)
+        start = partial(runpy.run_module, words[0])
+    else:
+        start = partial(runpy.run_path, str(ROOT / words[0]))
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(CommandLineParsed):
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        start(run_name="__main__")
 
 
 def test_make_has_the_targets() -> None:

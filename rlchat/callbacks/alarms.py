@@ -1,18 +1,28 @@
-"""Warns about problems of a PPO run that its training reward does not show."""
+"""Warns about problems of a PPO run that its training reward does not show, and about broken invariants."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlchat.distributed.collectives import gather_objects
+from rlchat.callbacks.best_model import BestModel
+from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
+from rlchat.distributed.collectives import gather_objects, greatest
 from rlchat.errors import UserError, at_least_one
+from rlchat.ppo.checks.invariants import INVARIANTS, InvariantChecks
+from rlchat.ppo.checks.residuals import broken_prompts, fingerprint, prompt_header
+from rlchat.ppo.checks.sampler import CERTAIN, MANY_DEVIATIONS, PreviousTokens, Surprisal
 from rlchat.ppo.module import PPOModule
+from rlchat.utils.files import append_lines
+
+ChecksMode = Literal["warn", "strict"]
 
 _log = logging.getLogger("rlchat")
 
@@ -69,6 +79,13 @@ def reward_hacking(history: Sequence[Mapping[str, float]]) -> str | None:
 # Mean distance from 1 of the ratio between the policy and what sampled. In bfloat16, rounding gives a few hundredths.
 _OTHER_SAMPLER = 0.2
 
+# Mean KL to the old policy over the steps of an update, in nats per token. In runs that learn it is below 0.05.
+_LARGE_UPDATE = 0.5
+# Explained variance of a critic that is worse than none by far: its error has this many times the variance of returns.
+_FAR_CRITIC = 10.0
+# Consecutive iterations in which these two, and weights that do not change, must show.
+_SOON = 3
+
 
 class Alarms(Callback):
     """Watches PPO and warns once about each problem, with advice.
@@ -76,7 +93,13 @@ class Alarms(Callback):
     It warns about reward hacking: the training reward rises while the held-out reward falls, or the held-out reward
     while answer accuracy, perplexity or another factor of the reward worsens. It also warns when the responses become
     identical, the KL to the reference model exceeds a bound, the explained variance stays negative, most responses are
-    truncated, a reward factor is constant, or the rollout engine samples from another distribution than the policy.
+    truncated, a reward factor is constant, the rollout engine samples from another distribution than the policy or
+    repeats its random numbers, a prompt has no end, an update moves the policy too far or not at all, or the critic's
+    values are far off.
+
+    Apart from these signs, it checks the invariants of PPO, which hold in every correct run: for example, the ratio is
+    1 before the first optimizer step, and the reference model does not change. See
+    :mod:`rlchat.ppo.checks.invariants`. ``alarms.jsonl`` in the run's log folder records all of them.
 
     Args:
         kl_bound: warn above this KL to the reference model, in nats per response. By default 0.5 nats per token
@@ -84,11 +107,20 @@ class Alarms(Callback):
         min_distinct: warn below this fraction of distinct responses in an iteration.
         max_truncated: warn above this fraction of responses truncated at ``max_new_tokens``.
         patience: the number of consecutive iterations that a problem must last.
+        checks: what a broken invariant does: warn once, or stop the run after this iteration (strict), with
+            ``last.ckpt`` and exit code 2. ``--checks`` is short for ``--alarms.checks``.
     """
 
     def __init__(
-        self, kl_bound: float | None = None, min_distinct: float = 0.1, max_truncated: float = 0.5, patience: int = 20
+        self,
+        kl_bound: float | None = None,
+        min_distinct: float = 0.1,
+        max_truncated: float = 0.5,
+        patience: int = 20,
+        checks: ChecksMode = "warn",
     ) -> None:
+        if checks not in get_args(ChecksMode):
+            raise UserError(f"invalid value '{checks}' for Alarms.checks: expected warn or strict")
         if kl_bound is not None and not kl_bound > 0:
             raise UserError(f"invalid value {kl_bound} for Alarms.kl_bound: expected a positive number")
         for name, share in (("min_distinct", min_distinct), ("max_truncated", max_truncated)):
@@ -98,9 +130,16 @@ class Alarms(Callback):
         self.min_distinct = min_distinct
         self.max_truncated = max_truncated
         self.patience = at_least_one("Alarms", "patience", patience)
+        self.checks = checks
+        self.invariants = InvariantChecks()
         self.raised: list[str] = []
         """The problems that it has warned about, in order."""
+        self._record: Path | None = None  # the file of alarms, on the first process
         self._lasting: dict[str, int] = {}
+        self._weights: list[float] = []  # a fingerprint of the policy after the last iteration
+        self._header: list[int] = []  # the last ids of every prompt
+        self._tokens = PreviousTokens()
+        self._surprisal = Surprisal()
         self._rewards: list[float] = []  # of the iterations since the last validation
         self._trained: list[float] = []  # their mean at each validation
         self._held_out: list[float] = []
@@ -114,6 +153,7 @@ class Alarms(Callback):
             "trained": [*self._trained],
             "held_out": [*self._held_out],
             "validations": [{**metrics} for metrics in self._validations],
+            "surprisal": [*astuple(self._surprisal)],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,6 +161,18 @@ class Alarms(Callback):
         self._rewards, self._trained = state_dict["rewards"], state_dict["trained"]
         self._held_out = state_dict["held_out"]
         self._validations = state_dict.get("validations", [])  # version 0.1 did not save them
+        self._surprisal = Surprisal(*state_dict.get("surprisal", []))  # nor this
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers the weights of the reference model and of the policy, and starts the record of alarms."""
+        log_dir = trainer.log_dir  # a collective
+        if isinstance(pl_module, PPOModule):
+            if log_dir is not None and trainer.loggers and trainer.is_global_zero and not is_fast_dev_run(trainer):
+                self._record = Path(log_dir, "alarms.jsonl")
+                append_lines(self._record, ())
+            self.invariants.start(pl_module)
+            self._weights = fingerprint(pl_module.model, trained_only=True)
+            self._header = prompt_header(pl_module.tokenizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,6 +180,9 @@ class Alarms(Callback):
         if not isinstance(pl_module, PPOModule) or pl_module.last_iteration is None:
             return
         seen = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._check_update(trainer, pl_module, seen)
+        self._check_sampler(trainer, pl_module)
+        self._check_invariants(trainer, pl_module, seen)
         self._rewards.append(seen["train/reward"])
         usual = max(_USUAL_KL, _USUAL_KL_PER_TOKEN * seen.get("train/response_length", 0.0))
         bound = usual if self.kl_bound is None else self.kl_bound
@@ -169,6 +224,76 @@ class Alarms(Callback):
                 f"reward/{name}",
                 f"the reward factor {name} has been the same for every response for {self.patience} iterations, so it "
                 f"has no effect; change its bounds, or remove it",
+            )
+
+    def _check_invariants(self, trainer: Trainer, module: PPOModule, seen: Mapping[str, float]) -> None:
+        """Warns of each invariant that does not hold, or stops the run because of the first."""
+        assert module.last_iteration is not None
+        metrics = {name.removeprefix("train/"): value for name, value in seen.items()}
+        for name in self.invariants.broken(module, module.last_iteration, metrics):
+            invariant = INVARIANTS[name]
+            where = f"iteration {module.iterations}: {invariant.broken}"
+            if self.checks == "strict":
+                self.raised.append(name)
+                stop_after_this_batch(trainer, UserError(f"{where}; {invariant.fix}, or set --checks warn"))
+                return
+            self._warn(trainer, name, f"{where}; {invariant.fix}")
+
+    def _check_update(self, trainer: Trainer, module: PPOModule, seen: Mapping[str, float]) -> None:
+        """Warns if the update moves the policy too far or not at all, or if the critic is far off."""
+        before, self._weights = self._weights, fingerprint(module.model, trained_only=True)
+        trains = module.iterations > module.options.critic_warmup and seen.get("train/learning_rate", 0.0) > 0
+        same = trains and not greatest(module, int(before != self._weights))
+        if self._lasts("frozen", same, _SOON):
+            self._warn(
+                trainer,
+                "frozen",
+                f"the weights of the policy have not changed in {_SOON} iterations, with a gradient norm of "
+                f"{seen['train/grad_norm']:.2g}: check --model.max_grad_norm, that the optimizer has the policy's "
+                f"parameters, and whether the learning rate is below their precision",
+            )
+        if self._lasts("large update", seen.get("train/approx_kl", 0.0) > _LARGE_UPDATE, _SOON):
+            self._warn(
+                trainer,
+                "large update",
+                f"an update moves the policy by {seen['train/approx_kl']:.2g} nats per token from what sampled: lower "
+                f"--model.learning_rate, or set --model.target_kl",
+            )
+        if self._lasts("far critic", seen.get("train/explained_variance", 0.0) < -_FAR_CRITIC, _SOON):
+            self._warn(
+                trainer,
+                "far critic",
+                f"the critic's values vary far more than the returns (explained variance "
+                f"{seen['train/explained_variance']:.3g}): start the value head at 0, set --model.critic_warmup, or "
+                f"check the scale of the reward",
+            )
+
+    def _check_sampler(self, trainer: Trainer, module: PPOModule) -> None:
+        """Warns of wrong prompts, and of tokens that are not independent draws, which log-probs alone do not show."""
+        assert module.last_iteration is not None
+        rollout, mask = module.last_iteration.rollout, module.last_iteration.rollout.response_mask
+        if greatest(module, broken_prompts(rollout.ids, rollout.sampled, self._header)):
+            self._warn(
+                trainer,
+                "prompts",
+                "a response does not follow the header of an assistant message in the policy's chat format: cut long "
+                "prompts at their beginning, and render prompts with the policy's tokenizer",
+            )
+        if greatest(module, int(self._tokens.evidence(rollout) > CERTAIN)):
+            self._warn(
+                trainer,
+                "repetition",
+                "responses repeat those of the last iteration, or of other rows, far more often than chance: the "
+                "random numbers of sampling repeat; use another seed in each iteration and row",
+            )
+        self._surprisal.add(rollout.old_logprobs[mask], rollout.entropy[mask])
+        if greatest(module, int(abs(self._surprisal.deviations) > MANY_DEVIATIONS)):
+            self._warn(
+                trainer,
+                "surprisal",
+                f"sampled tokens are {'less' if self._surprisal.difference < 0 else 'more'} surprising than the "
+                f"entropy of the policy: something changes the distribution while sampling, such as top-k, top-p or "
+                f"another temperature; sample without it",
             )
 
     def _check_sampling(self, trainer: Trainer, residual: float) -> None:
@@ -220,10 +345,10 @@ class Alarms(Callback):
                 f"--best_model.select_by reward-kl",
             )
 
-    def _lasts(self, what: str, now: bool) -> bool:
-        """Whether the problem ``what`` has lasted for ``patience`` iterations."""
+    def _lasts(self, what: str, now: bool, iterations: int | None = None) -> bool:
+        """Whether the problem ``what`` has lasted for a number of iterations, by default ``patience``."""
         self._lasting[what] = self._lasting.get(what, 0) + 1 if now else 0
-        return self._lasting[what] >= self.patience
+        return self._lasting[what] >= (iterations or self.patience)
 
     def _constant(self, factors: dict[str, torch.Tensor]) -> list[str]:
         """The factors that have been constant over all responses of all processes for ``patience`` iterations."""
@@ -243,3 +368,16 @@ class Alarms(Callback):
         self.raised.append(what)
         if trainer.is_global_zero:
             _log.warning("alarm: %s", message)
+        if self._record is not None:
+            append_lines(self._record, [{"iteration": batches_seen(trainer), "what": what, "message": message}])
+
+
+def stop_after_this_batch(trainer: Trainer, error: UserError) -> None:
+    """Ends the run with ``error``, after :class:`BestModel` has written ``last.ckpt``; at once if there is none.
+
+    All processes must call it for the same batch.
+    """
+    saver = next((callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestModel)), None)
+    if saver is None:
+        raise error
+    saver.stop_with(error)

@@ -99,6 +99,13 @@ class BestModel(ModelCheckpoint):
         if not is_fast_dev_run(trainer) and trainer.is_global_zero:
             announce_size(pl_module, Path(self.folder))
 
+    def stop_with(self, error: UserError) -> None:
+        """Stops the run after the current batch: ``last.ckpt`` is written, then ``error`` is raised.
+
+        All processes must call it in ``on_train_batch_end`` of the same batch.
+        """
+        self._signals.request(error)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -186,6 +193,8 @@ class BestModel(ModelCheckpoint):
         if self._batches_saved != batches_seen(trainer) or ends_with_an_unmeasured_average(trainer):
             self._save_last(trainer, pl_module)
         self._signals.release()
+        if self._signals.has_error:  # found in the last batch of the run
+            self._signals.stop(self._stop)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restores the signal handlers."""

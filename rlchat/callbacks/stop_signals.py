@@ -12,8 +12,11 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlchat.distributed.collectives import greatest, is_first
+from rlchat.errors import UserError
 
 _STOPPED = "stopped; the run is saved. Resume it with `rlchat fit --ckpt_path last`"
+
+_ERROR = 10_000  # above the numbers of all signals: an error that another callback has found
 
 
 class StopSignals:
@@ -32,12 +35,13 @@ class StopSignals:
         """The signal that this process received; 0: none."""
         self.stopped = False
         """Whether :meth:`stop` has ended the run; the same on all processes."""
+        self._error: UserError | None = None
         self._came_at = 0.0
         self._before: dict[int, Any] = {}
 
     def take_charge(self) -> None:
         """Installs the handlers; has no effect outside the main thread, where Python does not allow it."""
-        self.requested, self.stopped = 0, False
+        self.requested, self.stopped, self._error = 0, False, None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -47,13 +51,24 @@ class StopSignals:
             signal.signal(number, handler)
         self._before = {}
 
+    def request(self, error: UserError) -> None:
+        """Asks to stop with ``error`` instead of a signal. All processes have to, in the same batch."""
+        self.requested, self._error = _ERROR, error
+
+    @property
+    def has_error(self) -> bool:
+        """Whether the run stops with an error."""
+        return self._error is not None
+
     def agreed(self, module: L.LightningModule) -> int:
         """The signal that any process received, 0 if none did; a collective."""
         return greatest(module, self.requested)
 
     def stop(self, number: int) -> None:
-        """Ends the run for the signal ``number``: raises KeyboardInterrupt or SIGTERMException."""
+        """Ends the run for the signal ``number``: raises KeyboardInterrupt, SIGTERMException or the requested error."""
         self.stopped = True
+        if self._error is not None:
+            raise self._error
         raise KeyboardInterrupt(_STOPPED) if number == signal.SIGINT else SIGTERMException(_STOPPED)
 
     def _note(self, number: int, frame: Any) -> None:

@@ -78,6 +78,7 @@ CALLBACKS = {
     "alarms": Alarms,
     "rollout_log": RolloutLog,
 }
+_SHORT = {"--best_of": "--predictions.best_of", "--checks": "--alarms.checks"}
 _USAGE = "rlchat {} --config RECIPE_OR_FILE [--data.path FILE [FILE ...]] [--GROUP.OPTION VALUE ...]"
 _HELP = """\
 The configuration sets the options; flags override it. Add --print_config to see all options with their values.
@@ -315,15 +316,15 @@ def run(argv: list[str]) -> RLChatCLI:
 def with_recipes(argv: list[str]) -> list[str]:
     """``argv`` in the form that jsonargparse expects.
 
-    Recipes become the paths of their files, several values after ``--data.path`` become one list, and ``--best_of`` is
-    short for ``--predictions.best_of``. If the command line sets a checkpoint and no configuration, the configuration
-    of the checkpoint's run is added.
+    Recipes become the paths of their files, short options become whole ones, and several values after ``--data.path``
+    become one list. If the command line sets a checkpoint and no configuration, that of the checkpoint's run is added.
     """
     result: list[str] = []
     words = deque(argv)
     while words:
-        word = words.popleft()
-        flag, equals, value = word.partition("=")
+        flag, equals, value = words.popleft().partition("=")
+        flag = _SHORT.get(flag, flag)
+        word = flag + equals + value
         if flag in ("--config", "-c"):
             value = value if equals else words.popleft() if words else ""
             result += ["--config", str(checked_recipe(value))]
@@ -335,8 +336,6 @@ def with_recipes(argv: list[str]) -> list[str]:
             result += [f"{word}={json.dumps(values)}"] if quoted else [word, *values]
         elif flag == "--data.path" and _is_comment(value):
             result.append(f"{flag}={json.dumps([value])}")
-        elif flag == "--best_of":
-            result.append(word.replace(flag, "--predictions.best_of", 1))
         else:
             result.append(word)
     checkpoint = _option(argv, "--ckpt_path")

@@ -12,6 +12,7 @@ import torch
 
 from rlchat.errors import UserError
 from rlchat.models.file_content import FORMAT, VERSION
+from rlchat.ppo.checks.gradients import GradientCheck
 from rlchat.ppo.config import PPOConfig
 from rlchat.ppo.held_out import HeldOutModule
 from rlchat.ppo.losses import AdaptiveKL
@@ -47,6 +48,7 @@ class ResumableModule(HeldOutModule):
         self.iterations = self.episodes = 0
         self.good_weights = LastGoodWeights()
         self.last_iteration: Iteration | None = None
+        self.gradient_check = GradientCheck()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the counters, the adaptive KL coefficient, the reward, and the model apart from its weights."""

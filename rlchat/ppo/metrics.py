@@ -33,13 +33,14 @@ class Stopwatch:
 
 
 def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps that were not skipped; ``ratio_residual`` is that of the first step.
+    """Means over the optimizer steps that were not skipped; residuals are those of the first step.
 
     A step with a value that is not finite was skipped.
     """
     taken = [step for step in steps if all(map(math.isfinite, step.values()))]
     means = {name: sum(step[name] for step in taken) / len(taken) for name in steps[0] if taken}
-    return {**means, "ratio_residual": steps[0]["ratio_residual"], "optimizer_steps": float(len(taken))}
+    residuals = {name: value for name, value in steps[0].items() if name.endswith("_residual")}
+    return {**means, **residuals, "optimizer_steps": float(len(taken))}
 
 
 def global_mean(module: StageModule, values: Tensor) -> float:

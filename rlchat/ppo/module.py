@@ -49,6 +49,7 @@ class Iteration:
     rollout: Rollout
     factors: dict[str, Tensor]  # [N] each: the weighted terms of the reward
     scores: Tensor  # [N] the reward of each response: the sum of the factors
+    rewards: Tensor  # [B, R] per-token rewards, 0 outside the response mask
     advantages: Tensor  # [B, R], 0 outside the response mask
     returns: Tensor  # [B, R], the targets of the critic; 0 without one
 
@@ -218,8 +219,9 @@ class PPOModule(ResumableModule):
         scores = torch.stack(list(factors.values())).sum(0).to(self.device)
         clock.lap("score_s")
         # 3. Per-token rewards (score and KL penalty), from these advantages and returns [B, R].
-        advantages, returns = self.compute_advantages(rollout, scores)
-        self.last_iteration = Iteration(rollout, factors, scores, advantages, returns)
+        rewards = self.token_rewards(rollout, scores)
+        advantages, returns = self.compute_advantages(rollout, rewards)
+        self.last_iteration = Iteration(rollout, factors, scores, rewards, advantages, returns)
         # 4. Update the policy and the critic.
         update = self.update(self.last_iteration, batch.sequences)
         rollout.kept.release()
@@ -236,12 +238,16 @@ class PPOModule(ResumableModule):
             self.kl_coef = self.adaptive_kl.update(metrics["kl"], episodes)
         self.lr_schedulers().step()  # type: ignore[union-attr]
 
-    def compute_advantages(self, rollout: Rollout, scores: Tensor) -> Advantages:
-        """Advantages and returns [B, R] from the scores [N] of the responses."""
-        o, mask = self.options, rollout.response_mask
+    def token_rewards(self, rollout: Rollout, scores: Tensor) -> Tensor:
+        """Per-token rewards [B, R] from the scores [N] of the responses, before any whitening."""
+        o = self.options
         kl_coef = self.kl_coef if o.kl_in == "reward" else 0.0
-        placed = place_scores(scores, rollout.response_index)
-        rewards = shape_rewards(placed, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef, o.kl_estimator)
+        placed, mask = place_scores(scores, rollout.response_index), rollout.response_mask
+        return shape_rewards(placed, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef, o.kl_estimator)
+
+    def compute_advantages(self, rollout: Rollout, rewards: Tensor) -> Advantages:
+        """Advantages and returns [B, R] from the per-token rewards [B, R]."""
+        o, mask = self.options, rollout.response_mask
         if o.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=self.global_sum)
         numbers = (o.group_size, o.gamma, o.lam, self.global_sum, o.lam_critic)
@@ -263,7 +269,7 @@ class PPOModule(ResumableModule):
             # c. Stop early if the policy has moved too far from the old policy.
             if self.options.target_kl is not None and steps[-1]["approx_kl"] > self.options.target_kl:
                 break
-        return mean_of_steps(steps)
+        return {**mean_of_steps(steps), "gradient_residual": self.gradient_check.pop()}
 
     def minibatch_loss(self, iteration: Iteration, rows: Tensor, tokens: Tensor) -> LossAndMetrics:
         """The PPO loss on ``rows`` (Long) of the rollout, and its metrics: sums over tokens, divided by ``tokens``."""
@@ -277,6 +283,7 @@ class PPOModule(ResumableModule):
             rollout.response_mask[rows],
             rollout.kept.rows(rows),
         )
+        self.gradient_check.watch(self, new, iteration, rows, mask, tokens)
         old_logprobs, advantages = rollout.old_logprobs[rows], iteration.advantages[rows]
         # a. Policy: clipped surrogate, entropy bonus, and the KL penalty if it is not in the reward.
         ratio = (new.logprobs - old_logprobs).exp().detach()
@@ -301,6 +308,7 @@ class PPOModule(ResumableModule):
             critic = value_loss(new.values, rollout.values[rows], iteration.returns[rows], mask, o.value_clip, tokens)
             loss = loss + o.value_coef * critic.loss
             metrics |= {"value_loss": critic.loss.detach(), "value_clip_fraction": critic.clipfrac}
+            metrics["value_residual"] = masked_mean((new.values.detach() - rollout.values[rows]).abs(), mask, tokens)
         return loss, metrics
 
     # ---- minibatches and processes -----------------------------------------------------------------------------------

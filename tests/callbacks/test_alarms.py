@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.small_ppo import QUESTIONS, Letters, fit, ppo, prompts, sequences, serve, trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from rlchat.callbacks.alarms import Alarms, reward_hacking
+from rlchat.callbacks.best_model import BestModel
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.rewards import Reply, ReplyFactor, Reward, TooLong
@@ -31,21 +36,51 @@ class Run:
     def __init__(self, encoding: str, **options: Any) -> None:
         self.alarms = Alarms(**{"patience": 3, **options})
         self.module = ppo(encoding)
+        self.saver = BestModel()
+        self.broken: list[str] = []  # invariants
+        self.alarms.invariants = SimpleNamespace(broken=lambda *_: self.broken)  # type: ignore[assignment]
         self.trainer: Any = SimpleNamespace(
-            callback_metrics={}, is_global_zero=True, world_size=1, sanity_checking=False
+            callback_metrics={},
+            is_global_zero=True,
+            world_size=1,
+            sanity_checking=False,
+            checkpoint_callbacks=[self.saver],
         )
+        self.module.trainer = self.trainer
 
     def iterate(self, times: int = 1, factors: dict[str, Tensor] | None = None, **changes: float) -> list[str]:
         metrics = {**FINE, **{f"train/{name}": value for name, value in changes.items()}}
         self.trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
         for _ in range(times):
             self.module.iterations += 1
-            rollout = SimpleNamespace(replies=[None] * 8)
+            rollout = SimpleNamespace(replies=[None] * 8, **self.sampled())
+            if self.learns:
+                self.learn()
             self.module.last_iteration = SimpleNamespace(  # type: ignore[assignment]
                 rollout=rollout, factors=factors or {"rule": torch.arange(8.0)}
             )
             self.alarms.on_train_batch_end(self.trainer, self.module, None, None, 0)
         return self.alarms.raised
+
+    learns = True
+
+    def learn(self) -> None:
+        """Changes the policy, as every update does."""
+        with torch.no_grad():
+            self.module.model.backbone.head_weight[0, 0] += 1.0
+
+    def sampled(self) -> dict[str, Tensor]:
+        """Two responses of one token each, which differ in each iteration; each token has a surprisal of 1 nat."""
+        tokens = torch.tensor([[2 * self.module.iterations], [2 * self.module.iterations + 1]])
+        mask = torch.ones(2, 1, dtype=torch.bool)
+        return {
+            "ids": torch.cat([tokens, tokens], 1),
+            "sampled": torch.tensor([[False, True]] * 2),
+            "response_index": torch.tensor([[0], [1]]),
+            "response_mask": mask,
+            "old_logprobs": -torch.ones(2, 1),
+            "entropy": torch.ones(2, 1),
+        }
 
     def validate(self, reward: float) -> list[str]:
         self.trainer.callback_metrics["val/reward"] = torch.tensor(reward)
@@ -62,6 +97,94 @@ def test_no_alarm_in_a_healthy_run(run: Run) -> None:
     for step in range(6):
         run.iterate(3, reward=0.1 * step)
         assert run.validate(0.1 * step) == []
+
+
+def test_weights_that_do_not_change(run: Run) -> None:
+    run.learns = False
+    assert run.iterate(3, learning_rate=1e-3, grad_norm=0.5) == []  # the first one has nothing to compare with
+    assert run.iterate(1, learning_rate=1e-3, grad_norm=0.5) == ["frozen"]
+
+
+def test_weights_need_not_change_without_a_learning_rate_or_in_the_warmup_of_the_critic(encoding: str) -> None:
+    run = Run(encoding)
+    run.learns, run.module.options.critic_warmup = False, 5
+    assert run.iterate(5, learning_rate=1e-3, grad_norm=0.5) == []
+    assert run.iterate(4, learning_rate=0.0, grad_norm=0.5) == []
+
+
+@pytest.mark.parametrize(
+    ("alarm", "good", "bad"),
+    [
+        ("large update", {"approx_kl": 0.5}, {"approx_kl": 0.51}),
+        ("far critic", {"explained_variance": -10.0}, {"explained_variance": -10.1}),
+    ],
+)
+def test_signs_of_an_unstable_update_must_show_three_times(
+    encoding: str, alarm: str, good: dict[str, float], bad: dict[str, float]
+) -> None:
+    run = Run(encoding, patience=20)
+    assert run.iterate(3, **good) == []
+    assert run.iterate(2, **bad) == []
+    assert run.iterate(1, **good) == []
+    assert run.iterate(3, **bad) == [alarm]
+
+
+def test_repeated_random_numbers(run: Run) -> None:
+    same = {**run.sampled(), "old_logprobs": torch.full((2, 1), -30.0), "entropy": torch.full((2, 1), 30.0)}
+    run.sampled = lambda: same  # type: ignore[method-assign]
+    assert run.iterate() == []
+    assert run.iterate() == ["repetition"]  # 60 - 2 - 2·log(30) = 51 nats
+
+
+def test_responses_without_a_header_before_them(run: Run) -> None:
+    run.alarms._header = [7]
+    tokens = {"ids": torch.tensor([[7, 1], [7, 2]]), **{k: v for k, v in run.sampled().items() if k != "ids"}}
+    run.sampled = lambda: tokens  # type: ignore[method-assign]
+    assert run.iterate() == []
+    tokens["ids"] = torch.tensor([[7, 1], [6, 2]])
+    assert run.iterate() == ["prompts"]
+
+
+def test_tokens_that_are_less_surprising_than_the_entropy(run: Run) -> None:
+    """Greedy sampling from two tokens of probability 1/2 would report a log-prob of 0. 2·n tokens count as a variance
+    of 2 each: (log 2)·2n / √(4n) is 5.96 for n = 74, and 6.003 for n = 75.
+    """
+    certain = {"old_logprobs": torch.zeros(2, 1), "entropy": torch.full((2, 1), math.log(2))}
+    sampled = run.sampled
+    run.sampled = lambda: {**sampled(), **certain}  # type: ignore[method-assign]
+    assert run.iterate(74) == []
+    assert run.iterate(1) == ["surprisal"]
+    resumed = Alarms()
+    assert resumed.state_dict()["surprisal"] == [0.0, 0.0, 0.0]
+    resumed.load_state_dict(run.alarms.state_dict())
+    assert resumed.state_dict()["surprisal"] == pytest.approx([-150 * math.log(2), 150 * math.log(2) ** 2, 300.0])
+
+
+def test_a_broken_invariant_is_an_alarm(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    run.broken = ["ratio", "rewards"]
+    assert run.iterate(2) == ["ratio", "rewards"]
+    first, second = (record.message for record in caplog.records)
+    assert first.startswith("alarm: iteration 1: the ratio is not 1 before the first optimizer step")
+    assert "; compute old log-probs without dropout" in first
+    assert "token_rewards(); check the sign" in second
+
+
+def test_strict_checks_stop_at_the_first_broken_invariant_only(encoding: str) -> None:
+    run = Run(encoding, checks="strict")
+    assert run.iterate(3, explained_variance=-20.0) == ["far critic", "critic"]  # signs do not stop a run
+    assert not run.saver._signals.has_error
+    run.broken = ["ratio", "rewards"]
+    assert run.iterate()[2:] == ["ratio"]
+    with pytest.raises(UserError, match=r"^iteration 4: the ratio is not 1 .*; compute .*, or set --checks warn$"):
+        run.saver._signals.stop(run.saver._signals.agreed(run.module))
+
+
+def test_strict_checks_stop_at_once_without_best_model(encoding: str) -> None:
+    run = Run(encoding, checks="strict")
+    run.trainer.checkpoint_callbacks = []
+    run.broken = ["ratio"]
+    with pytest.raises(UserError, match=r"^iteration 1: the ratio is not 1"):
+        run.iterate()
 
 
 def test_kl_above_its_bound(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,12 +354,15 @@ def test_a_resumed_run_does_not_warn_twice(run: Run, encoding: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_run_without_kl_penalty(encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_real_run_without_kl_penalty(encoding: str, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     """Without a KL penalty the policy leaves its reference model; no response of eight bytes is ever too long."""
     module = ppo(encoding, reward=Reward([Letters(), TooLong()]), kl_coef=0.0)
     alarms = Alarms(patience=5, kl_bound=0.2)
-    fit(module, 12, callbacks=[alarms])
+    fit(module, 12, callbacks=[alarms], logger=CSVLogger(tmp_path, name="ppo", version="0"))
     assert {"kl", "reward/too_long"} <= set(alarms.raised)
+    recorded = [json.loads(line) for line in (tmp_path / "ppo" / "0" / "alarms.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in recorded] == alarms.raised
+    assert all(1 <= row["iteration"] <= 12 and row["message"] in caplog.text for row in recorded)
     assert "reward/letters" not in alarms.raised
     assert sum(record.name == "rlchat" for record in caplog.records) == len(alarms.raised)
 
@@ -248,9 +374,10 @@ def test_a_real_run_without_kl_penalty(encoding: str, caplog: pytest.LogCaptureF
         ("min_distinct", 2.0, "a fraction from 0 to 1"),
         ("max_truncated", -0.1, "a fraction from 0 to 1"),
         ("patience", 0, "a positive integer"),
+        ("checks", "loose", "warn or strict"),
     ],
 )
-def test_invalid_options_are_errors(name: str, value: float, expected: str) -> None:
+def test_invalid_options_are_errors(name: str, value: float | str, expected: str) -> None:
     options: dict[str, Any] = {name: value}
-    with pytest.raises(UserError, match=rf"^invalid value {value} for Alarms\.{name}: expected {expected}$"):
+    with pytest.raises(UserError, match=rf"^invalid value '?{value}'? for Alarms\.{name}: expected {expected}$"):
         Alarms(**options)

@@ -503,8 +503,9 @@ def after(ran: Path, here: Path) -> Path:
 
 def test_a_run_writes_all_its_logs_to_one_folder(after: Path) -> None:
     left = {path.name.partition(".tfevents")[0] for path in RUN.iterdir()}
-    names = "events.out metrics.csv hparams.yaml config.yaml samples.jsonl rollouts.jsonl checkpoints"
-    assert left == set(names.split())
+    names = "events.out metrics.csv hparams.yaml config.yaml versions.json samples.jsonl rollouts.jsonl alarms.jsonl"
+    assert left == {*names.split(), "checkpoints"}
+    assert json.loads((RUN / "versions.json").read_text())["torch"] == torch.__version__
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert [path.name for path in Path("lightning_logs/ppo").iterdir()] == ["version_0"]
     recorded = json.loads(Path("lightning_logs/checkpoint_folders.json").read_text())

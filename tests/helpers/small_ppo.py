@@ -121,8 +121,8 @@ def alone(module: PPOModule, world: int = 1, rank: int = 0) -> PPOModule:
 
 def iterated(module: PPOModule, rollout: Rollout, scores: Tensor) -> Iteration:
     """``rollout`` with its advantages and returns, for a reward of one factor."""
-    advantages, returns = module.compute_advantages(rollout, scores)
-    return Iteration(rollout, {"scores": scores}, scores, advantages, returns)
+    rewards = module.token_rewards(rollout, scores)
+    return Iteration(rollout, {"scores": scores}, scores, rewards, *module.compute_advantages(rollout, rewards))
 
 
 def rolled_out(module: PPOModule, batch: PromptBatch | None = None) -> Rollout:

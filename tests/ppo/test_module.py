@@ -111,14 +111,15 @@ def test_targets_by_hand(encoding: str) -> None:
     module.generate = lambda *_: said  # type: ignore[method-assign]
     rollout = rolled_out(module, prompts(module.tokenizer, QUESTIONS[:2]))
     assert [reply.text for reply in rollout.replies] == ["ab", "c"]
-    targets = module.compute_advantages(rollout, torch.tensor([1.0, -4.0]))
+    targets = module.compute_advantages(rollout, module.token_rewards(rollout, torch.tensor([1.0, -4.0])))
     assert targets.returns.tolist() == [[1, 1, 1], [-4, -4, 0]]
     mean = (3 * 1 - 2 * 4) / 5  # -1
     deviation = ((3 * 2**2 + 2 * 3**2) / 5) ** 0.5  # √6
     expected = torch.tensor([[1.0, 1.0, 1.0], [-4.0, -4.0, mean]]).sub(mean) / deviation
     torch.testing.assert_close(targets.advantages, expected)
     # With all values 0.5, advantages are score - 0.5 and returns are unchanged.
-    targets = module.compute_advantages(replace(rollout, values=said.mask * 0.5), torch.ones(2))
+    half = replace(rollout, values=said.mask * 0.5)
+    targets = module.compute_advantages(half, module.token_rewards(half, torch.ones(2)))
     torch.testing.assert_close(targets.returns, said.mask.float())
 
 
@@ -136,11 +137,16 @@ def test_rewards_are_the_kl_penalty_per_token_and_the_score_on_the_last(encoding
     lengths = rollout.response_mask.sum(1)
     expected[torch.arange(8), lengths - 1] += scores
     expected[~rollout.response_mask] = 0
-    torch.testing.assert_close(module.compute_advantages(rollout, scores).returns, expected)
+    torch.testing.assert_close(
+        module.compute_advantages(rollout, module.token_rewards(rollout, scores)).returns, expected
+    )
     whitening = alone(ppo(encoding, lam=0.0, kl_coef=0.3, kl_kind=kind, whiten_rewards=True))
     inside = expected[rollout.response_mask]
     scaled = (inside - inside.mean()) / inside.std(correction=0) + inside.mean()
-    torch.testing.assert_close(whitening.compute_advantages(rollout, scores).returns[rollout.response_mask], scaled)
+    torch.testing.assert_close(
+        whitening.compute_advantages(rollout, whitening.token_rewards(rollout, scores)).returns[rollout.response_mask],
+        scaled,
+    )
 
 
 def test_the_loss_is_the_sum_of_its_parts(encoding: str) -> None:
@@ -170,7 +176,7 @@ def test_a_minibatch_loss_is_the_mean_over_its_tokens(encoding: str) -> None:
     module.generate = lambda *_: said  # type: ignore[method-assign]
     rollout = rolled_out(module, prompts(module.tokenizer, QUESTIONS[:2]))
     advantages = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])
-    iteration = Iteration(rollout, {}, torch.zeros(2), advantages, torch.zeros(2, 3))
+    iteration = Iteration(rollout, {}, torch.zeros(2), torch.zeros(2, 3), advantages, torch.zeros(2, 3))
     for rows, expected in (([0], -2.0), ([1], -4.5), ([0, 1], -3.0)):
         for minibatch in ([torch.tensor(rows)], [*torch.tensor(rows).split(1)]):  # in one microbatch, or one row each
             losses = [compute() for compute in module.minibatch_losses(iteration, minibatch, None)]

@@ -131,7 +131,9 @@ def test_a_group_responds_to_one_prompt_with_different_random_numbers(encoding: 
     rollout = module.roll_out(batch.repeated(3), module.global_rows(2, copies=3), stream=0)
     assert [c.messages[0].text for c in rollout.conversations] == [QUESTIONS[0]] * 3 + [QUESTIONS[1]] * 3
     assert len({reply.text for reply in rollout.replies}) == 6
-    targets = module.compute_advantages(rollout, torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]))
+    targets = module.compute_advantages(
+        rollout, module.token_rewards(rollout, torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]))
+    )
     lengths = rollout.response_mask.sum(1)
     for row, advantage in enumerate([-3, -1.5, 4.5, 0, 0, 0]):  # as by hand in test_advantages_and_losses.py
         expected = rollout.response_mask[row] * advantage
@@ -237,7 +239,7 @@ def test_a_conversation_continues_with_the_generated_response(encoding: str) -> 
     assert torch.equal(rollout.sampling_logprobs, rollout.response_mask * -0.5)
 
     # Each turn gets its score; with λ = γ = 1, the return of the first turn includes the later ones.
-    targets = module.compute_advantages(rollout, torch.tensor([1.0, 10.0, 2.0, 20.0]))
+    targets = module.compute_advantages(rollout, module.token_rewards(rollout, torch.tensor([1.0, 10.0, 2.0, 20.0])))
     assert targets.returns[0].tolist() == [3, 3, 0, 0, 0, 0, 2, 2, 0]
     assert targets.returns[1].tolist() == [30, 30, 0, 0, 0, 0, 0, 20, 20]
 
