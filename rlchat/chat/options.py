@@ -19,6 +19,18 @@ def parser() -> argparse.ArgumentParser:
         help=f"a model file (default: {DEFAULT_MODEL}), and a question to answer; a single argument is the model if "
         "it ends in .pt or is a file; text from a pipe is put before the question",
     )
+    _add_sampling_options(chat)
+    chat.add_argument(
+        "--prompts", metavar="FILE", help="respond to each line of a .txt file, or to each row of a JSONL file"
+    )
+    chat.add_argument(
+        "--out", metavar="FILE", help="JSON file for the responses to --prompts (default: standard output)"
+    )
+    _add_output_options(chat)
+    return chat
+
+
+def _add_sampling_options(chat: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--temperature",
         type=float,
@@ -60,14 +72,6 @@ def parser() -> argparse.ArgumentParser:
         help="generate N responses and show the one with the highest reward, by the reward in the model file "
         "(default: %(default)s)",
     )
-    chat.add_argument(
-        "--prompts", metavar="FILE", help="respond to each line of a .txt file, or to each row of a JSONL file"
-    )
-    chat.add_argument(
-        "--out", metavar="FILE", help="JSON file for the responses to --prompts (default: standard output)"
-    )
-    _add_output_options(chat)
-    return chat
 
 
 def _add_output_options(chat: argparse.ArgumentParser) -> None:

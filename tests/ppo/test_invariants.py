@@ -48,6 +48,8 @@ def run(module: PPOModule, iterations: int, **options: Any) -> Checks:
         {"critic": "separate", "whiten_rewards": True, "kl_kind": "k3", "gamma": 0.9, "critic_warmup": 1},
         {"advantage": "rloo", "group_size": 2, "dual_clip": 2.0, "clip_eps_high": 0.3, "temperature": 0.8},
         {"advantage": "grpo", "group_size": 2, "kl_in": "loss", "kl_coef": 0.5},
+        {"lam_critic": 1.0, "lam": 0.9},
+        {"advantage": "reinforce_pp", "gamma": 0.9},
         {"adapter": "lora", "lora_rank": 2, "turns": 2},
     ],
     ids=lambda options: next(iter(options)),

@@ -14,7 +14,7 @@ import torch
 from rlchat.distributed.collectives import gather_objects, is_sharded
 from rlchat.models.sampling import Generated
 from rlchat.models.token_stats import is_lower_precision
-from rlchat.ppo.advantages import masked_whiten
+from rlchat.ppo.advantages import gae, masked_whiten
 from rlchat.ppo.checks.residuals import (
     broken_responses,
     fingerprint,
@@ -187,8 +187,11 @@ class InvariantChecks:
         if o.advantage == "gae":
             if o.whiten_rewards:
                 rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=module.global_sum)
-            raw = iteration.returns - values
-            residuals["returns"] = return_residual(iteration.returns, values, rewards, mask, o.gamma, o.lam)
+            raw, lam = iteration.returns - values, o.lam if o.lam_critic is None else o.lam_critic
+            residuals["returns"] = return_residual(iteration.returns, values, rewards, mask, o.gamma, lam)
+            residuals["advantages"] = whitening_residual(advantages, raw, mask, module.global_sum)
+        elif o.advantage == "reinforce_pp":
+            raw, _ = gae(rewards, torch.zeros_like(rewards), mask, o.gamma, lam=1.0)  # rewards to go
             residuals["advantages"] = whitening_residual(advantages, raw, mask, module.global_sum)
         elif o.advantage in ("rloo", "grpo"):
             residuals["advantages"] = group_residual(advantages, mask, o.group_size)
