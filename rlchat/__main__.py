@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         return 2
     try:
-        return _run(command)([_with_home(word) for word in rest])
+        return _run(command)(_with_homes(rest))
     except UserError as error:
         print(f"{error.details}rlchat: {error}", file=sys.stderr)
         return 2
@@ -63,18 +63,24 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _with_home(word: str) -> str:
-    """``word`` with the home folder for ``~``, which a shell leaves in ``--option=~/file`` and in quotes.
+def _with_homes(words: Sequence[str]) -> list[str]:
+    """``words`` with the home folder for ``~``, which a shell leaves in ``--option=~/file`` and in quotes.
 
     Configuration files and environment variables follow in :func:`rlchat.cli.settings.with_home`. A sentence that
-    begins with ``~``, such as a question of `rlchat chat`, stays as it is.
+    begins with ``~`` and is not the value of an option, such as a question of `rlchat chat`, stays as it is.
     """
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    if not value.startswith("~/"):
-        return word
-    path = str(Path(value).expanduser())
-    is_sentence = any(map(str.isspace, value)) and not os.path.exists(path)  # noqa: PTH110 (a sentence may be long)
-    return word if is_sentence else flag + equals + path
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_value = bool(equals) or (before.startswith("--") and "=" not in before)
+        is_sentence = not is_value and any(map(str.isspace, value)) and not _exists(value)
+        expanded = str(Path(value).expanduser()) if value.startswith("~/") and not is_sentence else value
+        found.append(flag + equals + expanded)
+    return found
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(Path(path).expanduser())  # noqa: PTH110 (a sentence may be too long for Path.exists)
 
 
 def _run(command: str) -> Callable[[list[str]], int]:

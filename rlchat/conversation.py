@@ -96,9 +96,23 @@ class Check:
         import regex  # re cannot stop a search, and nested repetition such as (a|aa)+$ may take years
 
         try:
-            return regex.search(answer, reply, timeout=REGEX_SECONDS) is not None
+            return regex.search(escape_braces(answer), reply, timeout=REGEX_SECONDS) is not None
         except TimeoutError:
             raise TimeoutError(answer) from None
+
+
+def escape_braces(pattern: str) -> str:
+    """``pattern`` of :mod:`re` for the package ``regex``, in which ``{e}`` is not text but allows for errors.
+
+    A brace stays if it begins a repetition, or is escaped, part of a name (``\\N{DASH}``), or in a set. Examples:
+    ``x{e}`` becomes ``x\\{e}``, and ``a{2,3}``, ``[{e}]`` and ``\\{e}`` stay.
+    """
+    return re.sub(
+        r"(\\N\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?:\d+(?:,\d*)?|,\d+)\})|\{",
+        lambda found: found[1] or r"\{",
+        pattern,
+        flags=re.DOTALL,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,8 @@ class Alarms(Callback):
         self.invariants = InvariantChecks()
         self.raised: list[str] = []
         """The problems that it has warned about, in order."""
-        self._record: Path | None = None  # the file of alarms, on the first process
+        self._notes: list[dict[str, Any]] = []  # the rows of alarms.jsonl
+        self._record: Path | None = None  # this file, on the first process
         self._lasting: dict[str, int] = {}
         self._weights: list[float] = []  # a fingerprint of the policy after the last iteration
         self._header: list[int] = []  # the last ids of every prompt
@@ -154,6 +155,7 @@ class Alarms(Callback):
             "held_out": [*self._held_out],
             "validations": [{**metrics} for metrics in self._validations],
             "surprisal": [*astuple(self._surprisal)],
+            "notes": [{**note} for note in self._notes],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,6 +164,7 @@ class Alarms(Callback):
         self._held_out = state_dict["held_out"]
         self._validations = state_dict.get("validations", [])  # version 0.1 did not save them
         self._surprisal = Surprisal(*state_dict.get("surprisal", []))  # nor this
+        self._notes = state_dict.get("notes", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers the weights of the reference model and of the policy, and starts the record of alarms."""
@@ -169,7 +172,7 @@ class Alarms(Callback):
         if isinstance(pl_module, PPOModule):
             if log_dir is not None and trainer.loggers and trainer.is_global_zero and not is_fast_dev_run(trainer):
                 self._record = Path(log_dir, "alarms.jsonl")
-                append_lines(self._record, ())
+                append_lines(self._record, self._notes)  # of the run that this one resumes
             self.invariants.start(pl_module)
             self._weights = fingerprint(pl_module.model, trained_only=True)
             self._header = prompt_header(pl_module.tokenizer)
@@ -234,7 +237,7 @@ class Alarms(Callback):
             invariant = INVARIANTS[name]
             where = f"iteration {module.iterations}: {invariant.broken}"
             if self.checks == "strict":
-                self.raised.append(name)
+                self._note(trainer, name, f"{where}; {invariant.fix}")
                 stop_after_this_batch(trainer, UserError(f"{where}; {invariant.fix}, or set --checks warn"))
                 return
             self._warn(trainer, name, f"{where}; {invariant.fix}")
@@ -365,11 +368,16 @@ class Alarms(Callback):
     def _warn(self, trainer: Trainer, what: str, message: str) -> None:
         if what in self.raised:
             return
-        self.raised.append(what)
+        self._note(trainer, what, message)
         if trainer.is_global_zero:
             _log.warning("alarm: %s", message)
+
+    def _note(self, trainer: Trainer, what: str, message: str) -> None:
+        """Adds a problem to the record of the run."""
+        self.raised.append(what)
+        self._notes.append({"iteration": batches_seen(trainer), "what": what, "message": message})
         if self._record is not None:
-            append_lines(self._record, [{"iteration": batches_seen(trainer), "what": what, "message": message}])
+            append_lines(self._record, self._notes[-1:])
 
 
 def stop_after_this_batch(trainer: Trainer, error: UserError) -> None:

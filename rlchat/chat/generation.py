@@ -161,6 +161,13 @@ def sampling_from(max_new_tokens: int, temperature: float, top_k: int, top_p: fl
         raise UserError(str(error)) from error
 
 
+def positive_integer(name: str, value: int) -> int:
+    """``value``, as an int. Raises :class:`UserError` if it is none, or below 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UserError(f"invalid value {value!r} for {name}: expected a positive integer")
+    return int(value)
+
+
 def generator_from(seed: int | None) -> torch.Generator:
     """A generator with ``seed``, or with a fresh seed for None. Raises :class:`UserError` for an invalid seed."""
     generator = torch.Generator()

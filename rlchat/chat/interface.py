@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 
 from rlchat.chat.context import FittedPrompt, fit_prompt
@@ -23,12 +22,13 @@ from rlchat.chat.generation import (
     check_tokenization,
     decode_stream,
     generator_from,
+    positive_integer,
     sampling_from,
 )
 from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, now, save_conversation
 from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
-from rlchat.errors import UserError, at_least_one
+from rlchat.errors import UserError
 from rlchat.models.model_file import load_policy
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
@@ -104,9 +104,9 @@ class ChatInterface:
 
     @best_of.setter
     def best_of(self, number: int) -> None:
-        self._best_of = at_least_one("ChatInterface", "best_of", number)
-        if number > 1:
+        if positive_integer("best_of", number) > 1:
             _ = self.reward  # raises if the model file contains none
+        self._best_of = int(number)
 
     def reseed(self, seed: int | None) -> None:
         """Seed the responses that follow. Raises :class:`UserError` for an invalid seed."""
@@ -305,8 +305,7 @@ class ChatInterface:
         """
         if isinstance(prompts, str | Conversation):
             raise UserError("invalid prompts: expected a list of prompts, got a single one")
-        if not isinstance(batch_size, Integral) or batch_size < 1:
-            raise UserError(f"invalid value {batch_size!r} for batch_size: expected a positive integer")
+        positive_integer("batch_size", batch_size)
         with self._exclusive():
             self._sampling = sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
             self._reset_dropped()

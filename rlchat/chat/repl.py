@@ -94,10 +94,11 @@ def _run(options: argparse.Namespace) -> int:
         print(f"loading {model} …", flush=True)
     # After the checks of the arguments, because this imports torch, which takes seconds.
     with no_garbage_collection():
-        from rlchat.chat.generation import sampling_from
+        from rlchat.chat.generation import positive_integer, sampling_from
         from rlchat.chat.interface import ChatInterface
 
         sampling = sampling_from(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+        positive_integer("best_of", options.best_of)  # before the model is loaded
         chat = ChatInterface(
             model, device=options.device, dtype=options.dtype, seed=options.seed, base_model=options.base_model
         )

@@ -91,17 +91,13 @@ class RewardScorer:
         return factors
 
     def best(self, prompts: Sequence[Conversation], replies: Sequence[Reply]) -> list[Reply]:
-        """For each of ``prompts``, the response with the highest reward.
+        """For each of ``prompts``, the response with the highest reward; the first if no factor can score them.
 
-        ``replies`` are n responses to the first prompt, then n to the second, and so on. Raises :class:`UserError` if
-        no factor can score the responses to a prompt.
+        ``replies`` are n responses to the first prompt, then n to the second, and so on.
         """
         n = len(replies) // len(prompts) if prompts else 1
-        of_each = [prompt for prompt in prompts for _ in range(n)]
-        rewards = []
-        for prompt, reply, factors in zip(of_each, replies, self.breakdown(of_each, replies), strict=True):
-            rewards.append(sum((factors or self.score(prompt, reply)).values()))
-        return [replies[i] for i in best_of(rewards, n)]
+        factors = self.breakdown([prompt for prompt in prompts for _ in range(n)], replies)
+        return [replies[i] for i in best_of([sum(row.values()) for row in factors], n)]
 
     def score_text(
         self, prompt: Conversation, text: str, *, ended: bool = True

@@ -175,7 +175,7 @@ class Demo:
             "rlchat demo --seed 1": "train in another world",
         }
         questions = '"Hello, how are you?", "What is the capital of Belan?" or "3 + 4"'
-        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"))
+        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"), keep_older=True)
         show_next_steps(self.console, REPORT, page, commands, questions)
 
     def fit(self, stage: str) -> None:

@@ -65,8 +65,10 @@ def _of_tensorboard(run: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
-    """At most ``_MOST_POINTS`` points, each the mean of as many neighbors, with 4 significant digits."""
-    stride = -(-len(points) // _MOST_POINTS)
-    parts = [points[start : start + stride] for start in range(0, len(points), stride)]
+    """At most ``_MOST_POINTS`` points with 4 significant digits: the ends, and means of neighbors between them."""
+    inner = points[1:-1]
+    stride = max(1, -(-len(inner) // (_MOST_POINTS - 2)))
+    parts = [inner[start : start + stride] for start in range(0, len(inner), stride)]
+    parts = [points[:1], *parts, *([points[-1:]] if len(points) > 1 else [])]
     means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
     return [round(x, 1) for x, _ in means], [float(f"{y:.4g}") for _, y in means]

@@ -29,6 +29,8 @@ def main(args: list[str]) -> int:
     folders = [find_run(options.run), *([find_run(options.other)] if options.other else [])]
     runs, names = [Run(folder) for folder in folders], run_names(folders)
     if options.out is not None:
+        if options.out.exists() and not options.force:
+            raise UserError(f"{options.out} already exists; set another --out, or use --force")
         page = build_page(names, [run.chunk() for run in runs])
         write_atomically(options.out, lambda file: file.write(page.encode()))
         print(f"{options.out}: {' and '.join(names)}")
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write the page with its data to this HTML file instead of serving it"
     )
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
         "--port", type=_port, default=PORT, metavar="N", help="port of 127.0.0.1; 0 for any free port (default: 8010)"
     )

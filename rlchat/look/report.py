@@ -19,11 +19,12 @@ import yaml
 
 from rlchat.errors import UserError
 from rlchat.look.curves import Curves, log_files, read_curves
-from rlchat.utils.files import write_atomically
+from rlchat.utils.files import set_aside, write_atomically
 
 LOGS = Path("lightning_logs")
 SAMPLES = 4  # of the best, of the worst, and of the held-out responses
 
+_NOT_TRAINING = ("_validate", "_test", "_predict")  # the folders of these commands
 _RESAMPLES = 10_000
 _PAIRED = 10  # prompts that both rollouts must have in common for a comparison of the same prompts
 
@@ -45,13 +46,18 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def write_page(run: Path, out: Path) -> tuple[Path, Path]:
-    """Writes the page ``out`` about the run in the folder ``run``, and a picture beside it; returns both paths."""
+def write_page(run: Path, out: Path, keep_older: bool = False) -> tuple[Path, Path]:
+    """Writes the page ``out`` about the run in the folder ``run``, and a picture beside it; returns both paths.
+
+    ``keep_older`` renames the page and the picture of an earlier run, instead of replacing them.
+    """
     from rlchat.look.report_page import draw_slide, report_page  # Matplotlib takes a second
 
-    report = read_report(run)
+    report, picture = read_report(run), out.with_suffix(".png")
+    for path in (out, picture) if keep_older else ():
+        if path.exists():
+            set_aside(path)
     write_atomically(out, lambda file: file.write(report_page(report).encode()))
-    picture = out.with_suffix(".png")
     write_atomically(picture, lambda file: draw_slide(report).savefig(file, format="png", dpi=150))
     return out, picture
 
@@ -59,8 +65,7 @@ def write_page(run: Path, out: Path) -> tuple[Path, Path]:
 def find_run(given: Path | None) -> Path:
     """The folder ``given``, or that of the newest training run. It has metrics. Raises :class:`UserError`."""
     if given is None:
-        # The folders of `rlchat validate` and `test` end in the command.
-        stages = (folder for folder in LOGS.glob("*/version_*") if "_" not in folder.parent.name)
+        stages = (folder for folder in LOGS.glob("*/version_*") if not folder.parent.name.endswith(_NOT_TRAINING))
         dated = {folder: max((f.stat().st_mtime for f in log_files(folder)), default=0.0) for folder in stages}
         newest = max(dated, key=lambda folder: dated[folder], default=None)
         if newest is None or not dated[newest]:
@@ -125,7 +130,7 @@ class Report:
 
 def read_report(run: Path) -> Report:
     """Reads the files of a run. A file that is missing leaves its section out."""
-    rollouts = _rows(run / "rollouts.jsonl")
+    rollouts = _rows(run / "rollouts.jsonl", "prompt", "reply", "reward", "factors", "kl", "tokens", "ended_by")
     last = max((row["iteration"] for row in rollouts), default=0)
     scored = (row for row in rollouts if row["iteration"] == last and row["reward"] is not None)
     ranked = sorted(scored, key=lambda row: -float(row["reward"]))
@@ -139,8 +144,8 @@ def read_report(run: Path) -> Report:
         rollouts=compare_rollouts(rollouts),
         best=ranked[:SAMPLES],
         worst=ranked[SAMPLES:][-SAMPLES:],
-        held_out=_first_and_last(_rows(run / "samples.jsonl"))[:SAMPLES],
-        alarms=_rows(alarms) if alarms.is_file() else None,
+        held_out=_first_and_last(_rows(run / "samples.jsonl", "prompt", "reply"))[:SAMPLES],
+        alarms=_rows(alarms, "message") if alarms.is_file() else None,
         versions=json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
     )
 
@@ -212,7 +217,7 @@ def _measures(row: dict[str, Any]) -> dict[str, float]:
         **(factors if len(factors) > 1 else {}),
         "KL to the reference model, nats": _number(row["kl"]),
         "response length, tokens": _number(row["tokens"]),
-        "truncated responses, fraction": float(row["ended_by"] == "max_new_tokens"),
+        "truncated responses, fraction": float(row["ended_by"] != "end of turn"),
     }
 
 
@@ -229,16 +234,20 @@ def _first_and_last(samples: Sequence[dict[str, Any]]) -> list[tuple[dict[str, A
     return [(old, new) for old, new in pairs if old["iteration"] != new["iteration"]]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in the lines of ``path``; none if it is missing. A last line that is incomplete is left out."""
-    if not path.is_file():
-        return []
+def _rows(path: Path, *required: str) -> list[dict[str, Any]]:
+    """The JSON objects with the fields ``required`` in the lines of ``path``; none if it is missing.
+
+    Other lines, such as one that is still being written, are left out.
+    """
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): texts contain characters that it would take for ends of lines.
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and all(name in row for name in required) and type(row.get("iteration")) is int:
+            found.append(row)
     return found
 
 

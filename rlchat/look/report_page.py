@@ -32,6 +32,8 @@ pre { background: var(--box); padding: .7rem; overflow-x: auto; white-space: pre
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+_SLIDE_ROWS = 9
+
 _SHOWN_OPTIONS = (
     *("init_from", "base_model", "tiktoken_encoding", "adapter", "train_layers", "learning_rate"),
     *("advantage", "critic", "kl_coef", "ppo_epochs", "minibatches", "group_size", "max_new_tokens"),
@@ -149,7 +151,7 @@ def _conversation(row: dict[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
+    return f"{value:.3g}" if isinstance(value, int | float) else "not finite"
 
 
 def _shown_factors(row: dict[str, Any]) -> str:
@@ -209,7 +211,7 @@ def draw_slide(report: Report) -> Figure:
         axes.legend(frameon=False)
     axes.set_xlabel("training batches")
     axes.spines[["top", "right"]].set_visible(False)
-    rows = [*report.rollouts.changes, *report.validation][:9]
+    rows = _slide_rows(report)
     for number, change in enumerate(rows):
         y = 0.8 - 0.075 * number
         figure.text(0.58, y, escape_dollars(shorten(change.name, 34)), fontsize=13)
@@ -224,9 +226,17 @@ def _has(report: Report, metric: str) -> bool:
     return f"train/{metric}" in report.curves or f"val/{metric}" in report.curves
 
 
+def _slide_rows(report: Report) -> list[Change]:
+    """The figures that fit onto the slide: without the factors of the reward if there are many."""
+    changes = report.rollouts.changes
+    if len(changes) > _SLIDE_ROWS:
+        changes = [change for change in changes if not change.name.startswith("reward/")]
+    return [*changes, *report.validation][:_SLIDE_ROWS]
+
+
 def _slide_note(report: Report) -> str:
-    if not report.rollouts.changes:
+    measured = [change for change in _slide_rows(report) if change.low is not None]
+    if not measured:
         return "First and last validation."
-    count = len(report.rollouts.changes)
-    rest = " Others: first and last validation." if report.validation else ""
-    return f"The first {count} figures: {_measured_on(report.rollouts)}{rest}"
+    rest = " Others: first and last validation." if len(measured) < len(_slide_rows(report)) else ""
+    return f"The first {len(measured)} figures: {_measured_on(report.rollouts)}{rest}"

@@ -45,6 +45,7 @@ class Run:
             world_size=1,
             sanity_checking=False,
             checkpoint_callbacks=[self.saver],
+            fit_loop=SimpleNamespace(total_batch_idx=0),
         )
         self.module.trainer = self.trainer
 

@@ -86,7 +86,9 @@ def test_best_of_in_batch_mode_and_as_a_setting(
     capsys.readouterr()
     assert pipe(monkeypatch, "/set best_of 3\nHi\n/set best_of 0\n", rated, "--max_new_tokens", "5") == 2
     assert "best_of 3" in (errors := capsys.readouterr().err)
-    assert "invalid value 0 for ChatInterface.best_of: expected a positive integer" in errors
+    assert "invalid value 0 for best_of: expected a positive integer" in errors
+    assert pipe(monkeypatch, "/set best_of 2\nHi", polite) == 2  # no reward: the setting stays
+    assert capsys.readouterr().out == f"{REPLY}\n"
     assert pipe(monkeypatch, "Hi", rated, "--best_of", "2", "--temperature", "0") == 2
     assert "best_of needs different responses to a message: set temperature above 0" in capsys.readouterr().err
     assert pipe(monkeypatch, "Hi", polite, "--best_of", "2") == 2

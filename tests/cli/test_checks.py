@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,10 @@ def test_a_strict_run_stops_and_can_be_resumed(workplace: Path, capsys: pytest.C
     assert "Traceback" not in error
     checkpoint = Path("lightning_logs/ppo/version_0/checkpoints/last.ckpt")
     assert torch.load(checkpoint, weights_only=True)["rlchat"]["iterations"] == 2
+    (alarm,) = map(json.loads, Path("lightning_logs/ppo/version_0/alarms.jsonl").read_text().splitlines())
+    assert (alarm["iteration"], alarm["what"]) == (2, "frozen reference")
     (workplace / "faulty").unlink()  # the fix
     rlchat("fit", "--ckpt_path", "last")
+    assert json.loads(Path("lightning_logs/ppo/version_1/alarms.jsonl").read_text()) == alarm
     resumed = Path("lightning_logs/ppo/version_1/checkpoints/last.ckpt")
     assert torch.load(resumed, weights_only=True)["rlchat"]["iterations"] == 4

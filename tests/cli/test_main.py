@@ -20,7 +20,7 @@ from helpers.command_line import BRIEF, SHAPE, TINY, rlchat, working_in, write_t
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 
-from rlchat.__main__ import _with_home, main
+from rlchat.__main__ import _with_homes, main
 from rlchat.callbacks import SampleResponses, StatsPlot
 from rlchat.callbacks.best_model import BestModel
 from rlchat.callbacks.predictions import Predictions
@@ -735,22 +735,23 @@ def test_the_home_folder_in_a_configuration(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("word", "expanded"),
+    ("words", "expanded"),
     [
-        ("~/a b.pt", "~/a b.pt"),  # a sentence, unless there is such a file
-        ("~/there is.pt", "HOME/there is.pt"),
-        ("~/a.pt", "HOME/a.pt"),
-        ("--x=~/a", "--x=HOME/a"),
-        ("a~/b", "a~/b"),
-        ("-", "-"),
+        (["~/a b?"], ["~/a b?"]),  # a sentence, unless there is such a file
+        (["~/there is.pt"], ["HOME/there is.pt"]),
+        (["~/a.pt", "~/b"], ["HOME/a.pt", "HOME/b"]),
+        (["--out", "~/my replies.json"], ["--out", "HOME/my replies.json"]),
+        (["--out=~/my page.html", "~/a b?"], ["--out=HOME/my page.html", "~/a b?"]),
+        (["a~/b", "-"], ["a~/b", "-"]),
+        ([], []),
     ],
 )
 def test_the_home_folder_on_the_command_line(
-    word: str, expanded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], expanded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there is.pt").touch()
-    assert _with_home(word) == expanded.replace("HOME", str(tmp_path))
+    assert _with_homes(words) == [word.replace("HOME", str(tmp_path)) for word in expanded]
 
 
 BROKEN = """from rlchat.rewards import FunctionReward, ReplyFactor

@@ -195,6 +195,8 @@ LONE_SURROGATE = b'{"text": "\\ud800"}'
         ({"prompt": "Hi", "answer": "a", "check": "equal"}, "unknown check 'equal'; expected one of contains, exact,"),
         ({"prompt": "Hi", "answer": "a", "check": "number"}, "answer is not a number: got 'a'"),
         ({"prompt": "Hi", "answer": "(", "check": "regex"}, "answer is not a regular expression"),
+        ({"prompt": "Hi", "answer": r"\p{L}", "check": "regex"}, "answer is not a regular expression"),
+        ({"prompt": "Hi", "answer": "[[:alpha:]]", "check": "regex"}, "answer is not a regular expression"),
         ({"prompt": "Hi", "answer": "a", "check": {"exact": "b"}}, "answer beside a check object"),
         ({"prompt": "Hi", "check": "exact"}, "check 'exact' needs an answer beside it"),
         ({"prompt": "Hi", "check": {"exact": "a", "regex": "b"}}, "check has both exact and regex"),

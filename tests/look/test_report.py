@@ -11,8 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from rlchat.__main__ import main
-from rlchat.look.report import bootstrap_interval, compare_rollouts, read_report
-from rlchat.look.report_page import report_page
+from rlchat.look.report import bootstrap_interval, compare_rollouts, read_report, write_page
+from rlchat.look.report_page import draw_slide, report_page
 
 
 def response(iteration: int, prompt: str, reward: float | None, **more: Any) -> dict[str, Any]:
@@ -38,8 +38,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "lightning_logs" / "ppo" / "version_0"
     folder.mkdir(parents=True)
     rows = [response(i, f"p{n}", i + n / 10) for i in (1, 11) for n in range(12)]
-    rows[-1] |= {"reply": "<script>alert(1)</script> & $x$", "ended_by": "max_new_tokens"}
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 12, "pro')
+    rows[-1] |= {"reply": "<script>alert(1)</script> & $x$\u2028\u0085", "ended_by": "token limit"}
+    (folder / "rollouts.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"iteration": 12, "pr'
+    )
     (folder / "metrics.csv").write_text(
         "step,train/reward,val/reward,val/kl\n0,1.5,,\n9,,2.0,0.25\n10,11.5,,\n19,,3.5,0.75\n"
     )
@@ -47,6 +49,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = {"class_path": "rlchat.PPOModule", "init_args": {"kl_coef": 0.1, "reward": reward, "base_model": None}}
     config = {"seed_everything": 3, "model": model, "data": {"path": ["a.jsonl", "b.jsonl"]}}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    with (folder / "rollouts.jsonl").open("ab") as file:  # damaged lines, and one that is cut inside a character
+        file.write(b'oll\nnull\n{"iteration": "<b>", "prompt": []}\n{"reply": "\xc3')
     samples = [
         {"iteration": i, "prompt": [{"role": "user", "text": "Hi"}], "reply": text, "ended": True, "tokens": 3}
         for i, text in ((10, "early reply"), (20, "late reply"))
@@ -71,7 +75,7 @@ def test_the_same_prompts_are_compared_in_pairs() -> None:
 
 def test_responses_to_a_prompt_are_averaged_first() -> None:
     rows = [response(1, "a", 0.0), response(1, "a", 4.0), response(1, "b", 5.0)]  # means 2 and 5
-    rows += [response(2, "c", 6.0, ended_by="max_new_tokens"), response(2, "c", None)]  # no finite reward
+    rows += [response(2, "c", 6.0, ended_by="token limit"), response(2, "c", None)]  # no finite reward
     rows += [response(2, "d", 7.0)]
     found = compare_rollouts(rows)
     assert not found.paired
@@ -153,3 +157,24 @@ def test_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.chdir(tmp_path)
     assert main(["report"]) == 2
     assert "no run under lightning_logs; train a model with `rlchat fit`" in capsys.readouterr().err
+
+
+def test_the_slide_counts_what_it_shows(run: Path) -> None:
+    rows = [
+        response(i, f"p{n}", float(i), factors={f"factor_{k}": float(k) for k in range(7)})
+        for i in (1, 2)
+        for n in range(12)
+    ]
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [text.get_text() for text in draw_slide(read_report(run)).texts]
+    for name in ("reward", "response length, tokens", "truncated responses, fraction", "kl"):
+        assert name in texts
+    assert not any(text.startswith("reward/") for text in texts)
+    assert texts[-1].startswith("The first 4 figures: Iterations 1 and 2, the same 12 training prompts")
+    assert texts[-1].endswith("Others: first and last validation.")
+
+
+def test_reports_of_an_earlier_demo_are_kept(run: Path) -> None:
+    for _ in range(2):
+        write_page(run, Path("report.html"), keep_older=True)
+    assert len(list(Path().glob("report*.html"))) == len(list(Path().glob("report*.png"))) == 2

@@ -58,6 +58,39 @@ def test_verified_by_kind_of_check(check: Check, right: list[str], wrong: list[s
     assert dict(zip(texts, scores.tolist(), strict=True)) == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(r"v_{e}=5", r"a{s}b", r"x{2}", r"x{1,2}y", r"x{,2}y", r"x{1,}", r"[{e}]", r"[]{e}]", r"[^]{e}]"),
+        *(r"\{e\}", r"(cat){e<=1}", r"\\{i}", r"\N{COMMA}", r"{", r"x{e", r"[\]{e}]{d}"),
+    ],
+)
+def test_patterns_mean_what_they_mean_in_re(pattern: str) -> None:
+    texts = [
+        "v_{e}=5",
+        "v9=5",
+        "v=5",
+        "a{s}b",
+        "acb",
+        "x",
+        "xx",
+        "xxy",
+        "y",
+        "{",
+        "e",
+        "}",
+        "]",
+        "{e}",
+        ",",
+        "",
+        "cut",
+        "cat",
+    ]
+    texts += ["x{e", "\\{i}", "]{d}", "cat{e<=1}", "x{,2}y"]
+    for text in texts:
+        assert Check((pattern,), kind="regex").passes(text) == bool(re.search(pattern, text)), text
+
+
 @pytest.mark.parametrize("check", [Check((SLOW,), kind="regex"), Check(("a",), (SLOW,), "regex")])
 def test_a_pattern_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, check: Check) -> None:
     monkeypatch.setattr("rlchat.conversation.REGEX_SECONDS", 0.05)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
+import warnings
 from typing import Any, cast
 
 import regex
 
-from rlchat.conversation import CHECK_KINDS, Check, CheckKind, Role, is_number, spaced_words
+from rlchat.conversation import CHECK_KINDS, Check, CheckKind, Role, escape_braces, is_number, spaced_words
 from rlchat.data.jsonl import BadLineError
 from rlchat.tokenizer.text_encoding import MAX_SPACES, longest_space_run
 
@@ -202,7 +204,10 @@ def _checked(check: Check, name: str) -> Check:
             raise BadLineError(f"{name} holds no word to search for: got {shown(answer)}; use the check exact or regex")
         if check.kind == "regex":
             try:
-                regex.compile(answer)
-            except regex.error as error:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", FutureWarning)  # such as [[:alpha:]], which re reads as a set
+                    re.compile(answer)
+                regex.compile(escape_braces(answer))
+            except (re.error, regex.error, FutureWarning) as error:
                 raise BadLineError(f"{name} is not a regular expression: got {shown(answer)}: {error}") from error
     return check

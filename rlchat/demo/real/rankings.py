@@ -95,7 +95,7 @@ class RankingsDemo(RealDemo):
             "tensorboard --logdir lightning_logs": "training curves of all three stages",
             "rlchat demo --real --rankings --seed 1": "the same with another seed",
         }
-        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"))
+        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"), keep_older=True)
         show_next_steps(self.console, REPORT, page, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
 
     def figures(self, reward: Reward) -> dict[str, Any]:

@@ -85,9 +85,9 @@ def show_stages(console: Console, report: dict[str, Any]) -> None:
     console.print(table)
     pairs = report["pairs"]
     console.print(
-        f"Of {pairs['pairs']} held-out pairs of replies to {pairs['prompts']} prompts, people's choice is "
-        f"{_share(pairs['reward_model'])} of the time that of the reward model, and {_share(pairs['longer_reply'])} of "
-        f"the time the longer reply (95 % intervals over prompts; chance: 50 %)."
+        f"Of {pairs['pairs']} held-out pairs of replies to {pairs['prompts']} prompts, the reward model prefers the "
+        f"reply that people ranked higher in {_share(pairs['reward_model'])}. The longer reply is that one in "
+        f"{_share(pairs['longer_reply'])} (95 % intervals over prompts; chance: 50 %)."
     )
     console.print(f"The demo took {report['seconds']:.0f} s.\n")
 
