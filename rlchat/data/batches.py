@@ -191,8 +191,9 @@ class PreferenceRows(_ResponseRows, Dataset[PreferenceBatch]):
 
     def __getitem__(self, index: int | Sequence[int]) -> PreferenceBatch:
         spans, ids, mask, group = self._rendered(index)
-        start = torch.cat([self.ranked.start[span] for span in spans])
-        response_mask = mask & (torch.arange(ids.shape[1]) >= start[:, None])
+        start, end = (torch.cat([x[span] for span in spans])[:, None] for x in (self.ranked.start, self.ranked.end))
+        position = torch.arange(ids.shape[1])
+        response_mask = mask & (position >= start) & (position < end)
         return PreferenceBatch(ids, mask, response_mask, group, torch.cat([self.ranked.rank[span] for span in spans]))
 
 

@@ -96,6 +96,7 @@ class RankedReplies:
     quality: Tensor  # Float [replies] in 0..1, nan unlabelled
     right: Tensor  # Long [replies], 1 or 0 by the prompt's check, -1 without one
     start: Tensor  # Long [replies], the number of tokens before the response
+    end: Tensor  # Long [replies], the number of tokens up to its end, without an end marker that closes a cut response
     tree: Tensor  # Long [rows]
 
 
@@ -108,7 +109,7 @@ class Prompts:
     tree: Tensor  # Long [prompts]
 
 
-RANKED = ("replies", "rank", "quality", "right", "start", "tree")
+RANKED = ("replies", "rank", "quality", "right", "start", "end", "tree")
 """The arrays of :class:`RankedReplies` beside the tokens, in their order there."""
 
 

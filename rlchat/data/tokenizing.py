@@ -344,7 +344,8 @@ class _RankedBuilder:
     def __init__(self, needs: DataNeeds) -> None:
         self.needs = needs
         self.ids, self.replies, self.tree = _RaggedBuilder("i"), array("q"), array("q")
-        self.rank, self.quality, self.right, self.start = array("q"), array("f"), array("q"), array("q")
+        self.rank, self.quality, self.right = array("q"), array("f"), array("q")
+        self.start, self.end = array("q"), array("q")
 
     def add(self, prompt: Conversation, tree: int, tally: _Tally) -> None:
         needs, labels = self.needs, self.needs.task == "reward"
@@ -354,6 +355,7 @@ class _RankedBuilder:
             rendered = tally.count(needs.tokenizer.render_response(prompt, response, needs.max_length))
             self.ids.add(rendered.ids)
             self.start.append(start_of_response(rendered))
+            self.end.append(len(rendered.ids) - rendered.response_cut)
             self.rank.append(-1 if reply.rank is None else reply.rank)
             self.quality.append(float("nan") if reply.quality is None else reply.quality)
             passed = prompt.passes(reply.text)

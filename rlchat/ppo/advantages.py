@@ -31,11 +31,14 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Redu
         shift_mean: False adds μ back, so that only the scale changes (lm-human-preferences).
         reduce: sums over all processes, so that μ and σ² are global.
     """
-    inside = torch.where(mask, x, 0.0)
     count = reduce(mask.to(x.dtype).sum()).clamp(min=1)
-    mean = reduce(inside.sum()) / count
-    variance = reduce((torch.where(mask, inside - mean, 0.0) ** 2).sum()) / count
-    white = (inside - mean) * torch.rsqrt(variance + 1e-8)
+    mean = reduce(torch.where(mask, x, 0.0).sum()) / count
+    centered = torch.where(mask, x - mean, 0.0)
+    variance = reduce((centered**2).sum()) / count
+    white = centered * torch.rsqrt(variance + 1e-8)
+    # If all values are equal, ``centered`` is the rounding error of the mean, which must not be divided by 1e-4.
+    is_rounding = variance.sqrt() <= 16 * torch.finfo(x.dtype).eps * mean.abs()
+    white = torch.where(is_rounding, 0.0, white)
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 

@@ -33,13 +33,15 @@ class Stopwatch:
 
 
 def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps that were not skipped; residuals are those of the first step.
+    """Means over the optimizer steps that were not skipped; residuals are those of the first of them.
 
     A step with a value that is not finite was skipped.
     """
     taken = [step for step in steps if all(map(math.isfinite, step.values()))]
     means = {name: sum(step[name] for step in taken) / len(taken) for name in steps[0] if taken}
-    residuals = {name: value for name, value in steps[0].items() if name.endswith("_residual")}
+    # A skipped step changes no weights, so what holds in the first step holds in the first that was taken.
+    first = (taken or steps)[0]
+    residuals = {name: value for name, value in first.items() if name.endswith("_residual")}
     return {**means, **residuals, "optimizer_steps": float(len(taken))}
 
 

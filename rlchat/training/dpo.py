@@ -194,7 +194,7 @@ class DPOModule(PolicyModule):
         self.save_hyperparameters()
         self.model.value_head.requires_grad_(False)  # DPO does not train it; DDP fails on a parameter without gradient
         self.reference: RLChatModel = reference.train()
-        self.partly.leave_out(reference)
+        self.partly.leave_out(reference, self.model)
         self.strict_loading = False  # checkpoints lack the reference model; partly checks the rest
 
     @property

@@ -22,6 +22,7 @@ from rlchat.models.adapters import (
     share_frozen,
 )
 from rlchat.models.backbones import Backbone
+from rlchat.models.networks import RLChatModel
 from rlchat.training.options import StageOptions
 
 # A checkpoint can only be resumed with the same values of these.
@@ -48,7 +49,7 @@ class PartCheckpoint:
     """
 
     def __init__(self, network: nn.Module, options: StageOptions) -> None:
-        self._whole, self._network = options.trained_part.is_everything, network
+        self._whole = options.trained_part.is_everything
         self._digest, self._compared = "", "the frozen weights"
         self.include(network)
         announce_part(network, options.trained_part)
@@ -61,15 +62,16 @@ class PartCheckpoint:
         if not self._whole and has_weights():
             self._digest += frozen_digest(network)
 
-    def leave_out(self, reference: nn.Module) -> None:
-        """Keeps the frozen network ``reference`` out of checkpoints too, also of a run that trains all weights.
+    def leave_out(self, reference: RLChatModel, policy: RLChatModel) -> None:
+        """Keeps the frozen ``reference`` of ``policy`` out of checkpoints, also of a run that trains all weights.
 
-        A resumed run makes it again, so a checkpoint is checked for its weights.
+        A resumed run makes it again, so a checkpoint is checked for the weights of its backbone. Its value head has no
+        effect.
         """
         if self._whole:
             self._whole, self._compared = False, "the weights of the reference model"
-        if not share_frozen(reference, self._network):
-            self.include(reference)
+        if not share_frozen(reference.backbone, policy.backbone):
+            self.include(reference.backbone)
 
     def follow_first(self) -> None:
         """Takes over the digest of the first process. A collective."""

@@ -58,7 +58,7 @@ class Run:
             if self.learns:
                 self.learn()
             self.module.last_iteration = SimpleNamespace(  # type: ignore[assignment]
-                rollout=rollout, factors=factors or {"rule": torch.arange(8.0)}
+                rollout=rollout, advantages=torch.ones(2, 1), factors=factors or {"rule": torch.arange(8.0)}
             )
             self.alarms.on_train_batch_end(self.trainer, self.module, None, None, 0)
         return self.alarms.raised
@@ -156,9 +156,11 @@ def test_tokens_that_are_less_surprising_than_the_entropy(run: Run) -> None:
     assert run.iterate(74) == []
     assert run.iterate(1) == ["surprisal"]
     resumed = Alarms()
-    assert resumed.state_dict()["surprisal"] == [0.0, 0.0, 0.0]
+    assert resumed.state_dict()["surprisal"] == [0.0, 0.0, 0.0, 0.0]
     resumed.load_state_dict(run.alarms.state_dict())
-    assert resumed.state_dict()["surprisal"] == pytest.approx([-150 * math.log(2), 150 * math.log(2) ** 2, 300.0])
+    assert resumed.state_dict()["surprisal"] == pytest.approx(
+        [-150 * math.log(2), 150 * math.log(2) ** 2, 300.0, 150.0]
+    )
 
 
 def test_a_broken_invariant_is_an_alarm(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,7 +177,8 @@ def test_strict_checks_stop_at_the_first_broken_invariant_only(encoding: str) ->
     assert run.iterate(3, explained_variance=-20.0) == ["far critic", "critic"]  # signs do not stop a run
     assert not run.saver._signals.has_error
     run.broken = ["ratio", "rewards"]
-    assert run.iterate()[2:] == ["ratio"]
+    assert run.iterate()[2:] == []  # a resumed run that only warns has to warn of it
+    assert run.alarms.state_dict()["notes"][-1]["what"] == "ratio"
     with pytest.raises(UserError, match=r"^iteration 4: the ratio is not 1 .*; compute .*, or set --checks warn$"):
         run.saver._signals.stop(run.saver._signals.agreed(run.module))
 

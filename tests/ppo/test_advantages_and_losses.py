@@ -591,3 +591,9 @@ def test_the_coefficient_rises_and_falls_with_the_kl(kl: float, episodes: int) -
     after = AdaptiveKL(before, 6.0, 10_000).update(kl, episodes)
     assert (after > before) == (kl > 6)
     assert abs(after / before - 1) <= 0.2 * episodes / 10_000 + 1e-12
+
+
+@pytest.mark.parametrize("score", [3.3, -7.3, 1e-3, 0.0])
+def test_equal_values_are_whitened_to_0(score: float) -> None:
+    x = torch.full((128, 256), score)  # float32: the mean of equal numbers has a rounding error
+    assert masked_whiten(x, torch.ones_like(x, dtype=torch.bool)).tolist() == torch.zeros_like(x).tolist()

@@ -103,18 +103,23 @@ INVARIANTS = {
 """All invariants, by name."""
 
 
-def rounding(module: PPOModule) -> float:
-    """The largest residual that rounding explains when a network computes the same numbers in two ways."""
+def is_precise(module: PPOModule) -> bool:
+    """Whether networks compute in float32 or float64 on a CPU, so that two ways of computing hardly differ."""
     precision = str(getattr(module.trainer, "precision", "32-true"))
     exact = module.device.type == "cpu" and precision in ("32-true", "64-true")
-    return _LOW_PRECISION if not exact or is_lower_precision(module.model.backbone.head_weight) else _ROUNDING
+    return exact and not is_lower_precision(module.model.backbone.head_weight)
+
+
+def rounding(module: PPOModule) -> float:
+    """The largest residual that rounding explains when a network computes the same numbers in two ways."""
+    return _ROUNDING if is_precise(module) else _LOW_PRECISION
 
 
 class InvariantChecks:
     """Measures the invariants of each iteration, and remembers what must not change between iterations."""
 
     def __init__(self) -> None:
-        self._reference: list[float] | None = None  # None if the networks are sharded
+        self._reference: list[int] | None = None  # None if the networks are sharded
 
     def start(self, module: PPOModule) -> None:
         """Remembers the reference model, before the first iteration of the run or of the resumed run."""
@@ -149,7 +154,8 @@ class InvariantChecks:
 
     def _of_networks(self, module: PPOModule, iteration: Iteration, metrics: Mapping[str, float]) -> dict[str, float]:
         rollout = iteration.rollout
-        residuals = {"ratio": metrics["ratio_residual"], "gradient": metrics["gradient_residual"]}
+        measured = {"ratio": "ratio_residual", "gradient": "gradient_residual"}  # a user's update may lack some
+        residuals = {name: metrics[metric] for name, metric in measured.items() if metric in metrics}
         if self._reference is not None:
             changed = float(fingerprint(module.reference) != self._reference)
             residuals["frozen reference"] = changed + shared_parameters(module.model, module.reference)
@@ -187,8 +193,9 @@ class InvariantChecks:
         if o.advantage == "gae":
             if o.whiten_rewards:
                 rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=module.global_sum)
-            raw, lam = iteration.returns - values, o.lam if o.lam_critic is None else o.lam_critic
+            lam = o.lam if o.lam_critic is None else o.lam_critic
             residuals["returns"] = return_residual(iteration.returns, values, rewards, mask, o.gamma, lam)
+            raw = iteration.returns - values if lam == o.lam else gae(rewards, values, mask, o.gamma, o.lam)[0]
             residuals["advantages"] = whitening_residual(advantages, raw, mask, module.global_sum)
         elif o.advantage == "reinforce_pp":
             raw, _ = gae(rewards, torch.zeros_like(rewards), mask, o.gamma, lam=1.0)  # rewards to go

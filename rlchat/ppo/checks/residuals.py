@@ -44,6 +44,10 @@ def reward_residual(rewards: Tensor, scores: Tensor, kl: Tensor, response_index:
     return max(largest(score - expected), largest(outside)) / max(1.0, largest(scores))
 
 
+# The type of integers with a number of bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def return_residual(returns: Tensor, values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float) -> float:
     """How far the rewards that GAE's ``returns`` imply are from ``rewards``.
 
@@ -155,11 +159,16 @@ def broken_prompts(ids: Tensor, sampled: Tensor, header: Sequence[int]) -> int:
     return int(wrong.sum())
 
 
-def fingerprint(network: nn.Module, trained_only: bool = False) -> list[float]:
-    """The sum of each parameter of ``network`` (of this process's shard), which shows that one has changed."""
+def fingerprint(network: nn.Module, trained_only: bool = False) -> list[int]:
+    """A number for each parameter of ``network`` (of this process's shard), which shows that it has changed.
+
+    It is the sum of the bits of its values as integers, which does not depend on the order of the summation, and so not
+    on the number of threads.
+    """
     parameters: Iterable[Any] = (p for p in network.parameters() if p.requires_grad or not trained_only)
-    sums = [getattr(p, "to_local", lambda p=p: p)().detach().float().sum() for p in parameters]
-    return [float(x) for x in torch.stack(sums).tolist()] if sums else []
+    local = (getattr(p, "to_local", lambda p=p: p)().detach() for p in parameters)
+    sums = [p.view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64) for p in local]
+    return [int(x) for x in torch.stack(sums).tolist()] if sums else []
 
 
 def shared_parameters(trained: nn.Module, other: nn.Module) -> int:

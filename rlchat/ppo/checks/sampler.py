@@ -81,6 +81,8 @@ class Surprisal:
     """The sum of the squares of these differences."""
     floor: float = 0.0
     """The least variance of ``difference`` that counts."""
+    tokens: float = 0.0
+    """Their number."""
 
     def add(self, logprobs: Tensor, entropy: Tensor) -> None:
         """Adds tokens, given their log-probs and entropies [tokens]."""
@@ -88,6 +90,12 @@ class Surprisal:
         self.difference += float(differences.sum())
         self.squares += float((differences**2).sum())
         self.floor += float((8 * entropy).clamp(max=2).sum())
+        self.tokens += len(entropy)
+
+    @property
+    def mean(self) -> float:
+        """The mean of surprisal - entropy, in nats per token."""
+        return self.difference / max(self.tokens, 1.0)
 
     @property
     def deviations(self) -> float:
