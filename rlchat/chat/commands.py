@@ -168,7 +168,7 @@ def _system(session: Session, text: str) -> None:
 
 @command(
     "set",
-    help=f"change a setting: {', '.join(SETTINGS)}; alone, show them",
+    help=f"set {', '.join(SETTINGS)}; alone, show them",
     argument="<name> <value>",
     arguments=rf"(?:{'|'.join(SETTINGS)})(?:[\s=].*)?|\S+ +{_NUMBER}",
     completes="settings",

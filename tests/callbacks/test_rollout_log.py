@@ -92,7 +92,7 @@ def test_the_tokens_of_a_conversation_of_two_turns_by_hand(byte_tokenizer: ChatT
         kept=KeptStates(),
     )
     advantages = torch.tensor([[0.5, -0.5, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
-    seen = Iteration(rollout, {}, torch.zeros(3), advantages, torch.zeros(2, 4))
+    seen = Iteration(rollout, {}, torch.zeros(3), torch.zeros(2, 4), advantages, torch.zeros(2, 4))
     columns = {
         "kl": rollout.old_logprobs - rollout.ref_logprobs,
         "value": rollout.values,

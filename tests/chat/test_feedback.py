@@ -268,6 +268,7 @@ for i in range(int(sys.argv[3])):
 # -- and a model that learns from it --
 
 
+@pytest.mark.slow
 def test_a_reward_model_trains_on_feedback(workplace: Path, trained: Path) -> None:
     """`rlchat fit --config reward --data.path feedback.jsonl`, as the documentation says."""
     shutil.copytree(trained / "checkpoints", "checkpoints")

@@ -225,6 +225,7 @@ def test_tab_completes_commands(screen: Screen) -> None:
     screen.see("the conversation is empty")
 
 
+@pytest.mark.slow
 def test_the_history_of_inputs_persists(byte_tokenizer: ChatTokenizer, program: Screen, folder: Path) -> None:
     """Ctrl-D quits; the next process has the history; control characters of a response are not printed."""
     program.say("remember this")

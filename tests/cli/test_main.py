@@ -663,6 +663,7 @@ def test_ctrl_c_saves_the_run(after: Path, capsys: pytest.CaptureFixture[str]) -
     assert metrics(stopped, "train/reward") + metrics(resumed, "train/reward") == metrics(RUN, "train/reward")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_stage_that_lightning_optimizes(here: Path) -> None:
     (here / "ctrl_c.py").write_text(CTRL_C)
     words = ["fit", "--config", "demo/sft", "--data.path", "talk.jsonl", *TINY, "--data.batch_size=2"]

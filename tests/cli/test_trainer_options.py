@@ -126,6 +126,7 @@ def test_a_profiler_reports_and_routine_messages_do_not(here: Path, caplog: pyte
     assert "`Trainer.fit` stopped" not in shown
 
 
+@pytest.mark.slow
 def test_hyperparameters_of_data_and_reward_are_logged_with_the_final_metrics(here: Path) -> None:
     factor = "{class_path: rlchat.rewards.TooShort, init_args: {min_words: 4}}"
     rlchat(*SMOKE, *SHORT, "--model.reward", f"{{class_path: rlchat.Reward, init_args: {{factors: [{factor}]}}}}")
@@ -143,6 +144,7 @@ def test_hyperparameters_of_data_and_reward_are_logged_with_the_final_metrics(he
     assert "stats" in events.Tags()["images"]
 
 
+@pytest.mark.slow
 def test_measuring_does_not_add_to_the_training_runs(here: Path) -> None:
     rlchat(*SMOKE, *SHORT)
     for command in ("validate", "test"):
@@ -169,6 +171,7 @@ def test_environment_variables_set_options_that_the_recipe_leaves_open(
 # ---- data and files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_data_module_of_the_user(here: Path) -> None:
     """A subclass takes the recipe's options and its own; its configuration is part of the run's."""
     (here / "mine.py").write_text(
@@ -209,6 +212,7 @@ def test_metrics_of_any_name_are_printed_and_an_empty_table_is_not(
     assert "there are no metrics: the validation split has no rows for this stage" in caplog.text
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_last_runs_only(here: Path) -> None:
     for _ in range(3):
         rlchat(*SMOKE, *SHORT, "--best_model.keep_runs=2")
@@ -220,6 +224,7 @@ def test_checkpoints_of_the_last_runs_only(here: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_best_model_by_another_metric(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran = cli.run([*SMOKE, *SHORT, "--best_model.select_by=reward-kl", "--best_model.kl_weight=2.0"])
     metrics = ran.trainer.callback_metrics

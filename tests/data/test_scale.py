@@ -144,6 +144,7 @@ def test_a_forest_has_the_trees_in_the_order_of_their_first_rows(tmp_path: Path)
     assert report.responses == 20
 
 
+@pytest.mark.slow
 def test_reading_and_tokenizing_keep_few_bytes_per_row(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
     """A row of 2,000 characters takes at most 100 bytes after the first 2,000 rows."""
 

@@ -60,6 +60,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_another_world(tmp_
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["trees.jsonl"]
 
 
+@pytest.mark.slow
 def test_seeds_differ_in_facts_and_not_only_in_order() -> None:
     def capitals(seed: int) -> dict[str, str]:
         return {
@@ -79,6 +80,7 @@ def test_first_messages_of_trees_are_unique(trees: list[Node]) -> None:
     assert len({prompt["message_id"] for prompt in prompts_of(trees)}) == sum(1 for _ in prompts_of(trees))
 
 
+@pytest.mark.slow
 def test_more_trees_than_questions_is_an_error() -> None:
     with pytest.raises(UserError, match=r"invalid value 1000000 for --trees: .* different questions for \d+ trees"):
         for _ in demo_trees(1_000_000):

@@ -36,6 +36,7 @@ def read(path: Path) -> dict[str, Any]:
     return AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run" / "last.ckpt"
     done = subprocess.run([sys.executable, "-c", SUICIDE, str(path)], env=ENVIRONMENT, timeout=900)

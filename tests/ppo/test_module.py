@@ -237,6 +237,7 @@ def test_ppo_learns_a_rule(encoding: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_reinforce_pp_learns_a_rule_from_one_response_per_prompt(encoding: str) -> None:
     module = ppo(
         encoding, reward=Reward([LetterE()]), kl_coef=0.0, ppo_epochs=2, minibatches=2, advantage="reinforce_pp"
@@ -259,6 +260,7 @@ def test_the_critic_has_its_own_lambda(encoding: str) -> None:
     assert not torch.allclose(one.returns, two.returns)
 
 
+@pytest.mark.slow
 def test_the_kl_penalty_keeps_the_policy_close_to_the_reference(encoding: str) -> None:
     free, held = (fit(ppo(encoding, kl_coef=coef, minibatches=2), 6)[-1]["train/kl"] for coef in (0.0, 5.0))
     assert held < free / 2

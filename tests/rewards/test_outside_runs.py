@@ -50,6 +50,7 @@ def write_run(folder: Path, url: str) -> list[str]:
     return ["fit", "--config", "smoke", "--config", "rewards.yaml", "--data.path", "sums.jsonl", "--data.batch_size=2"]
 
 
+@pytest.mark.slow
 def test_every_factor_of_the_documentation_trains_and_chats(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,7 @@ def test_stop_strings(tokenizer: ChatTokenizer, byte_tokenizer: ChatTokenizer, t
             assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
 
 
+@pytest.mark.slow
 def test_64_concurrent_clients_get_the_responses_of_single_requests(server: Server, bundle: PolicyBundle) -> None:
     questions = [f"{'Well. ' * (i % 7)}Question {i}: what is {i} + {i % 5}?" for i in range(64)]
     lengths = [4 + i % 29 for i in range(64)]

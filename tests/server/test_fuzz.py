@@ -100,7 +100,8 @@ def test_generated_requests(api: Any, name: str, mode: GenerationMode, examples:
     except Unsatisfiable:
         assert name.startswith("GET")  # these requests have nothing that could be invalid
     if mode is GenerationMode.POSITIVE:
-        if name != "POST /reward":  # this server has no reward model
+        # This server has no reward model. Of a few feedbacks, none may have a conversation that can be rated.
+        if name != "POST /reward" and (name != "POST /feedback" or examples >= 16):
             assert statuses[200] > (examples // 8 if name.startswith("POST /v1/") else 0), statuses
     else:
         assert not statuses[200], (statuses, accepted)

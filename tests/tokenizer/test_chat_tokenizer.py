@@ -216,6 +216,7 @@ def test_a_truncated_response_ends_with_the_end_marker(
 
 @given(conversation=conversations, max_length=st.integers(1, 60))
 @settings(deadline=None, max_examples=300)
+@pytest.mark.slow
 def test_nothing_exceeds_the_maximum_length(
     byte_tokenizer: ChatTokenizer, conversation: Conversation, max_length: int
 ) -> None:

@@ -224,6 +224,7 @@ def test_a_checkpoint_has_no_reference_model_and_is_checked_for_it(
         trainer().validate(other, serve([batch]), ckpt_path=tmp_path / "run.ckpt", verbose=False, weights_only=True)
 
 
+@pytest.mark.slow
 def test_the_command_trains_a_chat_model(workplace: Path) -> None:
     """From SFT's model file to a chat model, with metrics of both splits, samples, a plot and predictions."""
     write_talk(workplace / "talk.jsonl", 60)

@@ -90,6 +90,7 @@ def test_an_sft_checkpoint_resumes_and_finishes(files: Path) -> None:
     assert (files / "checkpoints" / "sft_model.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_ppo_checkpoint_resumes_and_finishes(files: Path) -> None:
     before = torch.load("ppo.ckpt", weights_only=True)["rlchat"]
     assert before["tokens"] == 96

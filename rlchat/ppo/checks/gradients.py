@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlchat.distributed.collectives import gather_objects
 from rlchat.ppo.losses import KLKind
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ class GradientCheck:
         self._largest: Tensor | float = 0.0
 
     def pop(self) -> float:
-        """The largest error since the last call."""
+        """The largest error on any process since the last call. A collective."""
         largest, self._largest = float(self._largest), 0.0
-        return largest
+        return max(gather_objects(largest))
 
     def watch(
         self, module: PPOModule, new: TokenEvaluation, iteration: Iteration, rows: Tensor, mask: Tensor, tokens: Tensor

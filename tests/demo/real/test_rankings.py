@@ -131,6 +131,7 @@ def test_replies_are_beside_each_other_with_their_scores() -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_three_stages_run(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     for package in ("gguf", "peft"):
         pytest.importorskip(package)
