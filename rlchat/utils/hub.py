@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 
 _SECONDS = 10.0  # to wait for an answer
 
 
-@functools.cache  # a run asks for a dozen files of one model
 def hub_error(name: str) -> Exception | None:
     """Why the hub does not give files of the model ``name``; None if it does, or if ``name`` is a folder.
 
-    It is asked once, without another attempt. The environment variable ``HF_HUB_OFFLINE=1`` prevents even that.
+    It is asked once a minute, without another attempt. With the environment variable ``HF_HUB_OFFLINE=1``, it is not
+    asked at all.
     """
-    if Path(name).is_dir():
-        return None
+    return None if Path(name).is_dir() else _answer(name, int(time.monotonic() // 60))
+
+
+@functools.lru_cache(maxsize=16)  # a run asks for a dozen files of one model
+def _answer(name: str, minute: int) -> Exception | None:
+    """The error of a request in this ``minute``, so that a failure does not hold for the rest of the process."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url  # slow to import
 
     try:
