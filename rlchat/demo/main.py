@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rankings",
         action="store_true",
-        help="with --real: run all three stages with people's rankings of replies (two cores: about 20 minutes)",
+        help="with --real: run all three stages with people's rankings of replies (77 minutes of CPU time)",
     )
     parser.add_argument("--data-only", action="store_true", help=f"only write {DATA}, without training")
     parser.add_argument(
