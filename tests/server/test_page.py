@@ -7,8 +7,6 @@ Playwright does not download a browser.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +24,6 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = playwright.expect
-
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
 REPLY = "<img onerror=x()> ü😀 & <b>"  # no byte comes twice, as the scripted model needs; and no tag may come to life
 SECONDS = 20_000.0  # milliseconds; this machine may be busy
@@ -59,14 +54,6 @@ def endless(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFact
     bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"on "), endless=True), max_length=800)
     with serving(slow_down(bundle, 0.05), tmp_path_factory.mktemp("kept") / "feedback.jsonl") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

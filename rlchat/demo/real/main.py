@@ -92,8 +92,7 @@ class RealDemo:
             "tensorboard --logdir lightning_logs": "training curves",
             "rlchat demo --real --seed 1": "the same with another seed",
         }
-        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"), keep_older=True)
-        show_next_steps(self.console, REPORT, page, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
+        self.show_next_steps(REPORT, commands)
 
     def base(self) -> PolicyBundle:
         """The base model, in eval mode."""
@@ -134,6 +133,11 @@ class RealDemo:
             trained = cli.run([*argv, *(fast if self.fast else [])])
         self.run_folder = Path(trained.trainer.log_dir or "")
         return trained, {"seconds": round(time.monotonic() - began, 1)}
+
+    def show_next_steps(self, report: Path, commands: dict[str, str]) -> None:
+        """Writes the page about the last stage beside ``report``; prints the files and the ``commands`` to go on."""
+        page, _ = write_page(self.run_folder, report.with_suffix(".html"), keep_older=True)
+        show_next_steps(self.console, report, page, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
 
     def title(self, stage: str, purpose: str) -> None:
         """Prints the heading of a stage."""

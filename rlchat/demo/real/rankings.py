@@ -17,8 +17,6 @@ from rlchat.demo.real.main import CHECKPOINTS, MODEL, SHOWN, RealDemo, write_rep
 from rlchat.demo.real.measure import Sampled, control_beside, is_correct, mean_kl, perplexity, sample_replies
 from rlchat.demo.real.pairs import Score, length_score, pair_figures, read_rankings
 from rlchat.demo.real.tables import show_control, show_scored_replies, show_stages
-from rlchat.demo.tables import show_next_steps
-from rlchat.look.report import write_page
 from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.rewards import Reward, words
 
@@ -95,8 +93,7 @@ class RankingsDemo(RealDemo):
             "tensorboard --logdir lightning_logs": "training curves of all three stages",
             "rlchat demo --real --rankings --seed 1": "the same with another seed",
         }
-        page, _ = write_page(self.run_folder, REPORT.with_suffix(".html"), keep_older=True)
-        show_next_steps(self.console, REPORT, page, commands, '"How do bees find flowers?" or "Why is the sky blue?"')
+        self.show_next_steps(REPORT, commands)
 
     def figures(self, reward: Reward) -> dict[str, Any]:
         """The part of the report that is measured after training, with the ``reward`` of PPO."""
