@@ -1,7 +1,7 @@
 """Runs the lessons in full, each seed in a process of its own, and prints the figures beside their bands.
 
 python -m benchmarks.lessons
-python -m benchmarks.lessons 1 3 --seeds 0 1 2 3 4
+python -m benchmarks.lessons 1 3 --seeds 0 1 2 3 4 --write
 
 The exit code is 1 if a figure is outside its band.
 """
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.lessons.bands import write_bands
 from benchmarks.lessons.lesson import Lesson, lessons
 from benchmarks.lessons.running import run_lesson
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=FRESH_SEEDS, help="by default %(default)s")
     parser.add_argument("--short", action="store_true", help="the short form, whose figures mean nothing")
     parser.add_argument("--keep", type=Path, help="keep what the lessons write in this folder")
+    parser.add_argument("--write", action="store_true", help="fill in the bands that are ? in the lessons")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of a process that runs one lesson
     args = parser.parse_args()
     chosen = [lesson for lesson in lessons() if not args.numbers or int(lesson.name.split("-")[0]) in args.numbers]
@@ -54,6 +56,8 @@ def main() -> int:
             table, outside = result_table(lesson, values, seconds)
             progress.console.print(table)
             failed |= outside and not args.short
+            if args.write:
+                write_bands(lesson, list(values.values()))
     return int(failed)
 
 
@@ -65,7 +69,7 @@ def run_apart(lesson: Lesson, seed: int, short: bool, keep: Path | None) -> tupl
     with tempfile.TemporaryDirectory() as temporary:
         folder = (keep / f"{lesson.name}-{seed}").resolve() if keep else Path(temporary) / "lesson"
         folder.mkdir(parents=True)
-        result = Path(temporary) / "result.json"
+        result = folder / "figures.json"
         number = lesson.name.split("-")[0]
         command = [sys.executable, "-m", "benchmarks.lessons", number, "--seeds", str(seed), "--result", str(result)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -83,18 +87,20 @@ def run_apart(lesson: Lesson, seed: int, short: bool, keep: Path | None) -> tupl
 
 
 def result_table(lesson: Lesson, values: dict[int, dict[str, float]], seconds: list[float]) -> tuple[Table, bool]:
-    """The figures of a lesson by seed, and whether one of them is outside its band."""
+    """The figures of a lesson with each seed, and whether one of them is outside its band."""
+    seeds = ", ".join(map(str, values))
     used = ", ".join(f"{value:.0f}" for value in seconds)
     table = Table(title=f"{lesson.title} ({used} s of CPU time)", title_justify="left")
-    for column in ("figure", "expected", "band", *(f"seed {seed}" for seed in values), ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for column in ("figure", "expected", "band", f"seeds {seeds}", ""):
+        table.add_column(column)
     outside = False
     for figure in lesson.figures:
-        inside = [figure.contains(found[figure.name]) for found in values.values()]
-        outside |= not all(inside)
-        shown = [f"{found[figure.name]:.4g}" for found in values.values()]
+        found = [of_seed[figure.name] for of_seed in values.values()]
+        inside = all(map(figure.contains, found))
+        outside |= not inside
         band = f"{figure.low:g} to {figure.high:g}"
-        table.add_row(figure.name, f"{figure.expected:g}", band, *shown, "in" if all(inside) else "[red]out[/]")
+        shown = ", ".join(f"{value:.4g}" for value in found)
+        table.add_row(figure.name, f"{figure.expected:g}", band, shown, "in" if inside else "[red]out[/]")
     return table, outside
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from markdown_it import MarkdownIt
 
 FOLDER = Path(__file__).parents[2] / "docs" / "lessons"
 HEADER = ("figure", "in the code", "expected", "band")
+
+UNMEASURED = "?"
+"""Stands in the columns expected and band until they are measured."""
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 
@@ -134,6 +138,8 @@ def _figures(path: Path, tokens: list[Any]) -> list[Figure]:
 def _figure(path: Path, row: list[str]) -> Figure:
     name, expression, expected, band = row
     code = re.fullmatch(r"`(.+)`", expression)
+    if code and (expected, band) == (UNMEASURED, UNMEASURED):
+        return Figure(name, code[1], math.nan, -math.inf, math.inf)
     limits = re.fullmatch(rf"({_NUMBER}) to ({_NUMBER})", band)
     if code is None or limits is None or not re.fullmatch(_NUMBER, expected):
         raise ValueError(f"{path.name}: expected | figure | `code` | number | low to high |, got | {' | '.join(row)} |")
