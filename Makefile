@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without --no-compile, pip compiles every module of every package, although most are never imported.
 PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo demo-real chat test test_slow latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
+.PHONY: demo demo-real chat test test_slow lessons latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -31,6 +31,10 @@ test: $(VENV)/installed-dev
 test_slow: export OMP_NUM_THREADS ?= 1
 test_slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+
+# The lessons of docs/lessons in full, with three seeds that their bands were not measured with.
+lessons: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.lessons
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

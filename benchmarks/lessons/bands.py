@@ -14,8 +14,8 @@ _LEAST = 0.05  # of the value: the least margin, for figures that hardly depend 
 def band(values: Sequence[float]) -> tuple[float, float]:
     """The range of ``values``, wider by its own width on both sides, or by 5 % of the largest value if that is more.
 
-    For five normal values, that is about 3.5 standard deviations on each side of the mean. It stays at or above 0 if all
-    values do, and at or below 1 if the largest value is 1. It is rounded outwards.
+    For five normal values, that is about 3.5 standard deviations on each side of the mean. It stays at or above 0 if
+    all values do, and at or below 1 if the largest value is 1. It is rounded outwards.
     """
     low, high = min(values), max(values)
     margin = max(high - low, _LEAST * max(abs(low), abs(high))) or _LEAST

@@ -70,9 +70,9 @@ def lessons(folder: Path = FOLDER) -> list[Lesson]:
 def read_lesson(path: Path) -> Lesson:
     """Reads one lesson.
 
-    The first block sets constants only, in Python, and ``SEED`` is one of them. A comment ``<!-- short form: STEPS = 3 -->``
-    has their values in the short form, separated by semicolons; ``fit --option value`` adds options to `rlchat fit`. A table
-    with the columns of ``HEADER`` states the figures. Blocks in languages other than Python and bash are not run.
+    The first block sets constants only, in Python, and ``SEED`` is one of them. A comment
+    ``<!-- short form: STEPS = 3 -->`` has their values in the short form, separated by semicolons; ``fit --option value`` adds options to `rlchat fit`. A
+    table with the columns of ``HEADER`` states the figures. Blocks in other languages than Python and bash are not run.
 
     Raises:
         ValueError: if the file is not of this form; the message names it.
@@ -86,7 +86,9 @@ def read_lesson(path: Path) -> Lesson:
     if not blocks or blocks[0].language != "python":
         raise ValueError(f"{path.name}: expected a block of Python that sets SEED")
     parameters = _constants(path, blocks[0].code)
-    comment = "".join(token.content for token in tokens if token.type == "html_block" and "short form:" in token.content)
+    comment = "".join(
+        token.content for token in tokens if token.type == "html_block" and "short form:" in token.content
+    )
     short, options = _short_form(comment)
     unknown = [name for name in ("SEED", *short) if name not in parameters]
     if unknown:

@@ -29,8 +29,8 @@ def run_lesson(lesson: Lesson, folder: Path, seed: int = 0, short: bool = False)
         short: whether to use the constants and options of the short form.
 
     Raises:
-        RuntimeError: if a command fails. Exceptions of Python blocks are not caught; their traceback names the line of the
-            lesson.
+        RuntimeError: if a command fails. Exceptions of Python blocks are not caught; their traceback names the line of
+            the lesson.
     """
     values = lesson.parameters | (lesson.short if short else {}) | {"SEED": seed}
     with _working_in(folder), _main_module() as namespace:
@@ -46,14 +46,15 @@ def run_lesson(lesson: Lesson, folder: Path, seed: int = 0, short: bool = False)
 
 
 def commands(code: str, seed: int, fit_options: str = "") -> list[str]:
-    """The commands of a bash block: continued lines joined, comments removed, seeds set, options added to `rlchat fit`."""
+    """The commands of a bash block: continued lines joined, seeds set, options added to `rlchat fit`."""
     found = []
     for line in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(_SEEDS.sub(rf"\g<1>{seed}", line), comments=True)
+        line = _SEEDS.sub(rf"\g<1>{seed}", line).strip()
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["rlchat"]:  # other commands stay as they are, for the shell
+            line = shlex.join([*words, *(shlex.split(fit_options) if words[1] == "fit" else [])])
         if words:
-            if words[:2] == ["rlchat", "fit"]:
-                words += shlex.split(fit_options)
-            found.append(shlex.join(words))
+            found.append(line)
     return found
 
 
