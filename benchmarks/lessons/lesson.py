@@ -71,9 +71,9 @@ def read_lesson(path: Path) -> Lesson:
     """Reads one lesson.
 
     The first block sets constants only, in Python, and ``SEED`` is one of them. The comment
-    ``<!-- short form: STEPS = 3; fit --option value -->`` has their values in the short form, and options that are added
-    to `rlchat fit`. A table with the columns of ``HEADER`` states the figures. Blocks in other languages than Python and
-    bash are not run.
+    ``<!-- short form: STEPS = 3; fit --option value -->`` has their values in the short form, and options that are
+    added to `rlchat fit`. A table with the columns of ``HEADER`` states the figures. Blocks in other languages than
+    Python and bash are not run.
 
     Raises:
         ValueError: if the file is not of this form; the message names it.
