@@ -11,6 +11,7 @@ import torch
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.data.datamodule import PromptBatch, RankedBatch, SequenceBatch
 from rlchat.demo.corpus import demo_trees
+from rlchat.study.gold import known_words
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.utils.padding import pad
 
@@ -39,9 +40,24 @@ def asked_questions(count: int, seed: int) -> list[Asked]:
         message = tree["prompt"]
         check = Check(tuple(message["check"]["any_of"]), tuple(message["check"]["none_of"]))
         prompt = Conversation((Message("user", message["text"]),), check=check)
-        # a follow-up question is also among the replies of the demo's trees, but below one of them
         asked.append(Asked(prompt, tuple(reply["text"] for reply in message["replies"])))
     return asked
+
+
+@dataclass(frozen=True, slots=True)
+class StudyWorld:
+    """The world of one seed: questions with people's replies, and the words that people use."""
+
+    held_out: tuple[Asked, ...]
+    training: tuple[Asked, ...]
+    known: frozenset[str]
+
+
+def make_study_world(questions: int, held_out: int, seed: int) -> StudyWorld:
+    """``questions`` of the demo's world with seed ``seed``, of which the first ``held_out`` are not trained on."""
+    asked = asked_questions(questions, seed)
+    known = known_words(reply for one in asked for reply in one.replies)
+    return StudyWorld(tuple(asked[:held_out]), tuple(asked[held_out:]), known)
 
 
 def sequence_batches(

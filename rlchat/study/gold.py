@@ -30,7 +30,7 @@ UNFINISHED = -0.5
 GIBBERISH = -0.5
 """Points for each word that the people of the demo's world do not use."""
 KNOWN = 3
-"""A word is known if people's replies contain it at least this many times: some of their replies have a piece missing."""
+"""A word is known if people's replies contain it this many times. Some of their replies have a piece missing."""
 
 _RUDE = re.compile(r"\b(fool|even a child|stop asking)\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+(?:['-]\w+)*")

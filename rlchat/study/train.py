@@ -19,12 +19,12 @@ from rlchat.ppo.module import PPOModule
 from rlchat.rewards import LearnedQuality, Reply, Reward
 from rlchat.study.data import Asked, Comparison, prompt_batch, prompt_batches, ranked_batches, sequence_batches
 from rlchat.study.settings import ENCODING, MAX_LENGTH, Settings
-from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 from rlchat.training.base import VALIDATION_STREAM, StageModule
 from rlchat.training.reward_model import RewardModelModule
 from rlchat.training.sft import SFTModule
 
-_NO_CLIP = 1e6  # standard deviations: the proxy reward is not clipped, so that the policy can exploit all of it
+NO_CLIP = 1e6
+"""Standard deviations: the proxy reward is not clipped, so that a policy can exploit all of it."""
 
 
 def network(width: int) -> dict[str, Any]:
@@ -58,7 +58,12 @@ def train_sft(path: Path, width: int, asked: Sequence[Asked], settings: Settings
 
 
 def train_proxy(
-    path: Path, start: Path, labelled: Sequence[Comparison], held_out: Sequence[Comparison], settings: Settings, seed: int
+    path: Path,
+    start: Path,
+    labelled: Sequence[Comparison],
+    held_out: Sequence[Comparison],
+    settings: Settings,
+    seed: int,
 ) -> dict[str, float]:
     """Trains a reward model on ``labelled``, from the SFT model ``start``, and writes its model file.
 
@@ -78,9 +83,11 @@ def train_proxy(
 class Recorder(L.Callback):
     """Measures the policy on held-out prompts before the first iteration, and after every ``every`` iterations.
 
+    It ends the run above a KL of ``most_kl`` nats per response.
+
     Attributes:
         points: one dict per measurement: ``iteration``, ``kl`` in nats per response, and the means of ``gold``,
-            ``proxy`` and ``tokens`` over the prompts.
+            ``proxy`` and ``tokens`` over the prompts; ``example`` is a response to the first prompt.
     """
 
     def __init__(
@@ -88,9 +95,10 @@ class Recorder(L.Callback):
         prompts: Sequence[Conversation],
         gold: Callable[[Sequence[Conversation], Sequence[Reply]], torch.Tensor],
         every: int,
+        most_kl: float,
     ) -> None:
-        self.prompts, self.gold, self.every = prompts, gold, every
-        self.points: list[dict[str, float]] = []
+        self.prompts, self.gold, self.every, self.most_kl = prompts, gold, every, most_kl
+        self.points: list[dict[str, Any]] = []
         self._batch: PromptBatch | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,6 +109,7 @@ class Recorder(L.Callback):
         """The policy after an iteration."""
         if pl_module.iterations % self.every == 0 or trainer.is_last_batch:  # type: ignore[operator]
             self._measure(pl_module)
+            trainer.should_stop = self.points[-1]["kl"] > self.most_kl
 
     def _measure(self, module: Any) -> None:
         self._batch = self._batch or prompt_batch(module.tokenizer, self.prompts)
@@ -132,7 +141,7 @@ def train_ppo(
     L.seed_everything(seed, verbose=False)
     module = PPOModule(
         init_from=str(policy),
-        reward=Reward([LearnedQuality(str(proxy), clip=_NO_CLIP, batch_size=256)]),
+        reward=Reward([LearnedQuality(str(proxy), clip=NO_CLIP, batch_size=256)]),
         max_new_tokens=settings.max_new_tokens,
         learning_rate=settings.ppo_learning_rate,
         schedule="constant",
@@ -184,8 +193,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def tokenizer() -> ChatTokenizer:
-    """The tokenizer of all models of the study."""
-    return ChatTokenizer(ENCODING)
