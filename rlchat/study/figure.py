@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from rlchat.study.results import Group
 
-# From light to dark with more data, width or penalty: "YlGnBu" of ColorBrewer without its lightest colors.
-_COLOURS = ("#7FCDBB", "#41B6C4", "#1D91C0", "#225EA8", "#0C2C84")
 _INK, _QUIET, _GRID = "#222222", "#777777", "#E6E6E6"
 
 
@@ -50,9 +49,10 @@ def _of(free: Sequence[Group], amount: int) -> list[Group]:
 
 
 def _draw_panel(axes: Axes, title: str, groups: Sequence[Group], by: str) -> None:
-    colours = _COLOURS if len(groups) > len(_COLOURS) // 2 + 1 else _COLOURS[1::2]
+    # from light to dark with more comparisons, width or penalty; the lightest colors are hard to see on white
+    colours = colormaps["YlGnBu"](np.linspace(0.4, 1.0, len(groups)))
     golds = [0.0]
-    for group, colour in zip(groups, colours, strict=False):
+    for group, colour in zip(groups, colours, strict=True):
         for curve in group.curves:
             axes.plot(curve.d, curve.proxy, color=colour, linewidth=0.8, alpha=0.5)
             axes.plot(curve.d, curve.gold, "o", color=colour, markersize=3, alpha=0.8, markeredgewidth=0)

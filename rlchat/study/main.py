@@ -103,6 +103,7 @@ def report(folder: Path, settings: Settings, seeds: tuple[int, ...], console: Co
     from rlchat.study.tables import as_values, markdown, terminal_table
 
     groups = collect(folder, settings, seeds)
+    console.print("Rewards are in standard deviations above the initial policy; last is the end of a run.")
     console.print(terminal_table(groups))
     write_json(folder / "results.json", {"seeds": list(seeds), "groups": as_values(groups)})
     table = markdown(groups)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from rlchat.study.fits import Fit
@@ -26,6 +27,16 @@ HEADINGS = (
     "last gold",
     "last proxy",
 )
+SHORT = {
+    "comparisons": "pairs",
+    "KL coef.": "KL\ncoef.",
+    "turnover √KL": "turnover\n√KL",
+    "best gold": "best\ngold",
+    "last gold": "last\ngold",
+    "last proxy": "last\nproxy",
+}
+"""Shorter headings for the terminal."""
+_ONLY_IN_FILES = ("α", "β", "best at √KL")
 _METHODS = {"best_of": "best of n", "rl": "PPO"}
 _FRONTIER = ("KL coef.", "last √KL", "last gold", "gold without a penalty at this √KL")
 
@@ -62,19 +73,21 @@ def rows_of(groups: Sequence[Group]) -> list[tuple[str, ...]]:
 
 
 def with_range(value: float, seeds: Sequence[float]) -> str:
-    """``value`` with the lowest and the highest of the ``seeds``, if there are several: ``1.20 (0.90–1.40)``."""
+    """``value`` with the lowest and the highest of the ``seeds``, if there are several: ``1.20 (0.90 to 1.40)``."""
     if len(seeds) < 2:
         return _number(value)
-    return f"{_number(value)} ({_number(min(seeds))}–{_number(max(seeds))})"
+    return f"{_number(value)} ({_number(min(seeds))} to {_number(max(seeds))})"
 
 
 def terminal_table(groups: Sequence[Group]) -> Table:
-    """The table of ``groups`` for the terminal."""
-    table = Table(pad_edge=False)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
+    """The columns that 80 characters have room for, without the ranges over seeds."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    shown = {heading: SHORT.get(heading, heading) for heading in HEADINGS if heading not in _ONLY_IN_FILES}
+    for heading, short in shown.items():
+        table.add_column(short, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows_of(groups):
-        table.add_row(*row)
+        cells = zip(HEADINGS, row, strict=True)
+        table.add_row(*(text.partition(" (")[0] for heading, text in cells if heading in shown))
     return table
 
 

@@ -17,6 +17,7 @@ from rlchat.errors import UserError
 from rlchat.study import main as study
 from rlchat.study.data import make_study_world
 from rlchat.study.figure import draw
+from rlchat.study.fits import Form
 from rlchat.study.gold import gold_points, known_words
 from rlchat.study.pieces import Piece, all_pieces, run_piece
 from rlchat.study.results import Curve, collect, frontier, group_of, make_curve
@@ -183,6 +184,9 @@ def test_held_out_questions_are_not_trained_on() -> None:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
+FORMS: tuple[Form, ...] = ("best_of", "rl")
+
+
 def curve(seed: int, d: list[float], gold: list[float]) -> Curve:
     return Curve(seed, np.array(d), np.array(gold), np.array(gold) * 2)
 
@@ -204,8 +208,8 @@ def test_the_penalty_is_compared_at_the_same_kl() -> None:
 
 
 def test_the_table_shows_ranges_over_seeds() -> None:
-    assert with_range(1.234, [1.0, 2.5]) == "1.23 (1.00–2.50)"
-    assert with_range(math.inf, [math.inf, 2.0]) == "none (2.00–none)"
+    assert with_range(1.234, [1.0, 2.5]) == "1.23 (1.00 to 2.50)"
+    assert with_range(math.inf, [math.inf, 2.0]) == "none (2.00 to none)"
     assert with_range(0.5, [0.5]) == "0.50"
     group = group_of("best_of", 16, 8, 0.0, 0.7, [curve(0, [0, 1, 2, 3], [0.0, 1.5, 2.0, 1.5])])  # d (2 - d / 2)
     (row,) = rows_of([group])
@@ -215,10 +219,12 @@ def test_the_table_shows_ranges_over_seeds() -> None:
 
 def test_the_figure_has_a_line_per_group() -> None:
     d, gold = [0.0, 1.0, 2.0, 3.0], [0.0, 1.5, 2.0, 1.5]
-    groups = [group_of(form, 16, n, 0.0, 0.7, [curve(0, d, gold)]) for form in ("best_of", "rl") for n in (8, 16)]  # type: ignore[arg-type]
+    kinds: list[tuple[Form, int, int, float]] = [(form, 16, n, 0.0) for form in FORMS for n in (8, 16)]
+    kinds += [("rl", 32, 8, 0.0), ("rl", 64, 8, 0.0), ("rl", 16, 8, 0.1)]
+    groups = [group_of(*kind, 0.7, [curve(0, d, gold)]) for kind in kinds]
     axes = draw(groups, amount=8, width=16).axes
     labels = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in axes]
-    assert labels == [["8", "16"], ["8", "16"], ["16"], ["0"]]
+    assert labels == [["8", "16"], ["8", "16"], ["16", "32", "64"], ["0", "0.1"]]
 
 
 @pytest.mark.slow
