@@ -43,7 +43,8 @@ def main(args: list[str]) -> int:
     run_all(folder, settings, missing, options.jobs, console)
     report(folder, settings, seeds, console)
     if missing:
-        console.print(f"{len(missing)} pieces in {time.monotonic() - began:.0f} s with --jobs {options.jobs}")
+        minutes = (time.monotonic() - began) / 60
+        console.print(f"{len(missing)} pieces took {minutes:.1f} minutes with --jobs {options.jobs}", highlight=False)
     return 0
 
 
@@ -91,7 +92,7 @@ def run_all(folder: Path, settings: Settings, pieces: list[Piece], jobs: int, co
     with Progress(*columns, console=console, disable=not pieces, speed_estimate_period=3600) as progress:
         bar = progress.add_task("starting", total=total, done=0, pieces=len(pieces))
         for done, (piece, seconds) in enumerate(run_pieces(folder, settings, pieces, jobs), start=1):
-            progress.update(bar, advance=piece.cost, description=piece.name, done=done)
+            progress.update(bar, advance=piece.cost, description=f"finished {piece.name}", done=done)
             if not console.is_terminal:
                 console.print(f"{piece.name}: {seconds:.0f} s ({done} of {len(pieces)} pieces)", highlight=False)
 
