@@ -62,7 +62,7 @@ class Piece:
 
 
 def all_pieces(settings: Settings, seeds: tuple[int, ...]) -> list[Piece]:
-    """All pieces, each after those that it needs; those of the first seed first."""
+    """All pieces, each after those that it needs; those of the lowest seed first."""
     pieces = []
     for seed in seeds:
         pieces += [
@@ -76,9 +76,18 @@ def all_pieces(settings: Settings, seeds: tuple[int, ...]) -> list[Piece]:
             rows = amount * settings.proxy_epochs(amount)
             pieces.append(Piece("proxy", seed, width, amount, cost=rows / 900 + 2))
             pieces.append(Piece("best_of", seed, width, amount, cost=samples / 8000))
-        for width, amount, kl_coef in settings.ppo_runs:
-            pieces.append(Piece("ppo", seed, width, amount, kl_coef, cost=settings.ppo_iterations / 3))
+        pieces += [Piece("ppo", seed, *run, cost=settings.ppo_iterations / 3) for run in settings.ppo_runs]
+        pieces.sort(key=lambda piece: _order(settings, piece))
     return pieces
+
+
+def _order(settings: Settings, piece: Piece) -> tuple[int, ...]:
+    """Sorts by seed, then what all need, then proxy by proxy with its best-of-n and PPO, then the KL penalties."""
+    kinds = ("sft", "pairs", "pool", "proxy", "best_of", "ppo")
+    place = settings.proxies.index((piece.width, piece.amount)) + 1 if piece.amount else 0
+    if piece.kl_coef:
+        place = len(settings.proxies) + 1
+    return piece.seed, place, kinds.index(piece.kind)
 
 
 def run_piece(folder: Path, settings: Settings, piece: Piece) -> dict[str, Any]:
