@@ -202,7 +202,10 @@ def _ppo(folder: Path, settings: Settings, piece: Piece) -> dict[str, Any]:
 
     world = _world(settings, piece)
     recorder = Recorder(
-        [one.prompt for one in world.held_out], Gold(world.known), settings.record_every, settings.most_kl
+        [one.prompt for one in world.held_out for _ in range(settings.recorded)],
+        Gold(world.known),
+        settings.record_every,
+        settings.most_kl,
     )
     start = folder / f"seed{piece.seed}/sft-{settings.policy_width}.pt"
     prompts = [one.prompt for one in world.training]

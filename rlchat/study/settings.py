@@ -21,7 +21,9 @@ class Settings:
         questions: prompts of the demo's world, of which the first ``held_out`` are not trained on.
         best_of: responses per prompt for best-of-n, to the first ``best_of_prompts`` held-out prompts.
         ppo_iterations: iterations of PPO at most; a run also ends above a KL of ``most_kl`` nats per response.
+        entropy_coef: of PPO; with more entropy, the policy goes on looking for responses that the proxy likes.
         record_every: iterations between two measurements on the held-out prompts.
+        recorded: responses per prompt in a measurement.
     """
 
     policy_width: int = 64
@@ -45,8 +47,10 @@ class Settings:
     ppo_batch: int = 64
     ppo_learning_rate: float = 1.5e-4
     most_kl: float = 60.0
+    entropy_coef: float = 0.0
     critic_warmup: int = 2
     record_every: int = 4
+    recorded: int = 2
 
     def proxy_epochs(self, comparisons: int) -> int:
         """Passes over ``comparisons``: four, and up to sixteen if they are fewer than ``proxy_rows`` / 4."""

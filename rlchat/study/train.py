@@ -149,6 +149,7 @@ def train_ppo(
         ppo_epochs=2,
         minibatches=2,
         kl_coef=kl_coef,
+        entropy_coef=settings.entropy_coef,
         critic_warmup=settings.critic_warmup,
         seed=seed,
     )
