@@ -43,7 +43,7 @@ _FRONTIER = ("KL coef.", "last √KL", "last gold", "gold without a penalty at t
 
 def rows_of(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     """One row of texts per group, in the order of :data:`HEADINGS`; a range is from the lowest to the highest seed."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for group in groups:
         fit, fits, curves = group.fit, group.fits, group.curves
         best_d, best_gold = ([curve.best[i] for curve in curves] for i in (0, 1))

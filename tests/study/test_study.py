@@ -228,11 +228,12 @@ def test_the_figure_has_a_line_per_group() -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_study_shows_that_gold_and_proxy_part(tmp_path: Path) -> None:
-    """With few comparisons, the proxy reward rises to the end, and the gold reward ends below its best."""
+def test_gold_and_proxy_part_in_the_quick_study(tmp_path: Path) -> None:
+    """What the proxy promises is more than what the gold reward gains, for best-of-n and for PPO without a penalty."""
     out = tmp_path / "quick"
     assert main(["study", "overoptimization", "--quick", "--out", str(out)]) == 0
-    groups = collect(out, QUICK, (0,))
-    (few,) = [g for g in groups if (g.form, g.amount, g.kl_coef) == ("rl", 64, 0.0)]
-    assert few.curves[0].proxy[-1] > 1
-    assert few.curves[0].gold[-1] < few.curves[0].best[1] - 0.2
+    groups = [group for group in collect(out, QUICK, (0,)) if group.amount == 64 and group.kl_coef == 0]
+    assert [group.form for group in groups] == ["best_of", "rl"]
+    for group in groups:
+        (measured,) = group.curves
+        assert measured.proxy[-1] > measured.gold[-1] + 0.3
