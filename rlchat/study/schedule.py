@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlchat.study.pieces import Piece, run_piece
@@ -30,7 +31,8 @@ def run_pieces(folder: Path, settings: Settings, pieces: Sequence[Piece], jobs: 
             while waiting or running:
                 for piece in ready(settings, waiting, list(running.values()))[: jobs - len(running)]:
                     waiting.remove(piece)
-                    running[pool.submit(_seconds, folder, settings, piece)] = piece
+                    with _ctrl_c_later():  # it may start a process, which must not report Ctrl-C while it starts
+                        running[pool.submit(_seconds, folder, settings, piece)] = piece
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     yield running.pop(future), future.result()
@@ -49,5 +51,20 @@ def _seconds(folder: Path, settings: Settings, piece: Piece) -> float:
 
 
 def _end_at_ctrl_c() -> None:
-    """Ctrl-C reaches all processes of a terminal; only the first one reports it."""
+    """Ctrl-C reaches all processes of a terminal; only the first one reports it, the others just end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C takes effect at the end; a process that starts meanwhile has it blocked too. Windows cannot block it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
