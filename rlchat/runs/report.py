@@ -107,16 +107,21 @@ class Report:
         return [change for change in changes if not change.name.startswith(measured)]
 
     @property
+    def data_paths(self) -> list[str]:
+        """The files that the run was trained on, as they were specified."""
+        data = self.options.get("data") or {}
+        paths = data.get("init_args", data).get("path")  # a data module of the user has a class_path
+        return [str(path) for path in paths] if isinstance(paths, list) else [str(paths)] if paths else []
+
+    @property
     def setup(self) -> list[tuple[str, str]]:
         """Name and value of the options that matter most: stage, model, reward, data, seed."""
-        model, data = self.options.get("model") or {}, self.options.get("data") or {}
-        data = data.get("init_args", data)  # a data module of the user has a class_path
+        model = self.options.get("model") or {}
         arguments = model.get("init_args") or {}
         rows = [("stage", str(model.get("class_path", "")))]
         rows += [(name, str(arguments[name])) for name in _SHOWN_OPTIONS if arguments.get(name) is not None]
         rows += [("reward", factor) for factor in _factors(arguments.get("reward"))]
-        paths = data.get("path")
-        rows += [("data", ", ".join(paths) if isinstance(paths, list) else str(paths))] if paths else []
+        rows += [("data", ", ".join(self.data_paths))] if self.data_paths else []
         return [*rows, ("seed", str(self.options.get("seed_everything")))]
 
 
