@@ -81,7 +81,7 @@ ARMS = (
     Arm("RLOO", {"advantage": "rloo", "group_size": 4}, _rates()),
     Arm("GRPO", {"advantage": "grpo", "group_size": 4}, _rates()),
     Arm("REINFORCE++", {"advantage": "reinforce_pp"}, _rates()),
-    Arm("DPO", {}, _rates(beta=(0.01, 0.03, 0.1))),
+    Arm("DPO", {}, _rates(beta=(0.03, 0.1, 0.3))),
 )
 
 
