@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write a page about a run: figures before and after, plots, samples, alarms",
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
+    "study": "optimize proxy rewards until the true reward falls: rlchat study overoptimization",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
     "export": "write a chat model for transformers, llama.cpp or safetensors",
     "cache": "show or clear tokenized data and unpacked base models",
@@ -108,6 +109,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.demo import main as demo
 
         return demo.main
+    if command == "study":
+        from rlchat.study import main as study
+
+        return study.main
     if command == "export":
         from rlchat.cli import export
 

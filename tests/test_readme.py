@@ -49,6 +49,9 @@ PARSED_ONLY = {
     "rlchat demo --real --rankings",
     "rlchat look",
     "rlchat report",
+    "rlchat study overoptimization",
+    "rlchat study overoptimization --quick",
+    "rlchat study overoptimization --out mine --seeds 0 1 2 3 4 --jobs 4",
     "rlchat report lightning_logs/ppo/version_0 --out ppo_0.html",
     "rlchat look lightning_logs/ppo/version_0 --port 8011",
     "rlchat look lightning_logs/ppo/version_1 --with lightning_logs/ppo/version_0",
@@ -114,6 +117,7 @@ def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
     save_bundle("checkpoints/rl_chat_model_tiktoken.pt", policy)
     shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/sft_model.pt")
     write_run(Path("lightning_logs/ppo/version_0"), [rollout()])
+    (workplace / "lightning_logs" / "ppo" / "version_0" / "metrics.csv").write_text("step,train/reward\n0,1.0\n")
     Path("checkpoints/report.json").write_text('{"ppo": {"reward": 1.05}}')
     return workplace
 
@@ -196,6 +200,7 @@ def test_benchmark_parses(line: str, folder: Path, stop_after_parsing: None, mon
     if words[0] == "-m":
         words.pop(0)
         start = partial(runpy.run_module, words[0])
+        monkeypatch.delitem(sys.modules, f"{words[0]}.__main__", raising=False)  # runpy warns about an imported module
     else:
         start = partial(runpy.run_path, str(ROOT / words[0]))
     monkeypatch.setattr(sys, "argv", words)

@@ -209,6 +209,7 @@ def main() -> None:
     )
     module = IdPPO(**options_of(h, size, options.seed, options.critic, initial, Path(tempfile.mkdtemp())))
     module.shortest = options.shortest
+    del initial  # the module has loaded a copy; this one would count as rlchat's memory
     fit(module, make_batches(prompts, size, h.batch_size), Recorder(record, size), gpu=options.gpu)
 
 

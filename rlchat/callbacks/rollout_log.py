@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlchat.callbacks.run_state import batches_seen, is_fast_dev_run
-from rlchat.conversation import Conversation, messages_id
+from rlchat.conversation import messages_id
 from rlchat.distributed.collectives import gather_objects, take_turns
 from rlchat.errors import UserError, at_least_one
 from rlchat.ppo.module import Iteration, PPOModule
@@ -29,6 +30,7 @@ class RolloutLog(Callback):
     ``rollouts.jsonl`` in the run's log folder has one line per response: the prompt, the response, why it ended, its
     reward by factor, its KL to the reference model in nats, and the critic's value. With ``tokens``, the line also has
     the tokens of the response with their numbers. ``rlchat look`` shows this file; docs/look.md describes its fields.
+    ``held_out.jsonl`` has the responses of each validation, without tokens; ``rlchat report`` compares them.
     TensorBoard shows histograms of the same numbers, and of the advantages, under ``rollout/``.
 
     Args:
@@ -65,7 +67,7 @@ class RolloutLog(Callback):
         columns = _token_columns(pl_module, seen) if self.tokens else {}
         if self.ratio:
             columns["ratio"] = _ratios(trainer, pl_module, seen)
-        rows = _rows(pl_module, seen)
+        rows = _rows(pl_module, seen.rollout.rows(seen.factors))
         chosen = self._chosen(trainer.global_rank, [row["prompt_id"] for row in rows], pl_module.options.group_size)
         if columns:
             for number, tokens in per_token(seen, columns, chosen, pl_module.tokenizer).items():
@@ -81,6 +83,17 @@ class RolloutLog(Callback):
             lines = ({**head, **row} for row, written in every if written)
             append_lines(Path(log_dir, "rollouts.jsonl"), lines, compact=True)
         self._add_histograms(trainer, iteration, [row for row, _ in every], [x for *_, part in parts for x in part])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the responses to held-out prompts."""
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not isinstance(pl_module, PPOModule) or not training:
+            return
+        rows = take_turns(gather_objects(_rows(pl_module, pl_module.held_out_rows)))
+        log_dir = trainer.log_dir  # a collective
+        if trainer.is_global_zero and log_dir is not None and rows and not is_fast_dev_run(trainer):
+            head = {"version": _VERSION, "iteration": batches_seen(trainer)}
+            append_lines(Path(log_dir, "held_out.jsonl"), ({**head, **row} for row in rows), compact=True)
 
     def _chosen(self, rank: int, prompt_ids: Sequence[str], group_size: int) -> set[int]:
         """The numbers of the responses of this process, ``rank``, that are written. A collective.
@@ -109,25 +122,27 @@ class RolloutLog(Callback):
                         add_histogram(f"rollout/{name}", drawable, iteration)
 
 
-def prompt_id(prompt: Conversation, turns: int = 1) -> str:
-    """Names ``prompt`` by its text, see :func:`rlchat.conversation.messages_id`.
+def prompt_id(prompt: Sequence[Mapping[str, str]], turns: int = 1) -> str:
+    """Names the messages ``prompt``, each with ``role`` and ``content``: see :func:`rlchat.conversation.messages_id`.
 
     If the policy answers several turns, the responses in a prompt are its own. They do not count, so that the same turn
     of a conversation has the same name in every iteration.
     """
-    messages = [(m.role, m.text) for m in prompt.messages if turns == 1 or m.role != "assistant"]
-    return messages_id(messages)
+    return messages_id([(m["role"], m["content"]) for m in prompt if turns == 1 or m["role"] != "assistant"])
 
 
-def _rows(module: PPOModule, seen: Iteration) -> list[dict[str, Any]]:
-    """The rows of all responses on this process, without token data. A number that is not finite is None."""
-    rows = []
-    for conversation, row in zip(seen.rollout.conversations, seen.rollout.rows(seen.factors), strict=True):
-        row["kl"] = row["kl"] if math.isfinite(row["kl"]) else None
-        has_value = module.critic_kind != "none" and math.isfinite(row["value"])
-        row["value"] = row["value"] if has_value else None
-        rows.append({"prompt_id": prompt_id(conversation, module.options.turns), **row})
-    return rows
+def _rows(module: PPOModule, responses: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``responses`` with ``prompt_id``, and without numbers that are not finite or that mean nothing."""
+    has_value = module.critic_kind != "none"
+    return [
+        {
+            "prompt_id": prompt_id(row["prompt"], module.options.turns),
+            **row,
+            "kl": row["kl"] if math.isfinite(row["kl"]) else None,
+            "value": row["value"] if has_value and math.isfinite(row["value"]) else None,
+        }
+        for row in responses
+    ]
 
 
 def _token_columns(module: PPOModule, seen: Iteration) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from rlchat.export.gguf_file import check_available, write_gguf
 from rlchat.export.output import check_file, check_folder
 from rlchat.export.weights import write_safetensors
 from rlchat.models.model_file import load_policy
+from rlchat.runs.report import LOGS, find_run, read_report
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -45,7 +46,9 @@ def main(args: list[str]) -> int:
         check_available()
     if options.license and not re.fullmatch(r"[\w.+-]+", options.license):
         raise UserError(f"invalid value {options.license!r} for --license: expected an identifier such as apache-2.0")
-    facts = CardFacts(options.data, options.license, read_figures(options.figures) if options.figures else {})
+    figures = read_figures(options.figures) if options.figures else {}
+    run = read_report(find_run(options.run)) if options.run else None
+    facts = CardFacts(options.data, options.license, figures, run)
     base = adapter.base_of(options.model, options.base_model) if options.to == "peft" else None
     bundle = load_policy(options.model, base_model=options.base_model)
     dtype = _DTYPES[options.dtype]
@@ -91,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="a JSON file with figures for the model card: checkpoints/report.json",
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN",
+        help=f"the folder of the training run, for figures before and after in the model card: {LOGS}/ppo/version_0",
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT if an earlier export wrote it")
     return parser

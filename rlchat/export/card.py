@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+import yaml
 
 from rlchat.errors import UserError
 from rlchat.models.base.source import BaseSource
 from rlchat.models.model_file import PolicyBundle
+from rlchat.runs.report import Change, Report
 
 _HOW_TO_USE = """\
 ## Use
@@ -38,6 +42,7 @@ class CardFacts:
     data: str = ""
     license: str = ""
     figures: Mapping[str, Any] = field(default_factory=dict)
+    run: Report | None = None  # the training run
 
 
 def model_card(bundle: PolicyBundle, name: str, facts: CardFacts) -> str:
@@ -54,7 +59,7 @@ def model_card(bundle: PolicyBundle, name: str, facts: CardFacts) -> str:
         "Tokenizer": f"{_code(bundle.tokenizer.name)}, {bundle.tokenizer.vocab_size:,} ids",
         "Last training stage": _code(str(about["stage"])) if about.get("stage") else "not known",
         "Batches in that stage": str(about.get("batches", "")),
-        "Data": facts.data or "not known",
+        "Data": facts.data or _data_of(facts.run) or "not known",
         "Critic": str(about.get("critic", "")),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
@@ -63,6 +68,7 @@ def model_card(bundle: PolicyBundle, name: str, facts: CardFacts) -> str:
         f"# {name}\n\nA chat model trained with rlchat.\n",
         f"| | |\n|---|---|\n{table}\n",
         _reward(about.get("reward")),
+        _training(facts.run) if facts.run else "",
         _figures(facts.figures),
         _HOW_TO_USE,
     ]
@@ -120,11 +126,68 @@ def _reward(factors: Any) -> str:
 
 def _without_places(factor: Mapping[str, Any]) -> dict[str, Any]:
     """The options of ``factor``. Of an absolute path, only the name of the file remains."""
-    options = dict(factor.get("init_args", {}))
-    for name, value in options.items():
-        if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
-            options[name] = Path(value).name
+    options: dict[str, Any] = _named_only(factor.get("init_args", {}))
     return options
+
+
+def _data_of(run: Report | None) -> str:
+    """The names of the files that ``run`` was trained on, without their folders."""
+    paths = (run.data_paths if run else None) or []
+    return ", ".join(_code(PurePath(path).name) for path in paths)
+
+
+def _training(run: Report) -> str:
+    """The options of the run, figures before and after, alarms, versions, and the configuration that repeats it."""
+    rows = [(name, value) for name, value in run.setup if name not in ("reward", "data")]  # the card has them elsewhere
+    options = [f"| {name} | {_cell(_code(_named_only(value)))} |" for name, value in rows]
+    parts = ["## Training run", "", "| option | value |", "|---|---|", *options, ""] if run.options else []
+    for comparison, split in ((run.held_out, "held-out"), (run.rollouts, "training")):
+        if comparison.changes:
+            parts += [f"### Before and after, on {split} prompts", "", comparison.measured_on(split), ""]
+            parts += _change_table(comparison.changes)
+    if run.validation:
+        parts += ["### First and last validation", "", *_change_table(run.validation)]
+    if run.alarms is not None:
+        alarms = [f"- Iteration {alarm['iteration']}: {_plain(str(alarm['message']))}" for alarm in run.alarms]
+        parts += ["### Alarms", "", *(alarms or ["None."]), ""]
+    if run.versions:
+        listed = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        parts += [f"Versions: {_plain(listed)}.", ""]
+    if run.options:
+        config = yaml.safe_dump(_named_only(run.options), sort_keys=False, allow_unicode=True)
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config)), default=0))  # no text in it ends the block
+        parts += ["To repeat the run, save this as `config.yaml`, with the places of your files:", ""]
+        parts += ["```bash", "rlchat fit --config config.yaml", "```", "", f"{fence}yaml", config.rstrip(), fence, ""]
+    return "\n".join(parts)
+
+
+def _change_table(changes: Sequence[Change]) -> list[str]:
+    rows = []
+    for change in changes:
+        between = "" if change.low is None else f"{change.low:+.3g} to {change.high:+.3g}"
+        numbers = f"{change.before:.4g} | {change.after:.4g} | {change.after - change.before:+.3g}"
+        rows.append(f"| {_cell(change.name)} | {numbers} | {between} |")
+    return ["| | before | after | difference | 95 % interval |", "|---|---|---|---|---|", *rows, ""]
+
+
+def _named_only(value: Any) -> Any:
+    """``value`` with the name of the file instead of each absolute path."""
+    if isinstance(value, Mapping):
+        return {name: _named_only(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_named_only(part) for part in value]
+    absolute = isinstance(value, str) and (value.startswith("~") or PurePath(value).is_absolute())
+    return PurePath(value).name if absolute else value
+
+
+def _plain(text: str) -> str:
+    """``text`` as one line without markup: what a card could read as HTML or Markdown is escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+
+
+def _cell(text: str) -> str:
+    """``text`` within a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _figures(figures: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from rlchat.callbacks.stats_curves import escape_dollars, shorten
 from rlchat.callbacks.stats_figure import draw_stats
-from rlchat.look.report import Change, Comparison, Report
+from rlchat.runs.report import Change, Comparison, Report
 
 _STYLE = """
 :root { color-scheme: light dark; --quiet: #666; --line: #ddd; --box: #f6f6f6; }
@@ -34,24 +34,19 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-ur
 
 _SLIDE_ROWS = 9
 
-_SHOWN_OPTIONS = (
-    *("init_from", "base_model", "tiktoken_encoding", "adapter", "train_layers", "learning_rate"),
-    *("advantage", "critic", "kl_coef", "ppo_epochs", "minibatches", "group_size", "max_new_tokens"),
-    *("loss_type", "beta"),
-)
-
 
 def report_page(report: Report) -> str:
     """The whole page, without external resources."""
     sections = [
         f"<h1>Run {escape(report.name)}</h1>",
         _section("What was trained on what", _setup(report)),
-        _section("Before and after, on training prompts", _changes(report)),
+        _section("Before and after, on training prompts", _changes(report.rollouts, "training")),
+        _section("First and last validation, on held-out prompts", _changes(report.held_out, "held-out")),
         _section("First and last validation", _table(report.validation) if report.validation else ""),
         _section("Curves", _curves(report)),
         _section("Best responses of the last logged rollout", _samples(report.best)),
         _section("Worst responses of the last logged rollout", _samples(report.worst)),
-        _section("Held-out prompts, first and last response", _held_out(report)),
+        _section("Held-out prompts, first and last response", _first_and_last(report)),
         _section("Alarms", _alarms(report)),
         _section("Repeat this run", _repeat(report)),
     ]
@@ -72,43 +67,12 @@ def _section(title: str, content: str) -> str:
 def _setup(report: Report) -> str:
     if not report.options:
         return '<p class="note">The folder has no config.yaml.</p>'
-    model, data = report.options.get("model") or {}, report.options.get("data") or {}
-    data = data.get("init_args", data)  # a data module of the user has a class_path
-    arguments = model.get("init_args") or {}
-    rows = [("stage", str(model.get("class_path", "")))]
-    rows += [(name, str(arguments[name])) for name in _SHOWN_OPTIONS if arguments.get(name) is not None]
-    rows += [("reward", factor) for factor in _factors(arguments.get("reward"))]
-    paths = data.get("path")
-    rows += [("data", ", ".join(paths) if isinstance(paths, list) else str(paths))] if paths else []
-    rows.append(("seed", str(report.options.get("seed_everything"))))
-    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in report.setup)
     return f"<table>{body}</table>"
 
 
-def _factors(reward: Any) -> list[str]:
-    """One line for each factor of the reward: its class and its options."""
-    given = reward.get("init_args", {}).get("factors") if isinstance(reward, dict) else reward
-    lines = []
-    for factor in given if isinstance(given, list) else []:
-        if isinstance(factor, dict):
-            name, values = str(factor.get("class_path", "")), factor.get("init_args") or {}
-            lines.append(f"{name}({', '.join(f'{key}={value}' for key, value in values.items())})")
-        else:
-            lines.append(str(factor))
-    return lines
-
-
-def _changes(report: Report) -> str:
-    if not report.rollouts.changes:
-        return ""
-    return f'<p class="note">{_measured_on(report.rollouts)}</p>\n{_table(report.rollouts.changes)}'
-
-
-def _measured_on(rollouts: Comparison) -> str:
-    first, last = rollouts.iterations
-    old, new = rollouts.prompts
-    prompts = f"the same {old} training prompts" if rollouts.paired else f"{old} training prompts, then {new} others"
-    return f"Iterations {first} and {last}, {prompts}; 95 % bootstrap intervals of the difference over prompts."
+def _changes(found: Comparison, split: str) -> str:
+    return f'<p class="note">{found.measured_on(split)}</p>\n{_table(found.changes)}' if found.changes else ""
 
 
 def _table(changes: Iterable[Change]) -> str:
@@ -159,9 +123,9 @@ def _shown_factors(row: dict[str, Any]) -> str:
     return f" ({parts})" if parts else ""
 
 
-def _held_out(report: Report) -> str:
+def _first_and_last(report: Report) -> str:
     blocks = []
-    for old, new in report.held_out:
+    for old, new in report.samples:
         reward = [f", reward {_shown(row['reward'])}" if "reward" in row else "" for row in (old, new)]
         blocks.append(
             f'<div class="sample">{_conversation(old)} <span class="who">(iteration {old["iteration"]}{reward[0]})'
@@ -226,9 +190,14 @@ def _has(report: Report, metric: str) -> bool:
     return f"train/{metric}" in report.curves or f"val/{metric}" in report.curves
 
 
+def _slide_figures(report: Report) -> tuple[Comparison, str]:
+    """The figures with intervals, and the split of their prompts: held-out if there are any."""
+    return (report.held_out, "held-out") if report.held_out.changes else (report.rollouts, "training")
+
+
 def _slide_rows(report: Report) -> list[Change]:
     """The figures that fit onto the slide: without the factors of the reward if there are many."""
-    changes = report.rollouts.changes
+    changes = _slide_figures(report)[0].changes
     if len(changes) > _SLIDE_ROWS:
         changes = [change for change in changes if not change.name.startswith("reward/")]
     return [*changes, *report.validation][:_SLIDE_ROWS]
@@ -239,4 +208,5 @@ def _slide_note(report: Report) -> str:
     if not measured:
         return "First and last validation."
     rest = " Others: first and last validation." if len(measured) < len(_slide_rows(report)) else ""
-    return f"The first {len(measured)} figures: {_measured_on(report.rollouts)}{rest}"
+    found, split = _slide_figures(report)
+    return f"The first {len(measured)} figures: {found.measured_on(split)}{rest}"

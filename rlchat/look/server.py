@@ -10,9 +10,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from rlchat.errors import UserError
-from rlchat.look.curves import read_curves, stamp
 from rlchat.look.page import build_page
 from rlchat.look.rollouts import NAME, Rollouts
+from rlchat.runs.curves import read_curves, stamp
 from rlchat.utils.hosts import is_address_or
 
 ADDRESS = "127.0.0.1"

@@ -2,8 +2,8 @@
 
 The policy head is by far the widest layer. Written with plain operations, it keeps several tensors of the size
 [tokens, vocabulary] for the backward pass. Here, logits are computed for a block of the vocabulary at a time, which
-stays in the cache. If the vocabulary times the tokens need little memory, the exponentials of the logits are kept for
-the backward pass (1.12 to 1.14 times as fast as to keep the logits); otherwise it computes them again.
+stays in the cache. The exponentials of the first blocks are kept for the backward pass, up to a limit (1.12 to 1.14
+times as fast as to keep the logits); it computes those of the other blocks again.
 
 With logits l, p = softmax(l), H = -Σ p log p, and the chosen token t:
 
@@ -13,8 +13,9 @@ With logits l, p = softmax(l), H = -Σ p log p, and the chosen token t:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -121,16 +122,20 @@ class _TokenStats(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.lower = is_lower_precision(weight)
+        columns_of_blocks = _columns(hidden, weight)
         most_kept = _CPU_KEPT_LOGITS if hidden.device.type == "cpu" else _GPU_KEPT_LOGITS
         # The slope of capped logits depends on the logits, which are not kept.
-        keeps = any(ctx.needs_input_grad) and len(targets) * len(weight) <= most_kept and head.form.cap is None
-        kept = []
+        keeps = any(ctx.needs_input_grad) and head.form.cap is None
+        fitting = [c.stop for c in columns_of_blocks if keeps and c.stop * len(targets) <= most_kept]
+        # One tensor for all that is kept, which goes back to the operating system as a whole.
+        store = hidden.new_empty(len(targets) * max(fitting, default=0), dtype=torch.float32)
+        highest_of_blocks = []  # of the kept ones
         # Of the blocks so far: the highest logit h, Σ exp(l - h) and Σ exp(l - h) (l - h); all [tokens].
         highest = torch.full((len(targets),), UNSAYABLE_LOGIT, dtype=torch.float32, device=hidden.device)
         total, weighted, chosen = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(highest)
         memory = hidden.new_empty(0, dtype=torch.float32)
         with float32_products(hidden.device, ctx.lower):
-            for columns, logits in _blocks(hidden, head, reuse_memory=not keeps):
+            for columns, logits in _blocks(hidden, head, columns_of_blocks, store):
                 place, inside = _places(targets, columns)
                 chosen = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), chosen)
                 before, highest = highest, torch.maximum(highest, logits.amax(1))
@@ -140,12 +145,12 @@ class _TokenStats(torch.autograd.Function):
                 weights = torch.exp(shifted, out=logits)
                 weighted = step.exp() * (weighted + step * total) + torch.linalg.vecdot(weights, shifted)
                 total = step.exp() * total + weights.sum(1)
-                if keeps:
-                    kept += [weights, highest]
+                if len(highest_of_blocks) < len(fitting):
+                    highest_of_blocks.append(highest)
         log = total.log()
         log_total, entropy = highest + log, log - weighted / total
         correct = (chosen >= highest).float()
-        ctx.save_for_backward(hidden, weight, bias, targets, log_total, entropy, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_total, entropy, store, *highest_of_blocks)
         ctx.head = head
         ctx.mark_non_differentiable(correct)
         ctx.set_materialize_grads(False)
@@ -154,7 +159,7 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_logprobs: Tensor | None, of_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_total, entropy, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, log_total, entropy, store, *highest_of_blocks = ctx.saved_tensors
         head: Head = ctx.head._replace(weight=weight, bias=bias)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if of_logprobs is None:
@@ -166,7 +171,8 @@ class _TokenStats(torch.autograd.Function):
         to_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
         to_bias = torch.empty_like(bias, dtype=torch.float32) if need_bias else None
         with float32_products(hidden.device, ctx.lower):
-            blocks = _kept_blocks(hidden, head, log_total, kept) if kept else _new_blocks(hidden, head, log_total)
+            kept = _kept_blocks(hidden, head, log_total, store, highest_of_blocks)
+            blocks = chain(kept, _new_blocks(hidden, head, log_total, after=len(highest_of_blocks)))
             for columns, weights, log_factor, slope in blocks:  # log p = log weights + log_factor
                 factor = log_factor.exp()
                 gradient = weights * (-of_logprobs * factor)[:, None]
@@ -199,16 +205,19 @@ Block = tuple[slice, Tensor, Tensor, Tensor | float]
 """Ids, weights [tokens, block], log_factor [tokens] and slope of a block's logits; p = weights · exp(log_factor)."""
 
 
-def _kept_blocks(hidden: Tensor, head: Head, log_total: Tensor, kept: list[Tensor]) -> Iterator[Block]:
-    """Blocks for the backward pass, from what the forward pass kept."""
+def _kept_blocks(
+    hidden: Tensor, head: Head, log_total: Tensor, store: Tensor, highest_of_blocks: list[Tensor]
+) -> Iterator[Block]:
+    """Blocks for the backward pass, from what the forward pass kept: the first ones, one after another in ``store``."""
     slope = head.form.slope(log_total, head.temperature)
-    for columns, weights, highest in zip(_columns(hidden, head.weight), kept[::2], kept[1::2], strict=True):
+    for columns, highest in zip(_columns(hidden, head.weight), highest_of_blocks, strict=False):
+        weights = store[len(hidden) * columns.start : len(hidden) * columns.stop].view(len(hidden), -1)
         yield columns, weights, highest - log_total, slope
 
 
-def _new_blocks(hidden: Tensor, head: Head, log_total: Tensor) -> Iterator[Block]:
-    """Blocks for the backward pass, computed again."""
-    for columns, logits in _blocks(hidden, head):
+def _new_blocks(hidden: Tensor, head: Head, log_total: Tensor, after: int) -> Iterator[Block]:
+    """Blocks for the backward pass, computed again, without the first ``after``."""
+    for columns, logits in _blocks(hidden, head, _columns(hidden, head.weight)[after:]):
         slope = head.form.slope(logits, head.temperature)
         yield columns, logits.sub_(log_total[:, None]).exp_(), torch.zeros_like(log_total), slope
 
@@ -225,17 +234,26 @@ def _columns(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, min(start + width, len(weight))) for start in range(0, len(weight), width)]
 
 
-def _blocks(hidden: Tensor, head: Head, reuse_memory: bool = True) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(
+    hidden: Tensor, head: Head, columns: Sequence[slice], store: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of the vocabulary, with their logits [tokens, block] in float32 at the temperature of ``head``.
 
-    With ``reuse_memory``, a block overwrites the one before.
+    Each block overwrites the one before, except for the first ones, which fill ``store`` one after another.
+
+    Example: with 2 tokens, blocks of 3 ids and a store of 12 numbers, ids 0 to 2 are in store[0:6], ids 3 to 5 in
+    store[6:12], and the logits of ids 6 to 8 overwrite each other's memory with those of ids 9 to 11.
     """
     hidden, weight = hidden.detach().float(), head.weight.detach()
-    columns = _columns(hidden, weight)
-    memory = hidden.new_empty(len(hidden) * columns[0].stop if reuse_memory else 0)
+    memory = hidden.new_empty(0)
     for ids in columns:
         rows = weight[ids].float()
-        out = _part(memory, torch.Size((len(hidden), len(rows)))) if reuse_memory else None
+        shape = torch.Size((len(hidden), len(rows)))
+        if store is not None and len(hidden) * ids.stop <= len(store):
+            out = store[len(hidden) * ids.start : len(hidden) * ids.stop].view(shape)
+        else:  # the first block is the widest
+            memory = memory if memory.numel() else hidden.new_empty(shape.numel())
+            out = _part(memory, shape)
         logits = torch.mm(hidden, rows.T, out=out)
         if head.bias is not None:
             logits.add_(head.bias[ids].detach().float())

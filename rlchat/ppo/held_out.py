@@ -22,7 +22,7 @@ class HeldOutModule(RolloutModule):
     def on_validation_epoch_start(self) -> None:
         """Discards the responses of the last validation, and samples from the weights that are validated now."""
         self.rollout_engine.synchronize(self)
-        self.held_out_replies: list[str] = []
+        self.held_out_rows: list[dict[str, Any]] = []
         self.held_out_prompts = 0
 
     def validation_step(self, batch: PromptBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -38,8 +38,8 @@ class HeldOutModule(RolloutModule):
         rows = self.global_rows(len(batch.ids), self.held_out_prompts)
         self.held_out_prompts += len(batch.ids)
         rollout = self.roll_out(batch, rows, stream=VALIDATION_STREAM)
-        self.held_out_replies += [reply.text for reply in rollout.replies]
         factors = self.score_responses(rollout.conversations, rollout.replies)
+        self.held_out_rows += rollout.rows(factors)
         self.tally.add("reward", torch.stack(list(factors.values())).sum(0))
         for name, value in factors.items():
             self.tally.add(f"reward_{name}", value)
@@ -61,7 +61,7 @@ class HeldOutModule(RolloutModule):
     def held_out_metrics(self) -> dict[str, float]:
         """Means over all responses of all processes, and the fraction of distinct bigrams. A collective."""
         metrics = super().held_out_metrics()
-        replies = [reply for part in gather_objects(self.held_out_replies) for reply in part]
+        replies = [row["reply"] for part in gather_objects(self.held_out_rows) for row in part]
         if replies:
             metrics["distinct_2"] = distinct_n(replies, 2)
         return metrics

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_ppo import ONE_STEP, QUESTIONS, LetterE, fit, ppo, prompts
+from helpers.small_ppo import ONE_STEP, QUESTIONS, LetterE, fit, ppo, prompts, sequences, serve, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -50,6 +50,24 @@ def test_every_few_iterations_as_lines_and_as_histograms(encoding: str, tmp_path
     assert found[0].histogram_value.num == 8
 
 
+def test_the_responses_of_each_validation(encoding: str, tmp_path: Path) -> None:
+    module = ppo(encoding, reward=Reward([LetterE(), MissingEnd(0.5)]), advantage="rloo", group_size=2)
+    held_out = [serve([prompts(module.tokenizer, QUESTIONS[:5])]), serve([sequences(module.tokenizer)])]
+    fitted = trainer(callbacks=[RolloutLog()], logger=CSVLogger(tmp_path, "", "run"), val_check_interval=1)
+    fitted.fit(module, serve([prompts(module.tokenizer)] * 2), held_out)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "held_out.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1] * 5 + [2] * 5
+    last = lines[5:]
+    assert [line["prompt"][-1]["content"] for line in last] == list(QUESTIONS[:5])
+    assert [line["prompt_id"] for line in last] == [prompt_id(line["prompt"]) for line in lines[:5]]
+    metrics = fitted.callback_metrics
+    assert sum(line["reward"] for line in last) / 5 == pytest.approx(float(metrics["val/reward"]), abs=1e-5)
+    assert sum(line["kl"] for line in last) / 5 == pytest.approx(float(metrics["val/kl"]), abs=1e-5)
+    assert all(line["value"] is None for line in last)  # no critic
+    fitted.validate(module, held_out, verbose=False)
+    assert len((tmp_path / "run" / "held_out.jsonl").read_text().splitlines()) == 10
+
+
 def logged(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``rollouts.jsonl``; a number that JSON does not have is an error."""
 
@@ -68,7 +86,7 @@ def test_of_many_prompts_the_same_ones_are_written_each_time(encoding: str, tmp_
         fit(module, 1, batch, callbacks=[log], logger=CSVLogger(tmp_path, "", name))
     first, second = ([line["prompt_id"] for line in logged(tmp_path / name)] for name in "ab")
     assert first == second[::-1]  # in the order of the rollout
-    ids = {text: prompt_id(Conversation((Message("user", text),))) for text in QUESTIONS}
+    ids = {text: prompt_id([{"role": "user", "content": text}]) for text in QUESTIONS}
     assert first == [ids[text] for text in QUESTIONS if ids[text] in sorted(ids.values())[:3]]
 
 
@@ -125,9 +143,9 @@ def test_the_texts_of_tokens_never_split_a_character(byte_tokenizer: ChatTokeniz
 
 
 def test_the_name_of_a_prompt() -> None:
-    first = Conversation((Message("user", "Hi"),))
-    turn = [Conversation((*first.messages, Message("assistant", text), Message("user", "Why?"))) for text in "ab"]
-    assert prompt_id(first) == prompt_id(Conversation((Message("user", "Hi"),), tree_id="elsewhere"))
+    first = [{"role": "user", "content": "Hi"}]
+    ask = {"role": "user", "content": "Why?"}
+    turn = [[*first, {"role": "assistant", "content": text}, ask] for text in "ab"]
     assert len({prompt_id(prompt) for prompt in (first, *turn)}) == 3
     assert prompt_id(turn[0], turns=2) == prompt_id(turn[1], turns=2) != prompt_id(first, turns=2)
 

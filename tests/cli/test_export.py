@@ -51,6 +51,38 @@ def test_a_folder_with_a_model_card(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| ok |" not in card
 
 
+def test_a_model_card_with_the_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "lightning_logs" / "ppo" / "version_0"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("step,val/perplexity,val/reward\n9,3.0,1.0\n19,2.5,2.0\n")
+    model = {"class_path": "rlchat.PPOModule", "init_args": {"init_from": "/home/ann/secret/sft.pt", "kl_coef": 0.1}}
+    data = {"path": ["/home/ann/secret/talk.jsonl", "more.jsonl"]}
+    (run / "config.yaml").write_text(json.dumps({"seed_everything": 3, "model": model, "data": data}))
+    (run / "alarms.jsonl").write_text('{"iteration": 7, "message": "the KL is <b>12</b> nats"}\n')
+    (run / "versions.json").write_text('{"torch": "2.11.0"}')
+    rows = [
+        {"iteration": i, "prompt_id": f"p{n}", "prompt": [], "reply": "x", "reward": i / 10, "factors": {}, "kl": 0.5}
+        for i in (10, 20)
+        for n in range(12)
+    ]
+    with (run / "held_out.jsonl").open("w") as file:
+        file.writelines(json.dumps({**row, "tokens": 4, "ended_by": "end of turn"}) + "\n" for row in rows)
+    assert export(MODEL, "--to", "hf", tmp_path / "out", "--run", run) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "secret" not in card
+    assert "| Data | `talk.jsonl`, `more.jsonl` |" in card
+    assert "| init_from | `sft.pt` |\n| kl_coef | `0.1` |" in card
+    assert "Iterations 10 and 20, the same 12 held-out prompts" in card
+    assert "| reward | 1 | 2 | +1 | +1 to +1 |" in card
+    assert "| perplexity | 3 | 2.5 | -0.5 |  |" in card
+    assert "- Iteration 7: the KL is \\<b\\>12\\</b\\> nats" in card
+    assert "Versions: torch 2.11.0." in card
+    config = yaml.safe_load(card.split("```yaml\n")[1].split("\n```")[0])
+    assert config["data"] == {"path": ["talk.jsonl", "more.jsonl"]}
+    assert config["model"]["init_args"] == {"init_from": "sft.pt", "kl_coef": 0.1}
+    assert "no such folder" in failure(capsys, MODEL, "--to", "hf", tmp_path / "o", "--run", tmp_path / "none")
+
+
 def test_a_gguf_file(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     assert export(MODEL, tmp_path / "m.gguf", "--to", "gguf") == 0

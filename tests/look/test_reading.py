@@ -10,8 +10,8 @@ import pytest
 from helpers.look_runs import TOKENS, add_rows, old_rollout, rollout, write_run
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rlchat.look.curves import read_curves, stamp
 from rlchat.look.rollouts import Rollouts
+from rlchat.runs.curves import read_curves, stamp
 
 FIRST, SECOND = [[0.25, 0.75], [-0.25, 0.5], [0.25, 1.5]], [-2.0, -0.5]
 

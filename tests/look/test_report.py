@@ -11,8 +11,9 @@ import pytest
 from matplotlib.image import imread
 
 from rlchat.__main__ import main
-from rlchat.look.report import bootstrap_interval, compare_rollouts, read_report, write_page
+from rlchat.look.report import write_page
 from rlchat.look.report_page import draw_slide, report_page
+from rlchat.runs.report import bootstrap_interval, compare_rollouts, read_report
 
 
 def response(iteration: int, prompt: str, reward: float | None, **more: Any) -> dict[str, Any]:
@@ -120,6 +121,21 @@ def test_the_page(run: Path) -> None:
         assert text in page, text
     assert page.index("reply to p10") < page.index("reply to p0")  # the best first
     assert "base_model" not in page.split("<details>")[0]  # null
+
+
+def test_held_out_responses_are_compared_with_intervals(run: Path) -> None:
+    rows = [response(i, f"h{n}", 0.5 + 0.1 * i, kl=0.05 * i) for i in (10, 20) for n in range(11)]
+    (run / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = read_report(run)
+    page = report_page(report)
+    assert "Iterations 10 and 20, the same 11 held-out prompts" in page
+    assert (
+        '<td>reward</td><td class="number">1.5</td><td class="number">2.5</td><td class="number">+1</td>'
+        '<td class="note">+1 to +1</td>'
+    ) in page
+    assert report.validation == []  # val/reward and val/kl are the means of these responses
+    texts = [text.get_text() for text in draw_slide(report).texts]
+    assert any("the same 11 held-out prompts" in text for text in texts)
 
 
 def test_a_run_with_metrics_alone(run: Path) -> None:

@@ -89,7 +89,7 @@ def test_token_stats_equal_a_plain_softmax_over_sayable_tokens(temperature: floa
 
 
 @pytest.mark.parametrize("width", [1, 4, VOCABULARY])  # with 4, the last block is narrower
-@pytest.mark.parametrize("kept", [0, 7 * VOCABULARY])
+@pytest.mark.parametrize("kept", [0, 7 * 9, 7 * VOCABULARY])  # none, the first blocks, all
 def test_blocks_do_not_change_the_result(width: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, targets = policy(), torch.tensor([1, 2, 3, 4, 5, 6, 8])
 
@@ -224,6 +224,19 @@ def test_logits_are_computed_again_only_if_they_were_not_kept(
     head = Head(torch.ones(VOCABULARY, 3), None, Records(), torch.zeros(VOCABULARY, dtype=torch.bool), 1.0)
     token_stats(hidden, torch.zeros(7, dtype=torch.long), head).logprobs.sum().backward()
     assert Records.shapes == [(7, VOCABULARY)] * computed
+
+
+def test_the_blocks_that_were_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 3 ids for 2 tokens; 13 numbers are kept, which are 2 blocks of 6 numbers."""
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_BLOCK", 6)
+    monkeypatch.setattr("rlchat.models.token_stats._MIN_BLOCK_WIDTH", 1)
+    monkeypatch.setattr("rlchat.models.token_stats._CPU_KEPT_LOGITS", 13)
+    Records.shapes = []
+    head = Head(torch.ones(10, 3), None, Records(), torch.zeros(10, dtype=torch.bool), 1.0)
+    loss = token_stats(torch.ones(2, 3, requires_grad=True), torch.tensor([0, 9]), head).logprobs.sum()
+    assert Records.shapes == [(2, 3), (2, 3), (2, 3), (2, 1)]
+    loss.backward()
+    assert Records.shapes[4:] == [(2, 3), (2, 1)]
 
 
 @pytest.mark.parametrize(("precision", "newer"), [("high", "tf32"), ("highest", "ieee")])

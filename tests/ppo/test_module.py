@@ -557,7 +557,7 @@ def test_held_out_metrics(encoding: str) -> None:
     loaders.append(serve([sequences(module.tokenizer)]))
     (first, *_), (second, *_) = (trainer().validate(module, loaders, verbose=False) for _ in range(2))
     assert first == second  # the same random numbers each time
-    replies = module.held_out_replies
+    replies = [row["reply"] for row in module.held_out_rows]
     assert len(replies) == 8
     assert first["val/reward_letter_e"] == pytest.approx(
         sum(factor.score(Conversation(()), Reply(r, 0, True)) for r in replies) / 8

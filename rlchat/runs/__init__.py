@@ -1,0 +1,1 @@
+"""Reads the folder of a run: its metrics, responses, alarms and versions."""

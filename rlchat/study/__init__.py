@@ -1,0 +1,1 @@
+"""Studies of RLHF on a small world whose truth is known: `rlchat study overoptimization`."""
