@@ -14,6 +14,11 @@ from benchmarks.lessons.lesson import Figure, Lesson, lessons, read_lesson
 from benchmarks.lessons.running import commands, run_lesson
 
 LESSONS = lessons()
+QUICK = ("3", "4", "5")  # their short forms need the least time; the others' are for `make test_slow`
+SHORT = [
+    pytest.param(lesson, id=lesson.name, marks=[] if lesson.name.startswith(QUICK) else pytest.mark.slow)
+    for lesson in LESSONS
+]
 
 SMALL = """# 1. Counting
 
@@ -153,7 +158,7 @@ def test_every_lesson_has_its_parts(lesson: Lesson) -> None:
     assert [sentence for sentence in sentences if len(sentence.split()) > 22] == []
 
 
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+@pytest.mark.parametrize("lesson", SHORT)
 def test_short_form_runs(lesson: Lesson, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "agg")
     with working_in(folder), empty_plots():
