@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write a page about a run: figures before and after, plots, samples, alarms",
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
+    "data": "generate prompts with answers that can be checked, from reasoning-gym",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
     "export": "write a chat model for transformers, llama.cpp or safetensors",
     "cache": "show or clear tokenized data and unpacked base models",
@@ -112,6 +113,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.cli import export
 
         return export.main
+    if command == "data":
+        from rlchat.tasks import main as tasks
+
+        return tasks.main
     if command == "cache":
         from rlchat.cli import cache
 
