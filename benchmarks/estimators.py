@@ -244,11 +244,18 @@ def table(runs: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str, f
         early = with_interval([reward_at(run["curve"], "cpu_s", budget) for run in found])
         yield f"| {name} | {setting} | {' | '.join(columns)} | {seconds} | {early} |"
     if "DPO" in runs:
-        for name in runs:
+        for name, found in runs.items():
             if name != "DPO":
-                pairs_of = zip(runs[name], runs["DPO"], strict=True)
-                gain = [reward_at(online["curve"], "kl", dpo["kl"]) - dpo["reward"] for online, dpo in pairs_of]
-                yield f"\n{name} minus DPO at the KL of DPO, same seed: {with_interval(gain)}"
+                gain = [
+                    gain_at_equal_kl(one["curve"], dpo["curve"]) for one, dpo in zip(found, runs["DPO"], strict=True)
+                ]
+                yield f"\n{name} minus DPO at equal KL, same seed: {with_interval(gain)}"
+
+
+def gain_at_equal_kl(curve: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> float:
+    """The reward of ``curve`` minus that of ``other`` at the highest KL that both reach."""
+    kl = min(max(row["kl"] for row in rows) for rows in (curve, other))
+    return reward_at(curve, "kl", kl) - reward_at(other, "kl", kl)
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:

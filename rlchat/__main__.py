@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
     "study": "optimize proxy rewards until the true reward falls: rlchat study overoptimization",
+    "data": "generate prompts with answers that can be checked, from reasoning-gym",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
     "export": "write a chat model for transformers, llama.cpp or safetensors",
     "cache": "show or clear tokenized data and unpacked base models",
@@ -117,6 +118,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.cli import export
 
         return export.main
+    if command == "data":
+        from rlchat.tasks import main as tasks
+
+        return tasks.main
     if command == "cache":
         from rlchat.cli import cache
 

@@ -44,6 +44,8 @@ PARSED_ONLY = {
     "rlchat demo --seed 1",
     "rlchat demo --real",
     "rlchat demo --real --rankings",
+    "rlchat data reasoning-gym --list",
+    "rlchat data reasoning-gym spell_backward -n 1000 --set max_word_len=6 -o data/spelling.jsonl",
     "rlchat look",
     "rlchat report",
     "rlchat study overoptimization",
@@ -109,6 +111,7 @@ def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
         write_talk(path)
         (path.parent / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     (workplace / "questions.txt").write_text("What comes after 3?\nHello\n")
+    write_talk(workplace / "data" / "spelling.jsonl")
     policy = random_policy(tokenizer)
     policy.about["reward"] = [{"class_path": "rlchat.rewards.TooShort"}]
     save_bundle("checkpoints/rl_chat_model_tiktoken.pt", policy)
@@ -219,7 +222,7 @@ def test_make_and_pip_use_files_and_extras_that_exist() -> None:
         assert words[1] == "install"
         for word in words[2:]:
             if word.startswith(".["):
-                extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+                extras = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
                 assert word[2:-1] in extras
             else:
                 assert word in ("-e", "-c", ".", "constraints.txt")

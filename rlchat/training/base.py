@@ -300,7 +300,7 @@ class PolicyModule(StageModule):
     def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling, seed: int) -> None:
         super().__init__(bundle, options)
         self.sampling = sampling
-        self.best_of = 1  # responses per prompt of which `rlchat predict` keeps the one with the highest reward
+        self.best_of = 1  # responses per prompt in validate, test and predict; see the callback Predictions
         self.seed = seed
 
     def token_stats(self, batch: SequenceBatch) -> TokenStats:
@@ -352,13 +352,15 @@ class PolicyModule(StageModule):
         replies = self.decode(self.generate(ids, mask, self.sampling, uniforms))
         prompts = [prompt for prompt in batch.conversations for _ in range(n)]
         rewards = self.predicted_rewards(prompts, replies)
+        correct = [prompt.passes(reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
         kept: Sequence[int] = range(len(replies))
         if n > 1:
             totals = [reward["reward"] for reward in rewards]
             kept = best_of(totals, n)
             for i in kept:
-                start = i - i % n
-                rewards[i] |= {"best_of": n, "mean_reward": sum(totals[start : start + n]) / n}
+                group = slice(i - i % n, i - i % n + n)
+                rewards[i] |= {"best_of": n, "mean_reward": sum(totals[group]) / n}
+                rewards[i] |= {} if correct[i] is None else {"correct_of_n": correct[group].count(True)}
         return [
             {
                 "messages": [{"role": m.role, "content": m.text} for m in prompts[i].messages],
@@ -366,6 +368,7 @@ class PolicyModule(StageModule):
                 "tokens": replies[i].tokens,
                 "ended": replies[i].ended,
                 **rewards[i],
+                **({} if correct[i] is None else {"correct": correct[i]}),
             }
             for i in kept
         ]

@@ -607,6 +607,19 @@ def test_predict_writes_the_best_of_several(after: Path, trained: Path, capsys: 
     assert [reply["messages"][-1]["content"] for reply in replies] == ["Hi", "Why?", "What is it?"]
     assert all(reply["best_of"] == 4 and reply["reward"] >= reply["mean_reward"] for reply in replies)
     assert any(reply["reward"] > reply["mean_reward"] for reply in replies)
+    checked = [
+        {"prompt": "Hi", "answer": ".", "check": "regex"},
+        {"prompt": "Why?", "answer": "(?!)", "check": "regex"},
+    ]
+    (after / "prompts.txt").rename("prompts.jsonl")
+    text = "".join(json.dumps(row) + "\n" for row in [*checked, {"prompt": "What is it?"}])
+    (after / "prompts.jsonl").write_text(text)
+    words[-1] = "prompts.jsonl"
+    rlchat(*words, "--best_of", "2", "--predictions.path", "checked.jsonl")
+    assert "1 of 2 that have an answer are correct, pass@1 0.500, pass@2 0.500" in capsys.readouterr().out
+    replies = rows(after / "checked.jsonl")
+    assert [row.get("correct_of_n") for row in replies] == [2, 0, None]
+    assert [row.get("correct") for row in replies] == [True, False, None]
     sft = newest(trained, "sft") / "checkpoints" / "best.ckpt"
     message = error_message(capsys, *words[:2], str(sft), *words[3:], "--best_of", "2", "--predictions.path", "x")
     assert "--best_of 2 needs a reward, and SFTModule has none" in message
