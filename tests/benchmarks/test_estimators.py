@@ -34,6 +34,14 @@ def test_the_reward_at_a_time_is_the_mean_of_three_iterations() -> None:
     assert estimators.reward_at(curve, "cpu_s", 100.0) == pytest.approx((49 + 64 + 81) / 3)
 
 
+def test_rewards_are_compared_at_the_highest_kl_that_both_reach() -> None:
+    low = [{"kl": kl, "reward": reward} for kl, reward in ((1.0, 0.1), (2.0, 0.2), (3.0, 0.3), (4.0, 0.4))]
+    high = [{"kl": kl, "reward": reward} for kl, reward in ((2.0, 0.5), (3.9, 0.6), (4.1, 0.7), (4.2, 0.8), (9.0, 0.9))]
+    # At a KL of 4, the nearest three: 4, 3 and 2 of the first curve, 3.9, 4.1 and 4.2 of the second.
+    assert estimators.gain_at_equal_kl(low, high) == pytest.approx(0.3 - 0.7)
+    assert estimators.gain_at_equal_kl(high, low) == pytest.approx(0.7 - 0.3)
+
+
 def test_the_true_reward_ranks_the_pairs(tmp_path: Path) -> None:
     size = estimators.SIZE
     estimators.save_initial(estimators.initial_model(size, 0), size, tmp_path / "initial.pt")
