@@ -62,11 +62,12 @@ class PreferenceBatch(NamedTuple):
     attention_mask: Tensor  # Bool [N, T], False on padding
     response_mask: Tensor  # Bool [N, T], True on the tokens of the response and its end marker
     group: Tensor  # Long [N], index of the prompt in this batch
-    rank: Tensor  # Long [N], 0 is the best of its group
+    rank: Tensor  # Long [N], 0 is the best of its group, -1 is unranked
+    quality: Tensor | None = None  # Float [N] in 0..1, NaN if unlabelled; None: no labels
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         """The same batch on ``device``."""
-        return PreferenceBatch(*(tensor.to(device) for tensor in self))
+        return PreferenceBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
 class PromptBatch:
@@ -194,7 +195,8 @@ class PreferenceRows(_ResponseRows, Dataset[PreferenceBatch]):
         start, end = (torch.cat([x[span] for span in spans])[:, None] for x in (self.ranked.start, self.ranked.end))
         position = torch.arange(ids.shape[1])
         response_mask = mask & (position >= start) & (position < end)
-        return PreferenceBatch(ids, mask, response_mask, group, torch.cat([self.ranked.rank[span] for span in spans]))
+        rank, quality = (torch.cat([x[span] for span in spans]) for x in (self.ranked.rank, self.ranked.quality))
+        return PreferenceBatch(ids, mask, response_mask, group, rank, quality)
 
 
 class PromptRows(Dataset[PromptBatch]):

@@ -162,6 +162,14 @@ class OASST2DataModule(LightningDataModule):
     def needs(self, needs: DataNeeds) -> None:
         self._needs = needs
 
+    def describe(self) -> dict[str, Any]:
+        """The files and the split, as plain values: a model file records what it was trained on.
+
+        Of an absolute path, only the name of the file is included: model files are passed on.
+        """
+        paths = [str(path) if not Path(path).is_absolute() else Path(path).name for path in self.paths]
+        return {"path": paths, **{name: getattr(self, name) for name in ("seed", "val_fraction", "test_fraction")}}
+
     def prepare_data(self) -> None:
         """Tokenizes in one process, so that the others find the result in the cache."""
         if self.paths and not getattr(self.trainer, "predicting", False):
