@@ -81,7 +81,7 @@ def read_verdicts(
 
 
 def verdict_of(row: dict[str, Any]) -> JudgedResponse:
-    """The verdict in a row of :func:`rlchat.chat.feedback.feedback_row`. Raises :class:`BadLineError` if it has none."""
+    """The verdict in a row of :func:`rlchat.chat.feedback.feedback_row`; :class:`BadLineError` if it has none."""
     feedback_id, kind = row.get("feedback_id"), row.get("verdict")
     if not isinstance(feedback_id, str) or kind not in _KINDS or not isinstance(row.get("prompt"), dict):
         raise BadLineError("not a verdict: expected the fields feedback_id, verdict and prompt of a feedback file")

@@ -57,9 +57,9 @@ def judge(
         new: the figures of the version.
         bounds: how far is too far.
         verdicts: the number of verdicts that count, held back or not.
-        alarms: the problems that were noticed in training, as clauses.
+        alarms: the problems that were noticed in training, as sentences.
     """
-    reasons = [f"an alarm in training: {alarm}" for alarm in alarms]
+    reasons = [*alarms]
     notes = []
     if new.agrees is None or current.agrees is None:
         why = f"{verdicts} verdicts are fewer than {MIN_VERDICTS}" if verdicts < MIN_VERDICTS else _NONE_HELD_BACK

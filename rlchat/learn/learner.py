@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
 from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation
-from rlchat.errors import UserError
+from rlchat.errors import NonFiniteError, UserError
 from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts
 from rlchat.learn.gate import MIN_VERDICTS, Bounds, Decision, judge, kl_between
 from rlchat.learn.measure import Figures, Yardstick, measure, questions_of, respond
@@ -23,8 +23,6 @@ from rlchat.learn.stages import Lesson, Trained, Training, train
 from rlchat.models.model_file import PolicyBundle, load_policy, save_bundle
 from rlchat.models.sampling import Sampling
 from rlchat.utils.devices import choose_device
-
-_FEWEST_REPLAYED = 32  # prompts; more verdicts need more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +180,11 @@ class _Round:
         self.say(_describe(counts))
         replay = self._replay({verdict.opening_id for verdict in verdicts})
         self._lap("read")
-        yardstick = self._yardstick(replay, held_back)
+        yardstick = self._yardstick(replay, held_back, rejected_texts(judged_prompts(verdicts)))
         original = measure(self.original, yardstick)
         current = original if self.request.current is None else self._measure_current(yardstick)
         self._lap("measure")
-        lesson = self._lesson(judged, replay, len(training))
+        lesson = self._lesson(judged, replay)
         self.say(
             f"training: {self.training.method}, {_PARTS[self.training.part or 'full']}, on {len(lesson.judged)} judged "
             f"and {len(lesson.replay)} replayed prompts ({replay.source})"
@@ -197,9 +195,8 @@ class _Round:
             )
             trained.policy.model.to(self.original.model.backbone.device).eval()
             self._lap("train")
-            new = measure(trained.policy, yardstick)
+            new, decision = self._judge(trained, yardstick, original, current, len(verdicts))
             self._lap("measure")
-        decision = judge(original, current, new, self.request.bounds, len(verdicts), trained.alarms)
         figures = self._figures(counts, replay, (original, current, new), decision)
         number, path = None, None
         if decision.accepted:
@@ -207,6 +204,16 @@ class _Round:
         else:
             self.versions.reject(figures)
         return Outcome(decision, number, path, figures, original, current, new)
+
+    def _judge(
+        self, trained: Trained, yardstick: Yardstick, original: Figures, current: Figures, verdicts: int
+    ) -> tuple[Figures, Decision]:
+        """The figures of the version, and the decision. A version that computes NaN has no figures."""
+        try:
+            new = measure(trained.policy, yardstick)
+        except NonFiniteError:
+            return Figures.none(), Decision([*trained.alarms, "the version computes NaN or infinity"])
+        return new, judge(original, current, new, self.request.bounds, verdicts, trained.alarms)
 
     def _replay(self, openings: set[str]) -> Replay:
         paths, data_split = data_of(self.original.about)
@@ -219,14 +226,21 @@ class _Round:
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
         return everyday_replay(self.request.replay_prompts)
 
-    def _yardstick(self, replay: Replay, held_back: Sequence[JudgedResponse]) -> Yardstick:
-        seed = self.training.seed
+    def _yardstick(self, replay: Replay, held_back: Sequence[JudgedResponse], bad: set[str]) -> Yardstick:
+        """What the models are measured on.
+
+        A control that the original model answers with a text that the verdicts reject is left out: it would hold the
+        version to what the verdicts correct.
+        """
+        seed, controls = self.training.seed, replay.controls if replay.checked else []
+        greedy = respond(self.original, controls, replace(self._sampling, temperature=0.0), seed) if controls else []
+        controls = [p for p, reply in zip(controls, greedy, strict=True) if reply.text.strip() not in bad]
         texts = respond(self.original, replay.controls, self._sampling, seed) if replay.controls else []
-        originals = [(p, r.text.strip()) for p, r in zip(replay.controls, texts, strict=True) if r.text.strip()]
+        originals = [(p, reply) for p, reply in zip(replay.controls, texts, strict=True) if reply.text.strip()]
         return Yardstick(
             questions=questions_of(held_back, judged_prompts(held_back), self.original, self._sampling, seed + 1),
             threads=replay.threads,
-            controls=replay.controls if replay.checked else [],
+            controls=controls,
             originals=originals,
             max_new_tokens=self.training.tokens,
         )
@@ -235,14 +249,13 @@ class _Round:
         assert self.request.current is not None
         return measure(load_policy(self.request.current, self.original.model.backbone.device), yardstick)
 
-    def _lesson(self, judged: list[Conversation], replay: Replay, verdicts: int) -> Lesson:
+    def _lesson(self, judged: list[Conversation], replay: Replay) -> Lesson:
         """The training data. A replayed response that the verdicts reject on another prompt is left out."""
-        count = max(_FEWEST_REPLAYED, 2 * verdicts)
-        prompts, bad = replay.prompts[:count], rejected_texts(judged)
+        prompts, bad = replay.prompts, rejected_texts(judged)
         replies = respond(self.original, prompts, self._sampling, self.training.seed + 2) if prompts else []
         texts = [reply.text.strip() if reply.ended else "" for reply in replies]
         kept = [answered(p, t) for p, t in zip(prompts, texts, strict=True) if t and t not in bad]
-        return Lesson(judged, kept, replay.judged[:count])
+        return Lesson(judged, kept, replay.judged)
 
     @property
     def _sampling(self) -> Sampling:

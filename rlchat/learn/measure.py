@@ -48,14 +48,14 @@ class Yardstick:
         questions: the held-back verdicts.
         threads: held-out conversations with human replies.
         controls: held-out prompts with a check.
-        originals: control prompts, each with a response of the original model, sampled at temperature 1.
+        originals: held-out prompts, each with a response of the original model, sampled at temperature 1.
         max_new_tokens: of responses to controls.
     """
 
     questions: list[Question]
     threads: list[Conversation]
     controls: list[Conversation]
-    originals: list[tuple[Conversation, str]]
+    originals: list[tuple[Conversation, Reply]]
     max_new_tokens: int
 
 
@@ -80,6 +80,11 @@ class Figures:
     controls: int
     original_nll: float | None
 
+    @classmethod
+    def none(cls) -> Figures:
+        """Of a model that cannot be measured."""
+        return cls(None, 0, None, None, 0, None)
+
     def values(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
@@ -90,7 +95,7 @@ def measure(model: PolicyBundle, yardstick: Yardstick) -> Figures:
     tokenizer, length = model.tokenizer, model.max_length
     threads = [tokenizer.render(thread, length) for thread in yardstick.threads]
     perplexity = nats_per_token(model, [row for row in threads if any(row.loss_mask)])
-    responses = [render(model, prompt, text) for prompt, text in yardstick.originals]
+    responses = [render(model, prompt, reply.text.strip(), reply.ended) for prompt, reply in yardstick.originals]
     correct = None
     if yardstick.controls:
         replies = respond(model, yardstick.controls, Sampling(yardstick.max_new_tokens, 0.0), seed=0)
@@ -164,11 +169,14 @@ def agreement(model: PolicyBundle, questions: Sequence[Question]) -> int:
     return agreeing
 
 
-def render(model: PolicyBundle, prompt: Conversation, text: str) -> Rendered:
-    """``text`` as the response to ``prompt``, with a loss mask on the response only."""
+def render(model: PolicyBundle, prompt: Conversation, text: str, ended: bool = True) -> Rendered:
+    """``text`` as the response to ``prompt``, with a loss mask on the response only.
+
+    Unless it ``ended``, the end marker is not in the mask, because the model did not generate it.
+    """
     row = model.tokenizer.render_response(prompt, Message("assistant", text), model.max_length)
-    start = start_of_response(row)
-    mask = [i >= start for i in range(len(row.ids))]
+    start, end = start_of_response(row), len(row.ids) - (not ended)
+    mask = [start <= i < end for i in range(len(row.ids))]
     return Rendered(row.ids, mask, row.dropped, row.cut, row.response_cut)
 
 

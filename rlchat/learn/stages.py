@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from rich import get_console
 
 from rlchat.callbacks.alarms import Alarms
@@ -35,12 +34,12 @@ FULL_BELOW = 20_000_000
 """Models with fewer weights are trained in full by default, others with LoRA."""
 
 # Of a new version; a LoRA needs a higher one, see docs/lora.md.
-_LEARNING_RATES: dict[Part, float] = {"full": 3e-4, "lora": 1e-3}
-_MOST_PASSES, _FEWEST_STEPS = 12, 40
+_LEARNING_RATES: dict[Part, float] = {"full": 2e-4, "lora": 5e-4}
+_FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
 
 _log = logging.getLogger("rlchat")
-# Warnings of the stages that say nothing here: nothing is selected by validation, and alarms are shown with the outcome.
+# Warnings that say nothing here: nothing is selected by validation, and alarms are shown with the outcome.
 _EXPECTED = ("validation is off", "no validation was run", "alarm: ")
 
 
@@ -51,8 +50,8 @@ class Training:
     Attributes:
         method: dpo, or ppo after an update of the reward model.
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
-        learning_rate: the peak learning rate; None: 3e-4 for all weights, 1e-3 for LoRA.
-        passes: passes over the data; None: as many as :data:`_FEWEST_STEPS` steps need, from 4 to 12.
+        learning_rate: the peak learning rate; None: 2e-4 for all weights, 5e-4 for LoRA.
+        passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
         lora_rank: the rank of the adapters.
@@ -195,13 +194,17 @@ def _train_ppo(
     watch = Alarms()
     limits = {"limit_train_batches": min(per_pass, options.iterations)}
     alarms += _fit(module, data, -(-options.iterations // per_pass), scratch, [watch], **limits)
-    return Trained(module.bundle(), reward_module.bundle(), alarms + [note["message"] for note in watch.notes])
+    return Trained(
+        module.bundle(),
+        reward_module.bundle(),
+        alarms + [f"alarm in training: {note['message']}" for note in watch.notes],
+    )
 
 
 def _passes(rows: int, options: Training) -> int:
-    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, from 4 to :data:`_MOST_PASSES`."""
+    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, from 4 to 12."""
     steps = -(-rows // options.batch_size)
-    return options.passes or min(max(-(-_FEWEST_STEPS // steps), 4), _MOST_PASSES)
+    return options.passes or min(max(-(-_FEWEST_STEPS // steps), _FEWEST_PASSES), _MOST_PASSES)
 
 
 def _data(prompts: Sequence[Conversation], folder: Path, options: Training, batch_size: int = 0) -> OASST2DataModule:
@@ -230,7 +233,7 @@ def _fit(
     clip: float | None = None,
     limit_train_batches: int | None = None,
 ) -> list[str]:
-    """Trains ``module``; returns what went wrong, as clauses."""
+    """Trains ``module``; returns what went wrong, as sentences."""
     bar: list[L.Callback] = [OneLineProgressBar()] if get_console().is_terminal else []
     trainer = L.Trainer(
         max_epochs=passes,
@@ -251,9 +254,9 @@ def _fit(
         try:
             trainer.fit(module, datamodule=data)
         except NonFiniteError:
-            return [f"training diverged: {module.guard.last_culprit} was not finite"]
+            return [f"alarm in training: it diverged, {module.guard.last_culprit} was not finite"]
     if module.guard.skipped_steps:
-        return [f"{module.guard.skipped_steps} steps were skipped, because {module.guard.last_culprit} was not finite"]
+        return [f"alarm in training: {module.guard.last_culprit} was not finite, so steps were skipped"]
     return []
 
 
