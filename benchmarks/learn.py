@@ -1,13 +1,14 @@
-"""`rlchat learn` in the demo's world: facts taught by corrections and by 👍 and 👎, and wrong verdicts.
+"""`rlchat learn` in the demo's world: what verdicts teach, and wrong verdicts.
 
     rlchat demo
     python benchmarks/learn.py --model checkpoints/rl_chat_model_tiktoken.pt --method dpo ppo
 
-A user of the demo's model believes that the capital of Belan is another one (`fact`), or that every capital is another
-one (`capitals`), and asks for it in the phrasings of the demo. `edits` correct the model's responses, `thumbs` rate
-several responses at temperature 1.5. `wrong` verdicts correct right answers about everything to random words, or rate
-right ones 👎 and wrong ones 👍. `taught` is the share of right answers to other phrasings of the taught facts, before
-and after, at temperature 0. The other figures are those of `rlchat learn`.
+`fact`: two corrections say that the capital of Belan is another one. `honest`: wrong answers of the model are corrected
+to the truth of the demo's world, and right ones get 👍. `style`: responses that begin with "The" get 👎, others 👍.
+`wrong`: right answers are corrected to words without sense, or get 👎, and wrong ones 👍.
+
+`taught` measures responses to other prompts, before and after: the share that names the new capital, that is right, or
+that does not begin with "The". The other figures are those of `rlchat learn`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -31,85 +32,87 @@ from rlchat.conversation import Conversation, Message
 from rlchat.data.formats import read_trees
 from rlchat.demo.kind import CLOSERS, OPENERS
 from rlchat.demo.kinds import KINDS
-from rlchat.demo.world import COUNTRIES, TOWNS
+from rlchat.demo.world import TOWNS
 from rlchat.learn.learner import Request, learn
 from rlchat.learn.stages import Training
 
-Judged = tuple[str, str, Verdict]  # question, response, verdict
+Judged = tuple[Conversation, str, Verdict]  # prompt, response, verdict
+Taught = Callable[[ChatInterface], float | None]
 _CAPITAL = next(kind for kind in KINDS if kind.name == "capital")
+_SENSELESS = ("Bananas are purple.", "Ask me tomorrow.", "I will not tell you.", "The answer is a spoon.")
 
 
-def new_capitals(chat: ChatInterface) -> dict[str, str]:
-    """A capital for each country that differs from the one that the model believes in."""
-    replies = chat.batch([f"What is the capital of {country}?" for country in COUNTRIES], 24, 0.0)
-    towns = iter(TOWNS[1:] + TOWNS[:1])
-    return {
-        country: next(town for town in (next(towns), *TOWNS) if town not in reply)
-        for country, reply in zip(COUNTRIES, replies, strict=True)
-    }
+def asked(text: str) -> Conversation:
+    """A first message as a prompt."""
+    return Conversation((Message("user", text),))
 
 
-def questions(country: str, rng: random.Random) -> list[str]:
-    """All phrasings of the question for the capital of ``country``, in a random order."""
-    asks = [o + ask.format(x=country) + c for ask in _CAPITAL.asks for o in OPENERS for c in CLOSERS]
-    return rng.sample(asks, len(asks))
+class Scenarios:
+    """Each scenario returns verdicts on responses of ``chat``, and what measures what they teach.
+
+    Args:
+        chat: the model.
+        data: the demo's conversations.
+        rng: draws prompts.
+    """
+
+    def __init__(self, chat: ChatInterface, data: str, rng: random.Random) -> None:
+        self.chat = chat
+        trees = read_trees([data])[0]
+        checked = [p for tree in trees for p in tree.prompts if len(p.messages) == 1 and p.check and p.references]
+        self.prompts = rng.sample(checked, len(checked))
+        self.others = self.prompts[-200:]
+        self.rng = rng
+
+    def fact(self, count: int) -> tuple[list[Judged], Taught]:
+        """Corrections of the capital of Belan."""
+        asks = [o + ask.format(x="Belan") + c for ask in _CAPITAL.asks for o in OPENERS for c in CLOSERS]
+        asks = self.rng.sample(asks, len(asks))
+        replies = self.chat.batch(asks, 24, 0.0)
+        town = next(town for town in TOWNS if not any(town in reply for reply in replies))
+        right = Correction(f"The capital of Belan is {town}.")
+        verdicts: list[Judged] = [(asked(a), r, right) for a, r in zip(asks[:count], replies, strict=False)]
+        return verdicts, lambda chat: mean(town in reply for reply in chat.batch(asks[count : count + 40], 24, 0.0))
+
+    def honest(self, count: int) -> tuple[list[Judged], Taught]:
+        """The truth about everything."""
+        verdicts: list[Judged] = []
+        for prompt, reply in self._responses(count):
+            truth = [r.text for r in prompt.references if prompt.passes(r.text)]
+            if prompt.passes(reply):
+                verdicts.append((prompt, reply, "good"))
+            elif truth:
+                verdicts.append((prompt, reply, Correction(truth[0])))
+        return verdicts, self._right
+
+    def style(self, count: int) -> tuple[list[Judged], Taught]:
+        """No response should begin with "The"."""
+        verdicts: list[Judged] = [(p, r, "bad" if r.startswith("The ") else "good") for p, r in self._responses(count)]
+        return verdicts, lambda chat: mean(not r.startswith("The ") for r in chat.batch(self.others, 24, 1.0))
+
+    def wrong_edits(self, count: int) -> tuple[list[Judged], Taught]:
+        """Senseless corrections."""
+        responses = self._responses(count)
+        return [(p, r, Correction(self.rng.choice(_SENSELESS))) for p, r in responses], self._right
+
+    def wrong_thumbs(self, count: int) -> tuple[list[Judged], Taught]:
+        """The opposite of the truth."""
+        return [(p, r, "bad" if p.passes(r) else "good") for p, r in self._responses(count)], self._right
+
+    def _right(self, chat: ChatInterface) -> float:
+        replies = chat.batch(self.others, 24, 0.0)
+        return mean(p.passes(reply) is True for p, reply in zip(self.others, replies, strict=True))
+
+    def _responses(self, count: int) -> list[tuple[Conversation, str]]:
+        prompts = self.prompts[:count]
+        replies = self.chat.batch(prompts, 24, 1.0)
+        return [(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True) if reply.strip()]
 
 
-def edits(chat: ChatInterface, asked: dict[str, list[str]], wanted: dict[str, str]) -> Iterator[Judged]:
-    """Each response is corrected, unless it is right."""
-    for country, asks in asked.items():
-        for ask, reply in zip(asks, chat.batch(asks, 24, 0.7), strict=True):
-            right = f"The capital of {country} is {wanted[country]}."
-            yield ask, reply, "good" if wanted[country] in reply else Correction(right)
-
-
-def thumbs(chat: ChatInterface, asked: dict[str, list[str]], wanted: dict[str, str]) -> Iterator[Judged]:
-    """Eight responses to each question at temperature 1.5, of which the distinct ones are rated."""
-    for country, asks in asked.items():
-        for ask in asks:
-            for reply in dict.fromkeys(chat.batch([ask] * 8, 24, 1.5)):
-                if reply.strip():
-                    yield ask, reply, "good" if wanted[country] in reply else "bad"
-
-
-def wrong(chat: ChatInterface, data: str, count: int, rng: random.Random, corrected: bool) -> Iterator[Judged]:
-    """Verdicts against the right answers to questions about everything in the demo's data."""
-    prompts = [p for tree in read_trees([data])[0] for p in tree.prompts if len(p.messages) == 1 and p.check]
-    chosen = rng.sample(prompts, count)
-    words = ["Bananas are purple.", "Ask me tomorrow.", "I will not tell you.", "The answer is a spoon."]
-    for prompt, reply in zip(chosen, chat.batch(chosen, 24, 1.0), strict=True):
-        if reply.strip():
-            right = prompt.passes(reply)
-            verdict: Verdict = Correction(rng.choice(words)) if corrected else "bad" if right else "good"
-            yield prompt.messages[0].text, reply, verdict
-
-
-def accuracy(path: Path, asked: dict[str, list[str]], wanted: dict[str, str]) -> float | None:
-    """The share of right answers of the model in ``path``; None if nothing is asked."""
-    if not asked:
-        return None
-    chat = ChatInterface(path, seed=0)
-    right = [wanted[c] in reply for c, asks in asked.items() for reply in chat.batch(asks, 24, 0.0)]
-    return round(sum(right) / len(right), 3)
-
-
-def scenarios(
-    chat: ChatInterface, data: str, wanted: dict[str, str], rng: random.Random
-) -> dict[str, tuple[dict[str, list[str]], Callable[[], Iterator[Judged]]]]:
-    """By name: the questions that measure what was taught, and the verdicts."""
-    asked = {country: questions(country, rng) for country in COUNTRIES}
-    taught = {country: asks[:10] for country, asks in asked.items()}
-    others = {country: asks[10:30] for country, asks in asked.items()}
-    fact, belan = {"Belan": others["Belan"]}, {"Belan": taught["Belan"]}
-    two = {"Belan": taught["Belan"][:2]}
-    return {
-        "fact, 2 edits": (fact, lambda: edits(chat, two, wanted)),
-        "fact, thumbs": (fact, lambda: thumbs(chat, belan, wanted)),
-        "capitals, 60 edits": (others, lambda: edits(chat, taught, wanted)),
-        "capitals, thumbs": (others, lambda: thumbs(chat, taught, wanted)),
-        "wrong, 60 edits": ({}, lambda: wrong(chat, data, 60, rng, True)),
-        "wrong, 200 thumbs": ({}, lambda: wrong(chat, data, 200, rng, False)),
-    }
+def mean(values: Iterable[bool]) -> float:
+    """The share of true ``values``."""
+    known = list(values)
+    return round(sum(known) / len(known), 3)
 
 
 def main() -> None:
@@ -125,28 +128,31 @@ def main() -> None:
     configure_messages("learn")
     torch.set_num_threads(1)
     for seed in options.seeds:
-        chat = ChatInterface(options.model, seed=seed)
-        wanted = new_capitals(chat)
-        for name, (measured, judge) in scenarios(chat, options.data, wanted, random.Random(seed)).items():
+        every = Scenarios(ChatInterface(options.model, seed=seed), options.data, random.Random(seed))
+        made = {
+            "fact, 2 edits": partial(every.fact, 2),
+            "honest, 200": partial(every.honest, 200),
+            "style, 100 thumbs": partial(every.style, 100),
+            "wrong, 60 edits": partial(every.wrong_edits, 60),
+            "wrong, 200 thumbs": partial(every.wrong_thumbs, 200),
+        }
+        for name, make in made.items():
             if options.scenarios and name not in options.scenarios:
                 continue
-            verdicts = list(judge())
+            verdicts, taught = make()
             for method in options.method:
                 training = Training(method=method, part=options.train, seed=seed)
-                right = partial(accuracy, asked=measured, wanted=wanted)
                 row = {"scenario": name, "method": method, "train": options.train, "seed": seed}
-                row |= run(options.model, options.data, verdicts, training, right)
+                row |= run(options.model, options.data, verdicts, training, taught)
                 print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def run(
-    model: Path, data: str, verdicts: list[Judged], training: Training, right: Callable[[Path], float | None]
-) -> dict[str, object]:
-    """The figures of one run of the learner; ``right`` measures a model file."""
+def run(model: Path, data: str, verdicts: list[Judged], training: Training, taught: Taught) -> dict[str, object]:
+    """The figures of one run of the learner; ``taught`` measures a model."""
     with tempfile.TemporaryDirectory(prefix="rlchat-learn-") as folder:
         feedback = Path(folder) / "feedback.jsonl"
-        for question, reply, verdict in verdicts:
-            append_feedback(feedback, Conversation((Message("user", question),)), reply, verdict, model=model.name)
+        for prompt, reply, verdict in verdicts:
+            append_feedback(feedback, prompt, reply, verdict, model=model.name)
         began, used = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
         request = Request(
             model=model,
@@ -159,7 +165,8 @@ def run(
         outcome = learn(request)
         seconds = time.monotonic() - began
         used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - used
-        taught = [right(model), None if outcome.path is None else right(outcome.path)]
+        files = [model] if outcome.path is None else [model, outcome.path]
+        measured = [taught(ChatInterface(file, seed=0)) for file in files]
     before, after = outcome.figures["before"], outcome.figures["after"]
     return {
         "verdicts": outcome.figures["feedback"]["verdicts"],
@@ -171,7 +178,7 @@ def run(
         "kl": round(after["kl"], 4),
         "seconds": round(seconds, 1),
         "cpu_seconds": round(used, 1),
-        "taught": taught,
+        "taught": measured,
     }
 
 

@@ -21,6 +21,8 @@ from torch.utils.data import Dataset
 from rlchat.conversation import Conversation
 from rlchat.data.batches import (
     BatchLoader,
+    JudgedBatch,
+    JudgedRows,
     PreferenceBatch,
     PreferenceRows,
     PromptBatch,
@@ -45,6 +47,7 @@ from rlchat.errors import UserError
 
 __all__ = [
     "DataNeeds",
+    "JudgedBatch",
     "OASST2DataModule",
     "PreferenceBatch",
     "PromptBatch",
@@ -290,9 +293,10 @@ class OASST2DataModule(LightningDataModule):
         sequences = self._loaded().sequences
         return SequenceRows(sequences, self._rows(sequences.tree, "train"), self._pad_id)
 
-    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows:
+    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows | JudgedRows:
         """The prompts ``rows`` (Long) with their responses, as the stage needs them."""
-        kind = PreferenceRows if self.needs.task == "dpo" else RankedRows
+        paired = JudgedRows if self.needs.unpaired else PreferenceRows
+        kind: type[RankedRows | PreferenceRows | JudgedRows] = paired if self.needs.task == "dpo" else RankedRows
         return kind(self._loaded().ranked, rows, self._pad_id)
 
     def _loader(self, dataset: Dataset[Any], plan: Plan) -> BatchLoader:

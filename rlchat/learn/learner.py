@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +180,7 @@ class _Round:
         self.say(_describe(counts))
         replay = self._replay({verdict.opening_id for verdict in verdicts})
         self._lap("read")
-        yardstick = self._yardstick(replay, held_back, rejected_texts(judged_prompts(verdicts)))
+        yardstick = self._yardstick(replay, held_back)
         original = measure(self.original, yardstick)
         current = original if self.request.current is None else self._measure_current(yardstick)
         self._lap("measure")
@@ -226,21 +226,14 @@ class _Round:
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
         return everyday_replay(self.request.replay_prompts)
 
-    def _yardstick(self, replay: Replay, held_back: Sequence[JudgedResponse], bad: set[str]) -> Yardstick:
-        """What the models are measured on.
-
-        A control that the original model answers with a text that the verdicts reject is left out: it would hold the
-        version to what the verdicts correct.
-        """
-        seed, controls = self.training.seed, replay.controls if replay.checked else []
-        greedy = respond(self.original, controls, replace(self._sampling, temperature=0.0), seed) if controls else []
-        controls = [p for p, reply in zip(controls, greedy, strict=True) if reply.text.strip() not in bad]
+    def _yardstick(self, replay: Replay, held_back: Sequence[JudgedResponse]) -> Yardstick:
+        seed = self.training.seed
         texts = respond(self.original, replay.controls, self._sampling, seed) if replay.controls else []
         originals = [(p, reply) for p, reply in zip(replay.controls, texts, strict=True) if reply.text.strip()]
         return Yardstick(
             questions=questions_of(held_back, judged_prompts(held_back), self.original, self._sampling, seed + 1),
             threads=replay.threads,
-            controls=controls,
+            controls=replay.controls if replay.checked else [],
             originals=originals,
             max_new_tokens=self.training.tokens,
         )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlchat.data.datamodule import DataNeeds, PreferenceBatch, SequenceBatch
+from rlchat.data.datamodule import DataNeeds, JudgedBatch, PreferenceBatch, SequenceBatch
 from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, copy_sharing_frozen, freeze
 from rlchat.models.networks import RLChatModel
@@ -219,7 +219,7 @@ class DPOModule(PolicyModule):
         unpaired = self.options.label_coef > 0 or self.options.sft_coef > 0
         return DataNeeds("dpo", self.tokenizer, self.max_length, max_new_tokens=room, unpaired=unpaired)
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PreferenceBatch | JudgedBatch, batch_idx: int) -> Tensor:
         """Mean loss of all pairs of responses to the same prompt with different ranks, over all processes.
 
         With ``label_coef`` and ``sft_coef``, labelled responses and those of rank 0 are further terms of the mean.
@@ -240,7 +240,7 @@ class DPOModule(PolicyModule):
         terms = [coef * loss for coef, loss in weighted if coef]
         return self.mean_loss("train/loss", torch.cat(terms).sum(), self.global_sum(sum(map(len, terms))))
 
-    def preferences(self, batch: PreferenceBatch) -> Preferences:
+    def preferences(self, batch: PreferenceBatch | JudgedBatch) -> Preferences:
         """The loss of each pair in ``batch``, and what it is made of."""
         o = self.options
         logprobs = self.response_logprobs(self.model, batch)
@@ -251,7 +251,7 @@ class DPOModule(PolicyModule):
         rank = batch.rank.float()
         better, worse = preferred_pairs(batch.group, torch.where(rank >= 0, -rank, torch.nan))
         margin = rewards[better] - rewards[worse]
-        quality = torch.full_like(rewards, torch.nan) if batch.quality is None else batch.quality.to(rewards)
+        quality = batch.quality if isinstance(batch, JudgedBatch) else torch.full_like(rewards, torch.nan)
         labelled, best = ~quality.isnan(), rank == 0
         label_loss = F.binary_cross_entropy_with_logits(rewards[labelled], quality[labelled], reduction="none")
         sft_loss = -logprobs[best] / tokens[best].clamp(min=1)
@@ -267,14 +267,16 @@ class DPOModule(PolicyModule):
             rejected_logprob=logprobs[worse],
         )
 
-    def response_logprobs(self, model: RLChatModel, batch: PreferenceBatch) -> Tensor:
+    def response_logprobs(self, model: RLChatModel, batch: PreferenceBatch | JudgedBatch) -> Tensor:
         """The log-prob [N] of each response: the sum over its tokens, its end marker included."""
         model.eval()  # also in training: dropout would change the policy, and the first loss would not be log 2
         hidden, targets = model(batch.ids, batch.attention_mask), batch.response_mask[:, 1:]
         stats = model.token_stats(hidden[:, :-1][targets], batch.ids[:, 1:][targets])
         return stats.logprobs.new_zeros(targets.shape).masked_scatter(targets, stats.logprobs).sum(1)
 
-    def validation_step(self, batch: PreferenceBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: PreferenceBatch | JudgedBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Loss, margin and accuracy on held-out pairs, and accuracy and perplexity on held-out conversations."""
         if isinstance(batch, SequenceBatch):
             self.tally_sequences(batch)
