@@ -44,6 +44,8 @@ PARSED_ONLY = {
     "rlchat demo --seed 1",
     "rlchat demo --real",
     "rlchat demo --real --rankings",
+    "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl",
+    "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl --replay data/demo.jsonl --method ppo",
     "rlchat look",
     "rlchat report",
     "rlchat report lightning_logs/ppo/version_0 --out ppo_0.html",
@@ -110,6 +112,8 @@ def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
     policy.about["reward"] = [{"class_path": "rlchat.rewards.TooShort"}]
     save_bundle("checkpoints/rl_chat_model_tiktoken.pt", policy)
     shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/sft_model.pt")
+    Path("checkpoints/rl_chat_model_tiktoken.versions").mkdir()
+    shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/rl_chat_model_tiktoken.versions/1.pt")
     write_run(Path("lightning_logs/ppo/version_0"), [rollout()])
     Path("checkpoints/report.json").write_text('{"ppo": {"reward": 1.05}}')
     return workplace
