@@ -5,7 +5,7 @@
 
 `fact`: two corrections say that the capital of Belan is another one. `honest`: wrong answers of the model are corrected
 to the truth of the demo's world, and right ones get 👍. `style`: responses that begin with "The" get 👎, others 👍.
-`wrong`: right answers are corrected to words without sense, or get 👎, and wrong ones 👍.
+`wrong`: every answer is corrected to "Ask me tomorrow.", or right answers get 👎 and wrong ones 👍.
 
 `taught` measures responses to other prompts, before and after: the share that names the new capital, that is right, or
 that does not begin with "The". The other figures are those of `rlchat learn`.
@@ -39,7 +39,7 @@ from rlchat.learn.stages import Training
 Judged = tuple[Conversation, str, Verdict]  # prompt, response, verdict
 Taught = Callable[[ChatInterface], float | None]
 _CAPITAL = next(kind for kind in KINDS if kind.name == "capital")
-_SENSELESS = ("Bananas are purple.", "Ask me tomorrow.", "I will not tell you.", "The answer is a spoon.")
+_SENSELESS = "Ask me tomorrow."
 
 
 def asked(text: str) -> Conversation:
@@ -91,9 +91,8 @@ class Scenarios:
         return verdicts, lambda chat: mean(not r.startswith("The ") for r in chat.batch(self.others, 24, 1.0))
 
     def wrong_edits(self, count: int) -> tuple[list[Judged], Taught]:
-        """Senseless corrections."""
-        responses = self._responses(count)
-        return [(p, r, Correction(self.rng.choice(_SENSELESS))) for p, r in responses], self._right
+        """The same answer to everything."""
+        return [(p, r, Correction(_SENSELESS)) for p, r in self._responses(count)], self._right
 
     def wrong_thumbs(self, count: int) -> tuple[list[Judged], Taught]:
         """The opposite of the truth."""

@@ -51,7 +51,7 @@ class Request:
     current: Path | None = None
     replay: Sequence[str] = ()
     replay_prompts: int = 256
-    control_prompts: int = 128
+    control_prompts: int = 256
     any_model: bool = False
     on_bad_line: Literal["error", "skip"] = "error"
     training: Training = field(default_factory=Training)

@@ -176,7 +176,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--replay-prompts", type=int, default=256, metavar="N", help="replay at most N prompts (default: %(default)s)"
     )
     group.add_argument(
-        "--learning-rate", type=float, metavar="LR", help="peak learning rate (default: 2e-4, with lora 5e-4)"
+        "--learning-rate", type=float, metavar="LR", help="peak learning rate (default: 1e-4, with lora 5e-4)"
     )
     group.add_argument(
         "--passes", type=int, metavar="N", help="passes over the data (default: for 100 steps, from 4 to 12 passes)"
@@ -204,7 +204,7 @@ def _add_gate(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--control-prompts",
         type=int,
-        default=128,
+        default=256,
         metavar="N",
         help="measure on at most N held-out conversations and N controls (default: %(default)s)",
     )

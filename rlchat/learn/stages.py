@@ -34,8 +34,10 @@ FULL_BELOW = 20_000_000
 """Models with fewer weights are trained in full by default, others with LoRA."""
 
 # Of a new version; a LoRA needs a higher one, see docs/lora.md.
-_LEARNING_RATES: dict[Part, float] = {"full": 2e-4, "lora": 5e-4}
+_LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
+# The gradient of a pair or a label is β times that of the SFT loss, which would otherwise outweigh them.
+_LABEL_COEF, _SFT_COEF = 2.0, 0.2
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
 
 _log = logging.getLogger("rlchat")
@@ -50,7 +52,7 @@ class Training:
     Attributes:
         method: dpo, or ppo after an update of the reward model.
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
-        learning_rate: the peak learning rate; None: 2e-4 for all weights, 5e-4 for LoRA.
+        learning_rate: the peak learning rate; None: 1e-4 for all weights, 5e-4 for LoRA.
         passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
@@ -158,7 +160,9 @@ def train(
 
 def _train_dpo(lesson: Lesson, options: Training, scratch: Path, common: dict[str, Any]) -> Trained:
     rows = [*lesson.judged, *lesson.replay]
-    module = DPOModule(**common, beta=options.beta, label_coef=1.0, sft_coef=1.0, schedule="cosine", warmup=0.1)
+    module = DPOModule(
+        **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
+    )
     alarms = _fit(module, _data(rows, scratch / "dpo", options), _passes(len(rows), options), scratch, [], clip=1.0)
     return Trained(module.bundle(), None, alarms)
 
@@ -191,9 +195,9 @@ def _train_ppo(
     )
     data = _data(prompts, scratch / "ppo", options, _PROMPTS_PER_ITERATION)
     per_pass = max(1, len(prompts) // _PROMPTS_PER_ITERATION)
-    watch = Alarms()
-    limits = {"limit_train_batches": min(per_pass, options.iterations)}
-    alarms += _fit(module, data, -(-options.iterations // per_pass), scratch, [watch], **limits)
+    watch, passes = Alarms(), -(-options.iterations // per_pass)
+    limit = -(-options.iterations // passes)
+    alarms += _fit(module, data, passes, scratch, [watch], limit_train_batches=limit)
     return Trained(
         module.bundle(),
         reward_module.bundle(),
