@@ -102,5 +102,7 @@ def _tree(prompt: Conversation, name: str) -> dict[str, Any]:
         replies.append(row)
     for depth, message in reversed(list(enumerate(prompt.messages))):
         row = {"message_id": f"{name}-{depth}", "role": _OASST_ROLES[message.role], "text": message.text}
+        if message.role == "assistant":  # of the context, which SFT must not imitate
+            row["train"] = False
         replies = [{**row, "replies": replies}]
     return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": replies[0]}

@@ -179,7 +179,9 @@ def _train_ppo(
     alarms = _fit(reward_module, data, _passes(len(ranked), options), scratch, [], clip=1.0)
     reward_file = scratch / "reward_model.pt"
     save_bundle(reward_file, reward_module.bundle())
-    prompts = [*lesson.judged, *lesson.replay]
+    # Only good responses of the verdicts are imitated: the KL penalty holds the policy to the original on replay.
+    prompts = [*lesson.judged, *(replace(prompt, references=()) for prompt in lesson.replay)]
+    imitates = any(r.rank == 0 or r.quality == 1 for prompt in lesson.judged for r in prompt.references)
     module = PPOModule(
         **common,
         reward=_reward(described, reward_file),
@@ -190,7 +192,7 @@ def _train_ppo(
         minibatches=4,
         adam_beta2=0.95,
         kl_coef=options.beta,
-        sft_coef=1.0,
+        sft_coef=_SFT_COEF if imitates else 0.0,
         seed=options.seed,
     )
     data = _data(prompts, scratch / "ppo", options, _PROMPTS_PER_ITERATION)
@@ -198,11 +200,10 @@ def _train_ppo(
     watch, passes = Alarms(), -(-options.iterations // per_pass)
     limit = -(-options.iterations // passes)
     alarms += _fit(module, data, passes, scratch, [watch], limit_train_batches=limit)
-    return Trained(
-        module.bundle(),
-        reward_module.bundle(),
-        alarms + [f"alarm in training: {note['message']}" for note in watch.notes],
-    )
+    # A factor that is the same for all responses, such as one for a missing end, is no danger.
+    raised = [note["message"] for note in watch.notes if not note["what"].startswith("reward/")]
+    alarms += [f"alarm in training: {message}" for message in raised]
+    return Trained(module.bundle(), reward_module.bundle(), alarms)
 
 
 def _passes(rows: int, options: Training) -> int:

@@ -69,7 +69,11 @@ def test_the_rows_are_read_as_they_were_meant(tmp_path: Path) -> None:
         for p in tree.prompts
         if any(r.rank is not None or r.quality is not None for r in p.references)
     ]
-    assert [(p.messages, p.references) for p in found] == [(p.messages, p.references) for p in prompts]
+    texts = [[[(m.role, m.text) for m in p.messages] for p in rows] for rows in (found, prompts)]
+    assert texts[0] == texts[1]
+    assert [p.references for p in found] == [p.references for p in prompts]
+    context = found[-1].messages[2]
+    assert (context.text, context.learn) == ("b", False)
 
 
 def test_dpo_gets_pairs_labels_and_lone_responses(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
