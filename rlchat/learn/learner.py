@@ -100,6 +100,9 @@ def learn(request: Request, say: Callable[[str], object] = lambda line: None) ->
     versions = Versions(request.model, request.out)
     device = choose_device(request.device)
     original = load_policy(request.model, device, request.base_model)
+    if isinstance(learned := original.about.get("learned"), dict):
+        before = learned.get("from")
+        say(f"{request.model} was learned from {before}: the KL penalty and the gate's bounds refer to {request.model}")
     with versions.locked():
         return _Round(request, versions, original, say).run()
 

@@ -153,31 +153,42 @@ def train(
         "lora_rank": options.lora_rank,
         "lora_alpha": 2.0 * options.lora_rank,
     }
+    place = _Place(
+        scratch, {"cuda": "gpu"}.get(original.model.backbone.device.type, original.model.backbone.device.type)
+    )
     if options.method == "dpo":
-        return _train_dpo(lesson, options, scratch, common)
-    return _train_ppo(model, original, lesson, options, scratch, common)
+        return _train_dpo(lesson, options, place, common)
+    return _train_ppo(model, original, lesson, options, place, common)
 
 
-def _train_dpo(lesson: Lesson, options: Training, scratch: Path, common: dict[str, Any]) -> Trained:
+@dataclass(frozen=True)
+class _Place:
+    """Where a stage runs: a folder for its files, and Lightning's name of the accelerator."""
+
+    scratch: Path
+    accelerator: str
+
+
+def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]) -> Trained:
     rows = [*lesson.judged, *lesson.replay]
     module = DPOModule(
         **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
     )
-    alarms = _fit(module, _data(rows, scratch / "dpo", options), _passes(len(rows), options), scratch, [], clip=1.0)
+    alarms = _fit(module, _data(rows, place.scratch / "dpo", options), _passes(len(rows), options), place, [], clip=1.0)
     return Trained(module.bundle(), None, alarms)
 
 
 def _train_ppo(
-    model: Path, original: PolicyBundle, lesson: Lesson, options: Training, scratch: Path, common: dict[str, Any]
+    model: Path, original: PolicyBundle, lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]
 ) -> Trained:
     described = _described_reward(original)
     known = _known_reward_model(described, model)
     ranked = [*lesson.judged, *lesson.judged_replay]
     start = {**common, "init_from": str(known), "base_model": None} if known else common
     reward_module = RewardModelModule(**start, label_coef=1.0, warmup=0.1)
-    data = _data(ranked, scratch / "reward", options)
-    alarms = _fit(reward_module, data, _passes(len(ranked), options), scratch, [], clip=1.0)
-    reward_file = scratch / "reward_model.pt"
+    data = _data(ranked, place.scratch / "reward", options)
+    alarms = _fit(reward_module, data, _passes(len(ranked), options), place, [], clip=1.0)
+    reward_file = place.scratch / "reward_model.pt"
     save_bundle(reward_file, reward_module.bundle())
     # Only good responses of the verdicts are imitated: the KL penalty holds the policy to the original on replay.
     prompts = [*lesson.judged, *(replace(prompt, references=()) for prompt in lesson.replay)]
@@ -195,11 +206,11 @@ def _train_ppo(
         sft_coef=_SFT_COEF if imitates else 0.0,
         seed=options.seed,
     )
-    data = _data(prompts, scratch / "ppo", options, _PROMPTS_PER_ITERATION)
+    data = _data(prompts, place.scratch / "ppo", options, _PROMPTS_PER_ITERATION)
     per_pass = max(1, len(prompts) // _PROMPTS_PER_ITERATION)
     watch, passes = Alarms(), -(-options.iterations // per_pass)
     limit = -(-options.iterations // passes)
-    alarms += _fit(module, data, passes, scratch, [watch], limit_train_batches=limit)
+    alarms += _fit(module, data, passes, place, [watch], limit_train_batches=limit)
     # A factor that is the same for all responses, such as one for a missing end, is no danger.
     raised = [note["message"] for note in watch.notes if not note["what"].startswith("reward/")]
     alarms += [f"alarm in training: {message}" for message in raised]
@@ -232,7 +243,7 @@ def _fit(
     module: StageModule,
     data: OASST2DataModule,
     passes: int,
-    scratch: Path,
+    place: _Place,
     callbacks: list[L.Callback],
     *,
     clip: float | None = None,
@@ -243,7 +254,7 @@ def _fit(
     trainer = L.Trainer(
         max_epochs=passes,
         devices=1,
-        accelerator="auto",
+        accelerator=place.accelerator,
         gradient_clip_val=clip,
         limit_train_batches=limit_train_batches,
         limit_val_batches=0,
@@ -252,7 +263,7 @@ def _fit(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=bool(bar),
-        default_root_dir=str(scratch),
+        default_root_dir=str(place.scratch),
         callbacks=[*callbacks, *bar],
     )
     with _without_expected_warnings():

@@ -79,6 +79,11 @@ def test_an_accepted_version(place: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found["replay"] == "data.jsonl"
     assert learn(*SAFE) == 0
     assert last_line(capsys) == "accepted as version 2: chat.versions/2.pt"
+    again = ["learn", "chat.versions/2.pt", "--feedback", "feedback.jsonl", "--replay", "data.jsonl", *QUICK, *SAFE]
+    assert main([*again, "--any-model"]) == 0
+    out = capsys.readouterr().out
+    assert "chat.versions/2.pt was learned from chat.pt: the KL penalty" in out
+    assert out.splitlines()[-1] == "accepted as version 1: chat.versions/2.versions/1.pt"
 
 
 def test_the_same_seed_gives_the_same_version(place: Path) -> None:
