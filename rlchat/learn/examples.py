@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.chat.verdicts import JudgedResponse
-from rlchat.conversation import Conversation, Message
+from rlchat.conversation import Conversation, Message, spaced_words
 from rlchat.data.splits import unit_hash
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -75,8 +75,13 @@ def judged_prompts(verdicts: Iterable[JudgedResponse]) -> list[Conversation]:
 
 
 def rejected_texts(prompts: Iterable[Conversation]) -> set[str]:
-    """The responses that were judged as bad."""
-    return {r.text for prompt in prompts for r in prompt.references if r.rank == 1 or r.quality == 0}
+    """The :func:`words_of` the responses that were judged as bad."""
+    return {words_of(r.text) for prompt in prompts for r in prompt.references if r.rank == 1 or r.quality == 0}
+
+
+def words_of(text: str) -> str:
+    """The words of ``text`` in alphabetical order: "Tova is the capital." and "The capital is Tova." have the same."""
+    return " ".join(sorted(spaced_words(text).split()))
 
 
 def answered(prompt: Conversation, text: str) -> Conversation:

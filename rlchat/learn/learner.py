@@ -15,7 +15,7 @@ from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
 from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation
 from rlchat.errors import NonFiniteError, UserError
-from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts
+from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts, words_of
 from rlchat.learn.gate import MIN_VERDICTS, Bounds, Decision, judge, kl_between
 from rlchat.learn.measure import Figures, Yardstick, measure, questions_of, respond
 from rlchat.learn.replay import Replay, data_of, everyday_replay, read_replay
@@ -23,6 +23,8 @@ from rlchat.learn.stages import Lesson, Trained, Training, train
 from rlchat.models.model_file import PolicyBundle, load_policy, save_bundle
 from rlchat.models.sampling import Sampling
 from rlchat.utils.devices import choose_device
+
+_MOST_CORRECTED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,24 @@ def split(verdicts: Sequence[JudgedResponse]) -> tuple[list[JudgedResponse], lis
     return [verdict for verdict in verdicts if not is_held_back(verdict)], held_back
 
 
+def uncorrected(
+    controls: list[Conversation], replies: Sequence[str], verdicts: Sequence[JudgedResponse]
+) -> list[Conversation]:
+    """``controls`` without those that the original model answers with the words of a corrected response.
+
+    They would hold the version to what was corrected. If they are more than a tenth, none is left out: who corrects
+    everything must not switch the controls off.
+
+    Args:
+        controls: prompts with checks.
+        replies: the original model's responses to them.
+        verdicts: all verdicts that count.
+    """
+    corrected = {words_of(verdict.response) for verdict in verdicts if verdict.kind == "corrected"}
+    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if words_of(reply) not in corrected]
+    return kept if len(kept) >= (1 - _MOST_CORRECTED) * len(controls) else controls
+
+
 class _Round:
     """One run of :func:`learn` on a loaded model."""
 
@@ -183,7 +203,7 @@ class _Round:
         self.say(_describe(counts))
         replay = self._replay({verdict.opening_id for verdict in verdicts})
         self._lap("read")
-        yardstick = self._yardstick(replay, held_back)
+        yardstick = self._yardstick(replay, verdicts)
         original = measure(self.original, yardstick)
         current = original if self.request.current is None else self._measure_current(yardstick)
         self._lap("measure")
@@ -229,14 +249,17 @@ class _Round:
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
         return everyday_replay(self.request.replay_prompts)
 
-    def _yardstick(self, replay: Replay, held_back: Sequence[JudgedResponse]) -> Yardstick:
-        seed = self.training.seed
+    def _yardstick(self, replay: Replay, verdicts: Sequence[JudgedResponse]) -> Yardstick:
+        seed, held_back = self.training.seed, split(verdicts)[1]
+        controls = replay.controls if replay.checked else []
+        greedy = respond(self.original, controls, Sampling(self.training.tokens, 0.0), seed) if controls else []
+        controls = uncorrected(controls, [reply.text for reply in greedy], verdicts)
         texts = respond(self.original, replay.controls, self._sampling, seed) if replay.controls else []
         originals = [(p, reply) for p, reply in zip(replay.controls, texts, strict=True) if reply.text.strip()]
         return Yardstick(
             questions=questions_of(held_back, judged_prompts(held_back), self.original, self._sampling, seed + 1),
             threads=replay.threads,
-            controls=replay.controls if replay.checked else [],
+            controls=controls,
             originals=originals,
             max_new_tokens=self.training.tokens,
         )
@@ -250,7 +273,7 @@ class _Round:
         prompts, bad = replay.prompts, rejected_texts(judged)
         replies = respond(self.original, prompts, self._sampling, self.training.seed + 2) if prompts else []
         texts = [reply.text.strip() if reply.ended else "" for reply in replies]
-        kept = [answered(p, t) for p, t in zip(prompts, texts, strict=True) if t and t not in bad]
+        kept = [answered(p, t) for p, t in zip(prompts, texts, strict=True) if t and words_of(t) not in bad]
         return Lesson(judged, kept, replay.judged)
 
     @property

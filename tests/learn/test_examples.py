@@ -10,8 +10,8 @@ from rlchat.chat.verdicts import JudgedResponse, VerdictKind
 from rlchat.conversation import Conversation, Message
 from rlchat.data.datamodule import DataNeeds, OASST2DataModule
 from rlchat.data.formats import read_trees
-from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts, write_prompts
-from rlchat.learn.learner import split
+from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts, words_of, write_prompts
+from rlchat.learn.learner import split, uncorrected
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
@@ -53,7 +53,8 @@ def test_prompts_stay_apart() -> None:
 
 
 def test_rejected_texts() -> None:
-    assert rejected_texts(judged_prompts([CORRECTED, verdict("No.", "bad", question="Bye"), GOOD])) == {"Go.", "No."}
+    assert rejected_texts(judged_prompts([CORRECTED, verdict("No.", "bad", question="Bye"), GOOD])) == {"go", "no"}
+    assert words_of("Tova is the capital, yes.") == words_of("Yes: the capital is Tova") != words_of("The capital")
 
 
 def test_the_rows_are_read_as_they_were_meant(tmp_path: Path) -> None:
@@ -116,3 +117,12 @@ def test_few_verdicts_all_train() -> None:
     assert any(map(is_held_back, many))
     held = next(v for v in many if is_held_back(v))
     assert split([held] * 12) == ([held] * 12, [])  # otherwise nothing would train
+
+
+def test_controls_that_a_correction_contradicts_are_left_out_unless_they_are_many() -> None:
+    controls = [Conversation((Message("user", f"Question {n}"),)) for n in range(20)]
+    replies = ["Go! go", "Stay.", "Yes", *["No."] * 17]
+    judged = [verdict("go, Go.", "corrected", "Hello!"), verdict("Stay.", "bad"), verdict("Yes", "corrected", "Ja")]
+    assert uncorrected(controls, replies, judged) == [controls[1], *controls[3:]]  # two of twenty
+    assert uncorrected(controls, ["yes", *replies[1:-1], "yes"], judged) == controls  # three
+    assert uncorrected([], [], judged) == []
