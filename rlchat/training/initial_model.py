@@ -57,9 +57,9 @@ def open_policy(
         known = isinstance(base_model, str) and not (new_embeddings or backbone.new_head)  # others have random weights
         base = BaseWeights("base_model", str(base_model), backbone.fingerprint) if known else None
         return PolicyBundle(model, tokenizer, length, base=base)
-    base = _base_of_file(base_model, init_from, chat_format, new_embeddings)
+    place = _base_of_file(base_model, init_from, chat_format, new_embeddings)
     with weights_on_first() as weights:
-        bundle = load_policy(init_from, base_model=base, weights=weights)
+        bundle = load_policy(init_from, base_model=place, weights=weights)
     _adjust(bundle, init_from, tiktoken_encoding, max_length, attn_implementation)
     if hidden_dim is not None and hidden_dim != bundle.model.hidden_dim:
         bundle.model.hidden_dim = hidden_dim
