@@ -45,7 +45,8 @@ PARSED_ONLY = {
     "rlchat demo --real",
     "rlchat demo --real --rankings",
     "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl",
-    "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl --replay data/demo.jsonl --method ppo",
+    "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl --replay data/demo.jsonl "
+    "--method ppo",
     "rlchat look",
     "rlchat report",
     "rlchat report lightning_logs/ppo/version_0 --out ppo_0.html",
