@@ -15,6 +15,7 @@ COMMANDS = {
     "validate": "measure a model on the validation split",
     "test": "measure a model on the held-out test split",
     "predict": "write responses to a file of prompts as JSONL",
+    "learn": "make a new version of a chat model from 👍, 👎 and corrections, if it passes a gate",
     "look": "look at the rollouts of a PPO run token by token, on a page at http://127.0.0.1:8010",
     "report": "write a page about a run: figures before and after, plots, samples, alarms",
     "chat": "chat with a model in the terminal",
@@ -114,6 +115,10 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.study import main as study
 
         return study.main
+    if command == "learn":
+        from rlchat.learn import main as learn
+
+        return learn.main
     if command == "export":
         from rlchat.cli import export
 

@@ -46,6 +46,9 @@ PARSED_ONLY = {
     "rlchat demo --real --rankings",
     "rlchat data reasoning-gym --list",
     "rlchat data reasoning-gym spell_backward -n 1000 --set max_word_len=6 -o data/spelling.jsonl",
+    "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl",
+    "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl --replay data/demo.jsonl "
+    "--method ppo",
     "rlchat look",
     "rlchat report",
     "rlchat study overoptimization",
@@ -116,6 +119,8 @@ def folder(workplace: Path, tokenizer: ChatTokenizer) -> Path:
     policy.about["reward"] = [{"class_path": "rlchat.rewards.TooShort"}]
     save_bundle("checkpoints/rl_chat_model_tiktoken.pt", policy)
     shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/sft_model.pt")
+    Path("checkpoints/rl_chat_model_tiktoken.versions").mkdir()
+    shutil.copy("checkpoints/rl_chat_model_tiktoken.pt", "checkpoints/rl_chat_model_tiktoken.versions/1.pt")
     write_run(Path("lightning_logs/ppo/version_0"), [rollout()])
     (workplace / "lightning_logs" / "ppo" / "version_0" / "metrics.csv").write_text("step,train/reward\n0,1.0\n")
     Path("checkpoints/report.json").write_text('{"ppo": {"reward": 1.05}}')

@@ -21,6 +21,8 @@ from torch.utils.data import Dataset
 from rlchat.conversation import Conversation
 from rlchat.data.batches import (
     BatchLoader,
+    JudgedBatch,
+    JudgedRows,
     PreferenceBatch,
     PreferenceRows,
     PromptBatch,
@@ -45,6 +47,7 @@ from rlchat.errors import UserError
 
 __all__ = [
     "DataNeeds",
+    "JudgedBatch",
     "OASST2DataModule",
     "PreferenceBatch",
     "PromptBatch",
@@ -161,6 +164,14 @@ class OASST2DataModule(LightningDataModule):
     @needs.setter
     def needs(self, needs: DataNeeds) -> None:
         self._needs = needs
+
+    def describe(self) -> dict[str, Any]:
+        """The files and the split, as plain values: a model file records what it was trained on.
+
+        Of an absolute path, only the name of the file is included: model files are passed on.
+        """
+        paths = [str(path) if not Path(path).is_absolute() else Path(path).name for path in self.paths]
+        return {"path": paths, **{name: getattr(self, name) for name in ("seed", "val_fraction", "test_fraction")}}
 
     def prepare_data(self) -> None:
         """Tokenizes in one process, so that the others find the result in the cache."""
@@ -282,9 +293,10 @@ class OASST2DataModule(LightningDataModule):
         sequences = self._loaded().sequences
         return SequenceRows(sequences, self._rows(sequences.tree, "train"), self._pad_id)
 
-    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows:
+    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows | JudgedRows:
         """The prompts ``rows`` (Long) with their responses, as the stage needs them."""
-        kind = PreferenceRows if self.needs.task == "dpo" else RankedRows
+        paired = JudgedRows if self.needs.unpaired else PreferenceRows
+        kind: type[RankedRows | PreferenceRows | JudgedRows] = paired if self.needs.task == "dpo" else RankedRows
         return kind(self._loaded().ranked, rows, self._pad_id)
 
     def _loader(self, dataset: Dataset[Any], plan: Plan) -> BatchLoader:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlchat.conversation import Conversation
-from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
+from rlchat.data.datamodule import DataNeeds, OASST2DataModule, PromptBatch, SequenceBatch
 from rlchat.distributed.collectives import anywhere, global_sum, is_first, whole
-from rlchat.errors import UserError
+from rlchat.errors import NonFiniteError, UserError
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel, RLChatModel, TokenStats
 from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms, generate
@@ -92,7 +92,9 @@ class StageModule(ShardableModule):
 
     def about(self) -> dict[str, Any]:
         """The origin of the model file, as plain values."""
-        return {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
+        about = {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
+        data = getattr(self.trainer, "datamodule", None)
+        return {**about, "data": data.describe()} if isinstance(data, OASST2DataModule) and data.paths else about
 
     def save_bundle(self, path: str | Path) -> None:
         """Writes the model file; see :mod:`rlchat.models.model_file`. A collective."""
@@ -176,7 +178,7 @@ class StageModule(ShardableModule):
         if self.logs_this_step:
             self.log_dict({"train/grad_norm": whole(norm), "train/skipped_steps": float(self.guard.skipped_steps)})
         if self.guard.must_stop:
-            raise UserError(
+            raise NonFiniteError(
                 f"optimizer step {self.trainer.global_step + 1}: {self.guard.last_culprit} was not finite in "
                 f"{self.guard.skipped_in_a_row} optimizer steps in a row; lower --model.learning_rate"
             )
