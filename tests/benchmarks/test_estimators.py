@@ -35,11 +35,11 @@ def test_the_reward_at_a_time_is_the_mean_of_three_iterations() -> None:
 
 
 def test_rewards_are_compared_at_the_highest_kl_that_both_reach() -> None:
-    low = [{"kl": kl, "reward": reward} for kl, reward in ((1.0, 0.1), (2.0, 0.2), (3.0, 0.3), (4.0, 0.4))]
-    high = [{"kl": kl, "reward": reward} for kl, reward in ((2.0, 0.5), (3.9, 0.6), (4.1, 0.7), (4.2, 0.8), (9.0, 0.9))]
-    # At a KL of 4, the nearest three: 4, 3 and 2 of the first curve, 3.9, 4.1 and 4.2 of the second.
-    assert estimators.gain_at_equal_kl(low, high) == pytest.approx(0.3 - 0.7)
-    assert estimators.gain_at_equal_kl(high, low) == pytest.approx(0.7 - 0.3)
+    low = [{"kl": kl, "reward": reward} for kl, reward in ((0.0, 0.1), (4.0, 0.4), (3.0, 0.3))]
+    high = [{"kl": kl, "reward": reward} for kl, reward in ((0.0, 0.1), (3.0, 0.5), (5.0, 0.6), (9.0, 0.9))]
+    # At a KL of 4, the second curve is halfway between 0.5 and 0.6.
+    assert estimators.gain_at_equal_kl(low, high) == pytest.approx(0.4 - 0.55)
+    assert estimators.gain_at_equal_kl(high, low) == pytest.approx(0.55 - 0.4)
 
 
 def test_the_true_reward_ranks_the_pairs(tmp_path: Path) -> None:
