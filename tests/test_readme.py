@@ -205,7 +205,8 @@ def test_benchmark_parses(line: str, folder: Path, stop_after_parsing: None, mon
     if words[0] == "-m":
         words.pop(0)
         start = partial(runpy.run_module, words[0])
-        monkeypatch.delitem(sys.modules, f"{words[0]}.__main__", raising=False)  # runpy warns about an imported module
+        for name in (words[0], f"{words[0]}.__main__"):  # runpy warns about an imported module
+            monkeypatch.delitem(sys.modules, name, raising=False)
     else:
         start = partial(runpy.run_path, str(ROOT / words[0]))
     monkeypatch.setattr(sys, "argv", words)
