@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -376,3 +376,9 @@ class OASST2DataModule(LightningDataModule):
                     f"{file} is a pipe, which {world} processes cannot all read; write its content to a file, or set "
                     f"--trainer.devices 1"
                 )
+
+
+def described_data(trainer: Trainer) -> dict[str, Any]:
+    """What :meth:`OASST2DataModule.describe` tells of the data of ``trainer``, under ``data``; empty for other data."""
+    data = getattr(trainer, "datamodule", None)
+    return {"data": data.describe()} if isinstance(data, OASST2DataModule) and data.paths else {}

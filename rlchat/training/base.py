@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlchat.conversation import Conversation
-from rlchat.data.datamodule import DataNeeds, OASST2DataModule, PromptBatch, SequenceBatch
+from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch, described_data
 from rlchat.distributed.collectives import anywhere, global_sum, is_first, whole
 from rlchat.errors import NonFiniteError, UserError
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
@@ -92,9 +92,8 @@ class StageModule(ShardableModule):
 
     def about(self) -> dict[str, Any]:
         """The origin of the model file, as plain values."""
-        about = {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
-        data = getattr(self.trainer, "datamodule", None)
-        return {**about, "data": data.describe()} if isinstance(data, OASST2DataModule) and data.paths else about
+        batches = int(self.trainer.fit_loop.total_batch_idx + 1)
+        return {"stage": type(self).__name__, "batches": batches, **described_data(self.trainer)}
 
     def save_bundle(self, path: str | Path) -> None:
         """Writes the model file; see :mod:`rlchat.models.model_file`. A collective."""
@@ -350,19 +349,17 @@ class PolicyModule(StageModule):
         rows = self.global_rows(len(batch.ids), self.predicted_prompts, copies=n)
         self.predicted_prompts += len(batch.ids)
         uniforms = addressed_uniforms(self.seed, PREDICTION_STREAM, rows)
-        ids, mask = (x.repeat_interleave(n, 0) for x in (batch.ids, batch.attention_mask))
-        replies = self.decode(self.generate(ids, mask, self.sampling, uniforms))
-        prompts = [prompt for prompt in batch.conversations for _ in range(n)]
+        batch = batch.repeated(n)
+        replies = self.decode(self.generate(batch.ids, batch.attention_mask, self.sampling, uniforms))
+        prompts = batch.conversations
         rewards = self.predicted_rewards(prompts, replies)
         correct = [prompt.passes(reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
-        kept: Sequence[int] = range(len(replies))
-        if n > 1:
-            totals = [reward["reward"] for reward in rewards]
-            kept = best_of(totals, n)
-            for i in kept:
-                group = slice(i - i % n, i - i % n + n)
-                rewards[i] |= {"best_of": n, "mean_reward": sum(totals[group]) / n}
-                rewards[i] |= {} if correct[i] is None else {"correct_of_n": correct[group].count(True)}
+        totals = [reward.get("reward", 0.0) for reward in rewards]  # SFT has none, and keeps its only response
+        kept = best_of(totals, n)
+        for i in kept if n > 1 else ():
+            group = slice(i - i % n, i - i % n + n)
+            rewards[i] |= {"best_of": n, "mean_reward": sum(totals[group]) / n}
+            rewards[i] |= {} if correct[i] is None else {"correct_of_n": correct[group].count(True)}
         return [
             {
                 "messages": [{"role": m.role, "content": m.text} for m in prompts[i].messages],

@@ -326,7 +326,6 @@ def test_missing_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--model.init_from", "evil.pt"], r"evil.pt: contains something other than tensors.*; it was not loaded$"),
         (["--model.init_from", "half.pt"], r"half.pt: (damaged|contains something other)"),
         (["--model.init_from", "other.pt"], r"other.pt: not an rlchat model file"),
-        (["--model.init_from", "checkpoints/reward_model.pt"], r".*: contains a reward model, expected a chat model"),
         (["--model.tiktoken_encoding", "mine.tiktoken"], r".* was trained with the encoding rlchat_1k, not mine.tikto"),
         (["--model.max_length", "4096"], r"invalid value 4096 for max_length: the model file \S+ has 64"),
         (
@@ -504,6 +503,7 @@ def after(ran: Path, here: Path) -> Path:
 def test_a_run_writes_all_its_logs_to_one_folder(after: Path) -> None:
     left = {path.name.partition(".tfevents")[0] for path in RUN.iterdir()}
     names = "events.out metrics.csv hparams.yaml config.yaml versions.json samples.jsonl rollouts.jsonl alarms.jsonl"
+    names += " held_out.jsonl"
     assert left == {*names.split(), "checkpoints"}
     assert json.loads((RUN / "versions.json").read_text())["torch"] == torch.__version__
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
