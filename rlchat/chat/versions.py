@@ -37,8 +37,9 @@ class Versions:
         self._file: Path | None = None
         if out is not None and Path(out).suffix == ".pt":
             self._file = Path(out)
-            if self._file.exists():
-                raise UserError(f"--out {out}: the file exists, and no version replaces a file; choose another path")
+            for path in (self._file, *(self._file.with_suffix(end) for end in (".json", ".reward.pt"))):
+                if path.exists():
+                    raise UserError(f"--out {out}: {path} exists, and no version replaces a file; choose another path")
         elif out is not None:
             self.folder = Path(out)
             if self.folder.exists() and not self.folder.is_dir():
@@ -71,8 +72,6 @@ class Versions:
         number = self.next_number()
         path = self._file or self.path(number)
         record = path.with_suffix(".json")
-        if self._file is not None and record.exists():
-            raise UserError(f"{record}: the file exists, and the figures of a version go there; choose another --out")
         figures = {"version": number, "path": str(path), **figures}
         text = json.dumps(figures, ensure_ascii=False, indent=1) + "\n"
         write_atomically(record, lambda file: file.write(text.encode()))

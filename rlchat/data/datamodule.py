@@ -168,9 +168,9 @@ class OASST2DataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """The files and the split, as plain values: a model file records what it was trained on.
 
-        Of an absolute path, only the name of the file is included: model files are passed on.
+        Paths outside the working directory are left out: model files are passed on, and such paths tell about the user.
         """
-        paths = [str(path) if not Path(path).is_absolute() else Path(path).name for path in self.paths]
+        paths = [str(path) for path in self.paths if not Path(path).is_absolute() and ".." not in Path(path).parts]
         return {"path": paths, **{name: getattr(self, name) for name in ("seed", "val_fraction", "test_fraction")}}
 
     def prepare_data(self) -> None:

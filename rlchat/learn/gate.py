@@ -73,14 +73,18 @@ def judge(
             f"the perplexity on human replies rose from {original.perplexity:.4g} to {new.perplexity:.4g}, more than "
             f"{bounds.perplexity_rise:.3g} of it"
         )
-    if new.correct is None or original.correct is None:
+    kl = kl_between(original, new)
+    if (new.correct is None or original.correct is None) and kl is not None:
         notes.append("no control has an answer that can be checked: the gate uses the KL to the original model instead")
+    elif new.correct is None or original.correct is None:
+        notes.append("there are no controls: neither correct answers nor the KL are part of the gate")
     elif (original.correct - new.correct) / new.controls > bounds.control_drop:
         reasons.append(
             f"{new.correct} of {new.controls} controls are correct, before: {original.correct}, a drop of more than "
             f"{bounds.control_drop:.3g}"
         )
-    kl = kl_between(original, new)
+    if kl is None and (new.perplexity is None or original.perplexity is None):
+        reasons.append("there are no prompts or replies to measure it on; pass --replay FILE with other conversations")
     if kl is not None and not kl <= bounds.kl:
         reasons.append(f"the KL to the original model is {kl:.3g} nats per token on controls, above {bounds.kl:.3g}")
     return Decision(reasons, notes)

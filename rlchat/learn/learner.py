@@ -121,7 +121,8 @@ def usable_verdicts(
     left_out: Counter[str] = Counter()
     usable, others = [], set()
     for verdict in verdicts:
-        if not request.any_model and not versions.owns(verdict.model):
+        in_use = request.current is not None and verdict.model == request.current.name
+        if not request.any_model and not in_use and not versions.owns(verdict.model):
             others.add(verdict.model)
             left_out["on responses of other models"] += 1
         elif not fits(verdict, original.tokenizer, original.max_length):
@@ -247,7 +248,7 @@ class _Round:
             return read_replay(paths, data_split, openings, **limits)
         missing = f"{', '.join(paths)}, which the model file names, was not found" if paths else "no --replay"
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
-        return everyday_replay(self.request.replay_prompts)
+        return everyday_replay(self.request.replay_prompts, openings)
 
     def _yardstick(self, replay: Replay, verdicts: Sequence[JudgedResponse]) -> Yardstick:
         seed, held_back = self.training.seed, split(verdicts)[1]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.forest import Tree
+from rlchat.data.forest import Tree, tree_id_of
 from rlchat.data.formats import read_forest
 from rlchat.data.splits import split_trees, unit_hash
 from rlchat.errors import UserError
@@ -78,10 +78,17 @@ class Replay:
         return any(prompt.check is not None for prompt in self.controls)
 
 
-def everyday_replay(limit: int) -> Replay:
-    """Packaged everyday prompts, without human replies and without answers."""
+def everyday_replay(limit: int, without: Collection[str]) -> Replay:
+    """At most ``limit`` packaged everyday prompts, without human replies and answers, and as many controls.
+
+    Prompts with the opening ids ``without`` are left out of both.
+    """
     prompts = [Conversation((Message("user", text),)) for text in EVERYDAY]
-    return Replay("packaged everyday prompts", prompts[::2][:limit], [], [], prompts[1::2])
+    replayed, controls = (
+        [prompt for prompt in half if tree_id_of(prompt.messages) not in without]
+        for half in (prompts[::2], prompts[1::2])
+    )
+    return Replay("packaged everyday prompts", replayed[:limit], [], [], controls)
 
 
 def data_of(about: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -124,7 +131,7 @@ def read_replay(
     places = torch.tensor([unit_hash(split["seed"], tree.opening_id) for tree in trees], dtype=torch.float64)
     sides = split_trees(places, torch.arange(len(trees)), split["val_fraction"], split["test_fraction"])
     trained = _side(trees, sides["train"], without)
-    held_out = _side(trees, sides["val"] | sides["test"], without)
+    held_out = _side(trees, (sides["val"] | sides["test"]) & ~sides["train"], without)
     prompts = [prompt for tree in trained for prompt in tree.prompts if prompt.is_prompt]
     if not prompts:
         raise UserError(

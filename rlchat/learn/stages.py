@@ -24,7 +24,7 @@ from rlchat.rewards import Factor, LearnedQuality, Reward
 from rlchat.rewards.described import check_arguments, find_factor
 from rlchat.training.base import StageModule
 from rlchat.training.dpo import DPOModule
-from rlchat.training.options import check_room, positive, positive_integers
+from rlchat.training.options import check_room, not_negative, positive, positive_integers
 from rlchat.training.reward_model import RewardModelModule
 
 Method = Literal["dpo", "ppo"]
@@ -78,6 +78,7 @@ class Training:
 
     def __post_init__(self) -> None:
         positive(learning_rate=self.learning_rate, beta=self.beta)
+        not_negative(seed=self.seed)
         positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
         positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
 

@@ -210,6 +210,8 @@ class DPOModule(PolicyModule):
         self.model.value_head.requires_grad_(False)  # DPO does not train it; DDP fails on a parameter without gradient
         self.reference: RLChatModel = reference.train()
         self.partly.leave_out(reference, self.model)
+        if options.label_coef or options.sft_coef:
+            self.monitor = ("val/loss", "min")  # the validation split may have no pair
         self.strict_loading = False  # checkpoints lack the reference model; partly checks the rest
 
     @property
@@ -224,7 +226,7 @@ class DPOModule(PolicyModule):
 
         With ``label_coef`` and ``sft_coef``, labelled responses and those of rank 0 are further terms of the mean.
         """
-        o, pairs = self.options, self.preferences(batch)
+        pairs = self.preferences(batch)
         if self.logs_this_step:
             numbers = {
                 "pair_accuracy": pairs.accuracy,
@@ -236,8 +238,7 @@ class DPOModule(PolicyModule):
             }
             self.log_dict({f"train/{name}": self.global_mean(values.detach()) for name, values in numbers.items()})
             self.log("train/learning_rate", self.current_learning_rate())
-        weighted = ((1.0, pairs.loss), (o.label_coef, pairs.label_loss), (o.sft_coef, pairs.sft_loss))
-        terms = [coef * loss for coef, loss in weighted if coef]
+        terms = [weight * losses for weight, losses in self.weighted(pairs)]
         return self.mean_loss("train/loss", torch.cat(terms).sum(), self.global_sum(sum(map(len, terms))))
 
     def preferences(self, batch: PreferenceBatch | JudgedBatch) -> Preferences:
@@ -267,6 +268,12 @@ class DPOModule(PolicyModule):
             rejected_logprob=logprobs[worse],
         )
 
+    def weighted(self, pairs: Preferences) -> list[tuple[float, Tensor]]:
+        """The terms of the loss with their weights; those with weight 0 are left out."""
+        o = self.options
+        terms = [(1.0, pairs.loss), (o.label_coef, pairs.label_loss), (o.sft_coef, pairs.sft_loss)]
+        return [(weight, losses) for weight, losses in terms if weight]
+
     def response_logprobs(self, model: RLChatModel, batch: PreferenceBatch | JudgedBatch) -> Tensor:
         """The log-prob [N] of each response: the sum over its tokens, its end marker included."""
         model.eval()  # also in training: dropout would change the policy, and the first loss would not be log 2
@@ -282,7 +289,8 @@ class DPOModule(PolicyModule):
             self.tally_sequences(batch)
             return
         pairs = self.preferences(batch)
-        self.tally.add("loss", pairs.loss)
+        for weight, losses in self.weighted(pairs):
+            self.tally.add("loss", weight * losses)
         self.tally.add("pair_accuracy", pairs.accuracy)
         self.tally.add("reward_margin", pairs.margin)
 

@@ -54,8 +54,11 @@ def test_another_file_or_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a folder"):
         Versions(model, tmp_path / "new.json")
     (tmp_path / "new.pt").unlink()
-    with pytest.raises(UserError, match=r"new\.json: the file exists"):
-        Versions(model, tmp_path / "new.pt").accept(write, {})
+    with pytest.raises(UserError, match=r"new\.json exists, and no version replaces a file"):
+        Versions(model, tmp_path / "new.pt")
+    (tmp_path / "chat2.reward.pt").touch()
+    with pytest.raises(UserError, match=r"chat2\.reward\.pt exists"):
+        Versions(model, tmp_path / "chat2.pt")
 
 
 def test_a_full_disk_leaves_no_version(tmp_path: Path) -> None:

@@ -59,10 +59,14 @@ def test_agreement_is_compared_with_the_current_version_and_the_rest_with_the_or
 def test_what_is_not_measured_is_said() -> None:
     nothing = Figures(None, 0, None, None, 0, None)
     decision = judge(nothing, nothing, nothing, BOUNDS, 9, ())
-    assert decision.accepted
+    assert decision.reasons == [
+        "there are no prompts or replies to measure it on; pass --replay FILE with other conversations"
+    ]
     assert decision.notes[0] == "agreement is not part of the gate: 9 verdicts are fewer than 10"
     assert ["perplexity is not part" in note for note in decision.notes] == [False, True, False]
-    assert "no control has an answer" in decision.notes[2]
+    assert "there are no controls" in decision.notes[2]
+    unchecked = replace(BEFORE, correct=None)
+    assert "no control has an answer" in judge(unchecked, unchecked, unchecked, BOUNDS, 10, ()).notes[0]
     assert "prompts" in judge(nothing, nothing, nothing, BOUNDS, 10, ()).notes[0]
     assert kl_between(nothing, BEFORE) is None
 

@@ -71,11 +71,15 @@ def test_prompts_of_verdicts_are_left_out_and_limits_hold(data: Path) -> None:
 
 
 def test_without_data_there_are_packaged_prompts() -> None:
-    replay = everyday_replay(5)
+    replay = everyday_replay(5, ())
     assert len(replay.prompts) == 5
     assert len(replay.controls) > 10
     assert questions(replay.prompts) & questions(replay.controls) == set()
     assert not replay.checked
+    taught = {tree_id_of(replay.prompts[0].messages), tree_id_of(replay.controls[0].messages)}
+    rest = everyday_replay(5, taught)
+    assert rest.prompts[:4] == replay.prompts[1:]
+    assert rest.controls == replay.controls[1:]
 
 
 def test_a_model_file_names_its_data() -> None:
@@ -87,9 +91,9 @@ def test_a_model_file_names_its_data() -> None:
 
 
 def test_an_absolute_path_is_not_recorded(tmp_path: Path) -> None:
-    module = OASST2DataModule([str(tmp_path / "a.jsonl"), "data/b.jsonl"], seed=3)
+    module = OASST2DataModule([str(tmp_path / "a.jsonl"), "data/b.jsonl", "../ann/c.jsonl"], seed=3)
     assert module.describe() == {
-        "path": ["a.jsonl", "data/b.jsonl"],
+        "path": ["data/b.jsonl"],
         "seed": 3,
         "val_fraction": 0.05,
         "test_fraction": 0.05,

@@ -229,6 +229,17 @@ def test_labels_and_imitation_are_terms_of_the_mean(encoding: str) -> None:
         assert log.rows[0]["train/loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_validation_without_pairs_is_measured_by_the_loss(encoding: str) -> None:
+    module = dpo(encoding, label_coef=0.5)
+    assert module.monitor == ("val/loss", "min")
+    whole = judged_batch(module.tokenizer)
+    labels = JudgedBatch(*(part[3:] for part in whole))  # the two labelled responses
+    measured = trainer().validate(module, serve([labels]), verbose=False)[0]
+    assert measured["val/loss"] == pytest.approx(0.5 * math.log(2), abs=1e-5)
+    assert "val/pair_accuracy" not in measured
+    assert dpo(encoding).monitor == ("val/pair_accuracy", "max")
+
+
 def test_the_label_loss_by_hand(encoding: str) -> None:
     """An implicit reward r costs log(1 + exp(-r)) with label 1, and that plus 3/4 r with label 1/4."""
     module = dpo(encoding, label_coef=1.0)
