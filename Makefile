@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without --no-compile, pip compiles every module of every package, although most are never imported.
 PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo demo-real chat test test_slow latest lowest constraints docs lint prove trainer_matrix mutants against_trl clean
+.PHONY: demo demo-real chat test test_slow lessons latest lowest constraints docs notebooks lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -31,6 +31,10 @@ test: $(VENV)/installed-dev
 test_slow: export OMP_NUM_THREADS ?= 1
 test_slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+
+# The lessons of docs/lessons in full, with three seeds that their bands were not measured with.
+lessons: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.lessons
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -67,6 +71,17 @@ constraints: .venv-tools/bin/uv
 # The documentation as a site: docs/_build/index.html. A broken link is an error.
 docs: .venv-tools/docs
 	.venv-tools/bin/sphinx-build -q -W --keep-going -d docs/_build/.doctrees docs docs/_build
+
+# The lessons as notebooks, with links to docs/ and their pictures: docs/_build/notebooks/*.ipynb. Commands are cells with
+# %%bash, which need rlchat in the environment of the notebook.
+NOTEBOOKS := docs/_build/notebooks
+notebooks: .venv-tools/notebooks
+	mkdir -p $(NOTEBOOKS)
+	cp docs/lessons/*.png $(NOTEBOOKS)
+	set -e; for lesson in docs/lessons/[0-9]*.md; do \
+	  sed 's#](\.\./#](../../#g' $$lesson | .venv-tools/bin/jupytext --quiet --from md --to ipynb \
+	    --update-metadata '{"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}' \
+	    --output $(NOTEBOOKS)/$$(basename $$lesson .md).ipynb; done
 
 # Every trainer option with every stage, as a table: docs/trainer-options.md.
 trainer_matrix: $(VENV)/installed-dev
@@ -132,6 +147,11 @@ $(VENV)/installed-real: $(VENV)/installed
 .venv-tools/docs: pyproject.toml constraints.txt
 	test -x .venv-tools/bin/python || $(PYTHON) -m venv .venv-tools
 	.venv-tools/bin/python $(PIP) -q $$(.venv-tools/bin/python .ci/pins.py) sphinx myst-parser furo
+	touch $@
+
+.venv-tools/notebooks:
+	test -x .venv-tools/bin/python || $(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python $(PIP) -q jupytext==1.19.6
 	touch $@
 
 .venv-trl/installed: pyproject.toml

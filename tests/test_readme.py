@@ -31,11 +31,14 @@ from rlchat.rewards import Reply, Reward
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LESSON = re.compile(r"docs/lessons/\d")  # tests/benchmarks/test_lessons.py runs their blocks
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [path for path in PAGES if "_build" not in path.parts]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES if path.is_file()}
 BLOCKS = [
     (page, language, body)
     for page, text in TEXTS.items()
+    if not LESSON.match(page)
     for language, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 ]
 # Commands that train, or listen for requests: their command lines are parsed. The other commands of rlchat run.
@@ -254,7 +257,8 @@ def test_request_to_the_api(line: str, tokenizer: ChatTokenizer, tmp_path: Path)
 
 
 def test_linked_files_exist() -> None:
-    links = [(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
+    prose = {page: re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL) for page, text in TEXTS.items()}
+    links = [(page, link) for page, text in prose.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
     local = [(page, link) for page, link in links if "://" not in link]
     assert len(local) > 10
     assert [(page, link) for page, link in local if not ((ROOT / page).parent / link).exists()] == []
@@ -275,8 +279,10 @@ def test_the_table_of_packages_names_every_package() -> None:
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    contents = TEXTS["docs/index.md"].split("```{toctree}")[1].split("```")[0].split()
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"} == set(contents) - {":maxdepth:", "1"}
+    for folder, others in ((ROOT / "docs", {"lessons/index"}), (ROOT / "docs" / "lessons", set())):
+        contents = (folder / "index.md").read_text(encoding="utf-8").split("```{toctree}")[1].split("```")[0].split()
+        pages = {path.stem for path in folder.glob("*.md")} - {"index"} | others
+        assert pages == set(contents) - {":maxdepth:", "1"}
 
 
 def test_ppo_options_exist() -> None:
