@@ -268,7 +268,8 @@ def test_files_and_folders_in_backticks_exist() -> None:
     pattern = r"(?<!Create )`((?:rlchat|tests|configs|docs|benchmarks)/[\w./]*)`"
     names = [(page, name) for page, text in TEXTS.items() for name in re.findall(pattern, text)]
     assert len(names) > 10
-    assert [(page, name) for page, name in names if not (ROOT / name).exists()] == []
+    kept = [(page, name) for page, name in names if not name.startswith("docs/_build")]  # what make builds
+    assert [(page, name) for page, name in kept if not (ROOT / name).exists()] == []
 
 
 def test_the_table_of_packages_names_every_package() -> None:
