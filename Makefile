@@ -64,6 +64,7 @@ lowest: .venv-tools/bin/uv pyproject.toml constraints.txt
 # Resolves the versions that `make demo` and `make test` install, for Linux, macOS and Windows; installs none of them.
 constraints: .venv-tools/bin/uv
 	.venv-tools/bin/uv pip compile pyproject.toml --extra serve --extra export --extra lora --extra bitsandbytes \
+	  --extra reasoning-gym \
 	  --extra demo-real --extra docs --extra dev --universal --python-version 3.11 --upgrade --quiet \
 	  --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
 

@@ -177,17 +177,23 @@ def pairs(model: RLChatModel, seed: int, end_id: int, pad_id: int) -> list[Prefe
 
 
 class DPOCurve(L.Callback):
-    """The reward of held-out prompts against CPU seconds, twenty times in a run of DPO."""
+    """The reward of held-out prompts against CPU seconds, at the start and twenty times in a run of DPO."""
 
     def __init__(self, clock: Clock, measure: Callable[[], dict[str, float]]) -> None:
         self.clock = clock
         self.measure = measure
         self.rows: list[dict[str, float]] = []
 
+    def on_train_start(self, *_: Any) -> None:
+        self.measure_now()
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
-        if trainer.global_step % (max(1, DPO_STEPS // 20)) == 0:
-            measured = self.clock.without(self.measure)
-            self.rows.append({"episodes": H.iterations * H.batch_size, "cpu_s": self.clock.seconds(), **measured})
+        if trainer.global_step % max(1, DPO_STEPS // 20) == 0:
+            self.measure_now()
+
+    def measure_now(self) -> None:
+        measured = self.clock.without(self.measure)
+        self.rows.append({"episodes": H.iterations * H.batch_size, "cpu_s": self.clock.seconds(), **measured})
 
 
 def train_dpo(setting: dict[str, float], seed: int, folder: Path) -> dict[str, Any]:
@@ -244,11 +250,20 @@ def table(runs: dict[str, list[dict[str, Any]]], settings: dict[str, dict[str, f
         early = with_interval([reward_at(run["curve"], "cpu_s", budget) for run in found])
         yield f"| {name} | {setting} | {' | '.join(columns)} | {seconds} | {early} |"
     if "DPO" in runs:
-        for name in runs:
+        for name, found in runs.items():
             if name != "DPO":
-                pairs_of = zip(runs[name], runs["DPO"], strict=True)
-                gain = [reward_at(online["curve"], "kl", dpo["kl"]) - dpo["reward"] for online, dpo in pairs_of]
-                yield f"\n{name} minus DPO at the KL of DPO, same seed: {with_interval(gain)}"
+                gain = [
+                    gain_at_equal_kl(one["curve"], dpo["curve"]) for one, dpo in zip(found, runs["DPO"], strict=True)
+                ]
+                yield f"\n{name} minus DPO at equal KL, same seed: {with_interval(gain)}"
+
+
+def gain_at_equal_kl(curve: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> float:
+    """The reward of ``curve`` minus that of ``other`` at the highest KL that both reach, linear between iterations."""
+    curves = [sorted((row["kl"], row["reward"]) for row in rows) for rows in (curve, other)]
+    kl = min(rows[-1][0] for rows in curves)
+    one, two = (float(np.interp(kl, *np.transpose(rows))) for rows in curves)
+    return one - two
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:

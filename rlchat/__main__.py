@@ -15,11 +15,13 @@ COMMANDS = {
     "validate": "measure a model on the validation split",
     "test": "measure a model on the held-out test split",
     "predict": "write responses to a file of prompts as JSONL",
+    "learn": "make a new version of a chat model from 👍, 👎 and corrections, if it passes a gate",
     "look": "look at the rollouts of a PPO run token by token, on a page at http://127.0.0.1:8010",
     "report": "write a page about a run: figures before and after, plots, samples, alarms",
     "chat": "chat with a model in the terminal",
     "serve": "serve a web page and an API to chat with a model, at http://127.0.0.1:8000",
     "study": "optimize proxy rewards until the true reward falls: rlchat study overoptimization",
+    "data": "generate prompts with answers that can be checked, from reasoning-gym",
     "tokenizer": "train a tokenizer (a tiktoken rank file) on your own data",
     "export": "write a chat model for transformers, llama.cpp or safetensors",
     "cache": "show or clear tokenized data and unpacked base models",
@@ -113,10 +115,18 @@ def _run(command: str) -> Callable[[list[str]], int]:
         from rlchat.study import main as study
 
         return study.main
+    if command == "learn":
+        from rlchat.learn import main as learn
+
+        return learn.main
     if command == "export":
         from rlchat.cli import export
 
         return export.main
+    if command == "data":
+        from rlchat.tasks import main as tasks
+
+        return tasks.main
     if command == "cache":
         from rlchat.cli import cache
 

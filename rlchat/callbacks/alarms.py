@@ -137,7 +137,7 @@ class Alarms(Callback):
         self.invariants = InvariantChecks()
         self.raised: list[str] = []
         """The problems that it has warned about, in order."""
-        self._notes: list[dict[str, Any]] = []  # the rows of alarms.jsonl
+        self.notes: list[dict[str, Any]] = []  # the rows of alarms.jsonl
         self._record: Path | None = None  # this file, on the first process
         self._lasting: dict[str, int] = {}
         self._weights: list[int] = []  # a fingerprint of the policy after the last iteration
@@ -158,7 +158,7 @@ class Alarms(Callback):
             "held_out": [*self._held_out],
             "validations": [{**metrics} for metrics in self._validations],
             "surprisal": [*astuple(self._surprisal)],
-            "notes": [{**note} for note in self._notes],
+            "notes": [{**note} for note in self.notes],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ class Alarms(Callback):
         self._held_out = state_dict["held_out"]
         self._validations = state_dict.get("validations", [])  # version 0.1 did not save them
         self._surprisal = Surprisal(*state_dict.get("surprisal", []))  # nor this
-        self._notes = state_dict.get("notes", [])
+        self.notes = state_dict.get("notes", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers the weights of the reference model and of the policy, and starts the record of alarms."""
@@ -175,7 +175,7 @@ class Alarms(Callback):
         if isinstance(pl_module, PPOModule):
             if log_dir is not None and trainer.loggers and trainer.is_global_zero and not is_fast_dev_run(trainer):
                 self._record = Path(log_dir, "alarms.jsonl")
-                append_lines(self._record, self._notes)  # of the run that this one resumes
+                append_lines(self._record, self.notes)  # of the run that this one resumes
             self.invariants.start(pl_module)
             self._weights = fingerprint(pl_module.model, trained_only=True)
             self._header = prompt_header(pl_module.tokenizer)
@@ -383,9 +383,9 @@ class Alarms(Callback):
 
     def _note(self, trainer: Trainer, what: str, message: str) -> None:
         """Adds a problem to the record of the run."""
-        self._notes.append({"iteration": batches_seen(trainer), "what": what, "message": message})
+        self.notes.append({"iteration": batches_seen(trainer), "what": what, "message": message})
         if self._record is not None:
-            append_lines(self._record, self._notes[-1:])
+            append_lines(self._record, self.notes[-1:])
 
 
 def stop_after_this_batch(trainer: Trainer, error: UserError) -> None:

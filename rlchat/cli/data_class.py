@@ -11,7 +11,7 @@ import lightning as L
 import yaml
 
 from rlchat.cli.option_errors import imported_class
-from rlchat.data.batches import PreferenceBatch, PromptBatch, RankedBatch, SequenceBatch
+from rlchat.data.batches import JudgedBatch, PreferenceBatch, PromptBatch, RankedBatch, SequenceBatch
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import UserError
 from rlchat.training.base import StageModule
@@ -21,7 +21,7 @@ _log = logging.getLogger("rlchat")
 _BATCHES = {
     "sft": (SequenceBatch,),
     "reward": (RankedBatch,),
-    "dpo": (PreferenceBatch, SequenceBatch),
+    "dpo": (PreferenceBatch, JudgedBatch, SequenceBatch),
     "ppo": (PromptBatch, SequenceBatch),
 }
 

@@ -69,6 +69,21 @@ class PreferenceBatch(NamedTuple):
         return PreferenceBatch(*(tensor.to(device) for tensor in self))
 
 
+class JudgedBatch(NamedTuple):
+    """As :class:`PreferenceBatch`, also with responses that have no pair, and with labels."""
+
+    ids: Tensor  # Long [N, T]
+    attention_mask: Tensor  # Bool [N, T], False on padding
+    response_mask: Tensor  # Bool [N, T], True on the tokens of the response and its end marker
+    group: Tensor  # Long [N], index of the prompt in this batch
+    rank: Tensor  # Long [N], 0 is the best of its group, -1 is unranked
+    quality: Tensor  # Float [N] in 0..1, NaN if unlabelled
+
+    def to(self, device: torch.device | str) -> JudgedBatch:
+        """The same batch on ``device``."""
+        return JudgedBatch(*(tensor.to(device) for tensor in self))
+
+
 class PromptBatch:
     """Prompts to respond to, padded on the left.
 
@@ -170,6 +185,12 @@ class _ResponseRows:
         group = torch.cat([torch.full((span.stop - span.start,), number) for number, span in enumerate(spans)])
         return spans, *pad(ids, self.pad_id, "right"), group
 
+    def _response_mask(self, spans: Sequence[slice], mask: Tensor) -> Tensor:
+        """True on the tokens of the responses ``spans`` and their end markers; ``mask`` is the attention mask."""
+        start, end = (torch.cat([x[span] for span in spans])[:, None] for x in (self.ranked.start, self.ranked.end))
+        position = torch.arange(mask.shape[1])
+        return mask & (position >= start) & (position < end)
+
 
 class RankedRows(_ResponseRows, Dataset[RankedBatch]):
     """What a reward model trains on."""
@@ -191,10 +212,17 @@ class PreferenceRows(_ResponseRows, Dataset[PreferenceBatch]):
 
     def __getitem__(self, index: int | Sequence[int]) -> PreferenceBatch:
         spans, ids, mask, group = self._rendered(index)
-        start, end = (torch.cat([x[span] for span in spans])[:, None] for x in (self.ranked.start, self.ranked.end))
-        position = torch.arange(ids.shape[1])
-        response_mask = mask & (position >= start) & (position < end)
-        return PreferenceBatch(ids, mask, response_mask, group, torch.cat([self.ranked.rank[span] for span in spans]))
+        ranks = torch.cat([self.ranked.rank[span] for span in spans])
+        return PreferenceBatch(ids, mask, self._response_mask(spans, mask), group, ranks)
+
+
+class JudgedRows(_ResponseRows, Dataset[JudgedBatch]):
+    """What DPO trains on if responses without a pair count."""
+
+    def __getitem__(self, index: int | Sequence[int]) -> JudgedBatch:
+        spans, ids, mask, group = self._rendered(index)
+        ranks, quality = (torch.cat([x[span] for span in spans]) for x in (self.ranked.rank, self.ranked.quality))
+        return JudgedBatch(ids, mask, self._response_mask(spans, mask), group, ranks, quality)
 
 
 class PromptRows(Dataset[PromptBatch]):

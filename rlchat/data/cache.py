@@ -43,7 +43,7 @@ class CorpusCache:
             UserError: a file cannot be read.
         """
         digest = hashlib.sha256()
-        lengths = (needs.task, needs.max_length, needs.max_new_tokens, needs.whole_conversations)
+        lengths = (needs.task, needs.max_length, needs.max_new_tokens, needs.whole_conversations, needs.unpaired)
         digest.update(json.dumps([code_hash(), needs.tokenizer.fingerprint, lengths, sorted(options.items())]).encode())
         for content in hashes_of(files, self.folder):
             digest.update(content)

@@ -36,6 +36,7 @@ class DataNeeds:
         max_new_tokens: tokens reserved for the response: prompts are truncated to ``max_length - max_new_tokens``.
         mix_sequences: whether PPO's training batches also contain SFT sequences.
         whole_conversations: whether a prompt contains the later user messages of its conversation.
+        unpaired: whether DPO's batches also contain responses without a pair: labelled ones, and the only ranked one.
     """
 
     task: Task
@@ -44,6 +45,7 @@ class DataNeeds:
     max_new_tokens: int = 0
     mix_sequences: bool = False
     whole_conversations: bool = False
+    unpaired: bool = False
 
     @property
     def prompt_length(self) -> int:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlchat.conversation import Conversation
 from rlchat.data.batches import (
     BatchLoader,
+    JudgedBatch,
+    JudgedRows,
     PreferenceBatch,
     PreferenceRows,
     PromptBatch,
@@ -45,6 +47,7 @@ from rlchat.errors import UserError
 
 __all__ = [
     "DataNeeds",
+    "JudgedBatch",
     "OASST2DataModule",
     "PreferenceBatch",
     "PromptBatch",
@@ -161,6 +164,14 @@ class OASST2DataModule(LightningDataModule):
     @needs.setter
     def needs(self, needs: DataNeeds) -> None:
         self._needs = needs
+
+    def describe(self) -> dict[str, Any]:
+        """The files and the split, as plain values: a model file records what it was trained on.
+
+        Paths outside the working directory are left out: model files are passed on, and such paths tell about the user.
+        """
+        paths = [str(path) for path in self.paths if not Path(path).is_absolute() and ".." not in Path(path).parts]
+        return {"path": paths, **{name: getattr(self, name) for name in ("seed", "val_fraction", "test_fraction")}}
 
     def prepare_data(self) -> None:
         """Tokenizes in one process, so that the others find the result in the cache."""
@@ -282,9 +293,10 @@ class OASST2DataModule(LightningDataModule):
         sequences = self._loaded().sequences
         return SequenceRows(sequences, self._rows(sequences.tree, "train"), self._pad_id)
 
-    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows:
+    def _responses(self, rows: Tensor) -> RankedRows | PreferenceRows | JudgedRows:
         """The prompts ``rows`` (Long) with their responses, as the stage needs them."""
-        kind = PreferenceRows if self.needs.task == "dpo" else RankedRows
+        paired = JudgedRows if self.needs.unpaired else PreferenceRows
+        kind: type[RankedRows | PreferenceRows | JudgedRows] = paired if self.needs.task == "dpo" else RankedRows
         return kind(self._loaded().ranked, rows, self._pad_id)
 
     def _loader(self, dataset: Dataset[Any], plan: Plan) -> BatchLoader:
@@ -364,3 +376,9 @@ class OASST2DataModule(LightningDataModule):
                     f"{file} is a pipe, which {world} processes cannot all read; write its content to a file, or set "
                     f"--trainer.devices 1"
                 )
+
+
+def described_data(trainer: Trainer) -> dict[str, Any]:
+    """What :meth:`OASST2DataModule.describe` tells of the data of ``trainer``, under ``data``; empty for other data."""
+    data = getattr(trainer, "datamodule", None)
+    return {"data": data.describe()} if isinstance(data, OASST2DataModule) and data.paths else {}

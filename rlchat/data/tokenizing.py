@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rlchat.conversation import Conversation, Message, conversation_to_dict, message_to_list
-from rlchat.data.corpus import BOUNDS, COUNTS, RANKED, DataNeeds, Prompts, Ragged, Task
+from rlchat.data.corpus import BOUNDS, COUNTS, RANKED, DataNeeds, Prompts, Ragged
 from rlchat.data.forest import Tree
 from rlchat.data.formats import ranked_pairs
 from rlchat.data.imitation import Imitation, ImitationCounts, MessageTree
@@ -185,7 +185,7 @@ def _tokenized(trees: Sequence[Tree], how: Tokenization) -> _Part:
             prompts.add(prompts_of_tree[:count], index, tally if needs.task == "ppo" else _Tally())
         if needs.task in ("reward", "dpo"):
             for prompt in contrasted(tree.prompts) if how.contrast else tree.prompts:
-                if _is_judged(prompt, needs.task):
+                if _is_judged(prompt, needs):
                     ranked.add(prompt, index, tally)
     trees_alone = {**tree_ids.build("tree_ids"), **split_ids.build("split_ids"), "split_hash": np.asarray(split_hash)}
     return _Part({**trees_alone, **sequences.build(), **ranked.build(), **prompts.build()}, tally, counts)
@@ -348,7 +348,7 @@ class _RankedBuilder:
         self.start, self.end = array("q"), array("q")
 
     def add(self, prompt: Conversation, tree: int, tally: _Tally) -> None:
-        needs, labels = self.needs, self.needs.task == "reward"
+        needs, labels = self.needs, self.needs.task == "reward" or self.needs.unpaired
         used = [r for r in prompt.references if r.rank is not None or (labels and r.quality is not None)]
         for reply in used:
             response = replace(reply, learn=True)  # marks its tokens
@@ -370,13 +370,15 @@ class _RankedBuilder:
         }
 
 
-def _is_judged(prompt: Conversation, task: Task) -> bool:
-    """Whether ``task`` can learn from ``prompt``: it has two references with different ranks.
+def _is_judged(prompt: Conversation, needs: DataNeeds) -> bool:
+    """Whether the task can learn from ``prompt``: it has two references with different ranks.
 
     For a reward model, one labelled reference is enough. A labelled response without a prompt counts: it is a prompt
-    without messages.
+    without messages. For DPO with ``unpaired``, one reference with a label or a rank is enough.
     """
-    labelled = task == "reward" and any(reply.quality is not None for reply in prompt.references)
+    if needs.unpaired:
+        return any(reply.quality is not None or reply.rank is not None for reply in prompt.references)
+    labelled = needs.task == "reward" and any(reply.quality is not None for reply in prompt.references)
     return labelled or bool(ranked_pairs(prompt))
 
 

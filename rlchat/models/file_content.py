@@ -38,14 +38,25 @@ ADAPTER_TYPES: dict[str, type] = {
 
 def holds_adapter(path: str | Path) -> bool:
     """Whether ``path`` is an adapter file. False for a file that cannot be loaded."""
+    return _glance(path).get("version") == ADAPTER_VERSION
+
+
+def kind_of(path: str | Path) -> str | None:
+    """The kind of model in ``path``: ``policy`` or ``reward``. None for a file that cannot be loaded."""
+    kind = _glance(path).get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+def _glance(path: str | Path) -> dict[str, Any]:
+    """The content of a model file, whose weights are not read. Empty for a file that cannot be loaded."""
     try:
         _check_archive(Path(path))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # from torch, about pickles of other programs
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the function that loads the file reports it
-        return False
-    return isinstance(content, dict) and content.get("version") == ADAPTER_VERSION
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_content(path: str | Path, kind: Kind, weights: bool = True) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class _TokenStats(torch.autograd.Function):
         fitting = [c.stop for c in columns_of_blocks if keeps and c.stop * len(targets) <= most_kept]
         # One tensor for all that is kept, which goes back to the operating system as a whole.
         store = hidden.new_empty(len(targets) * max(fitting, default=0), dtype=torch.float32)
-        highest_of_blocks = []  # of the kept ones
+        highest_of_blocks: list[Tensor] = []  # of the kept ones
         # Of the blocks so far: the highest logit h, Σ exp(l - h) and Σ exp(l - h) (l - h); all [tokens].
         highest = torch.full((len(targets),), UNSAYABLE_LOGIT, dtype=torch.float32, device=hidden.device)
         total, weighted, chosen = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(highest)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlchat.errors import NonFiniteError, UserError
+from rlchat.errors import NonFiniteError
 from rlchat.utils.files import append_lines
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ def saving_last_good(module: PPOModule) -> Iterator[None]:
     """Saves the last good weights if the code in the context finds that the current ones have diverged.
 
     Raises:
-        UserError: in this case; the error names the file.
+        NonFiniteError: in this case; the error names the file.
     """
     try:
         yield
     except NonFiniteError as error:
-        raise UserError(
+        raise NonFiniteError(
             f"iteration {module.iterations + 1}: the policy's logits are not finite, because the last update corrupted "
             f"its weights; the last good weights are in {save_last_good(module)}; lower --model.learning_rate, or "
             f"check the rewards"
@@ -64,13 +64,13 @@ def stop_run(module: PPOModule) -> NoReturn:
     """Writes the responses of this iteration and the last good weights, and raises. A collective.
 
     Raises:
-        UserError: always; it names the loss or gradient that is not finite, and both files.
+        NonFiniteError: always; it names the loss or gradient that is not finite, and both files.
     """
     assert module.last_iteration is not None
     folder = Path(module.trainer.log_dir or ".")  # a collective, so all processes must call it
     dump = folder / f"not_finite_{module.global_rank}.jsonl"
     append_lines(dump, module.last_iteration.rollout.rows(module.last_iteration.factors))
-    raise UserError(
+    raise NonFiniteError(
         f"iteration {module.iterations + 1}: {module.guard.last_culprit} was not finite in "
         f"{module.guard.skipped_in_a_row} optimizer steps in a row; the responses are in {dump}, the last good weights "
         f"in {save_last_good(module)}; lower --model.learning_rate, or check the rewards"

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlchat.conversation import Conversation
-from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch
+from rlchat.data.datamodule import DataNeeds, PromptBatch, SequenceBatch, described_data
 from rlchat.distributed.collectives import anywhere, global_sum, is_first, whole
-from rlchat.errors import UserError
+from rlchat.errors import NonFiniteError, UserError
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel, RLChatModel, TokenStats
 from rlchat.models.sampling import Generated, Sampling, Uniforms, addressed_uniforms, generate
@@ -92,7 +92,8 @@ class StageModule(ShardableModule):
 
     def about(self) -> dict[str, Any]:
         """The origin of the model file, as plain values."""
-        return {"stage": type(self).__name__, "batches": int(self.trainer.fit_loop.total_batch_idx + 1)}
+        batches = int(self.trainer.fit_loop.total_batch_idx + 1)
+        return {"stage": type(self).__name__, "batches": batches, **described_data(self.trainer)}
 
     def save_bundle(self, path: str | Path) -> None:
         """Writes the model file; see :mod:`rlchat.models.model_file`. A collective."""
@@ -176,7 +177,7 @@ class StageModule(ShardableModule):
         if self.logs_this_step:
             self.log_dict({"train/grad_norm": whole(norm), "train/skipped_steps": float(self.guard.skipped_steps)})
         if self.guard.must_stop:
-            raise UserError(
+            raise NonFiniteError(
                 f"optimizer step {self.trainer.global_step + 1}: {self.guard.last_culprit} was not finite in "
                 f"{self.guard.skipped_in_a_row} optimizer steps in a row; lower --model.learning_rate"
             )
@@ -300,7 +301,7 @@ class PolicyModule(StageModule):
     def __init__(self, bundle: PolicyBundle, options: StageOptions, sampling: Sampling, seed: int) -> None:
         super().__init__(bundle, options)
         self.sampling = sampling
-        self.best_of = 1  # responses per prompt of which `rlchat predict` keeps the one with the highest reward
+        self.best_of = 1  # responses per prompt in validate, test and predict; see the callback Predictions
         self.seed = seed
 
     def token_stats(self, batch: SequenceBatch) -> TokenStats:
@@ -348,17 +349,17 @@ class PolicyModule(StageModule):
         rows = self.global_rows(len(batch.ids), self.predicted_prompts, copies=n)
         self.predicted_prompts += len(batch.ids)
         uniforms = addressed_uniforms(self.seed, PREDICTION_STREAM, rows)
-        ids, mask = (x.repeat_interleave(n, 0) for x in (batch.ids, batch.attention_mask))
-        replies = self.decode(self.generate(ids, mask, self.sampling, uniforms))
-        prompts = [prompt for prompt in batch.conversations for _ in range(n)]
+        batch = batch.repeated(n)
+        replies = self.decode(self.generate(batch.ids, batch.attention_mask, self.sampling, uniforms))
+        prompts = batch.conversations
         rewards = self.predicted_rewards(prompts, replies)
-        kept: Sequence[int] = range(len(replies))
-        if n > 1:
-            totals = [reward["reward"] for reward in rewards]
-            kept = best_of(totals, n)
-            for i in kept:
-                start = i - i % n
-                rewards[i] |= {"best_of": n, "mean_reward": sum(totals[start : start + n]) / n}
+        correct = [prompt.passes(reply.text) for prompt, reply in zip(prompts, replies, strict=True)]
+        totals = [reward.get("reward", 0.0) for reward in rewards]  # SFT has none, and keeps its only response
+        kept = best_of(totals, n)
+        for i in kept if n > 1 else ():
+            group = slice(i - i % n, i - i % n + n)
+            rewards[i] |= {"best_of": n, "mean_reward": sum(totals[group]) / n}
+            rewards[i] |= {} if correct[i] is None else {"correct_of_n": correct[group].count(True)}
         return [
             {
                 "messages": [{"role": m.role, "content": m.text} for m in prompts[i].messages],
@@ -366,6 +367,7 @@ class PolicyModule(StageModule):
                 "tokens": replies[i].tokens,
                 "ended": replies[i].ended,
                 **rewards[i],
+                **({} if correct[i] is None else {"correct": correct[i]}),
             }
             for i in kept
         ]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlchat.data.datamodule import DataNeeds, PreferenceBatch, SequenceBatch
+from rlchat.data.datamodule import DataNeeds, JudgedBatch, PreferenceBatch, SequenceBatch
 from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, copy_sharing_frozen, freeze
 from rlchat.models.networks import RLChatModel
@@ -24,6 +24,7 @@ from rlchat.training.options import (
     Schedule,
     StageOptions,
     check_sampling,
+    not_negative,
     positive,
     sampling_within,
 )
@@ -69,9 +70,11 @@ def dpo_loss(margin: Tensor, beta: float, loss_type: LossType = "sigmoid", label
 
 
 class Preferences(NamedTuple):
-    """What DPO computes for the pairs of a batch: [P] each, without a gradient except for the loss and the margin."""
+    """What DPO computes for the pairs of a batch: [P] each, without a gradient except for the losses and the margin."""
 
     loss: Tensor
+    label_loss: Tensor  # [labelled responses] cross-entropy between σ(implicit reward) and the label
+    sft_loss: Tensor  # [responses of rank 0] mean negative log-prob per token
     margin: Tensor  # implicit reward of the better response minus that of the worse one
     chosen_reward: Tensor
     rejected_reward: Tensor
@@ -95,10 +98,13 @@ class DPOOptions(StageOptions):
     loss_type: LossType
     beta: float
     label_smoothing: float
+    label_coef: float
+    sft_coef: float
 
     def __post_init__(self) -> None:
         StageOptions.__post_init__(self)
         positive(beta=self.beta)
+        not_negative(label_coef=self.label_coef, sft_coef=self.sft_coef)
         if self.loss_type not in get_args(LossType):
             names = ", ".join(get_args(LossType))
             raise UserError(f"invalid value '{self.loss_type}' for loss_type: expected one of {names}")
@@ -106,6 +112,8 @@ class DPOOptions(StageOptions):
             raise UserError(f"invalid value {self.label_smoothing} for label_smoothing: expected a number in [0, 0.5)")
         if self.loss_type == "ipo" and self.label_smoothing:
             raise UserError("loss_type ipo has no label_smoothing; set --model.label_smoothing 0")
+        if self.loss_type != "sigmoid" and self.label_coef:
+            raise UserError(f"label_coef needs loss_type sigmoid, not {self.loss_type}; set --model.label_coef 0")
 
 
 class DPOModule(PolicyModule):
@@ -124,6 +132,11 @@ class DPOModule(PolicyModule):
             log-probs per token, so that longer responses have no advantage.
         beta: β, which keeps the policy close to the reference model: the higher, the closer. For ipo, it is τ.
         label_smoothing: the assumed probability that a rank is wrong, below 0.5; not for ipo.
+        label_coef: the weight of a loss on quality labels of responses, also of those without a pair: the cross-entropy
+            between σ(implicit reward) and the label. It is the label loss of the reward model, with the implicit reward
+            as the score (binary classifier optimization, Jung et al. 2024, arXiv 2404.04656, without its shift).
+        sft_coef: the weight of an SFT loss on the responses of rank 0, also of those without a pair: their mean
+            negative log-prob per token, as in RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1).
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
@@ -165,6 +178,8 @@ class DPOModule(PolicyModule):
         loss_type: LossType = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        label_coef: float = 0.0,
+        sft_coef: float = 0.0,
         learning_rate: float = 5e-6,
         schedule: Schedule = "linear",
         warmup: float = 0.1,
@@ -195,16 +210,22 @@ class DPOModule(PolicyModule):
         self.model.value_head.requires_grad_(False)  # DPO does not train it; DDP fails on a parameter without gradient
         self.reference: RLChatModel = reference.train()
         self.partly.leave_out(reference, self.model)
+        if options.label_coef or options.sft_coef:
+            self.monitor = ("val/loss", "min")  # the validation split may have no pair
         self.strict_loading = False  # checkpoints lack the reference model; partly checks the rest
 
     @property
     def data_needs(self) -> DataNeeds:
         """Ranked responses; for predictions, prompts truncated to leave room for a response."""
         room = self.sampling.max_new_tokens if getattr(self._trainer, "predicting", False) else 0
-        return DataNeeds(task="dpo", tokenizer=self.tokenizer, max_length=self.max_length, max_new_tokens=room)
+        unpaired = self.options.label_coef > 0 or self.options.sft_coef > 0
+        return DataNeeds("dpo", self.tokenizer, self.max_length, max_new_tokens=room, unpaired=unpaired)
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Mean loss of all pairs of responses to the same prompt with different ranks, over all processes."""
+    def training_step(self, batch: PreferenceBatch | JudgedBatch, batch_idx: int) -> Tensor:
+        """Mean loss of all pairs of responses to the same prompt with different ranks, over all processes.
+
+        With ``label_coef`` and ``sft_coef``, labelled responses and those of rank 0 are further terms of the mean.
+        """
         pairs = self.preferences(batch)
         if self.logs_this_step:
             numbers = {
@@ -217,20 +238,29 @@ class DPOModule(PolicyModule):
             }
             self.log_dict({f"train/{name}": self.global_mean(values.detach()) for name, values in numbers.items()})
             self.log("train/learning_rate", self.current_learning_rate())
-        return self.mean_loss("train/loss", pairs.loss.sum(), self.global_sum(len(pairs.loss)))
+        terms = [weight * losses for weight, losses in self.weighted(pairs)]
+        return self.mean_loss("train/loss", torch.cat(terms).sum(), self.global_sum(sum(map(len, terms))))
 
-    def preferences(self, batch: PreferenceBatch) -> Preferences:
+    def preferences(self, batch: PreferenceBatch | JudgedBatch) -> Preferences:
         """The loss of each pair in ``batch``, and what it is made of."""
         o = self.options
         logprobs = self.response_logprobs(self.model, batch)
         with torch.no_grad():
             ref_logprobs = self.response_logprobs(self.reference, batch)
-        rewards = implicit_rewards(logprobs, ref_logprobs, batch.response_mask.sum(1), o.beta, o.loss_type)
-        better, worse = preferred_pairs(batch.group, -batch.rank.float())
+        tokens = batch.response_mask.sum(1)
+        rewards = implicit_rewards(logprobs, ref_logprobs, tokens, o.beta, o.loss_type)
+        rank = batch.rank.float()
+        better, worse = preferred_pairs(batch.group, torch.where(rank >= 0, -rank, torch.nan))
         margin = rewards[better] - rewards[worse]
+        quality = batch.quality if isinstance(batch, JudgedBatch) else torch.full_like(rewards, torch.nan)
+        labelled, best = ~quality.isnan(), rank == 0
+        label_loss = F.binary_cross_entropy_with_logits(rewards[labelled], quality[labelled], reduction="none")
+        sft_loss = -logprobs[best] / tokens[best].clamp(min=1)
         rewards, logprobs = rewards.detach(), logprobs.detach()
         return Preferences(
             loss=dpo_loss(margin, o.beta, o.loss_type, o.label_smoothing),
+            label_loss=label_loss,
+            sft_loss=sft_loss,
             margin=margin,
             chosen_reward=rewards[better],
             rejected_reward=rewards[worse],
@@ -238,20 +268,29 @@ class DPOModule(PolicyModule):
             rejected_logprob=logprobs[worse],
         )
 
-    def response_logprobs(self, model: RLChatModel, batch: PreferenceBatch) -> Tensor:
+    def weighted(self, pairs: Preferences) -> list[tuple[float, Tensor]]:
+        """The terms of the loss with their weights; those with weight 0 are left out."""
+        o = self.options
+        terms = [(1.0, pairs.loss), (o.label_coef, pairs.label_loss), (o.sft_coef, pairs.sft_loss)]
+        return [(weight, losses) for weight, losses in terms if weight]
+
+    def response_logprobs(self, model: RLChatModel, batch: PreferenceBatch | JudgedBatch) -> Tensor:
         """The log-prob [N] of each response: the sum over its tokens, its end marker included."""
         model.eval()  # also in training: dropout would change the policy, and the first loss would not be log 2
         hidden, targets = model(batch.ids, batch.attention_mask), batch.response_mask[:, 1:]
         stats = model.token_stats(hidden[:, :-1][targets], batch.ids[:, 1:][targets])
         return stats.logprobs.new_zeros(targets.shape).masked_scatter(targets, stats.logprobs).sum(1)
 
-    def validation_step(self, batch: PreferenceBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: PreferenceBatch | JudgedBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Loss, margin and accuracy on held-out pairs, and accuracy and perplexity on held-out conversations."""
         if isinstance(batch, SequenceBatch):
             self.tally_sequences(batch)
             return
         pairs = self.preferences(batch)
-        self.tally.add("loss", pairs.loss)
+        for weight, losses in self.weighted(pairs):
+            self.tally.add("loss", weight * losses)
         self.tally.add("pair_accuracy", pairs.accuracy)
         self.tally.add("reward_margin", pairs.margin)
 

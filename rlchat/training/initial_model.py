@@ -10,7 +10,7 @@ from rlchat.errors import UserError
 from rlchat.models.base.weights import BaseWeights, base_model_folder, open_base_model
 from rlchat.models.base_models import configuration
 from rlchat.models.file_content import holds_adapter
-from rlchat.models.model_file import PolicyBundle, load_policy, new_policy
+from rlchat.models.model_file import PolicyBundle, RewardBundle, load_policy, load_reward_model, new_policy
 from rlchat.models.networks import value_head
 from rlchat.models.vocabulary import no_tokenizer_files
 from rlchat.tokenizer.base_files import tokenizer_files
@@ -57,6 +57,38 @@ def open_policy(
         known = isinstance(base_model, str) and not (new_embeddings or backbone.new_head)  # others have random weights
         base = BaseWeights("base_model", str(base_model), backbone.fingerprint) if known else None
         return PolicyBundle(model, tokenizer, length, base=base)
+    place = _base_of_file(base_model, init_from, chat_format, new_embeddings)
+    with weights_on_first() as weights:
+        bundle = load_policy(init_from, base_model=place, weights=weights)
+    _adjust(bundle, init_from, tiktoken_encoding, max_length, attn_implementation)
+    if hidden_dim is not None and hidden_dim != bundle.model.hidden_dim:
+        bundle.model.hidden_dim = hidden_dim
+        bundle.model.value_head = value_head(bundle.model.backbone.hidden_size, hidden_dim)
+    return bundle
+
+
+def open_reward_model(
+    base_model: str | dict[str, Any] | None,
+    tiktoken_encoding: str | None,
+    max_length: int | None,
+    init_from: str,
+    *,
+    chat_format: ChatFormatName | None = None,
+    new_embeddings: bool = False,
+    attn_implementation: str | None = None,
+) -> RewardBundle:
+    """The reward model in the model file ``init_from``; arguments and errors are those of :func:`open_policy`."""
+    base = _base_of_file(base_model, init_from, chat_format, new_embeddings)
+    with weights_on_first() as weights:
+        bundle = load_reward_model(init_from, base_model=base, weights=weights)
+    _adjust(bundle, init_from, tiktoken_encoding, max_length, attn_implementation)
+    return bundle
+
+
+def _base_of_file(
+    base_model: str | dict[str, Any] | None, init_from: str, chat_format: ChatFormatName | None, new_embeddings: bool
+) -> str | None:
+    """Where the base of the adapter file ``init_from`` is, if an option says so."""
     if new_embeddings or chat_format is not None:
         option = "new_embeddings" if new_embeddings else "chat_format"
         raise UserError(f"{option} applies to a new model, and init_from {init_from} is a trained one; leave it out")
@@ -65,8 +97,17 @@ def open_policy(
             f"base_model and init_from {init_from} cannot be combined, because the model file contains a backbone; "
             f"set --model.base_model null, or leave out --model.init_from"
         )
-    with weights_on_first() as weights:
-        bundle = load_policy(init_from, base_model=base_model, weights=weights)
+    return base_model
+
+
+def _adjust(
+    bundle: PolicyBundle | RewardBundle,
+    init_from: str,
+    tiktoken_encoding: str | None,
+    max_length: int | None,
+    attn_implementation: str | None,
+) -> None:
+    """Applies the options of a stage to a loaded model."""
     if attn_implementation is not None:
         bundle.model.backbone.set_attention(attn_implementation)
     _check_encoding(init_from, bundle.tokenizer, tiktoken_encoding)
@@ -76,10 +117,6 @@ def open_policy(
             f"lower it, or leave out --model.max_length"
         )
     bundle.max_length = max_length or bundle.max_length
-    if hidden_dim is not None and hidden_dim != bundle.model.hidden_dim:
-        bundle.model.hidden_dim = hidden_dim
-        bundle.model.value_head = value_head(bundle.model.backbone.hidden_size, hidden_dim)
-    return bundle
 
 
 def base_options(options: StageOptions) -> dict[str, Any]:

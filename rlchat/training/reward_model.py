@@ -15,10 +15,11 @@ from torch import Tensor
 from rlchat.data.datamodule import DataNeeds, RankedBatch
 from rlchat.distributed.collectives import gather_objects, is_first
 from rlchat.models.adapters import AdapterKind
+from rlchat.models.file_content import kind_of
 from rlchat.models.model_file import RewardBundle
 from rlchat.models.networks import RewardModel
 from rlchat.training.base import StageModule
-from rlchat.training.initial_model import base_options, open_policy
+from rlchat.training.initial_model import base_options, open_policy, open_reward_model
 from rlchat.training.optimizers import OptimizerName
 from rlchat.training.options import ChatFormatName, Schedule, SupervisedOptions
 
@@ -88,7 +89,8 @@ class RewardModelModule(StageModule):
         tiktoken_encoding: a tiktoken or packaged encoding by name, the path of a rank file, or a folder or model whose
             tokenizer is converted exactly; by default the base model's own.
         max_length: the maximum number of tokens in a conversation, responses included.
-        init_from: the model file of an SFT model whose backbone initializes the reward model, instead of base_model.
+        init_from: instead of base_model, the model file of an SFT model whose backbone initializes the reward model; or
+            of a reward model, which is trained further.
         label_coef: the weight of the regression loss on quality labels, relative to the ranking loss.
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
@@ -143,9 +145,13 @@ class RewardModelModule(StageModule):
         attn_implementation: str | None = None,
     ) -> None:
         options = SupervisedOptions.of(locals())
-        start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from, **base_options(options))
-        model = RewardModel(start.model.backbone)
-        super().__init__(RewardBundle(model, start.tokenizer, start.max_length, base=start.base), options)
+        if init_from is not None and kind_of(init_from) == "reward":
+            bundle = open_reward_model(base_model, tiktoken_encoding, max_length, init_from, **base_options(options))
+        else:
+            start = open_policy(base_model, tiktoken_encoding, max_length, None, init_from, **base_options(options))
+            model = RewardModel(start.model.backbone)
+            bundle = RewardBundle(model, start.tokenizer, start.max_length, base=start.base)
+        super().__init__(bundle, options)
         self.save_hyperparameters()
         self.label_coef = label_coef
         if self.model.backbone.head is not None:  # an untied policy head gets no gradient from a score

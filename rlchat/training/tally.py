@@ -19,7 +19,9 @@ class Tally:
         self._means: dict[str, MeanMetric] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Counts every number in ``values`` (any shape)."""
+        """Counts every number in ``values`` (any shape). Without numbers, there is no mean."""
+        if not values.numel():
+            return
         if name not in self._means:
             self._means[name] = _mean().to(values.device)
         self._means[name].update(values.detach().float().to(self._means[name].device))

@@ -34,6 +34,14 @@ def test_the_reward_at_a_time_is_the_mean_of_three_iterations() -> None:
     assert estimators.reward_at(curve, "cpu_s", 100.0) == pytest.approx((49 + 64 + 81) / 3)
 
 
+def test_rewards_are_compared_at_the_highest_kl_that_both_reach() -> None:
+    low = [{"kl": kl, "reward": reward} for kl, reward in ((0.0, 0.1), (4.0, 0.4), (3.0, 0.3))]
+    high = [{"kl": kl, "reward": reward} for kl, reward in ((0.0, 0.1), (3.0, 0.5), (5.0, 0.6), (9.0, 0.9))]
+    # At a KL of 4, the second curve is halfway between 0.5 and 0.6.
+    assert estimators.gain_at_equal_kl(low, high) == pytest.approx(0.4 - 0.55)
+    assert estimators.gain_at_equal_kl(high, low) == pytest.approx(0.55 - 0.4)
+
+
 def test_the_true_reward_ranks_the_pairs(tmp_path: Path) -> None:
     size = estimators.SIZE
     estimators.save_initial(estimators.initial_model(size, 0), size, tmp_path / "initial.pt")

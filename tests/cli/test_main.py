@@ -326,7 +326,6 @@ def test_missing_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--model.init_from", "evil.pt"], r"evil.pt: contains something other than tensors.*; it was not loaded$"),
         (["--model.init_from", "half.pt"], r"half.pt: (damaged|contains something other)"),
         (["--model.init_from", "other.pt"], r"other.pt: not an rlchat model file"),
-        (["--model.init_from", "checkpoints/reward_model.pt"], r".*: contains a reward model, expected a chat model"),
         (["--model.tiktoken_encoding", "mine.tiktoken"], r".* was trained with the encoding rlchat_1k, not mine.tikto"),
         (["--model.max_length", "4096"], r"invalid value 4096 for max_length: the model file \S+ has 64"),
         (
@@ -504,6 +503,7 @@ def after(ran: Path, here: Path) -> Path:
 def test_a_run_writes_all_its_logs_to_one_folder(after: Path) -> None:
     left = {path.name.partition(".tfevents")[0] for path in RUN.iterdir()}
     names = "events.out metrics.csv hparams.yaml config.yaml versions.json samples.jsonl rollouts.jsonl alarms.jsonl"
+    names += " held_out.jsonl"
     assert left == {*names.split(), "checkpoints"}
     assert json.loads((RUN / "versions.json").read_text())["torch"] == torch.__version__
     assert {path.name for path in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -607,6 +607,19 @@ def test_predict_writes_the_best_of_several(after: Path, trained: Path, capsys: 
     assert [reply["messages"][-1]["content"] for reply in replies] == ["Hi", "Why?", "What is it?"]
     assert all(reply["best_of"] == 4 and reply["reward"] >= reply["mean_reward"] for reply in replies)
     assert any(reply["reward"] > reply["mean_reward"] for reply in replies)
+    checked = [
+        {"prompt": "Hi", "answer": ".", "check": "regex"},
+        {"prompt": "Why?", "answer": "(?!)", "check": "regex"},
+    ]
+    (after / "prompts.txt").rename("prompts.jsonl")
+    text = "".join(json.dumps(row) + "\n" for row in [*checked, {"prompt": "What is it?"}])
+    (after / "prompts.jsonl").write_text(text)
+    words[-1] = "prompts.jsonl"
+    rlchat(*words, "--best_of", "2", "--predictions.path", "checked.jsonl")
+    assert "1 of 2 that have an answer are correct, pass@1 0.500, pass@2 0.500" in capsys.readouterr().out
+    replies = rows(after / "checked.jsonl")
+    assert [row.get("correct_of_n") for row in replies] == [2, 0, None]
+    assert [row.get("correct") for row in replies] == [True, False, None]
     sft = newest(trained, "sft") / "checkpoints" / "best.ckpt"
     message = error_message(capsys, *words[:2], str(sft), *words[3:], "--best_of", "2", "--predictions.path", "x")
     assert "--best_of 2 needs a reward, and SFTModule has none" in message

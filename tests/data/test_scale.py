@@ -62,7 +62,7 @@ def test_parts_have_the_examples_of_the_trees(
     assert list(corpus.tree_ids) == [tree.id for tree in trees]
     assert list(corpus.split_ids) == [tree.opening_id for tree in trees]
     if task == "reward":
-        judged = [(i, p) for i, tree in enumerate(trees) for p in tree.prompts if tokenizing._is_judged(p, task)]
+        judged = [(i, p) for i, tree in enumerate(trees) for p in tree.prompts if tokenizing._is_judged(p, needs)]
         marked = [[m for m in p.references if m.rank is not None or m.quality is not None] for _, p in judged]
         assert corpus.ranked.tree.tolist() == [i for i, _ in judged]
         assert corpus.ranked.replies.diff().tolist() == [len(some) for some in marked]

@@ -30,6 +30,7 @@ from helpers.small_ppo import (
 )
 from torch import Tensor
 
+from rlchat.callbacks.predictions import Predictions
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.data.datamodule import PromptBatch
 from rlchat.errors import UserError
@@ -591,6 +592,42 @@ def test_correct_answers_are_counted(encoding: str) -> None:
     found = trainer().validate(module, [serve([batch])], verbose=False)[0]
     assert found["val/answer_accuracy"] == 0.5  # of the two that can be checked
     assert found["val/answer_accuracy_greedy"] == 0.5
+
+
+def test_pass_at_k_from_several_responses_to_each_prompt(encoding: str) -> None:
+    module = ppo(encoding)
+    letters = {4: "abcd", 2: "ab"}  # two responses to each prompt, and one that is greedy
+
+    def generated(ids: torch.Tensor, *_: Any) -> Generated:
+        rows = [[ord(letter), 260] for letter in letters[len(ids)]]
+        return Generated(
+            torch.tensor(rows),
+            torch.ones(len(ids), 2, dtype=torch.bool),
+            torch.ones(len(ids), dtype=torch.bool),
+            torch.zeros(len(ids), 2),
+        )
+
+    module.generate = generated  # type: ignore[method-assign]
+    batch = prompts(module.tokenizer)
+    asked = tuple(Conversation((Message("user", text),), check=Check(("b",))) for text in "xy")
+    batch = PromptBatch(batch.ids[:2], batch.attention_mask[:2], asked)
+    found = trainer(callbacks=[Predictions(best_of=2)]).test(module, [serve([batch])], verbose=False)[0]
+    assert (found["test/answer_accuracy"], found["test/answer_accuracy_greedy"]) == (0.25, 0.5)
+    assert (found["test/pass@1"], found["test/pass@2"]) == (0.25, 0.5)  # b is the second response to the first prompt
+    assert [row["reply"] for row in module.held_out_rows] == [*"abcd"]
+    validated = trainer(callbacks=[Predictions(best_of=2)]).validate(module, [serve([batch])], verbose=False)[0]
+    assert validated["val/pass@2"] == 0.5
+    with pytest.raises(UserError, match="--best_of 2 compares responses to the same prompt; set --model"):
+        trainer(callbacks=[Predictions(best_of=2)]).test(ppo(encoding, turns=2), [serve([batch])], verbose=False)
+
+
+def test_training_validates_with_one_response_to_each_prompt(encoding: str) -> None:
+    module = ppo(encoding, **ONE_STEP)
+    batch = prompts(module.tokenizer)
+    run = trainer(callbacks=[Predictions(best_of=3)])
+    run.fit(module, serve([batch]), [serve([batch])])
+    assert len(module.held_out_rows) == len(QUESTIONS)
+    assert not any("pass@" in name for name in run.callback_metrics)
 
 
 class SavesAfterTwo(L.Callback):

@@ -18,7 +18,7 @@ from prove.runs import QUIET, metrics, write_talk
 from torch import Tensor
 
 from rlchat.conversation import Conversation, Message
-from rlchat.data.datamodule import DataNeeds, OASST2DataModule, PreferenceBatch
+from rlchat.data.datamodule import DataNeeds, JudgedBatch, OASST2DataModule, PreferenceBatch
 from rlchat.errors import UserError
 from rlchat.models.adapters import share_frozen
 from rlchat.models.model_file import load_policy
@@ -197,6 +197,71 @@ def test_the_reference_model_shares_frozen_weights(encoding: str) -> None:
     assert share_frozen(module.reference.backbone, module.model.backbone)
     assert not any(weight.requires_grad for weight in module.reference.parameters())
     assert not share_frozen(dpo(encoding).reference, module.model)
+
+
+# ---- labels and imitation --------------------------------------------------------------------------------------------
+
+
+def judged_batch(tokenizer: ChatTokenizer) -> JudgedBatch:
+    """A pair, a response of rank 0 alone, and two labelled responses."""
+    pairs = pairs_batch(tokenizer, [("a plum", "a stone"), ("one plum",), ("good",), ("bad",)])
+    rank = torch.tensor([0, 1, 0, -1, -1])
+    return JudgedBatch(*pairs._replace(rank=rank), torch.tensor([torch.nan, torch.nan, torch.nan, 1.0, 0.25]))
+
+
+def test_labels_and_imitation_are_terms_of_the_mean(encoding: str) -> None:
+    """With the reference model as the policy, a pair and a label cost log 2 each."""
+    module = dpo(encoding, label_coef=0.5, sft_coef=2.0)
+    batch = judged_batch(module.tokenizer)
+    with torch.no_grad():
+        found = module.preferences(batch)
+        logprobs = module.response_logprobs(module.model, batch)[[0, 2]] / batch.response_mask.sum(1)[[0, 2]]
+    torch.testing.assert_close(found.loss, torch.full((1,), math.log(2)))
+    torch.testing.assert_close(found.label_loss, torch.full((2,), math.log(2)))
+    torch.testing.assert_close(found.sft_loss, -logprobs)
+    for options, expected in (
+        ({"label_coef": 0.5, "sft_coef": 2.0}, (2 * math.log(2) - 2 * float(logprobs.sum())) / 5),
+        ({"label_coef": 0.5}, 2 * math.log(2) / 3),
+        ({}, math.log(2)),
+    ):
+        log = Log()
+        trainer(callbacks=[log]).fit(dpo(encoding, **options), serve([batch]))  # type: ignore[arg-type]
+        assert log.rows[0]["train/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_validation_without_pairs_is_measured_by_the_loss(encoding: str) -> None:
+    module = dpo(encoding, label_coef=0.5)
+    assert module.monitor == ("val/loss", "min")
+    whole = judged_batch(module.tokenizer)
+    labels = JudgedBatch(*(part[3:] for part in whole))  # the two labelled responses
+    measured = trainer().validate(module, serve([labels]), verbose=False)[0]
+    assert measured["val/loss"] == pytest.approx(0.5 * math.log(2), abs=1e-5)
+    assert "val/pair_accuracy" not in measured
+    assert dpo(encoding).monitor == ("val/pair_accuracy", "max")
+
+
+def test_the_label_loss_by_hand(encoding: str) -> None:
+    """An implicit reward r costs log(1 + exp(-r)) with label 1, and that plus 3/4 r with label 1/4."""
+    module = dpo(encoding, label_coef=1.0)
+    batch = judged_batch(module.tokenizer)
+    trainer().fit(module, serve([batch] * 5))
+    with torch.no_grad():
+        found = module.preferences(batch).label_loss
+        both = [module.response_logprobs(model, batch)[3:] for model in (module.model, module.reference)]
+    good, bad = (0.1 * (both[0] - both[1])).tolist()
+    assert good > 0.01
+    expected = [math.log1p(math.exp(-good)), math.log1p(math.exp(-bad)) + 0.75 * bad]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_it_learns_from_labels_and_imitates_without_a_pair(encoding: str) -> None:
+    module = dpo(encoding, label_coef=1.0, sft_coef=1.0, learning_rate=3e-3)
+    batch = judged_batch(module.tokenizer)
+    first = module.response_logprobs(module.model, batch).detach()
+    trainer().fit(module, serve([batch] * 25))
+    change = module.response_logprobs(module.model, batch).detach() - first
+    assert change[2] > 1  # the response of rank 0 alone
+    assert change[3] > 0.5 + change[4]  # the label 1 against the label 1/4
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -306,6 +306,23 @@ def test_the_model_file_is_a_reward_model(encoding: str, tmp_path: Path) -> None
     assert loaded.about == {"stage": "RewardModelModule", "batches": 1}
 
 
+def test_it_continues_from_a_reward_model(encoding: str, tmp_path: Path) -> None:
+    """Its scores are those of the file; an option that contradicts the file is refused, as for a chat model."""
+    module = judge(encoding)
+    batch = replies_batch(module.tokenizer, FRUIT, labelled=True)
+    trainer().fit(module, serve([batch] * 5))
+    module.save_bundle(tmp_path / "reward.pt")
+    again = RewardModelModule(init_from=str(tmp_path / "reward.pt"))
+    found, before = (m.model.eval()(batch.ids, batch.attention_mask) for m in (again, module))
+    torch.testing.assert_close(found, before)
+    assert found.std() > 0.01
+    assert again.max_length == 32
+    with pytest.raises(UserError, match="invalid value 64 for max_length"):
+        RewardModelModule(init_from=str(tmp_path / "reward.pt"), max_length=64)
+    with pytest.raises(UserError, match="cannot be combined"):
+        RewardModelModule(LLAMA, init_from=str(tmp_path / "reward.pt"))
+
+
 # ---- the factor ------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,100 @@
+"""The gate: whether a new version may replace the model, judged on data that did not train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rlchat.learn.measure import Figures
+from rlchat.training.options import not_negative
+
+MIN_VERDICTS = 10
+"""With fewer verdicts, none is held back, and the gate does not use agreement."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much worse than the original model a version may be.
+
+    Attributes:
+        perplexity_rise: of the perplexity on human replies, as a share of it.
+        control_drop: of the share of controls that are answered correctly.
+        kl: in nats per token, from the original model to the version, on responses of the original to controls.
+
+    Raises:
+        UserError: a bound is negative.
+    """
+
+    perplexity_rise: float = 0.05
+    control_drop: float = 0.02
+    kl: float = 0.1
+
+    def __post_init__(self) -> None:
+        not_negative(perplexity_rise=self.perplexity_rise, control_drop=self.control_drop, kl=self.kl)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the version is accepted: only without ``reasons`` against it. ``notes`` say what was not measured."""
+
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether nothing speaks against the version."""
+        return not self.reasons
+
+
+def judge(
+    original: Figures, current: Figures, new: Figures, bounds: Bounds, verdicts: int, alarms: Sequence[str]
+) -> Decision:
+    """The decision on a version with the figures ``new``.
+
+    Args:
+        original: the figures of the original model, from which perplexity, controls and KL must not move too far.
+        current: the figures of the model that the version would replace, whose agreement must not fall.
+        new: the figures of the version.
+        bounds: how far is too far.
+        verdicts: the number of verdicts that count, held back or not.
+        alarms: the problems that were noticed in training, as sentences.
+    """
+    reasons = [*alarms]
+    notes = []
+    if new.agrees is None or current.agrees is None:
+        why = f"{verdicts} verdicts are fewer than {MIN_VERDICTS}" if verdicts < MIN_VERDICTS else _NONE_HELD_BACK
+        notes.append(f"agreement is not part of the gate: {why}")
+    elif new.agrees < current.agrees:
+        reasons.append(f"it agrees with {new.agrees} of {new.verdicts} held-back verdicts, before: {current.agrees}")
+    if new.perplexity is None or original.perplexity is None:
+        notes.append("perplexity is not part of the gate: there are no held-out human replies; pass --replay FILE")
+    elif not new.perplexity <= original.perplexity * (1 + bounds.perplexity_rise):
+        reasons.append(
+            f"the perplexity on human replies rose from {original.perplexity:.4g} to {new.perplexity:.4g}, more than "
+            f"{bounds.perplexity_rise:.3g} of it"
+        )
+    kl = kl_between(original, new)
+    if (new.correct is None or original.correct is None) and kl is not None:
+        notes.append("no control has an answer that can be checked: the gate uses the KL to the original model instead")
+    elif new.correct is None or original.correct is None:
+        notes.append("there are no controls: neither correct answers nor the KL are part of the gate")
+    elif (original.correct - new.correct) / new.controls > bounds.control_drop:
+        reasons.append(
+            f"{new.correct} of {new.controls} controls are correct, before: {original.correct}, a drop of more than "
+            f"{bounds.control_drop:.3g}"
+        )
+    if kl is None and (new.perplexity is None or original.perplexity is None):
+        reasons.append("there are no prompts or replies to measure it on; pass --replay FILE with other conversations")
+    if kl is not None and not kl <= bounds.kl:
+        reasons.append(f"the KL to the original model is {kl:.3g} nats per token on controls, above {bounds.kl:.3g}")
+    return Decision(reasons, notes)
+
+
+_NONE_HELD_BACK = "all verdicts are on prompts of the other four fifths"
+
+
+def kl_between(original: Figures, new: Figures) -> float | None:
+    """The estimated KL from the original model to the new one, in nats per token; None without controls."""
+    if original.original_nll is None or new.original_nll is None:
+        return None
+    return new.original_nll - original.original_nll

@@ -1,0 +1,351 @@
+"""One round of learning: verdicts and a model file in, an accepted or rejected version out."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
+from rlchat.chat.versions import Versions
+from rlchat.conversation import Conversation
+from rlchat.errors import NonFiniteError, UserError
+from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts, words_of
+from rlchat.learn.gate import MIN_VERDICTS, Bounds, Decision, judge, kl_between
+from rlchat.learn.measure import Figures, Yardstick, measure, questions_of, respond
+from rlchat.learn.replay import Replay, data_of, everyday_replay, read_replay
+from rlchat.learn.stages import Lesson, Trained, Training, train
+from rlchat.models.model_file import PolicyBundle, load_policy, save_bundle
+from rlchat.models.sampling import Sampling
+from rlchat.utils.devices import choose_device
+
+_MOST_CORRECTED = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to learn from what.
+
+    Attributes:
+        model: the original model file, which is not changed.
+        feedback: the file of verdicts.
+        out: a file or a folder for the version; None: the folder of versions beside ``model``.
+        current: the model file that the version would replace, for the gate; None: ``model``.
+        replay: data files of the original training; empty: those that the model file names.
+        replay_prompts: the largest number of training prompts that are replayed.
+        control_prompts: the largest number of held-out conversations, and of controls.
+        any_model: whether verdicts on responses of other models count.
+        on_bad_line: stop at a damaged line of ``feedback``, or skip it.
+        training: how the version is trained.
+        bounds: how much worse than the original it may be.
+        device: cpu, cuda or mps; None: the fastest that is available.
+        base_model: where the base of an adapter file is; None: as in training.
+    """
+
+    model: Path
+    feedback: Path
+    out: Path | None = None
+    current: Path | None = None
+    replay: Sequence[str] = ()
+    replay_prompts: int = 256
+    control_prompts: int = 256
+    any_model: bool = False
+    on_bad_line: Literal["error", "skip"] = "error"
+    training: Training = field(default_factory=Training)
+    bounds: Bounds = field(default_factory=Bounds)
+    device: str | None = None
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a request.
+
+    Attributes:
+        decision: of the gate.
+        number: the number of the accepted version; None if it was rejected.
+        path: its model file; None if it was rejected.
+        figures: everything that was measured, as plain values, as written beside the versions.
+        original, current, new: the figures of the three models.
+    """
+
+    decision: Decision
+    number: int | None
+    path: Path | None
+    figures: dict[str, Any]
+    original: Figures
+    current: Figures
+    new: Figures
+
+    @property
+    def last_line(self) -> str:
+        """The outcome in one line."""
+        if self.path is not None:
+            return f"accepted as version {self.number}: {self.path}"
+        return f"rejected: {'; '.join(self.decision.reasons)}"
+
+
+def learn(request: Request, say: Callable[[str], object] = lambda line: None) -> Outcome:
+    """Trains a version of the model on all verdicts that count, and accepts or rejects it.
+
+    The version is trained from the original model each time, so a verdict that was taken back leaves no trace. ``say``
+    is called with a line about each step.
+
+    Raises:
+        UserError: a file cannot be read or written; no verdict can be used; an option does not fit the model.
+    """
+    versions = Versions(request.model, request.out)
+    device = choose_device(request.device)
+    original = load_policy(request.model, device, request.base_model)
+    if isinstance(learned := original.about.get("learned"), dict):
+        before = learned.get("from")
+        say(f"{request.model} was learned from {before}: the KL penalty and the gate's bounds refer to {request.model}")
+    with versions.locked():
+        return _Round(request, versions, original, say).run()
+
+
+def usable_verdicts(
+    request: Request, versions: Versions, original: PolicyBundle
+) -> tuple[list[JudgedResponse], FeedbackReport, Counter[str]]:
+    """The verdicts that can be used, what was read, and how many verdicts were left out, by reason.
+
+    Raises:
+        UserError: the file cannot be read; no verdict can be used; the error says why.
+    """
+    verdicts, report = read_verdicts(request.feedback, on_bad_line=request.on_bad_line)
+    left_out: Counter[str] = Counter()
+    usable, others = [], set()
+    for verdict in verdicts:
+        in_use = request.current is not None and verdict.model == request.current.name
+        if not request.any_model and not in_use and not versions.owns(verdict.model):
+            others.add(verdict.model)
+            left_out["on responses of other models"] += 1
+        elif not fits(verdict, original.tokenizer, original.max_length):
+            left_out[f"longer than max_length {original.max_length}"] += 1
+        else:
+            usable.append(verdict)
+    if usable:
+        return usable, report, left_out
+    if others and len(verdicts) == left_out["on responses of other models"]:
+        raise UserError(
+            f"{request.feedback}: all {len(verdicts)} verdicts are on responses of {', '.join(sorted(others))}, not of "
+            f"{request.model.name}; pass the feedback of this model, or --any-model"
+        )
+    if verdicts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise UserError(f"{request.feedback}: none of {len(verdicts)} verdicts can be used ({reasons})")
+    raise UserError(
+        f"{request.feedback}: no verdict that counts in {report.lines - report.bad_lines} lines "
+        f"({report.withdrawn} taken back); rate or correct responses first"
+    )
+
+
+def split(verdicts: Sequence[JudgedResponse]) -> tuple[list[JudgedResponse], list[JudgedResponse]]:
+    """The verdicts that train, and the held-back fifth; none is held back if one of both would be empty."""
+    held_back = [verdict for verdict in verdicts if is_held_back(verdict)]
+    if len(verdicts) < MIN_VERDICTS or len(held_back) == len(verdicts):
+        return list(verdicts), []
+    return [verdict for verdict in verdicts if not is_held_back(verdict)], held_back
+
+
+def uncorrected(
+    controls: list[Conversation], replies: Sequence[str], verdicts: Sequence[JudgedResponse]
+) -> list[Conversation]:
+    """``controls`` without those that the original model answers with the words of a corrected response.
+
+    They would hold the version to what was corrected. If they are more than a tenth, none is left out: who corrects
+    everything must not switch the controls off.
+
+    Args:
+        controls: prompts with checks.
+        replies: the original model's responses to them.
+        verdicts: all verdicts that count.
+    """
+    corrected = {words_of(verdict.response) for verdict in verdicts if verdict.kind == "corrected"}
+    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if words_of(reply) not in corrected]
+    return kept if len(kept) >= (1 - _MOST_CORRECTED) * len(controls) else controls
+
+
+class _Round:
+    """One run of :func:`learn` on a loaded model."""
+
+    def __init__(
+        self, request: Request, versions: Versions, original: PolicyBundle, say: Callable[[str], object]
+    ) -> None:
+        self.request, self.versions, self.original, self.say = request, versions, original, say
+        self.training = request.training.for_model(original)
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def run(self) -> Outcome:
+        """All steps."""
+        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original)
+        training, held_back = split(verdicts)
+        judged = judged_prompts(training)
+        if not judged:
+            raise UserError(
+                f"{self.request.feedback}: the verdicts contradict each other, so there is nothing to learn"
+            )
+        counts = {
+            "verdicts": len(verdicts),
+            "trained_on": len(training),
+            "held_back": len(held_back),
+            "kinds": dict(Counter(verdict.kind for verdict in verdicts)),
+            "replaced": report.replaced,
+            "withdrawn": report.withdrawn,
+            "bad_lines": report.bad_lines,
+            "left_out": dict(left_out),
+        }
+        self.say(_describe(counts))
+        replay = self._replay({verdict.opening_id for verdict in verdicts})
+        self._lap("read")
+        yardstick = self._yardstick(replay, verdicts)
+        original = measure(self.original, yardstick)
+        current = original if self.request.current is None else self._measure_current(yardstick)
+        self._lap("measure")
+        lesson = self._lesson(judged, replay)
+        self.say(
+            f"training: {self.training.method}, {_PARTS[self.training.part or 'full']}, on {len(lesson.judged)} judged "
+            f"and {len(lesson.replay)} replayed prompts ({replay.source})"
+        )
+        with tempfile.TemporaryDirectory(prefix="rlchat-learn-") as scratch:
+            trained = train(
+                self.request.model, self.original, lesson, self.training, Path(scratch), self.request.base_model
+            )
+            trained.policy.model.to(self.original.model.backbone.device).eval()
+            self._lap("train")
+            new, decision = self._judge(trained, yardstick, original, current, len(verdicts))
+            self._lap("measure")
+        figures = self._figures(counts, replay, (original, current, new), decision)
+        number, path = None, None
+        if decision.accepted:
+            number, path = self.versions.accept(lambda file: self._write(file, trained, counts), figures)
+        else:
+            self.versions.reject(figures)
+        return Outcome(decision, number, path, figures, original, current, new)
+
+    def _judge(
+        self, trained: Trained, yardstick: Yardstick, original: Figures, current: Figures, verdicts: int
+    ) -> tuple[Figures, Decision]:
+        """The figures of the version, and the decision. A version that computes NaN has no figures."""
+        try:
+            new = measure(trained.policy, yardstick)
+        except NonFiniteError:
+            return Figures.none(), Decision([*trained.alarms, "the version computes NaN or infinity"])
+        return new, judge(original, current, new, self.request.bounds, verdicts, trained.alarms)
+
+    def _replay(self, openings: set[str]) -> Replay:
+        paths, data_split = data_of(self.original.about)
+        limits = {"limit": self.request.replay_prompts, "held_out_limit": self.request.control_prompts}
+        if self.request.replay:
+            return read_replay(self.request.replay, data_split, openings, **limits)
+        if paths and all(Path(path).is_file() for path in paths):
+            return read_replay(paths, data_split, openings, **limits)
+        missing = f"{', '.join(paths)}, which the model file names, was not found" if paths else "no --replay"
+        self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
+        return everyday_replay(self.request.replay_prompts, openings)
+
+    def _yardstick(self, replay: Replay, verdicts: Sequence[JudgedResponse]) -> Yardstick:
+        seed, held_back = self.training.seed, split(verdicts)[1]
+        controls = replay.controls if replay.checked else []
+        greedy = respond(self.original, controls, Sampling(self.training.tokens, 0.0), seed) if controls else []
+        controls = uncorrected(controls, [reply.text for reply in greedy], verdicts)
+        texts = respond(self.original, replay.controls, self._sampling, seed) if replay.controls else []
+        originals = [(p, reply) for p, reply in zip(replay.controls, texts, strict=True) if reply.text.strip()]
+        return Yardstick(
+            questions=questions_of(held_back, judged_prompts(held_back), self.original, self._sampling, seed + 1),
+            threads=replay.threads,
+            controls=controls,
+            originals=originals,
+            max_new_tokens=self.training.tokens,
+        )
+
+    def _measure_current(self, yardstick: Yardstick) -> Figures:
+        assert self.request.current is not None
+        return measure(load_policy(self.request.current, self.original.model.backbone.device), yardstick)
+
+    def _lesson(self, judged: list[Conversation], replay: Replay) -> Lesson:
+        """The training data. A replayed response that the verdicts reject on another prompt is left out."""
+        prompts, bad = replay.prompts, rejected_texts(judged)
+        replies = respond(self.original, prompts, self._sampling, self.training.seed + 2) if prompts else []
+        texts = [reply.text.strip() if reply.ended else "" for reply in replies]
+        kept = [answered(p, t) for p, t in zip(prompts, texts, strict=True) if t and words_of(t) not in bad]
+        return Lesson(judged, kept, replay.judged)
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(self.training.tokens, 1.0)
+
+    def _figures(
+        self, counts: dict[str, Any], replay: Replay, measured: tuple[Figures, Figures, Figures], decision: Decision
+    ) -> dict[str, Any]:
+        original, current, new = measured
+        return {
+            "accepted": decision.accepted,
+            "reasons": decision.reasons,
+            "notes": decision.notes,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "model": self.request.model.name,
+            "current": None if self.request.current is None else self.request.current.name,
+            "feedback": counts,
+            "replay": replay.source,
+            "training": asdict(self.training),
+            "bounds": asdict(self.request.bounds),
+            "original": original.values(),
+            "before": current.values(),
+            "after": {**new.values(), "kl": kl_between(original, new)},
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+        }
+
+    def _write(self, path: Path, trained: Trained, counts: dict[str, Any]) -> None:
+        """Writes the model file, after the reward model that it names."""
+        about = {**self.original.about}
+        about["learned"] = {"from": self.request.model.name, "method": self.training.method, **counts}
+        reward_path = path.with_suffix(".reward.pt")
+        if trained.reward is not None:
+            about["reward"] = _with_reward_model(trained.policy.about["reward"], reward_path)
+            trained.reward.about = {"learned": about["learned"]}
+            save_bundle(reward_path, trained.reward)
+        try:
+            save_bundle(
+                path, PolicyBundle(trained.policy.model, self.original.tokenizer, self.original.max_length, about)
+            )
+        except BaseException:
+            if trained.reward is not None:
+                reward_path.unlink(missing_ok=True)
+            raise
+
+    def _lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._began
+        self._began = now
+
+
+_PARTS = {"full": "all weights", "lora": "LoRA"}
+
+
+def _with_reward_model(described: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """``described`` with the reward model at ``path``."""
+    return [
+        {**row, "init_args": {**row["init_args"], "bundle": str(path)}} if "bundle" in row["init_args"] else row
+        for row in described
+    ]
+
+
+def _describe(counts: dict[str, Any]) -> str:
+    kinds = counts["kinds"]
+    names = {"good": "good", "bad": "bad", "corrected": "corrected"}
+    text = f"{counts['verdicts']} verdicts: " + ", ".join(f"{kinds[k]} {names[k]}" for k in names if k in kinds)
+    if counts["held_back"]:
+        text += f"; {counts['held_back']} of them held back for the gate"
+    extra = [f"{counts[name]} {what}" for name, what in _UNUSED.items() if counts[name]]
+    extra += [f"{count} {reason}" for reason, count in counts["left_out"].items()]
+    return text + (f" (left out: {', '.join(extra)})" if extra else "")
+
+
+_UNUSED = {"replaced": "replaced by a later verdict", "withdrawn": "taken back", "bad_lines": "damaged lines"}

@@ -1,0 +1,331 @@
+"""Training of a version: DPO, or an update of the reward model and PPO, with the stages of `rlchat fit`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from rich import get_console
+
+from rlchat.callbacks.alarms import Alarms
+from rlchat.callbacks.progress_bar import OneLineProgressBar
+from rlchat.conversation import Conversation
+from rlchat.data.datamodule import OASST2DataModule
+from rlchat.errors import NonFiniteError, UserError
+from rlchat.learn.examples import write_prompts
+from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
+from rlchat.ppo.module import PPOModule
+from rlchat.rewards import Factor, LearnedQuality, Reward
+from rlchat.rewards.described import check_arguments, find_factor
+from rlchat.training.base import StageModule
+from rlchat.training.dpo import DPOModule
+from rlchat.training.options import check_room, not_negative, positive, positive_integers
+from rlchat.training.reward_model import RewardModelModule
+
+Method = Literal["dpo", "ppo"]
+Part = Literal["lora", "full"]
+
+FULL_BELOW = 20_000_000
+"""Models with fewer weights are trained in full by default, others with LoRA."""
+
+# Of a new version; a LoRA needs a higher one, see docs/lora.md.
+_LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
+_FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
+# The gradient of a pair or a label is β times that of the SFT loss, which would otherwise outweigh them.
+_LABEL_COEF, _SFT_COEF = 2.0, 0.2
+_GROUP, _PROMPTS_PER_ITERATION = 4, 16
+
+_log = logging.getLogger("rlchat")
+# Warnings that say nothing here: nothing is selected by validation, and alarms are shown with the outcome.
+_EXPECTED = ("validation is off", "no validation was run", "alarm: ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a version is trained.
+
+    Attributes:
+        method: dpo, or ppo after an update of the reward model.
+        part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
+        learning_rate: the peak learning rate; None: 1e-4 for all weights, 5e-4 for LoRA.
+        passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
+        beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
+        iterations: of PPO.
+        lora_rank: the rank of the adapters.
+        batch_size: prompts in a batch of DPO and of the reward model.
+        max_new_tokens: the largest number of tokens in a response; None: a quarter of the model's, at most 100.
+        seed: of the order, the adapter's initial values and sampling.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    method: Method = "dpo"
+    part: Part | None = None
+    learning_rate: float | None = None
+    passes: int | None = None
+    beta: float = 0.1
+    iterations: int = 16
+    lora_rank: int = 16
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(learning_rate=self.learning_rate, beta=self.beta)
+        not_negative(seed=self.seed)
+        positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
+        positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+
+    def for_model(self, original: PolicyBundle) -> Training:
+        """These options with defaults that suit ``original``.
+
+        Raises:
+            UserError: a response can fill the whole ``max_length`` of the model.
+        """
+        size = sum(weight.numel() for weight in original.model.backbone.parameters())
+        part: Part = self.part or ("full" if size < FULL_BELOW else "lora")
+        tokens = self.max_new_tokens or max(1, min(100, original.max_length // 4))
+        check_room(tokens, original.max_length)
+        rate = self.learning_rate or _LEARNING_RATES[part]
+        return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
+
+    @property
+    def tokens(self) -> int:
+        """``max_new_tokens`` after :meth:`for_model`."""
+        assert self.max_new_tokens is not None
+        return self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is trained on.
+
+    Attributes:
+        judged: the prompts of the verdicts, with ranks and labels of their responses.
+        replay: prompts of the original training, each with the response of the original model. To imitate its sampled
+            responses keeps the KL from it small: their mean negative log-prob is that KL plus a constant.
+        judged_replay: prompts of the original training with ranks and labels, for the reward model.
+    """
+
+    judged: list[Conversation]
+    replay: list[Conversation]
+    judged_replay: list[Conversation]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained version, not yet written. ``reward`` is the updated reward model of ppo."""
+
+    policy: PolicyBundle
+    reward: RewardBundle | None
+    alarms: list[str]
+
+
+def train(
+    model: Path, original: PolicyBundle, lesson: Lesson, options: Training, scratch: Path, base_model: str | None
+) -> Trained:
+    """Trains a version of the model file ``model`` on ``lesson``.
+
+    The policy starts from ``model``, which is therefore the reference model of DPO and PPO.
+
+    Args:
+        model: the original model file.
+        original: the model in it.
+        lesson: what is trained on.
+        options: how, after :meth:`Training.for_model`.
+        scratch: a folder for intermediate files.
+        base_model: where the base of an adapter file is.
+
+    Raises:
+        UserError: the options do not fit the model, or an extra is not installed.
+    """
+    L.seed_everything(options.seed, verbose=False)
+    common: dict[str, Any] = {
+        "init_from": str(model),
+        "base_model": base_model,
+        "learning_rate": options.learning_rate,
+        "adapter": "lora" if options.part == "lora" else None,
+        "lora_rank": options.lora_rank,
+        "lora_alpha": 2.0 * options.lora_rank,
+    }
+    place = _Place(
+        scratch, {"cuda": "gpu"}.get(original.model.backbone.device.type, original.model.backbone.device.type)
+    )
+    if options.method == "dpo":
+        return _train_dpo(lesson, options, place, common)
+    return _train_ppo(model, original, lesson, options, place, common)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stage runs: a folder for its files, and Lightning's name of the accelerator."""
+
+    scratch: Path
+    accelerator: str
+
+
+def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]) -> Trained:
+    rows = [*lesson.judged, *lesson.replay]
+    module = DPOModule(
+        **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
+    )
+    alarms = _fit(module, _data(rows, place.scratch / "dpo", options), _passes(len(rows), options), place, [], clip=1.0)
+    return Trained(module.bundle(), None, alarms)
+
+
+def _train_ppo(
+    model: Path, original: PolicyBundle, lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]
+) -> Trained:
+    described = _described_reward(original)
+    known = _known_reward_model(described, model)
+    ranked = [*lesson.judged, *lesson.judged_replay]
+    start = {**common, "init_from": str(known), "base_model": None} if known else common
+    reward_module = RewardModelModule(**start, label_coef=1.0, warmup=0.1)
+    data = _data(ranked, place.scratch / "reward", options)
+    alarms = _fit(reward_module, data, _passes(len(ranked), options), place, [], clip=1.0)
+    reward_file = place.scratch / "reward_model.pt"
+    save_bundle(reward_file, reward_module.bundle())
+    # Only good responses of the verdicts are imitated: the KL penalty holds the policy to the original on replay.
+    prompts = [*lesson.judged, *(replace(prompt, references=()) for prompt in lesson.replay)]
+    imitates = any(r.rank == 0 or r.quality == 1 for prompt in lesson.judged for r in prompt.references)
+    module = PPOModule(
+        **common,
+        reward=_reward(described, reward_file),
+        max_new_tokens=options.tokens,
+        group_size=_GROUP,
+        advantage="rloo",
+        ppo_epochs=2,
+        minibatches=4,
+        adam_beta2=0.95,
+        kl_coef=options.beta,
+        sft_coef=_SFT_COEF if imitates else 0.0,
+        seed=options.seed,
+    )
+    data = _data(prompts, place.scratch / "ppo", options, _PROMPTS_PER_ITERATION)
+    per_pass = max(1, len(prompts) // _PROMPTS_PER_ITERATION)
+    watch, passes = Alarms(), -(-options.iterations // per_pass)
+    limit = -(-options.iterations // passes)
+    alarms += _fit(module, data, passes, place, [watch], limit_train_batches=limit)
+    # A factor that is the same for all responses, such as one for a missing end, is no danger.
+    raised = [note["message"] for note in watch.notes if not note["what"].startswith("reward/")]
+    alarms += [f"alarm in training: {message}" for message in raised]
+    return Trained(module.bundle(), reward_module.bundle(), alarms)
+
+
+def _passes(rows: int, options: Training) -> int:
+    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, from 4 to 12."""
+    steps = -(-rows // options.batch_size)
+    return options.passes or min(max(-(-_FEWEST_STEPS // steps), _FEWEST_PASSES), _MOST_PASSES)
+
+
+def _data(prompts: Sequence[Conversation], folder: Path, options: Training, batch_size: int = 0) -> OASST2DataModule:
+    """A data module over ``prompts``, all of which train."""
+    folder.mkdir()
+    write_prompts(folder / "rows.jsonl", prompts)
+    return OASST2DataModule(
+        path=str(folder / "rows.jsonl"),
+        batch_size=batch_size or options.batch_size,
+        lang=None,
+        loss_on="last",
+        val_fraction=0.0,
+        test_fraction=0.0,
+        seed=options.seed,
+        cache_dir=str(folder / "cache"),
+    )
+
+
+def _fit(
+    module: StageModule,
+    data: OASST2DataModule,
+    passes: int,
+    place: _Place,
+    callbacks: list[L.Callback],
+    *,
+    clip: float | None = None,
+    limit_train_batches: int | None = None,
+) -> list[str]:
+    """Trains ``module``; returns what went wrong, as sentences."""
+    bar: list[L.Callback] = [OneLineProgressBar()] if get_console().is_terminal else []
+    trainer = L.Trainer(
+        max_epochs=passes,
+        devices=1,
+        accelerator=place.accelerator,
+        gradient_clip_val=clip,
+        limit_train_batches=limit_train_batches,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=bool(bar),
+        default_root_dir=str(place.scratch),
+        callbacks=[*callbacks, *bar],
+    )
+    with _without_expected_warnings():
+        try:
+            trainer.fit(module, datamodule=data)
+        except NonFiniteError:
+            return [f"alarm in training: it diverged, {module.guard.last_culprit} was not finite"]
+    if module.guard.skipped_steps:
+        return [f"alarm in training: {module.guard.last_culprit} was not finite, so steps were skipped"]
+    return []
+
+
+@contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_EXPECTED)
+
+    _log.addFilter(keep)
+    try:
+        yield
+    finally:
+        _log.removeFilter(keep)
+
+
+def _described_reward(original: PolicyBundle) -> list[dict[str, Any]]:
+    """The reward that a model file names, as rows with a ``class_path`` and ``init_args``; others are left out."""
+    described = original.about.get("reward")
+    rows = described if isinstance(described, list) else []
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("class_path"), str)]
+
+
+def _arguments(row: dict[str, Any]) -> dict[str, Any]:
+    arguments = row.get("init_args")
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _is_learned(row: dict[str, Any]) -> bool:
+    return row["class_path"].rpartition(".")[2] == LearnedQuality.__name__
+
+
+def _known_reward_model(described: Sequence[dict[str, Any]], model: Path) -> Path | None:
+    """The reward model that a model file names: at its path in training, or beside the model file."""
+    for row in described:
+        if _is_learned(row):
+            there = Path(str(_arguments(row).get("bundle")))
+            for path in (there, model.parent / there.name):
+                if path.is_file():
+                    return path
+    return None
+
+
+def _reward(described: Sequence[dict[str, Any]], reward_file: Path) -> Reward:
+    """The reward of the original model with the updated reward model in place of its own."""
+    weights = [_arguments(row).get("weight", 1.0) for row in described if _is_learned(row)]
+    factors: list[Factor] = [LearnedQuality(str(reward_file), weight=float(weights[0]) if weights else 1.0)]
+    for row in described:
+        if not _is_learned(row):
+            try:
+                factor = find_factor(row["class_path"])
+                check_arguments(factor, _arguments(row))
+                factors.append(factor(**_arguments(row)))
+            except (UserError, TypeError) as error:
+                _log.warning("the reward leaves out %s: %s", row["class_path"], error)
+    return Reward(factors)

@@ -1,0 +1,76 @@
+"""The gate: each reason against a version, each note, and the borders of the bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from rlchat.errors import UserError
+from rlchat.learn.gate import Bounds, judge, kl_between
+from rlchat.learn.measure import Figures
+
+BEFORE = Figures(agrees=11, verdicts=20, perplexity=2.0, correct=90, controls=100, original_nll=0.5)
+BOUNDS = Bounds(perplexity_rise=0.05, control_drop=0.02, kl=0.1)
+
+
+def reasons(new: Figures, original: Figures = BEFORE, current: Figures = BEFORE, alarms: tuple[str, ...] = ()) -> str:
+    return "; ".join(judge(original, current, new, BOUNDS, 100, alarms).reasons)
+
+
+def test_a_version_that_is_as_good_is_accepted() -> None:
+    decision = judge(BEFORE, BEFORE, BEFORE, BOUNDS, 100, ())
+    assert decision.accepted
+    assert decision.notes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"agrees": 11}, ""),
+        ({"agrees": 10}, "it agrees with 10 of 20 held-back verdicts, before: 11"),
+        ({"perplexity": 2.1}, ""),
+        ({"perplexity": 2.11}, "the perplexity on human replies rose from 2 to 2.11, more than 0.05 of it"),
+        ({"perplexity": math.nan}, "the perplexity on human replies rose from 2 to nan, more than 0.05 of it"),
+        ({"correct": 88}, ""),
+        ({"correct": 87}, "87 of 100 controls are correct, before: 90, a drop of more than 0.02"),
+        ({"original_nll": 0.59}, ""),
+        ({"original_nll": 0.7}, "the KL to the original model is 0.2 nats per token on controls, above 0.1"),
+    ],
+)
+def test_each_bound(change: dict[str, float], reason: str) -> None:
+    assert reasons(replace(BEFORE, **change)) == reason  # type: ignore[arg-type]
+
+
+def test_an_alarm_and_all_reasons_together() -> None:
+    found = reasons(replace(BEFORE, agrees=0, correct=0), alarms=("alarm in training: it diverged",))
+    assert found.startswith("alarm in training: it diverged; it agrees with 0 of 20")
+    assert found.endswith("a drop of more than 0.02")
+
+
+def test_agreement_is_compared_with_the_current_version_and_the_rest_with_the_original() -> None:
+    """So that many versions in a row cannot drift away, each within the bounds."""
+    current = replace(BEFORE, agrees=15, perplexity=2.09, correct=88)
+    assert reasons(replace(BEFORE, agrees=14), current=current).startswith("it agrees with 14 of 20")
+    assert "perplexity" in reasons(replace(BEFORE, agrees=15, perplexity=2.15), current=current)
+
+
+def test_what_is_not_measured_is_said() -> None:
+    nothing = Figures(None, 0, None, None, 0, None)
+    decision = judge(nothing, nothing, nothing, BOUNDS, 9, ())
+    assert decision.reasons == [
+        "there are no prompts or replies to measure it on; pass --replay FILE with other conversations"
+    ]
+    assert decision.notes[0] == "agreement is not part of the gate: 9 verdicts are fewer than 10"
+    assert ["perplexity is not part" in note for note in decision.notes] == [False, True, False]
+    assert "there are no controls" in decision.notes[2]
+    unchecked = replace(BEFORE, correct=None)
+    assert "no control has an answer" in judge(unchecked, unchecked, unchecked, BOUNDS, 10, ()).notes[0]
+    assert "prompts" in judge(nothing, nothing, nothing, BOUNDS, 10, ()).notes[0]
+    assert kl_between(nothing, BEFORE) is None
+
+
+def test_a_negative_bound() -> None:
+    with pytest.raises(UserError, match="control_drop"):
+        Bounds(control_drop=-0.1)
