@@ -14,7 +14,7 @@ from benchmarks.lessons.lesson import Figure, Lesson, lessons, read_lesson
 from benchmarks.lessons.running import commands, run_lesson
 
 LESSONS = lessons()
-QUICK = ("1", "3", "4", "5", "6")  # at most 3 s of CPU time each in short form; the others are for `make test_slow`
+QUICK = ("1", "3", "4", "5", "6", "8")  # at most 3 s of CPU time each; the others are for `make test_slow`
 SHORT = [
     pytest.param(lesson, id=lesson.name, marks=[] if lesson.name.startswith(QUICK) else pytest.mark.slow)
     for lesson in LESSONS
