@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Without --no-compile, pip compiles every module of every package, although most are never imported.
 PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
+# Without compiled modules, each process spends three seconds on compiling those of PyTorch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-real chat test test_slow lessons latest lowest constraints docs notebooks lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
