@@ -36,7 +36,6 @@ import lightning as L
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "against_trl")]
@@ -126,16 +125,10 @@ def held_out(model: RLChatModel, initial: RLChatModel, seed: int, end_id: int, p
         sampled = generate(model, ids, mask, Sampling(SIZE.response), uniforms, end_id=end_id, pad_id=pad_id)
         whole = torch.cat([ids, sampled.ids], 1)
         attention = torch.cat([mask, sampled.mask], 1)
-        policy, reference = (logprobs(one, whole, attention, SIZE.response) for one in (model, initial))
+        response = torch.cat([torch.zeros_like(mask), sampled.mask], 1)
+        policy, reference = (one.sequence_logprobs(whole, attention, response) for one in (model, initial))
     rewards = [reward(row, SIZE) for row in sampled.ids.tolist()]
     return {"reward": statistics.mean(rewards), "kl": float((policy - reference).mean())}
-
-
-def logprobs(model: RLChatModel, ids: Tensor, attention_mask: Tensor, response: int) -> Tensor:
-    """The log-prob [N] of the last ``response`` tokens of each row of ``ids`` [N, T]."""
-    hidden = model(ids, attention_mask)[:, -response - 1 : -1]
-    targets = ids[:, -response:]
-    return model.token_stats(hidden.flatten(0, 1), targets.flatten()).logprobs.view(targets.shape).sum(1)
 
 
 def train_online(arm: Arm, setting: dict[str, float], seed: int, folder: Path) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class _Round:
         self.say(_describe(counts))
         replay = self._replay({verdict.opening_id for verdict in verdicts})
         self._lap("read")
-        yardstick = self._yardstick(replay, verdicts)
+        yardstick = self._yardstick(replay, verdicts, held_back)
         original = measure(self.original, yardstick)
         current = original if self.request.current is None else self._measure_current(yardstick)
         self._lap("measure")
@@ -250,8 +250,10 @@ class _Round:
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
         return everyday_replay(self.request.replay_prompts, openings)
 
-    def _yardstick(self, replay: Replay, verdicts: Sequence[JudgedResponse]) -> Yardstick:
-        seed, held_back = self.training.seed, split(verdicts)[1]
+    def _yardstick(
+        self, replay: Replay, verdicts: Sequence[JudgedResponse], held_back: Sequence[JudgedResponse]
+    ) -> Yardstick:
+        seed = self.training.seed
         controls = replay.controls if replay.checked else []
         greedy = respond(self.original, controls, Sampling(self.training.tokens, 0.0), seed) if controls else []
         controls = uncorrected(controls, [reply.text for reply in greedy], verdicts)

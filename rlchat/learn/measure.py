@@ -190,17 +190,15 @@ def nats_per_token(model: PolicyBundle, rows: Sequence[Rendered]) -> float | Non
 @torch.no_grad()
 def logprob_sums(model: PolicyBundle, rows: Sequence[Rendered]) -> list[tuple[float, int]]:
     """For each of ``rows``, the summed log-prob of the tokens in its loss mask, in nats, and their number."""
-    network, device = model.model, model.model.backbone.device
+    device = model.model.backbone.device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     chunks = [order[start : start + _BATCH_SIZE] for start in range(0, len(order), _BATCH_SIZE)]
     sums: dict[int, tuple[float, int]] = {}
     for chunk in with_progress(chunks, "measuring", show=True):
         ids, attention = (x.to(device) for x in pad([rows[i].ids for i in chunk], model.tokenizer.pad_id, "right"))
         masks = pad([rows[i].loss_mask for i in chunk], False, "right")[0].bool().to(device)
-        targets = masks[:, 1:]
-        stats = network.token_stats(network(ids, attention)[:, :-1][targets], ids[:, 1:][targets])
-        logprobs = stats.logprobs.new_zeros(targets.shape).masked_scatter(targets, stats.logprobs)
-        for i, total, count in zip(chunk, logprobs.sum(1).tolist(), targets.sum(1).tolist(), strict=True):
+        totals = model.model.sequence_logprobs(ids, attention, masks)
+        for i, total, count in zip(chunk, totals.tolist(), masks[:, 1:].sum(1).tolist(), strict=True):
             sums[i] = total, count
     return [sums[i] for i in range(len(rows))]
 

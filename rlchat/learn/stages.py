@@ -154,9 +154,8 @@ def train(
         "lora_rank": options.lora_rank,
         "lora_alpha": 2.0 * options.lora_rank,
     }
-    place = _Place(
-        scratch, {"cuda": "gpu"}.get(original.model.backbone.device.type, original.model.backbone.device.type)
-    )
+    device = original.model.backbone.device.type
+    place = _Place(scratch, "gpu" if device == "cuda" else device)
     if options.method == "dpo":
         return _train_dpo(lesson, options, place, common)
     return _train_ppo(model, original, lesson, options, place, common)

@@ -57,6 +57,18 @@ class RLChatModel(nn.Module):
         head = Head(backbone.head_weight, backbone.head_bias, backbone.logits_form, self.unsayable.bool(), temperature)
         return token_stats(hidden, targets, head)
 
+    def sequence_logprobs(self, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """The log-prob [N] of each row, in nats: the sum over its tokens in ``mask``, each given those before it.
+
+        Args:
+            ids: Long [N, T].
+            attention_mask: Bool [N, T].
+            mask: Bool [N, T]; the first column does not count, because nothing comes before it.
+        """
+        hidden, targets = self(ids, attention_mask), mask[:, 1:]
+        stats = self.token_stats(hidden[:, :-1][targets], ids[:, 1:][targets])
+        return stats.logprobs.new_zeros(targets.shape).masked_scatter(targets, stats.logprobs).sum(1)
+
     def values(self, hidden: Tensor) -> Tensor:
         """Values [...] in float32: the expected return after each of ``hidden`` [..., hidden]."""
         return _head_fp32(self.value_head, hidden).squeeze(-1)

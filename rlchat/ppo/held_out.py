@@ -72,7 +72,8 @@ class HeldOutModule(RolloutModule):
     def held_out_metrics(self) -> dict[str, float]:
         """Means over all responses of all processes, and the fraction of distinct bigrams. A collective."""
         metrics = super().held_out_metrics()
-        replies = [row["reply"] for part in gather_objects(self.held_out_rows) for row in part]
+        parts = gather_objects([row["reply"] for row in self.held_out_rows])
+        replies = [reply for part in parts for reply in part]
         if replies:
             metrics["distinct_2"] = distinct_n(replies, 2)
         return metrics

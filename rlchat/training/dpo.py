@@ -277,9 +277,7 @@ class DPOModule(PolicyModule):
     def response_logprobs(self, model: RLChatModel, batch: PreferenceBatch | JudgedBatch) -> Tensor:
         """The log-prob [N] of each response: the sum over its tokens, its end marker included."""
         model.eval()  # also in training: dropout would change the policy, and the first loss would not be log 2
-        hidden, targets = model(batch.ids, batch.attention_mask), batch.response_mask[:, 1:]
-        stats = model.token_stats(hidden[:, :-1][targets], batch.ids[:, 1:][targets])
-        return stats.logprobs.new_zeros(targets.shape).masked_scatter(targets, stats.logprobs).sum(1)
+        return model.sequence_logprobs(batch.ids, batch.attention_mask, batch.response_mask)
 
     def validation_step(
         self, batch: PreferenceBatch | JudgedBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0
