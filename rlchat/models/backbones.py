@@ -59,6 +59,7 @@ class Backbone(nn.Module):
     logits_form: LogitsForm  # what becomes of the product of hidden states and head_weight
     _packs: bool | None = None  # whether batches are packed; None before the first one, which is checked
     fixed_cache: bool | None = None  # whether a cache of fixed size gives the same; None before the first use
+    steps: bool | None = None  # whether decoding on a CPU runs without modules; None before the first use
     graphs: bool | None = None  # whether decoding runs as a CUDA graph; None before the first one
     new_head: bool = False  # whether the policy head of a pretrained base model starts from random values
     fingerprint: str = ""  # a digest of the weights of a pretrained base model, before the rows are fitted
@@ -115,7 +116,7 @@ class Backbone(nn.Module):
     def set_attention(self, attention: str) -> None:
         """Changes the attention implementation. Raises :class:`UserError` where the family does not have it."""
         config = self.transformer.config
-        self._packs = self.fixed_cache = self.graphs = None
+        self._packs = self.fixed_cache = self.graphs = self.steps = None
         try:
             self.transformer.set_attn_implementation(attention_name(config, attention) or attention)
         except (ValueError, ImportError) as error:

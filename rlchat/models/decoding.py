@@ -8,6 +8,7 @@ do not change: the cache has room for the whole response from the start, and eac
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers.cache_utils import DynamicLayer
 
 from rlchat.distributed.collectives import is_sharded
 from rlchat.errors import one_line
-from rlchat.models.kv_cache import Cache, append_rows, can_append, keep_rows
+from rlchat.models.decode_steps.step import step_decoder
+from rlchat.models.kv_cache import Cache, append_rows, can_append, is_empty, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.models.packing import PACKABLE_SDPA
 from rlchat.models.probe import can_fix_cache
@@ -111,6 +113,23 @@ class FixedDecoder:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         return graph
+
+
+def decode_with(model: RLChatModel, cache: Cache) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function from new ids [batch, time] and the mask [batch, cached + time] to the next logits [batch, vocabulary].
+
+    It appends the ids to ``cache``. On a CPU, common families decode single tokens without modules, which is faster.
+    """
+    step = step_decoder(model.backbone, cache)
+
+    def decode(ids: Tensor, mask: Tensor) -> Tensor:
+        if is_empty(cache):
+            return read_prompts(model, ids, mask, cache)
+        if step is not None and ids.shape[1] == 1:
+            return model.logits(step(ids, mask))
+        return model.logits(model(ids, mask, cache)[:, -1])
+
+    return decode
 
 
 def read_prompts(model: RLChatModel, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:

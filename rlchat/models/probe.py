@@ -150,6 +150,35 @@ def can_fix_cache(backbone: Backbone, decoder: Callable[[int], Callable[[Tensor,
         backbone.train(training)
 
 
+@torch.no_grad()
+def can_step(backbone: Backbone, decoder: Callable[[Cache], Callable[[Tensor, Tensor], Tensor]]) -> bool:
+    """Whether ``decoder`` gives the hidden states of the forward pass of ``backbone``, which is in eval mode.
+
+    ``decoder(cache)`` is a :class:`rlchat.models.decode_steps.step.StepDecoder` of this backbone.
+    """
+    if not _attends_to_whole_rows(backbone):
+        return False
+    ids, mask = _row(backbone, _LENGTH)
+    ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+    rounding = _ROUNDING if backbone.head_weight.dtype == torch.float32 else _LOW_PRECISION_ROUNDING
+    try:
+        for padding in (0, _PADDING):
+            mask[1, :padding] = False
+            one, other = backbone.new_cache(), backbone.new_cache()
+            for cache in (one, other):
+                backbone(ids[:, :-3], mask[:, :-3], cache)
+            step = decoder(one)
+            for end in range(_LENGTH - 2, _LENGTH + 1):
+                new, visible = ids[:, end - 1 : end], mask[:, :end]
+                expected = backbone(new, visible, other)[:, 0]
+                if not _equal(step(new, visible), expected, rounding * float(expected.abs().max())):
+                    return False
+    except Exception as error:  # any error means that this version of transformers has other modules
+        _log.info("%s decodes through transformers: %s", backbone.transformer.config.model_type, one_line(error))
+        return False
+    return True
+
+
 def _steps_equal_prompts(
     ids: Tensor, mask: Tensor, decoder: Callable[[int], Callable[[Tensor, Tensor], Tensor]], rounding: float
 ) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlchat.distributed.collectives import is_sharded
 from rlchat.errors import NonFiniteError
-from rlchat.models.decoding import FixedDecoder, can_decode_fixed, read_prompts, read_rows
-from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, is_empty, keep_rows
+from rlchat.models.decoding import FixedDecoder, can_decode_fixed, decode_with, read_rows
+from rlchat.models.kv_cache import Cache, append_rows, can_append, drop_columns, keep_rows
 from rlchat.models.networks import RLChatModel
 from rlchat.utils.padding import pad
 
@@ -127,7 +127,7 @@ def sample(
     ended, or raise :class:`NonFiniteError` because the weights have diverged.
     """
     cache = model.backbone.new_cache() if cache is None else cache
-    decode = decode or _decode_with(model, cache)
+    decode = decode or decode_with(model, cache)
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     step, mask, ends = ids, attention_mask, _ends(sampling, len(ids), 0).to(ids.device)
     finite = torch.ones((), dtype=torch.bool, device=ids.device)
@@ -163,15 +163,6 @@ def _ends(sampling: Sampling | Sequence[Sampling], rows: int, position: int) -> 
 
 def _of_each(sampling: Sampling | Sequence[Sampling], rows: int) -> Sequence[Sampling]:
     return [sampling] * rows if isinstance(sampling, Sampling) else sampling
-
-
-def _decode_with(model: RLChatModel, cache: Cache) -> Decode:
-    def decode(ids: Tensor, mask: Tensor) -> Tensor:
-        if is_empty(cache):
-            return read_prompts(model, ids, mask, cache)
-        return model.logits(model(ids, mask, cache)[:, -1])
-
-    return decode
 
 
 def _change_rows(

@@ -28,16 +28,20 @@ def policy(family: str, **config: Any) -> RLChatModel:
     return RLChatModel(Backbone(options, VOCABULARY, 40), unsayable=[PAD]).eval()
 
 
-def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of rows of each later forward pass, in a list that grows with them."""
+def counted_rows(monkeypatch: pytest.MonkeyPatch, method: str = "logits") -> list[int]:
+    """The number of rows of each later call of ``method`` of a model, in a list that grows with them.
+
+    ``logits`` are computed in every step; ``forward`` is called in those that go through transformers.
+    """
     rows: list[int] = []
-    forward = RLChatModel.forward
+    original = getattr(RLChatModel, method)
 
     def counting(self: RLChatModel, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         rows.append(len(ids))
-        return forward(self, ids, *rest)
+        result: torch.Tensor = original(self, ids, *rest)
+        return result
 
-    monkeypatch.setattr(RLChatModel, "forward", counting)
+    monkeypatch.setattr(RLChatModel, method, counting)
     return rows
 
 
@@ -112,7 +116,7 @@ def test_prompts_read_in_several_passes_give_the_same(family: str, monkeypatch: 
     whole, split = model.backbone.new_cache(), model.backbone.new_cache()
     hidden, row = read_rows(model, ids, mask, whole)
     monkeypatch.setattr("rlchat.models.decoding._WORTH_A_PASS", 1)
-    rows = counted_rows(monkeypatch)
+    rows = counted_rows(monkeypatch, "forward")
     hidden_split, row_split = read_rows(model, ids, mask, split)
     assert rows == [2, 2, 2]  # of 7 and 4, of 3 and 2, of 1 and 1
     assert torch.equal(row, row_split)
