@@ -83,7 +83,8 @@ class PPOModule(ResumableModule):
             the paged one moves it to the CPU's memory if the GPU has none left.
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
-        micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all rows.
+        micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all, or
+            on a CPU as many as have 128 MiB of logits.
         advantage: the advantage estimator: gae uses a critic; rloo and grpo compare the responses to the same prompt
             instead; reinforce_pp compares each token's rewards to go with those of the whole batch.
         critic: a value head on the policy's backbone (shared), or a separate network (separate).
@@ -207,7 +208,7 @@ class PPOModule(ResumableModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration of PPO on the prompts of ``batch``."""
         o, clock = self.options, Stopwatch()
-        self.good_weights.remember(self)
+        self.good_weights.due = True
         # 1. Rollout: sample responses; compute old_logprobs, ref_logprobs and values of every sampled token [B, R].
         rows = self.global_rows(len(batch.ids), copies=o.group_size)
         with saving_last_good(self):
@@ -269,6 +270,7 @@ class PPOModule(ResumableModule):
             # c. Stop early if the policy has moved too far from the old policy.
             if self.options.target_kl is not None and steps[-1]["approx_kl"] > self.options.target_kl:
                 break
+        optimizer.zero_grad()  # type: ignore[union-attr]  # the next rollout needs the memory
         return {**mean_of_steps(steps), "gradient_residual": self.gradient_check.pop()}
 
     def minibatch_loss(self, iteration: Iteration, rows: Tensor, tokens: Tensor) -> LossAndMetrics:
@@ -314,13 +316,11 @@ class PPOModule(ResumableModule):
     # ---- minibatches and processes -----------------------------------------------------------------------------------
 
     def minibatches(self, rows: int, epoch: int) -> list[list[Tensor]]:
-        """This process's rows of each minibatch, in microbatches; see :mod:`rlchat.ppo.minibatches`.
-
-        ``rows`` is the number of rows on each process.
-        """
+        """Which of its ``rows`` a process has in each minibatch, by microbatch; see :mod:`rlchat.ppo.minibatches`."""
         o, world_size = self.options, self.trainer.world_size
         order = shuffled_rows(rows * world_size, o.seed, self.iterations, epoch)
-        return local_minibatches(order, o.minibatches, o.micro_batch_size, o.group_size, world_size, self.global_rank)
+        sizes = (o.minibatches, self.micro_batch_size, o.group_size)
+        return local_minibatches(order, *sizes, world_size, self.global_rank)
 
     def minibatch_losses(
         self, iteration: Iteration, minibatch: list[Tensor], sequences: SequenceBatch | None
@@ -336,7 +336,7 @@ class PPOModule(ResumableModule):
         if sequences is None:
             return [*losses]
         targets = self.global_sum(sequences.loss_mask[:, 1:].sum()).clamp(min=1) / self.trainer.world_size
-        parts = sequences.split(self.options.micro_batch_size or len(sequences.ids))
+        parts = sequences.split(self.micro_batch_size or len(sequences.ids))
         return [*(partial(self.sft_loss, part, targets) for part in parts), *losses]
 
     def sft_loss(self, sequences: SequenceBatch, tokens: Tensor) -> LossAndMetrics:
@@ -354,6 +354,7 @@ class PPOModule(ResumableModule):
                 if not name.startswith(("critic.", "model.value_head.")):
                     parameter.grad = None
         norm = self.check_gradients()
+        self.good_weights.remember(self, self.guard)
         self.grad_norm = float(whole(norm))
         torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.options.max_grad_norm, norm)
         self.guard.drop_gradients(self.parameters())
@@ -361,8 +362,6 @@ class PPOModule(ResumableModule):
     def count_skipped_steps(self) -> None:
         """Counts the step if it was skipped. Raises :class:`UserError` after too many in a row."""
         self.guard.count(f"iteration {self.iterations + 1}", log=self.trainer.is_global_zero)
-        if not self.guard.skipped_in_a_row:
-            self.good_weights.confirm()
         if self.guard.must_stop:
             stop_run(self)
 

@@ -31,6 +31,9 @@ from rlchat.training.base import PolicyModule
 from rlchat.training.parts import prepare_backbone
 from rlchat.utils.padding import pad
 
+# The most logits in a forward pass of an update on a CPU: 128 MiB.
+_CPU_LOGITS = 2**25
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -254,6 +257,18 @@ class RolloutModule(PolicyModule):
         ]
         return TokenEvaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows per forward pass of an update, the same on all processes; None: all rows of a minibatch.
+
+        On a CPU, larger passes are not faster, and need more memory for logits and activations.
+        """
+        o = self.options
+        if o.micro_batch_size is not None or self.device.type != "cpu":
+            return o.micro_batch_size
+        longest = min(o.turns * o.max_new_tokens, self.max_length)
+        return max(1, _CPU_LOGITS // (longest * self.model.backbone.vocab_size))
+
     def rows_per_pass(self, rows: int) -> int:
         """How many of ``rows`` are evaluated together: a microbatch; on a CPU, at most a minibatch.
 
@@ -264,7 +279,7 @@ class RolloutModule(PolicyModule):
         if is_sharded(self.model):  # each pass is a collective, and processes may have different numbers of rows
             return rows
         most = -(-rows // o.minibatches) if self.device.type == "cpu" else rows
-        return -(-min(o.micro_batch_size or rows, most) // o.group_size) * o.group_size
+        return -(-min(self.micro_batch_size or rows, most) // o.group_size) * o.group_size
 
     def evaluate_tokens(
         self,

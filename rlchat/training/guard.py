@@ -73,38 +73,34 @@ class LastGoodWeights:
     """A copy on the CPU of the last trained weights that gave finite losses and gradients.
 
     An optimizer step can corrupt the weights although they stay finite, which only the next losses show. Therefore
-    :meth:`remember` keeps weights as a candidate, and :meth:`confirm` accepts them after a finite step with them.
-    Under FSDP2 each process keeps its own shards.
+    :meth:`remember` is called between a backward pass and the optimizer step, once per iteration. Under FSDP2 each
+    process keeps its own shards.
     """
 
     def __init__(self) -> None:
+        self.due = True
+        """Whether the next weights that give finite losses and gradients are to be copied."""
         self._good: dict[str, Tensor] = {}
-        self._candidate: dict[str, Tensor] = {}
 
-    def remember(self, network: nn.Module) -> None:
-        """Copies the weights of ``network`` that require a gradient, as a candidate."""
+    def remember(self, network: nn.Module, guard: NonFiniteGuard) -> None:
+        """Copies the trained weights of ``network``, in the place of those before, if that is due and they are good."""
+        if not self.due or guard.culprit is not None:
+            return
         weights = {name: local.detach() for name, local in _local_weights(network)}
         pin = sum(x.numel() * x.element_size() for x in weights.values()) <= _MOST_PINNED
-        self._candidate = {name: _on_cpu(x, pin) for name, x in weights.items()}
-
-    def confirm(self) -> None:
-        """Accepts the candidate if there is a new one."""
-        if self._candidate:
-            self._good, self._candidate = self._candidate, {}
+        for name, x in weights.items():
+            if name not in self._good:
+                self._good[name] = torch.empty_like(x, device="cpu", pin_memory=pin and x.is_cuda)
+            # A copy from a GPU to pinned memory does not make the program wait.
+            self._good[name].copy_(x, non_blocking=pin and x.is_cuda)
+        self.due = False
 
     def restore(self, network: nn.Module) -> None:
-        """Copies the accepted weights back; the first candidate, if none was accepted."""
-        good = self._good or self._candidate
+        """Copies the remembered weights back; without any, those of ``network`` are the initial ones and stay."""
         with torch.no_grad():
             for name, local in _local_weights(network):
-                if name in good:
-                    local.copy_(good[name])
-
-
-def _on_cpu(x: Tensor, pin: bool) -> Tensor:
-    """A copy of ``x``. With ``pin``, one from a GPU goes to pinned memory, so that the program does not wait for it."""
-    pin = pin and x.is_cuda
-    return torch.empty_like(x, device="cpu", pin_memory=pin).copy_(x, non_blocking=pin)
+                if name in self._good:
+                    local.copy_(self._good[name])
 
 
 def _local_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

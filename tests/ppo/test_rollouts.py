@@ -484,6 +484,30 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(
                 assert other[name] == pytest.approx(one[name], abs=1e-4), name
 
 
+@pytest.mark.parametrize(("per_row", "rows"), [(3.5, 3), (1.0, 1), (0.2, 1)])
+def test_a_cpu_takes_as_many_rows_as_have_few_logits(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, per_row: float, rows: int
+) -> None:
+    options: dict[str, Any] = {"ppo_epochs": 2, "minibatches": 2, "learning_rate": 1e-3, "sft_coef": 0.5}
+    whole = ppo(encoding, **options)
+    assert whole.micro_batch_size > 1000  # of a small vocabulary, all rows
+    fit(whole, 2)
+    most = whole.options.max_new_tokens * whole.model.backbone.vocab_size
+    monkeypatch.setattr("rlchat.ppo.rollouts._CPU_LOGITS", int(per_row * most))
+    parts = ppo(encoding, **options)
+    assert parts.micro_batch_size == rows
+    assert ppo(encoding, **options, micro_batch_size=2).micro_batch_size == 2
+    assert all(len(part) <= rows for minibatch in alone(parts, 1, 0).minibatches(8, 0) for part in minibatch)
+    fit(parts, 2)
+    torch.testing.assert_close(flat(parts), flat(whole), atol=1e-5, rtol=0)
+
+
+def test_gradients_do_not_take_memory_during_a_rollout(encoding: str) -> None:
+    module = ppo(encoding)
+    fit(module, 1)
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
