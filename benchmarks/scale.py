@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -48,6 +49,7 @@ VALUES: dict[str, tuple[Run, list[int]]] = {
     "layers": (Run(), [2, 4, 8, 16]),
     "processes": (Run(batch=64), [1, 2]),
 }
+LABELS = {"batch": "responses", "length": "tokens per response"}  # of the axes
 ITERATIONS = 3
 COLUMNS = {
     "cpu_s": "CPU s",
@@ -135,20 +137,30 @@ def measured(run: Run) -> dict[str, float]:
 def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Time and memory against each quantity, on logarithmic scales."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(3 * len(results), 5.4), layout="constrained")
+    figure = Figure(figsize=(3 * len(results), 5.8), layout="constrained")
     axes = figure.subplots(2, len(results), squeeze=False, sharex="col")
     for column, (name, rows) in enumerate(results.items()):
         at = [row[name] for row in rows]
         for key, label in (("wall_s", "iteration"), ("rollout_s", "rollout"), ("update_s", "update")):
             axes[0][column].loglog(at, [row[key] for row in rows], marker=".", label=label)
-        axes[1][column].loglog(at, [row["peak_mb"] for row in rows], marker=".", label="peak of the process")
+        axes[1][column].loglog(
+            at, [row["peak_mb"] for row in rows], marker=".", color="C3", label="peak of the process"
+        )
         axes[1][column].loglog(at, [row["logits_mb"] for row in rows], "k:", label="logits of all tokens")
-        axes[1][column].set_xlabel(name)
+        axes[1][column].set_xlabel(LABELS.get(name, name))
+        axes[1][column].set_xticks(at, [f"{value / 1000:.0f}k" if value > 1000 else f"{value:g}" for value in at])
+        for panel in (axes[0][column], axes[1][column]):
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            low, high = panel.get_ylim()
+            panel.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+            panel.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("seconds")
     axes[1][0].set_ylabel("MB")
-    axes[0][0].legend()
-    axes[1][0].legend()
+    curves = [line for row in axes for line in row[0].get_lines()]
+    figure.legend(curves, [str(line.get_label()) for line in curves], loc="outside upper center", ncols=len(curves))
     figure.savefig(path, dpi=110)
 
 
