@@ -1,4 +1,4 @@
-"""A verifiable task from data to pass@8: words spelled backward, with SFT and then PPO on answers that a program checks.
+"""A verifiable task from data to pass@8: words spelled backward, SFT, and PPO on answers that a program checks.
 
     make reasoning SEED=0
     python -m benchmarks.reasoning --seed 0 --out reasoning-0
