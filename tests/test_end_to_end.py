@@ -31,8 +31,9 @@ def tiny_distilbert(folder: Path) -> str:
 
 # Those of scale/ go over another one, and are run on several processes in test_processes.py and prove/two_nodes.py.
 # Those for a pretrained model are run in cli/test_model_recipes.py, demo/real/test_demo.py and test_rankings.py.
+# Those of reasoning/ are run in tasks/test_recipe.py.
 ELSEWHERE = {"demo/real", "distilbert", "gpt2", "llama-lora", "qwen-lora", "smollm2-lora"}
-ELSEWHERE |= {"demo/rankings-ppo", "demo/rankings-reward", "demo/rankings-sft"}
+ELSEWHERE |= {"demo/rankings-ppo", "demo/rankings-reward", "demo/rankings-sft", "reasoning/ppo", "reasoning/sft"}
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ PARSED_ONLY = {
     "rlchat demo --real --rankings",
     "rlchat data reasoning-gym --list",
     "rlchat data reasoning-gym spell_backward -n 1000 --set max_word_len=6 -o data/spelling.jsonl",
+    "rlchat data reasoning-gym spell_backward -n 9000 --set min_word_len=5 max_word_len=5 --responses "
+    "-o data/spelling.jsonl",
     "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl",
     "rlchat learn checkpoints/rl_chat_model_tiktoken.pt --feedback feedback.jsonl --replay data/demo.jsonl "
     "--method ppo",
@@ -165,7 +167,8 @@ def models(folder: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPat
     save_bundle("checkpoints/sft_model.pt", random_policy(tokenizer, max_length=256))
     save(ppo_with_adapter(base_model="FOLDER"), Path("adapter.pt"))
     save(reward_with_adapter(init_from="checkpoints/sft_model.pt"), Path("checkpoints/reward_model.pt"))
-    shutil.copy(ROOT / "rlchat" / "tokenizer" / "encodings" / "rlchat_1k.tiktoken", "mine.tiktoken")
+    for name in ("mine.tiktoken", "data/bytes.tiktoken"):
+        shutil.copy(ROOT / "rlchat" / "tokenizer" / "encodings" / "rlchat_1k.tiktoken", name)
 
 
 @pytest.mark.slow

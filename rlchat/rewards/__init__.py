@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rlchat.rewards.text import distinct_n as distinct_n
     from rlchat.rewards.text import sentences as sentences
     from rlchat.rewards.text import words as words
+    from rlchat.rewards.verified import PartialCredit as PartialCredit
     from rlchat.rewards.verified import Verified as Verified
 
 

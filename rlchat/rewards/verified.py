@@ -1,8 +1,9 @@
-"""`Verified`: a reward for answers that can be checked."""
+"""`Verified` and `PartialCredit`: rewards for answers that can be checked."""
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -50,3 +51,36 @@ class Verified(ReplyFactor):
                 self.unchecked.rows,
             )
         return super().__call__(prompts, replies)
+
+
+class PartialCredit(ReplyFactor):
+    """The share of the answer's characters that the response has at the same place, from 0 to 1.
+
+    It tells almost right responses from wrong ones, where :class:`Verified` scores both 0. Case and white space around
+    the text do not count. Let n be the number of places at which response and answer have the same character: the score
+    is n divided by the length of the longer one. With several answers, the nearest counts. A response that passes the
+    check scores 1. Where the answer is a number or a regular expression, any other response scores 0, and so does a
+    response to a prompt without a check.
+
+    Use it beside :class:`Verified`, with a lower weight: a response that is not correct must not be worth much.
+    """
+
+    def unavailable(self, prompt: Conversation) -> str | None:
+        """A reason for prompts without a check."""
+        return "the prompt has no answer to check" if prompt.check is None else None
+
+    def score(self, prompt: Conversation, reply: Reply) -> float:
+        if prompt.check is None or prompt.passes(reply.text):
+            return float(prompt.check is not None)
+        if prompt.check.kind in ("number", "regex"):
+            return 0.0
+        return max(_same_places(answer, reply.text) for answer in prompt.check.any_of)
+
+
+def _same_places(answer: str, text: str) -> float:
+    """The places at which both have the same character, divided by the length of the longer one.
+
+    Example: ``abc`` and ``abd`` have two of three places in common.
+    """
+    answer, text = (part.strip().casefold() for part in (answer, text))
+    return sum(map(operator.eq, answer, text)) / max(len(answer), len(text), 1)

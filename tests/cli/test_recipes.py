@@ -59,7 +59,8 @@ DEMOS = [
     "demo/reward",
     "demo/sft",
 ]
-NAMES = sorted([*DEMOS, "dpo", *MODELS, "ppo", "reward", *SCALE, "sft", "smoke"])
+REASONING = ["reasoning/ppo", "reasoning/sft"]
+NAMES = sorted([*DEMOS, "dpo", *MODELS, "ppo", *REASONING, "reward", *SCALE, "sft", "smoke"])
 MODULES = [SFTModule, RewardModelModule, DPOModule, PPOModule]
 CALLBACKS = {
     "alarms": Alarms,
