@@ -68,8 +68,8 @@ MAX_NEW_TOKENS = 24
 SFT_EPOCHS, REWARD_EPOCHS, DPO_EPOCHS = 5, 4, 1
 PPO_ITERATIONS, PPO_BATCH = 40, 128
 DPO_RATE, PPO_RATE = 3e-4, 3e-4
-DPO_BETAS = (0.05, 0.1, 0.3)
-KL_COEFS = (0.03, 0.1, 0.3)
+DPO_BETAS = (0.1, 0.3)
+KL_COEFS = (0.03, 0.1)
 MEASUREMENTS = 10  # of a run, beside that of its start
 KLS = (0.25, 0.5, 1.0, 1.5, 2.0)  # nats per response
 
