@@ -71,7 +71,7 @@ DPO_RATE, PPO_RATE = 3e-4, 3e-4
 DPO_BETAS = (0.1, 0.3)
 KL_COEFS = (0.03, 0.1)
 MEASUREMENTS = 10  # of a run, beside that of its start
-KLS = (0.25, 0.5, 1.0, 1.5, 2.0)  # nats per response
+KLS = (0.25, 0.5, 0.75, 1.0, 1.5)  # nats per response
 
 Row = dict[str, float]
 
