@@ -43,7 +43,7 @@ from common import SIZES, Hyperparameters, initial_model, make_prompts, reward  
 from rlchat_side import IdPPO, fit, make_batches, options_of, save_initial  # noqa: E402
 
 from rlchat.data.batches import PreferenceBatch  # noqa: E402
-from rlchat.models.networks import RLChatModel  # noqa: E402
+from rlchat.models.networks import RLChatModel, response_log_ratios  # noqa: E402
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate  # noqa: E402
 from rlchat.training.dpo import DPOModule  # noqa: E402
 from rlchat.utils.files import write_atomically  # noqa: E402
@@ -123,12 +123,9 @@ def held_out(model: RLChatModel, initial: RLChatModel, seed: int, end_id: int, p
     uniforms = addressed_uniforms(seed, 0, torch.arange(HELD_OUT))
     with torch.no_grad():
         sampled = generate(model, ids, mask, Sampling(SIZE.response), uniforms, end_id=end_id, pad_id=pad_id)
-        whole = torch.cat([ids, sampled.ids], 1)
-        attention = torch.cat([mask, sampled.mask], 1)
-        response = torch.cat([torch.zeros_like(mask), sampled.mask], 1)
-        policy, reference = (one.sequence_logprobs(whole, attention, response) for one in (model, initial))
+        kl = response_log_ratios(model, initial, (ids, mask), (sampled.ids, sampled.mask)).mean()
     rewards = [reward(row, SIZE) for row in sampled.ids.tolist()]
-    return {"reward": statistics.mean(rewards), "kl": float((policy - reference).mean())}
+    return {"reward": statistics.mean(rewards), "kl": float(kl)}
 
 
 def train_online(arm: Arm, setting: dict[str, float], seed: int, folder: Path) -> dict[str, Any]:

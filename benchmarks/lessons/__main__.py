@@ -1,14 +1,16 @@
 """Runs the lessons in full, each seed in a process of its own, and prints the figures beside their bands.
 
 python -m benchmarks.lessons
-python -m benchmarks.lessons 1 3 --seeds 0 1 2 3 4 --write
+python -m benchmarks.lessons 1 3 --seeds 0 1 2 3 4 --keep FOLDER --write
 
-The exit code is 1 if a figure is outside its band.
+With --keep, what is finished is not run again: seeds can be measured one after the other, and shown together. The exit
+code is 1 if a figure is outside its band.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -25,7 +27,7 @@ from benchmarks.lessons.bands import write_bands
 from benchmarks.lessons.lesson import Lesson, lessons
 from benchmarks.lessons.running import run_lesson
 
-FRESH_SEEDS = [200, 201, 202]  # the bands were measured with seeds 0 to 4
+FRESH_SEEDS = [300, 301, 302]  # no band was measured with them
 
 
 def main() -> int:
@@ -33,7 +35,7 @@ def main() -> int:
     parser.add_argument("numbers", nargs="*", type=int, help="lessons to run; all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=FRESH_SEEDS, help="by default %(default)s")
     parser.add_argument("--short", action="store_true", help="the short form, whose figures mean nothing")
-    parser.add_argument("--keep", type=Path, help="keep what the lessons write in this folder")
+    parser.add_argument("--keep", type=Path, help="keep what the lessons write here; continues there")
     parser.add_argument("--write", action="store_true", help="fill in the bands that are ? in the lessons")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # of a process that runs one lesson
     args = parser.parse_args()
@@ -64,12 +66,19 @@ def main() -> int:
 def run_apart(lesson: Lesson, seed: int, short: bool, keep: Path | None) -> tuple[dict[str, float], float]:
     """The figures of a lesson that runs in a process of its own, and its CPU time in seconds.
 
-    The output of the process is shown only if it fails, which ends this program too.
+    A result in ``keep`` is read instead. The output of the process is shown only if it fails, which ends this program
+    too.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = (keep / f"{lesson.name}-{seed}").resolve() if keep else Path(temporary) / "lesson"
+        result, kept = folder / "figures.json", folder / "kept.json"
+        code = code_digest(lesson, short)
+        if folder.exists():
+            stored = json.loads(kept.read_text()) if kept.is_file() else {}
+            if stored.get("code") != code:
+                sys.exit(f"{folder} is not a finished run of this lesson; delete it, or set another --keep")
+            return stored["figures"], stored["cpu_s"]
         folder.mkdir(parents=True)
-        result = folder / "figures.json"
         number = lesson.name.split("-")[0]
         command = [sys.executable, "-m", "benchmarks.lessons", number, "--seeds", str(seed), "--result", str(result)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -83,7 +92,16 @@ def run_apart(lesson: Lesson, seed: int, short: bool, keep: Path | None) -> tupl
         if run.returncode:
             sys.exit(f"{run.stdout}\n{lesson.name} failed with seed {seed}")
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return json.loads(result.read_text()), used
+        figures = json.loads(result.read_text())
+        kept.write_text(json.dumps({"code": code, "figures": figures, "cpu_s": used}))
+        return figures, used
+
+
+def code_digest(lesson: Lesson, short: bool) -> str:
+    """A digest of everything in the lesson that its figures depend on; its text and bands do not count."""
+    parts = [lesson.parameters, [block.code for block in lesson.blocks], [f.expression for f in lesson.figures]]
+    parts += [lesson.short, lesson.short_options] if short else []
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def result_table(lesson: Lesson, values: dict[int, dict[str, float]], seconds: list[float]) -> tuple[Table, bool]:

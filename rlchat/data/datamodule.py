@@ -89,7 +89,8 @@ class OASST2DataModule(LightningDataModule):
         val_fraction: The fraction of trees in the validation split; 0 turns validation off.
         test_fraction: The fraction of trees in the held-out test split, for `rlchat test`.
         seed: The seed of the split and of the training order.
-        max_val_prompts: The maximum number of validation prompts to respond to, always the same ones; null: all.
+        max_val_prompts: The maximum number of validation prompts that PPO and DPO respond to, always the same ones;
+            null: all.
         num_workers: The number of processes that prepare batches ahead of time.
         cache_dir: The folder for tokenized data; null: `rlchat` in the user's cache folder.
         predict_path: The prompts for `rlchat predict`: JSONL, or a .txt file with one prompt per line.
@@ -223,7 +224,11 @@ class OASST2DataModule(LightningDataModule):
         return self._resumed(self._loader(rows, bucketed_plan(rows.lengths, self.batch_size, world, self.seed, groups)))
 
     def val_dataloader(self) -> list[BatchLoader]:
-        """One loader for SFT and the reward model; DPO and PPO have another one, of sequences. Each row occurs once."""
+        """The loaders of a validation, in which each row occurs once.
+
+        SFT: sequences. Reward model: ranked responses. DPO: ranked responses, sequences, prompts. PPO: prompts,
+        sequences.
+        """
         return self._held_out("val") if self.val_fraction else []
 
     def test_dataloader(self) -> list[BatchLoader]:
@@ -282,12 +287,13 @@ class OASST2DataModule(LightningDataModule):
         rows = self._rows_in_fixed_order(corpus.sequences.tree, split)
         threads = SequenceRows(corpus.sequences, rows, self._pad_id)
         sequences = self._loader(threads, self._fixed(len(threads), f"{split} threads"))
-        if task != "ppo":
-            return [*loaders, sequences]
+        if task == "sft":
+            return [sequences]
         limit = self.max_val_prompts if split == "val" else None
         rows = self._rows_in_fixed_order(corpus.prompts.tree, split, limit)
-        prompts = PromptRows(corpus.prompts, rows, self._pad_id)
-        return [self._loader(prompts, self._fixed(len(prompts), f"{split} prompts")), sequences]
+        rendered = PromptRows(corpus.prompts, rows, self._pad_id)
+        prompts = self._loader(rendered, self._fixed(len(rendered), f"{split} prompts"))
+        return [prompts, sequences] if task == "ppo" else [*loaders, sequences, prompts]
 
     def _sequences(self) -> SequenceRows:
         sequences = self._loaded().sequences

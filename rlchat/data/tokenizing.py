@@ -175,18 +175,17 @@ def _tokenized(trees: Sequence[Tree], how: Tokenization) -> _Part:
         opening_id = tree.opening_id
         split_ids.add(opening_id.encode())
         split_hash.append(unit_hash(how.split_seed, opening_id))
+        judged = _judged(tree, how) if needs.task in ("reward", "dpo") else []
         if needs.task != "reward":
             sequences.add(tree.threads, index, tally)
-            prompts_of_tree = [p for p in tree.prompts if p.is_prompt]
+            prompts_of_tree = [p for p in (judged if needs.task == "dpo" else tree.prompts) if p.is_prompt]
             if needs.whole_conversations:
                 prompts_of_tree = whole_conversations(prompts_of_tree)
-            # SFT and DPO use prompts for samples only: one per tree is enough, and its truncation does not matter.
-            count = None if needs.task == "ppo" else 1
+            # SFT uses prompts for samples only: one per tree is enough, and its truncation does not matter.
+            count = 1 if needs.task == "sft" else None
             prompts.add(prompts_of_tree[:count], index, tally if needs.task == "ppo" else _Tally())
-        if needs.task in ("reward", "dpo"):
-            for prompt in contrasted(tree.prompts) if how.contrast else tree.prompts:
-                if _is_judged(prompt, needs):
-                    ranked.add(prompt, index, tally)
+        for prompt in judged:
+            ranked.add(prompt, index, tally)
     trees_alone = {**tree_ids.build("tree_ids"), **split_ids.build("split_ids"), "split_hash": np.asarray(split_hash)}
     return _Part({**trees_alone, **sequences.build(), **ranked.build(), **prompts.build()}, tally, counts)
 
@@ -368,6 +367,12 @@ class _RankedBuilder:
             **self.ids.build("ranked.ids"),
             **{f"ranked.{name}": np.asarray(getattr(self, name)) for name in RANKED},
         }
+
+
+def _judged(tree: Tree, how: Tokenization) -> list[Conversation]:
+    """The prompts of ``tree`` with the responses that a reward model or DPO learns from."""
+    prompts = contrasted(tree.prompts) if how.contrast else tree.prompts
+    return [prompt for prompt in prompts if _is_judged(prompt, how.needs)]
 
 
 def _is_judged(prompt: Conversation, needs: DataNeeds) -> bool:

@@ -74,6 +74,25 @@ class RLChatModel(nn.Module):
         return _head_fp32(self.value_head, hidden).squeeze(-1)
 
 
+def response_log_ratios(
+    policy: RLChatModel, reference: RLChatModel, prompts: tuple[Tensor, Tensor], responses: tuple[Tensor, Tensor]
+) -> Tensor:
+    """log π(y|x) − log π_ref(y|x) of each response [B], in nats: the sum over its tokens, its end marker included.
+
+    For responses that were sampled from ``policy`` at temperature 1, the mean is an unbiased estimate of the KL of a
+    whole response to the reference model, KL(π ‖ π_ref): the estimator k1 of Schulman (2020).
+
+    Args:
+        policy: π.
+        reference: π_ref.
+        prompts: Long [B, P] ids, left-padded, and Bool [B, P], False on padding.
+        responses: Long [B, R] ids, right-padded, and Bool [B, R], True where a token was sampled.
+    """
+    ids, attention_mask = (torch.cat(parts, 1) for parts in zip(prompts, responses, strict=True))
+    mask = torch.cat([torch.zeros_like(prompts[1]), responses[1]], 1)
+    return policy.sequence_logprobs(ids, attention_mask, mask) - reference.sequence_logprobs(ids, attention_mask, mask)
+
+
 class RewardModel(nn.Module):
     """A causal backbone with a scalar head, read at the end of the response.
 

@@ -1,4 +1,4 @@
-"""DPO: learns from human ranks directly, without a reward model and without sampling (Rafailov et al. 2023).
+"""DPO: learns from human ranks directly, without a reward model (Rafailov et al. 2023). Only validation samples.
 
 rlchat fit --config dpo --data.path FILE
 """
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlchat.data.datamodule import DataNeeds, JudgedBatch, PreferenceBatch, SequenceBatch
+from rlchat.data.datamodule import DataNeeds, JudgedBatch, PreferenceBatch, PromptBatch, SequenceBatch
 from rlchat.errors import UserError
 from rlchat.models.adapters import AdapterKind, copy_sharing_frozen, freeze
-from rlchat.models.networks import RLChatModel
-from rlchat.training.base import PolicyModule
+from rlchat.models.networks import RLChatModel, response_log_ratios
+from rlchat.models.sampling import Sampling, addressed_uniforms
+from rlchat.training.base import VALIDATION_STREAM, PolicyModule
 from rlchat.training.initial_model import base_options, open_policy
 from rlchat.training.optimizers import OptimizerName
 from rlchat.training.options import (
@@ -143,9 +144,10 @@ class DPOModule(PolicyModule):
         weight_decay: the weight decay of AdamW, on matrices only.
         optimizer: adamw, or adamw_8bit or paged_adamw_8bit of bitsandbytes, whose state needs a quarter of the memory;
             the paged one moves it to the CPU's memory if the GPU has none left.
-        max_new_tokens: the maximum number of tokens in a response of `rlchat predict` or a sample; by default 100,
-            or half of max_length if that is less. Training does not sample.
-        temperature: the sampling temperature of these responses; 0 selects the most likely token.
+        max_new_tokens: the maximum number of tokens in a response of `rlchat predict`, a sample or a validation; by
+            default 100, or half of max_length if that is less. Training does not sample.
+        temperature: the sampling temperature of predictions and samples; 0 selects the most likely token. Validation
+            samples at temperature 1, at which its responses estimate the KL.
         seed: the seed of sampling.
         adapter: lora trains low-rank adapters of the linear layers and freezes the backbone's weights, which the
             reference model shares; by default, all weights are trained.
@@ -216,8 +218,8 @@ class DPOModule(PolicyModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """Ranked responses; for predictions, prompts truncated to leave room for a response."""
-        room = self.sampling.max_new_tokens if getattr(self._trainer, "predicting", False) else 0
+        """Ranked responses, and prompts that are truncated to leave room for a response."""
+        room = self.sampling.max_new_tokens
         unpaired = self.options.label_coef > 0 or self.options.sft_coef > 0
         return DataNeeds("dpo", self.tokenizer, self.max_length, max_new_tokens=room, unpaired=unpaired)
 
@@ -279,18 +281,44 @@ class DPOModule(PolicyModule):
         model.eval()  # also in training: dropout would change the policy, and the first loss would not be log 2
         return model.sequence_logprobs(batch.ids, batch.attention_mask, batch.response_mask)
 
+    def on_validation_epoch_start(self) -> None:
+        """Resets the number of prompts seen: each validation samples with the same random numbers."""
+        self.held_out_prompts = 0
+
     def validation_step(
-        self, batch: PreferenceBatch | JudgedBatch | SequenceBatch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        batch: PreferenceBatch | JudgedBatch | SequenceBatch | PromptBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        """Loss, margin and accuracy on held-out pairs, and accuracy and perplexity on held-out conversations."""
+        """Loss, margin and accuracy on held-out pairs; accuracy and perplexity on conversations; KL on prompts."""
         if isinstance(batch, SequenceBatch):
             self.tally_sequences(batch)
+            return
+        if isinstance(batch, PromptBatch):
+            self.tally_responses(batch)
             return
         pairs = self.preferences(batch)
         for weight, losses in self.weighted(pairs):
             self.tally.add("loss", weight * losses)
         self.tally.add("pair_accuracy", pairs.accuracy)
         self.tally.add("reward_margin", pairs.margin)
+
+    def tally_responses(self, batch: PromptBatch) -> None:
+        """Adds the KL to the reference model of one response to each prompt to the tally, and its length.
+
+        The responses are sampled from the policy at temperature 1, so that the mean is an unbiased estimate of the KL.
+        """
+        rows = self.global_rows(len(batch.ids), self.held_out_prompts)
+        self.held_out_prompts += len(batch.ids)
+        prompts = batch.ids, batch.attention_mask
+        sampling = Sampling(self.sampling.max_new_tokens, temperature=1.0)
+        generated = self.generate(*prompts, sampling, addressed_uniforms(self.seed, VALIDATION_STREAM, rows))
+        self.reference.eval()
+        responses = generated.ids, generated.mask
+        self.tally.add("kl", response_log_ratios(self.model, self.reference, prompts, responses))
+        self.tally.add("response_length", generated.mask.sum(1))
+        self.tally.add("truncated_fraction", ~generated.ended)
 
     def validation_loss(self) -> float | None:
         """The mean loss of held-out pairs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.command_line import empty_plots, working_in
 
+from benchmarks.lessons.__main__ import code_digest, run_apart
 from benchmarks.lessons.bands import band, write_bands
 from benchmarks.lessons.lesson import Figure, Lesson, lessons, read_lesson
 from benchmarks.lessons.running import commands, run_lesson
@@ -136,6 +138,20 @@ def test_bands_that_are_missing_are_written(small: Path) -> None:
     write_bands(lesson, [{"the total": 1.0, "its square": 289.0}, {"the total": 1.0, "its square": 300.0}])
     rows = [line for line in small.read_text().splitlines() if line.startswith("| the") or line.startswith("| its")]
     assert rows == ["| the total | `total` | 17 | 16.5 to 17.5 |", "| its square | `total**2` | 289 | 274 to 315 |"]
+
+
+def test_a_kept_run_is_not_repeated_unless_its_code_changed(small: Path, tmp_path: Path) -> None:
+    lesson, folder = read_lesson(small), tmp_path / "keep" / "1-counting-3"
+    folder.mkdir(parents=True)
+    kept = {"code": code_digest(lesson, False), "figures": {"the total": 20.0}, "cpu_s": 4.0}
+    (folder / "kept.json").write_text(json.dumps(kept))
+    assert run_apart(lesson, 3, False, tmp_path / "keep") == ({"the total": 20.0}, 4.0)
+    small.write_text(SMALL.replace("16.5 to 17.5", "1 to 20").replace("# 1. Counting", "# 1. Other words"))
+    assert run_apart(read_lesson(small), 3, False, tmp_path / "keep") == ({"the total": 20.0}, 4.0)
+    small.write_text(SMALL.replace("+ SEED", "- SEED"))
+    for other, short in ((read_lesson(small), False), (lesson, True)):
+        with pytest.raises(SystemExit, match=r"1-counting-3 is not a finished run of this lesson"):
+            run_apart(other, 3, short, tmp_path / "keep")
 
 
 def test_nan_is_outside_every_band() -> None:

@@ -1,23 +1,28 @@
-"""Every trainer option that a Lightning user might set, with each of the three stages: it works, or gives one error.
+"""Every trainer option that a Lightning user might set, with each of the four stages: it works, or gives one error.
 
     python -m prove.trainer_matrix --out docs/trainer-options.md
 
 Each cell is one `rlchat` command on tiny models and data, in a separate process (forked after the imports, so that a
 cell takes about a second). A cell passes if the command succeeds, or if it fails with exit code 2 and one sentence
 on stderr. A traceback or any other exit code fails the cell, and then the script exits with 1.
+
+With --keep FILE, the outcomes are kept in FILE, and cells in it are not run again: --only A, then --only B and so on
+make the table in parts. --out writes all options that FILE has, and needs no run for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers.command_line import BRIEF, TINY, train_bundles
 
@@ -350,27 +355,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--only", default="", help="only options that match this regular expression")
+    parser.add_argument("--keep", type=Path, help="keep the outcomes in this JSON file, and do not run its cells again")
     options = parser.parse_args()
-    out = options.out.resolve() if options.out else None
-    table: dict[Option, dict[str, Outcome]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        prepared = Path(scratch) / "prepared"
-        prepared.mkdir()
-        os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
-        prepare(prepared)
-        chosen = [o for o in OPTIONS if re.search(options.only, " ".join((o.command, *o.words)))]
-        for option in chosen:
-            table[option] = {stage: run_cell(option, stage, prepared) for stage in STAGES}
-            row = "  ".join(f"{stage}: {table[option][stage].kind}" for stage in STAGES)
-            print(f"{option.command} {' '.join(option.words):<90} {row}", flush=True)
-            for stage in STAGES:
-                if table[option][stage].kind == "FAILS":
-                    print(f"    {stage}: {table[option][stage].text}", flush=True)
+    out, keep = (path.resolve() if path else None for path in (options.out, options.keep))
+    chosen = [o for o in OPTIONS if re.search(options.only, " ".join((o.command, *o.words)))]
+    kept = json.loads(keep.read_text()) if keep and keep.is_file() else {}
+    run_missing(chosen, kept, keep)
+    table = {o: {s: Outcome(**kept[key(o)][s]) for s in STAGES} for o in OPTIONS if key(o) in kept}
     failed = [outcome for row in table.values() for outcome in row.values() if outcome.kind == "FAILS"]
     print(f"{len(table) * len(STAGES) - len(failed)} cells passed, {len(failed)} failed")
     if out is not None:
         out.write_text(as_markdown(table), encoding="utf-8")
     return 1 if failed else 0
+
+
+def key(option: Option) -> str:
+    """The command of a row, by which its outcomes are kept."""
+    return " ".join((option.command, *option.words))
+
+
+def run_missing(chosen: list[Option], kept: dict[str, dict[str, Any]], keep: Path | None) -> None:
+    """Runs the cells of ``chosen`` that are not in ``kept``, adds their outcomes to it and writes it to ``keep``."""
+    missing = [option for option in chosen if key(option) not in kept]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = Path(scratch) / "prepared"
+        prepared.mkdir()
+        os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
+        prepare(prepared)
+        for option in missing:
+            row = {stage: run_cell(option, stage, prepared) for stage in STAGES}
+            kept[key(option)] = {stage: asdict(outcome) for stage, outcome in row.items()}
+            if keep:
+                keep.write_text(json.dumps(kept))
+            kinds = "  ".join(f"{stage}: {row[stage].kind}" for stage in STAGES)
+            print(f"{option.command} {' '.join(option.words):<90} {kinds}", flush=True)
+            for stage in STAGES:
+                if row[stage].kind == "FAILS":
+                    print(f"    {stage}: {row[stage].text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from helpers.command_line import rlchat
-from helpers.small_ppo import Log, sequences, serve, trainer
+from helpers.small_ppo import QUESTIONS, Log, prompts, sequences, serve, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prove.runs import QUIET, metrics, write_talk
@@ -22,7 +22,9 @@ from rlchat.data.datamodule import DataNeeds, JudgedBatch, OASST2DataModule, Pre
 from rlchat.errors import UserError
 from rlchat.models.adapters import share_frozen
 from rlchat.models.model_file import load_policy
+from rlchat.models.sampling import Sampling, addressed_uniforms
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.training.base import VALIDATION_STREAM
 from rlchat.training.dpo import DPOModule, LossType, dpo_loss, implicit_rewards
 from rlchat.utils.padding import pad
 
@@ -192,6 +194,55 @@ def test_held_out_metrics(encoding: str) -> None:
         assert found == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_kl_of_one_token_is_that_over_the_vocabulary(encoding: str, temperature: float) -> None:
+    """Responses of one token: the mean log-ratio comes within four standard errors of Σ π (log π − log π_ref).
+
+    The temperature of samples has no influence.
+    """
+    module = dpo(encoding, max_new_tokens=1, temperature=temperature, learning_rate=5e-2)
+    batch = prompts(module.tokenizer, ("?",)).repeated(4000)
+    measured = trainer().validate(module, serve([batch]), verbose=False)[0]
+    assert measured["val/kl"] == 0
+    trainer().fit(module, serve([pairs_batch(module.tokenizer, FRUIT)] * 10))
+    with torch.no_grad():
+        policy, reference = (
+            model.logits(model(batch.ids[:1], batch.attention_mask[:1])[0, -1]).log_softmax(-1)
+            for model in (module.model, module.reference)
+        )
+    log_ratio = (policy - reference).nan_to_num()  # unsayable ids have probability 0
+    kl = float((policy.exp() * log_ratio).sum())
+    spread = float((policy.exp() * (log_ratio - kl) ** 2).sum().sqrt())
+    measured = trainer().validate(module, serve([batch]), verbose=False)[0]
+    assert kl > 0.05
+    assert measured["val/kl"] == pytest.approx(kl, abs=4 * spread / 4000**0.5)
+    assert measured["val/response_length"] == 1
+    assert 0 < measured["val/truncated_fraction"] <= 1
+
+
+def test_the_kl_of_a_response_is_the_sum_over_its_tokens(encoding: str) -> None:
+    """In batches of any size, with prompts and responses of different lengths."""
+    module = dpo(encoding, max_new_tokens=6)
+    trainer().fit(module, serve([pairs_batch(module.tokenizer, FRUIT)] * 5))
+    whole = prompts(module.tokenizer)
+    parts = [prompts(module.tokenizer, QUESTIONS[:3]), prompts(module.tokenizer, QUESTIONS[3:])]
+    ways = [trainer().validate(module, serve(batches), verbose=False)[0] for batches in ([whole], parts)]
+    assert ways[0] == pytest.approx(ways[1], abs=1e-5)
+    uniforms = addressed_uniforms(module.seed, VALIDATION_STREAM, torch.arange(len(whole.ids)))
+    generated = module.generate(whole.ids, whole.attention_mask, Sampling(6, temperature=1.0), uniforms)
+    total = 0.0
+    for row, mask, ids, sampled in zip(whole.ids, whole.attention_mask, generated.ids, generated.mask, strict=True):
+        before, said = row[mask], ids[sampled]
+        thread = torch.cat([before, said])[None]
+        for sign, model in ((1, module.model), (-1, module.reference)):
+            with torch.no_grad():
+                logprobs = model.logits(model(thread, torch.ones_like(thread, dtype=torch.bool))).log_softmax(-1)
+            total += sign * float(logprobs[0, len(before) - 1 : -1].gather(1, said[:, None]).sum())
+    assert ways[0]["val/kl"] == pytest.approx(total / len(whole.ids), abs=1e-4)
+    assert abs(total) > 0.1
+    assert ways[0]["val/response_length"] == pytest.approx(float(generated.mask.sum(1).float().mean()))
+
+
 def test_the_reference_model_shares_frozen_weights(encoding: str) -> None:
     module = dpo(encoding, **LORA)
     assert share_frozen(module.reference.backbone, module.model.backbone)
@@ -309,6 +360,7 @@ def test_the_command_trains_a_chat_model(workplace: Path) -> None:
         logged.setdefault(name, []).append(value)
     assert logged["val/pair_accuracy"][-1] > 0.9
     assert {"val/loss", "val/reward_margin", "val/accuracy", "val/perplexity", "train/grad_norm"} <= logged.keys()
+    assert logged["val/kl"][-1] > 0
     (run,) = Path("lightning_logs/dpo").iterdir()
     assert "It is" in (run / "samples.jsonl").read_text() or (run / "samples.jsonl").stat().st_size > 0
     assert Path("checkpoints/rl_chat_model_tiktoken_stats.png").is_file()
@@ -349,6 +401,31 @@ def test_batches_have_the_ranked_responses_with_their_tokens_marked(
     }
     assert found == {0: ([*before, *b"ab", end], [*b"ab", end]), 1: ([*before, *b"c", end], [*b"c", end])}
     assert batch.group.tolist() == [0, 0]
+
+
+def test_validation_responds_to_the_prompts_that_have_ranks(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
+    """They leave room for a response, and ``max_val_prompts`` limits them."""
+    pairs = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    rows = [*pairs, *({"prompt": f"talk {i}", "response": "hm"} for i in range(20))]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for limit in (None, 4):
+        data = OASST2DataModule(
+            str(tmp_path / "d.jsonl"),
+            cache_dir=str(tmp_path),
+            val_fraction=0.5,
+            test_fraction=0.0,
+            max_val_prompts=limit,
+        )
+        data.needs = DataNeeds("dpo", byte_tokenizer, max_length=24, max_new_tokens=12)
+        data.setup()
+        ranked, _, loader = data.val_dataloader()
+        batches = list(loader)
+        texts = [c.messages[0].text for batch in batches for c in batch.conversations]
+        pairs_in_split = sum(int(batch.group.max()) + 1 for batch in ranked)
+        assert pairs_in_split > 4
+        assert len(texts) == (limit or pairs_in_split)
+        assert all(text.startswith("question") for text in texts)
+        assert max(batch.ids.shape[1] for batch in batches) == 12  # of 14 and more
 
 
 def test_data_without_ranks_is_refused(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
