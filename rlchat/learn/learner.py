@@ -74,6 +74,7 @@ class Outcome:
         path: its model file; None if it was rejected.
         figures: everything that was measured, as plain values, as written beside the versions.
         original, current, new: the figures of the three models.
+        policy: the trained version, in memory, also if it was rejected.
     """
 
     decision: Decision
@@ -83,6 +84,7 @@ class Outcome:
     original: Figures
     current: Figures
     new: Figures
+    policy: PolicyBundle
 
     @property
     def last_line(self) -> str:
@@ -250,7 +252,7 @@ class _Round:
             number, path = self.versions.accept(lambda file: self._write(file, version, counts), recorded)
         else:
             self.versions.reject(finite(figures))
-        return Outcome(decision, number, path, figures, original, current, new)
+        return Outcome(decision, number, path, figures, original, current, new, version.policy)
 
     def _judge(
         self, trained: Trained, yardstick: Yardstick, original: Figures, current: Figures, why_none: str
