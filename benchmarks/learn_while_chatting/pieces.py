@@ -58,7 +58,7 @@ def all_pieces(seeds: Sequence[int] = SEEDS) -> list[Piece]:
     groups: list[list[dict[str, Any]]] = [
         [{"verdicts": 0}, {"verdicts": 200}, {"verdicts": 200, "wrong": 0.3}, {"verdicts": 200, "wrong": 0.5}],
         [{"verdicts": n} for n in (8, 25, 50, 100, 500)],
-        [{"verdicts": 200, "wrong": 0.1}],
+        [{"verdicts": 200, "wrong": wrong} for wrong in (0.1, 1.0)],
         [{"verdicts": n, "method": "ppo"} for n in (8, 50, 200)],
         [{"verdicts": n, "form": "thumbs"} for n in (50, 200, 500)],
         [{"verdicts": n, "preference": "politeness"} for n in (0, 8, 50, 200)],
