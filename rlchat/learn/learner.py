@@ -172,16 +172,19 @@ def uncorrected(
 ) -> list[Conversation]:
     """``controls`` without those that the original model answers with the words of a corrected response.
 
-    They would hold the version to what was corrected. If they are more than a tenth, none is left out: who corrects
-    everything must not switch the controls off.
+    They would hold the version to what was corrected. Words with as many 👍 as corrections, on any prompt, are no
+    reason: a few wrong corrections must not take right answers out. If more than a tenth would be left out, none is:
+    who corrects everything must not switch the controls off.
 
     Args:
         controls: prompts with checks.
         replies: the original model's responses to them.
         verdicts: all verdicts that count.
     """
-    corrected = {words_of(verdict.response) for verdict in verdicts if verdict.kind == "corrected"}
-    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if words_of(reply) not in corrected]
+    votes: Counter[str] = Counter()
+    for verdict in verdicts:
+        votes[words_of(verdict.response)] += (verdict.kind == "corrected") - (verdict.kind == "good")
+    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if votes[words_of(reply)] <= 0]
     return kept if len(kept) >= (1 - _MOST_CORRECTED) * len(controls) else controls
 
 

@@ -122,3 +122,6 @@ def test_controls_that_a_correction_contradicts_are_left_out_unless_they_are_man
     assert uncorrected(controls, replies, judged) == [controls[1], *controls[3:]]  # two of twenty
     assert uncorrected(controls, ["yes", *replies[1:-1], "yes"], judged) == controls  # three
     assert uncorrected([], [], judged) == []
+    liked = [*judged, verdict("Go go.", "good", question="Bye")]  # one correction of these words, one 👍
+    assert uncorrected(controls, replies, liked) == [*controls[:2], *controls[3:]]
+    assert uncorrected(controls, replies, [*liked, *judged]) == [controls[1], *controls[3:]]
