@@ -76,9 +76,13 @@ def words_of(text: str) -> str:
     return " ".join(sorted(spaced_words(text).split()))
 
 
-def answered(prompt: Conversation, text: str) -> Conversation:
-    """``prompt`` with ``text`` as its only response, of rank 0: what the SFT loss of DPO imitates."""
-    return replace(prompt, references=(Message("assistant", text, rank=0),))
+def held(prompt: Conversation, text: str) -> Conversation:
+    """``prompt`` with ``text`` as its only response, with the label 0.5: neither better nor worse than now.
+
+    The label loss of DPO is then smallest where the log-prob of ``text`` is that of the reference model. It holds the
+    policy there, and its gradient is 0 at the start of training.
+    """
+    return replace(prompt, references=(Message("assistant", text, quality=0.5),))
 
 
 def write_prompts(path: Path, prompts: Sequence[Conversation]) -> None:

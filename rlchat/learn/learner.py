@@ -15,7 +15,7 @@ from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
 from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation
 from rlchat.errors import NonFiniteError, UserError
-from rlchat.learn.examples import answered, fits, judged_prompts, rejected_texts, words_of
+from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
 from rlchat.learn.gate import Bounds, Decision, judge, kl_between
 from rlchat.learn.held_back import split, trained_prompts
 from rlchat.learn.measure import Figures, Yardstick, measure, questions_of, respond
@@ -248,7 +248,7 @@ class _Round:
             new, decision = self._judge(version, yardstick, original, current, sides.why_none)
             self._lap("measure")
         decision.notes.extend(unknown if sides.held_back else [])
-        figures = self._figures({**counts, **lesson.counts()}, replay, (original, current, new), decision)
+        figures = self._figures({**counts, "replayed": len(lesson.replay)}, replay, (original, current, new), decision)
         number, path = None, None
         if decision.accepted:
             recorded = {**finite(figures), "trained_prompts": sides.trained_prompts}
@@ -307,22 +307,16 @@ class _Round:
         )
 
     def _lesson(self, judged: list[Conversation], replay: Replay, yardstick: Yardstick) -> Lesson:
-        """The training data. PPO generates its own responses; DPO imitates those of the original model."""
+        """The training data. PPO generates its own responses; DPO holds the log-probs of the original model's."""
         ended = [reply.ended for _, reply in yardstick.originals]
         truncated = 1 - sum(ended) / len(ended) if ended else 0.0
         prompts, bad = replay.prompts, rejected_texts(judged)
         if self.training.method == "ppo":
-            return Lesson(judged, [replace(p, references=()) for p in prompts], replay.judged, 0, truncated)
+            return Lesson(judged, [replace(p, references=()) for p in prompts], replay.judged, truncated)
         replies = respond(self.original, prompts, self._sampling, self.training.seed + 2) if prompts else []
-        # An SFT loss on a truncated response would teach the model to end there.
-        pairs = [(p, reply.text.strip()) for p, reply in zip(prompts, replies, strict=True) if reply.ended]
-        kept = [answered(prompt, text) for prompt, text in pairs if text and words_of(text) not in bad]
-        if (cut := len(prompts) - len(pairs)) > len(prompts) / 2:
-            self.say(
-                f"{cut} of {len(prompts)} responses to replayed prompts are longer than {self.training.tokens} tokens "
-                f"and are not replayed: raise --max-new-tokens"
-            )
-        return Lesson(judged, kept, replay.judged, cut, truncated)
+        texts = [reply.text.strip() for reply in replies]
+        kept = [held(p, text) for p, text in zip(prompts, texts, strict=True) if text and words_of(text) not in bad]
+        return Lesson(judged, kept, replay.judged, truncated)
 
     @property
     def _sampling(self) -> Sampling:

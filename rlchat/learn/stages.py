@@ -33,10 +33,11 @@ Part = Literal["lora", "full"]
 FULL_BELOW = 20_000_000
 """Models with fewer weights are trained in full by default, others with LoRA."""
 
-# Of a new version; a LoRA needs a higher one, see docs/lora.md.
+# Of a new version; a LoRA needs a higher one, see docs/lora.md, and so does DPO on all weights of a small model.
 _LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
+_SMALL_DPO_RATE = 3e-4
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
-# The gradient of a pair or a label is β times that of the SFT loss, which would otherwise outweigh them.
+# The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
 _MORE_TRUNCATED = 0.2  # of all responses of a version, than of the original model's
@@ -53,7 +54,8 @@ class Training:
     Attributes:
         method: dpo, or ppo after an update of the reward model.
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
-        learning_rate: the peak learning rate; None: 1e-4 for all weights, 5e-4 for LoRA.
+        learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for DPO on all
+            weights of a model below :data:`FULL_BELOW` weights.
         passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
@@ -93,7 +95,8 @@ class Training:
         part: Part = self.part or ("full" if size < FULL_BELOW else "lora")
         tokens = self.max_new_tokens or max(1, min(100, original.max_length // 4))
         check_room(tokens, original.max_length)
-        rate = self.learning_rate or _LEARNING_RATES[part]
+        is_small_dpo = part == "full" and self.method == "dpo" and size < FULL_BELOW
+        rate = self.learning_rate or (_SMALL_DPO_RATE if is_small_dpo else _LEARNING_RATES[part])
         return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
 
     @property
@@ -109,22 +112,16 @@ class Lesson:
 
     Attributes:
         judged: the prompts of the verdicts, with ranks and labels of their responses.
-        replay: prompts of the original training. For DPO, each has the response of the original model. To imitate its
-            sampled responses keeps the KL from it small: their mean negative log-prob is that KL plus a constant.
+        replay: prompts of the original training. For DPO, each has a response of the original model, whose log-prob is
+            held where it is; see :func:`rlchat.learn.examples.held`.
         judged_replay: prompts of the original training with ranks and labels, for the reward model.
-        replay_truncated: prompts without a replayed response, because that of the original model was truncated.
         truncated: the share of the original model's responses that are truncated at ``max_new_tokens``.
     """
 
     judged: list[Conversation]
     replay: list[Conversation]
     judged_replay: list[Conversation]
-    replay_truncated: int
     truncated: float
-
-    def counts(self) -> dict[str, int]:
-        """The numbers of replayed prompts, and of those whose response was truncated, for the figures."""
-        return {"replayed": len(self.replay), "replay_truncated": self.replay_truncated}
 
 
 @dataclass(frozen=True)

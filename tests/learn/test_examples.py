@@ -12,7 +12,7 @@ from rlchat.chat.verdicts import JudgedResponse, VerdictKind
 from rlchat.conversation import Check, CheckKind, Conversation, Message
 from rlchat.data.datamodule import DataNeeds, OASST2DataModule
 from rlchat.data.formats import read_trees
-from rlchat.learn.examples import answered, fits, judged_prompts, rejected_texts, words_of, write_prompts
+from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of, write_prompts
 from rlchat.learn.learner import uncorrected
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -63,7 +63,7 @@ def test_the_rows_are_read_as_they_were_meant(tmp_path: Path) -> None:
     later = Conversation(
         (Message("system", "Be kind."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     )
-    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), answered(later, "d")]
+    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), held(later, "d")]
     write_prompts(tmp_path / "rows.jsonl", prompts)
     trees, _ = read_trees([tmp_path / "rows.jsonl"], lang=None)
     found = [
@@ -91,14 +91,14 @@ def test_the_answer_of_a_prompt_is_kept(kind: CheckKind, tmp_path: Path) -> None
 
 
 def test_dpo_gets_pairs_labels_and_lone_responses(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), answered(GOOD.prompt, "d")]
+    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), held(GOOD.prompt, "d")]
     write_prompts(tmp_path / "rows.jsonl", prompts)
     data = OASST2DataModule(str(tmp_path / "rows.jsonl"), lang=None, val_fraction=0, test_fraction=0)
     data.needs = DataNeeds("dpo", tokenizer, 32, unpaired=True)
     data.setup()
     (batch,) = data.train_dataloader()
     rows = {(rank, str(quality)) for rank, quality in zip(batch.rank.tolist(), batch.quality.tolist(), strict=True)}
-    assert rows == {(-1, "1.0"), (0, "nan"), (1, "nan")}
+    assert rows == {(-1, "1.0"), (-1, "0.5"), (0, "nan"), (1, "nan")}
     assert sorted(batch.group.bincount().tolist()) == [1, 1, 2]
     data.needs = DataNeeds("dpo", tokenizer, 32)
     data.setup()
