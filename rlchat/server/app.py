@@ -51,6 +51,7 @@ def create_api(
     max_length: int,
     *,
     feedback: Path,
+    model_id: str = "",
     limits: Limits | None = None,
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
@@ -60,7 +61,8 @@ def create_api(
     """The application behind its :class:`Guard`.
 
     ``file`` is the name of the model file, as in feedback and saved conversations; the API's name of the model is
-    ``file`` without its suffix. Feedback is appended to the file ``feedback``. ``hosts`` are the allowed host names in
+    ``file`` without its suffix. Feedback is appended to the file ``feedback``, with ``model_id``, the
+    :func:`rlchat.models.model_file.identity` of the model. ``hosts`` are the allowed host names in
     addition to localhost and addresses, ``origins`` the web origins in addition to the server's. ``scorer`` loads the
     model's reward when the first response is scored; None if the model file contains no reward. The application closes
     ``engine`` at shutdown.
@@ -89,7 +91,7 @@ def create_api(
         add(app, service)
     _add_models(app, model)
     _add_monitoring(app, engine, metrics)
-    _add_feedback(app, feedback, file, metrics)
+    _add_feedback(app, feedback, file, model_id, metrics)
     _add_reward(app, scorer)
     _add_page(app)
     metrics.paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
@@ -133,13 +135,13 @@ def _add_monitoring(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_feedback(app: FastAPI, path: Path, file: str, metrics: Metrics) -> None:
+def _add_feedback(app: FastAPI, path: Path, file: str, model_id: str, metrics: Metrics) -> None:
     @app.post("/feedback")
     def add_feedback(body: FeedbackRequest) -> FeedbackKept:
         """Save feedback on a response as training data. The last verdict on a response replaces earlier ones."""
         verdict = body.verdict or Correction(body.correction or "")
         try:
-            append_feedback(path, body.prompt, body.reply, verdict, model=file, client=body.client)
+            append_feedback(path, body.prompt, body.reply, verdict, model=file, model_id=model_id, client=body.client)
         except UserError as error:
             if isinstance(error.__cause__, OSError):  # not the client's fault, and it must not see the path
                 log.error("%s", error)

@@ -77,7 +77,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
         import torch
 
         from rlchat.chat.scoring import RewardScorer
-        from rlchat.models.model_file import load_policy
+        from rlchat.models.model_file import identity, load_policy
         from rlchat.server.app import create_api
         from rlchat.server.engine import Engine
         from rlchat.server.protocol import Server
@@ -94,6 +94,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
         file.name,
         bundle.max_length,
         feedback=Path(options.feedback),
+        model_id=identity(bundle),
         limits=_limits(options),
         hosts=[*options.allow_host, options.host],
         origins=options.allow_origin,
