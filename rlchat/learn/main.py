@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlchat.errors import UserError
+from rlchat.utils.background import end_with_stdin, limit_memory, lower_priority
 
 _DESCRIPTION = """\
 Learn from the verdicts in a feedback file: 👍, 👎 and corrections of `rlchat chat` and of the page.
@@ -31,6 +32,11 @@ def main(args: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     _check(options)
+    if options.background:
+        lower_priority()
+        end_with_stdin()
+    if options.max_memory is not None:
+        limit_memory(int(options.max_memory * 2**30))
     # Importing the stages takes seconds, which `rlchat learn --help` should not.
     import torch
 
@@ -113,6 +119,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"invalid value {value} for --{name.replace('_', '-')}: expected a positive integer")
+    if options.max_memory is not None and not options.max_memory > 0:
+        raise UserError(f"invalid value {options.max_memory:g} for --max-memory: expected a positive number")
     if options.out is not None and options.out.absolute() == options.model.absolute():
         raise UserError(f"--out {options.out} is MODEL, which is never changed; choose another path")
 
@@ -145,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 1, or more if that is faster)")
     parser.add_argument("--base-model", metavar="PATH", help="the base of an adapter file (default: as in training)")
+    parser.add_argument(
+        "--background", action="store_true", help="run at low priority, and end when standard input ends"
+    )
+    parser.add_argument(
+        "--max-memory", type=float, metavar="GIB", help="fail rather than use more memory than this (default: no limit)"
+    )
     _add_training(parser.add_argument_group("training"))
     _add_gate(parser.add_argument_group("gate"))
     return parser
