@@ -1,7 +1,8 @@
 """A stand-in for `rlchat learn` in tests of the supervisor: it copies the model instead of training it.
 
 It takes the same arguments, reads the same file, and writes the same files under the same lock. More arguments say what
-happens: ``--reject`` and ``--crash``, ``--wait FILE`` until there is such a file, and ``--seconds S`` to take time.
+happens: ``--reject`` and ``--crash``, ``--wait FILE`` until there is such a file, ``--seconds S`` to take time, and
+``--copy FILE`` to copy another model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> int:
     for name in ("--on-bad-line", "--threads", "--max-memory"):
         parser.add_argument(name, required=True)
     parser.add_argument("--wait", type=Path)
+    parser.add_argument("--copy", type=Path)
     parser.add_argument("--seconds", type=float, default=0.0)
     for name in ("--background", "--reject", "--crash"):
         parser.add_argument(name, action="store_true")
@@ -62,7 +64,7 @@ def main() -> int:
         if options.reject:
             versions.reject(figures)
         else:
-            versions.accept(lambda path: copy(options.model, path, options.seconds), figures)
+            versions.accept(lambda path: copy(options.copy or options.model, path, options.seconds), figures)
     return 0
 
 

@@ -12,7 +12,7 @@ from rlchat.chat.learning.folder import VersionFolder
 from rlchat.chat.learning.rounds import LEARN, Outcome, Round
 from rlchat.chat.learning.state import State
 from rlchat.chat.learning.tally import Tally
-from rlchat.errors import UserError
+from rlchat.errors import UserError, one_line
 from rlchat.utils.background import machine_memory
 
 _log = logging.getLogger("rlchat")
@@ -288,8 +288,10 @@ class Supervisor:
             if outcome is not None and outcome.number is not None:
                 try:
                     self._on_version(outcome.number, self._folder.path(outcome.number))
-                except UserError as error:
-                    self._finish(ended, outcome, f"version {outcome.number} is not in use: {error}")
+                except Exception as error:  # it may also be the memory that is missing
+                    if not isinstance(error, UserError):
+                        _log.exception("the swap failed")
+                    self._finish(ended, outcome, f"version {outcome.number} is not in use: {one_line(error)}")
                     return
             self._finish(ended, outcome, ended.failure() if outcome is None else None)
 
