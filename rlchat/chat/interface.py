@@ -29,7 +29,7 @@ from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation
 from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.models.model_file import load_policy
+from rlchat.models.model_file import identity, load_policy
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
 from rlchat.utils.devices import choose_device, choose_dtype
@@ -207,7 +207,8 @@ class ChatInterface:
                                 "the last response is your correction: edit it again, or generate another with retry"
                             )
                     break
-            append_feedback(path, prompt, reply.text, verdict, model=self.model_path.name)
+            name, model_id = self.model_path.name, identity(self.bundle)
+            append_feedback(path, prompt, reply.text, verdict, model=name, model_id=model_id)
             if isinstance(verdict, Correction):
                 rated = self._messages[-1] = SavedMessage("assistant", verdict.text, now())
                 self._last = None
