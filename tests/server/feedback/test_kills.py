@@ -99,6 +99,7 @@ class Clients:
         self.silent += finish is None
         (version,) = versions
         self.replies.add((version, text))
+        time.sleep(0.05)
 
     def _rate(self, client: httpx.Client, url: str) -> None:
         self.given += 1
@@ -155,7 +156,7 @@ def kill_often(folder: Path, tokenizer: ChatTokenizer, kills: int, seed: int) ->
                 clients.url = url
                 if not usual:
                     began = time.monotonic()
-                    wait_until(lambda url=url: status_of(url)["version"] == 1, 300)
+                    wait_until(lambda url=url: status_of(url)["version"] == 1, 600)
                     usual = time.monotonic() - began
                 while left:
                     time.sleep(chosen.uniform(0.1, 1.5 * usual))
