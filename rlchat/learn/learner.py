@@ -334,6 +334,7 @@ class _Round:
             "model": self.request.model.name,
             "current": None if self.request.current is None else self.request.current.name,
             "feedback": counts,
+            "feedback_file": self.request.feedback.name,
             "replay": replay.source,
             "training": asdict(self.training),
             "bounds": asdict(self.request.bounds),

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlchat.errors import UserError
+from rlchat.utils.background import end_with_stdin, limit_memory, lower_priority
 
 _DESCRIPTION = """\
 Learn from the verdicts in a feedback file: 👍, 👎 and corrections of `rlchat chat` and of the page.
@@ -31,6 +32,7 @@ def main(args: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     _check(options)
+    _restrict(options)
     # Importing the stages takes seconds, which `rlchat learn --help` should not.
     import torch
 
@@ -107,12 +109,23 @@ def table(figures: dict[str, Any]) -> Table:
     return shown
 
 
+def _restrict(options: argparse.Namespace) -> None:
+    """What this process may use, before threads start."""
+    if options.background:
+        lower_priority()
+        end_with_stdin()
+    if options.max_memory is not None:
+        limit_memory(int(options.max_memory * 2**30))
+
+
 def _check(options: argparse.Namespace) -> None:
     """Raises :class:`UserError` for options that are out of range and that nothing checks later."""
     for name in ("replay_prompts", "control_prompts", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"invalid value {value} for --{name.replace('_', '-')}: expected a positive integer")
+    if options.max_memory is not None and not options.max_memory > 0:
+        raise UserError(f"invalid value {options.max_memory:g} for --max-memory: expected a positive number")
     if options.out is not None and options.out.absolute() == options.model.absolute():
         raise UserError(f"--out {options.out} is MODEL, which is never changed; choose another path")
 
@@ -145,6 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 1, or more if that is faster)")
     parser.add_argument("--base-model", metavar="PATH", help="the base of an adapter file (default: as in training)")
+    parser.add_argument(
+        "--background", action="store_true", help="run at low priority, and end when standard input ends"
+    )
+    parser.add_argument(
+        "--max-memory", type=float, metavar="GIB", help="fail rather than use more memory than this (default: no limit)"
+    )
     _add_training(parser.add_argument_group("training"))
     _add_gate(parser.add_argument_group("gate"))
     return parser

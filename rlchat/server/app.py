@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from pathlib import Path
@@ -19,21 +19,21 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from rlchat.chat.feedback import Correction, append_feedback
+from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.chat.scoring import RewardScorer
 from rlchat.errors import UserError
 from rlchat.server.chat_api import add_chat_completions
 from rlchat.server.completions_api import add_completions
 from rlchat.server.engine import Engine
 from rlchat.server.errors import APIError
+from rlchat.server.feedback.api import LearningCollector, add_feedback, add_learning
+from rlchat.server.feedback.caps import Caps
 from rlchat.server.guard import Guard
 from rlchat.server.metrics import Metrics
 from rlchat.server.responses import Limits, Outbox, Service, unknown_model
 from rlchat.server.responses_api import add_responses
 from rlchat.server.schemas import (
     ErrorReply,
-    FeedbackKept,
-    FeedbackRequest,
     Health,
     Model,
     ModelList,
@@ -51,47 +51,44 @@ def create_api(
     max_length: int,
     *,
     feedback: Path,
-    model_id: str = "",
     limits: Limits | None = None,
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
     api_key: str | None = None,
     scorer: Callable[[], RewardScorer] | None = None,
+    supervisor: Supervisor | None = None,
+    caps: Caps | None = None,
 ) -> Guard:
     """The application behind its :class:`Guard`.
 
     ``file`` is the name of the model file, as in feedback and saved conversations; the API's name of the model is
-    ``file`` without its suffix. Feedback is appended to the file ``feedback``, with ``model_id``, the
-    :func:`rlchat.models.model_file.identity` of the model. ``hosts`` are the allowed host names in
+    ``file`` without its suffix. Feedback is appended to the file ``feedback``. ``hosts`` are the allowed host names in
     addition to localhost and addresses, ``origins`` the web origins in addition to the server's. ``scorer`` loads the
-    model's reward when the first response is scored; None if the model file contains no reward. The application closes
-    ``engine`` at shutdown.
+    model's reward when the first response is scored; None if the model file contains no reward. ``supervisor`` learns
+    from the feedback, of which ``caps`` limit the number. The application closes it and ``engine`` at shutdown.
     """
     limits = limits or Limits()
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(engine.close)
-
-    app = FastAPI(
-        title="rlchat",
-        version=metadata.version("rlchat"),
-        description="Chat completions from a model trained with rlchat.",
-        lifespan=lifespan,
-        docs_url=None,  # these pages load scripts from other servers
-        redoc_url=None,
-        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
-    )
+    app = _application([engine.close] if supervisor is None else [supervisor.close, engine.close])
     _answer_errors(app)
     metrics = Metrics(engine)
-    model = Model(id=Path(file).stem, created=now(), file=file, max_length=max_length, has_reward=scorer is not None)
+    model = Model(
+        id=Path(file).stem,
+        created=now(),
+        file=file,
+        max_length=max_length,
+        has_reward=scorer is not None,
+        learns=supervisor is not None,
+    )
     service = Service(engine, model, limits, metrics, Outbox())
     for add in (add_chat_completions, add_completions, add_responses):
         add(app, service)
     _add_models(app, model)
     _add_monitoring(app, engine, metrics)
-    _add_feedback(app, feedback, file, model_id, metrics)
+    add_feedback(app, feedback, engine, metrics, supervisor, caps or Caps())
+    if supervisor is not None:
+        add_learning(app, supervisor)
+        metrics.add(LearningCollector(supervisor))
     _add_reward(app, scorer)
     _add_page(app)
     metrics.paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
@@ -103,6 +100,26 @@ def create_api(
         max_body=limits.max_body,
         body_seconds=limits.max_seconds,
         observe=metrics.observe,
+    )
+
+
+def _application(at_shutdown: Sequence[Callable[[], None]]) -> FastAPI:
+    """An application without endpoints, which calls the functions ``at_shutdown`` in this order."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for close in at_shutdown:
+            await asyncio.to_thread(close)
+
+    return FastAPI(
+        title="rlchat",
+        version=metadata.version("rlchat"),
+        description="Chat completions from a model trained with rlchat.",
+        lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from other servers
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
 
 
@@ -133,22 +150,6 @@ def _add_monitoring(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     async def prometheus() -> Response:
         """Metrics in Prometheus's format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_feedback(app: FastAPI, path: Path, file: str, model_id: str, metrics: Metrics) -> None:
-    @app.post("/feedback")
-    def add_feedback(body: FeedbackRequest) -> FeedbackKept:
-        """Save feedback on a response as training data. The last verdict on a response replaces earlier ones."""
-        verdict = body.verdict or Correction(body.correction or "")
-        try:
-            append_feedback(path, body.prompt, body.reply, verdict, model=file, model_id=model_id, client=body.client)
-        except UserError as error:
-            if isinstance(error.__cause__, OSError):  # not the client's fault, and it must not see the path
-                log.error("%s", error)
-                raise APIError(507, "the server cannot write feedback: see its log") from error
-            raise APIError(400, str(error)) from error
-        metrics.feedback.labels(body.verdict or "corrected").inc()
-        return FeedbackKept()
 
 
 def _add_reward(app: FastAPI, load: Callable[[], RewardScorer] | None) -> None:

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from rlchat.server.engine import Finish, Piece
 from rlchat.server.errors import APIError
 from rlchat.server.logprobs import ChoiceLogprobs, ContentLogprob, TokenLogprob, TopLogprob, token_text
-from rlchat.server.responses import EventStream, Replies, Service, fit_chat, unless_gone
+from rlchat.server.responses import EventStream, Replies, Service, fit_chat, json_response, unless_gone
 from rlchat.server.schemas import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -70,8 +70,14 @@ async def _whole(
         )
         for choice, piece in enumerate(pieces)
     ]
-    completion = ChatCompletion(model=service.model.id, choices=choices, usage=replies.usage, rlchat=seen)
-    return Response(completion.model_dump_json(), media_type="application/json")
+    completion = ChatCompletion(
+        model=service.model.id,
+        choices=choices,
+        usage=replies.usage,
+        rlchat=seen,
+        system_fingerprint=replies.version,
+    )
+    return json_response(completion, replies.version)
 
 
 async def _events(
@@ -83,6 +89,7 @@ async def _events(
         "object": "chat.completion.chunk",
         "created": now(),
         "model": service.model.id,
+        "system_fingerprint": replies.version,
     }
 
     def event(*choices: ChunkChoice, **more: Any) -> str:

@@ -21,11 +21,11 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, field_v
 from rlchat.conversation import Conversation
 from rlchat.errors import UserError
 from rlchat.server.chat_api import MAY_STREAM, finish_reason
-from rlchat.server.engine import EngineFullError, Piece
+from rlchat.server.engine import EngineFullError, Loaded, Piece
 from rlchat.server.errors import APIError
 from rlchat.server.logprobs import MAX_TOP, TokenLogprob, prompt_logprobs, token_text
-from rlchat.server.responses import EventStream, Prompt, Replies, Service, engine_full, unless_gone
-from rlchat.server.schemas import NEUTRAL, GenerationRequest, Usage, new_id, now
+from rlchat.server.responses import EventStream, Prompt, Replies, Service, engine_full, json_response, unless_gone
+from rlchat.server.schemas import FINGERPRINT, NEUTRAL, GenerationRequest, Usage, new_id, now
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 MAX_PROMPTS = 64
@@ -113,6 +113,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    system_fingerprint: str = Field(description=FINGERPRINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,8 @@ def add_completions(app: FastAPI, service: Service) -> None:
         first_piece = service.timer()
         max_tokens = _USUAL_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         raws = await run_in_threadpool(_read_prompts, service, body, min(max_tokens, 1))
-        echoes = await _echoes(service, body, raws)
+        loaded = service.engine.loaded
+        echoes = await _echoes(service, body, raws, loaded)
         prompts = [
             Prompt([*raw.before, *raw.ids], min(max_tokens, service.model.max_length - len(raw.before + raw.ids)))
             for raw in raws
@@ -148,15 +150,15 @@ def add_completions(app: FastAPI, service: Service) -> None:
             first_piece()
             count = sum(len(prompt.ids) for prompt in prompts)
             usage = Usage(prompt_tokens=count, completion_tokens=0, total_tokens=count)
-            return _whole(service, body, echoes, pieces, usage)
-        replies = Replies.start(service, prompts, body, logprobs=body.logprobs)
+            return _whole(service, body, echoes, pieces, usage, loaded.version)
+        replies = Replies.start(service, prompts, body, logprobs=body.logprobs, loaded=loaded)
         if body.stream:
             return EventStream(replies, _events(replies, service, body, echoes, first_piece))
 
         async def answer() -> Response:
             pieces = await replies.collect()
             first_piece()
-            return _whole(service, body, echoes, pieces, replies.usage)
+            return _whole(service, body, echoes, pieces, replies.usage, replies.version)
 
         return await unless_gone(request, replies, answer())
 
@@ -187,22 +189,24 @@ def _read_prompts(service: Service, body: CompletionRequest, new_tokens: int) ->
     return raws
 
 
-async def _echoes(service: Service, body: CompletionRequest, raws: Sequence[_Raw]) -> list[CompletionChoice]:
+async def _echoes(
+    service: Service, body: CompletionRequest, raws: Sequence[_Raw], loaded: Loaded
+) -> list[CompletionChoice]:
     """The prompts as the beginning of their responses: text, and log-probs if asked for. Empty without echo."""
     echoes = []
     for raw in raws:
         logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         if body.echo and body.logprobs is not None:
-            logprobs = await _score(service, raw, body.logprobs)
+            logprobs = await _score(service, raw, body.logprobs, loaded)
         echoes.append(CompletionChoice(index=0, text=raw.text if body.echo else "", logprobs=logprobs))
     return echoes
 
 
-async def _score(service: Service, raw: _Raw, top: int) -> CompletionLogprobs:
+async def _score(service: Service, raw: _Raw, top: int, loaded: Loaded) -> CompletionLogprobs:
     """The log-probs of the tokens of a prompt."""
     engine, ids = service.engine, [*raw.before, *raw.ids]
     try:
-        found = await asyncio.wrap_future(engine.run(lambda: prompt_logprobs(engine.model, ids, top)))
+        found = await asyncio.wrap_future(engine.run(lambda: prompt_logprobs(loaded.model, ids, top)))
     except EngineFullError as error:
         raise engine_full(error) from error
     scored = _logprobs(engine.tokenizer, found, 0)
@@ -244,6 +248,7 @@ def _whole(
     echoes: Sequence[CompletionChoice],
     pieces: Sequence[Piece],
     usage: Usage,
+    version: str,
 ) -> Response:
     """All responses in one body."""
     choices = []
@@ -259,8 +264,8 @@ def _whole(
                 logprobs=None if body.logprobs is None else _joined(echo.logprobs, generated),
             )
         )
-    completion = Completion(model=service.model.id, choices=choices, usage=usage)
-    return Response(completion.model_dump_json(), media_type="application/json")
+    completion = Completion(model=service.model.id, choices=choices, usage=usage, system_fingerprint=version)
+    return json_response(completion, version)
 
 
 async def _events(
@@ -271,7 +276,12 @@ async def _events(
     first_piece: Callable[[], None],
 ) -> AsyncIterator[str]:
     """The responses as server-sent events: JSON chunks, then ``[DONE]``."""
-    stamp: dict[str, Any] = {"id": new_id("cmpl-"), "created": now(), "model": service.model.id}
+    stamp: dict[str, Any] = {
+        "id": new_id("cmpl-"),
+        "created": now(),
+        "model": service.model.id,
+        "system_fingerprint": replies.version,
+    }
 
     def event(*choices: CompletionChoice, usage: Usage | None = None) -> str:
         chunk = Completion(**stamp, choices=list(choices), usage=usage)

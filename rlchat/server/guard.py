@@ -103,7 +103,8 @@ class Guard:
         if origin is None or not self.allows_origin(origin.decode("latin-1")):
             return [*_HEADERS, *([(b"vary", b"Origin")] if self.origins else [])]
         plain = [header for header in _HEADERS if header[0] != b"cross-origin-resource-policy"]
-        cors = [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", b"Retry-After")]
+        exposed = (b"access-control-expose-headers", b"Retry-After, X-Rlchat-Version")
+        cors = [(b"access-control-allow-origin", origin), exposed]
         return [*plain, *cors, (b"cross-origin-resource-policy", b"cross-origin"), (b"vary", b"Origin")]
 
     def _is_preflight(self, scope: Scope) -> bool:

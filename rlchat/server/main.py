@@ -2,6 +2,7 @@
 
 rlchat serve
 rlchat serve checkpoints/sft_model.pt --port 8001 --feedback mine.jsonl
+rlchat serve --learn --every 8
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import ipaddress
 import math
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _IDLE_SECONDS = 75
 _ROWS = 64  # responses generated at a time
 _WIDTH = 512  # of the layers whose speed is measured at most: for wider ones, it would take seconds
+_LEARNING = ("every", "keep_versions", "learn_memory", "learn_args", "max_client_verdicts", "max_verdicts")
 _SHUTDOWN_SECONDS = 30  # then uvicorn cancels requests that still run; the engine aborts its responses earlier
 
 
@@ -48,8 +51,12 @@ def main(args: list[str]) -> int:
         raise UserError(f"rlchat serve needs {error.name}: install it with {install_command('serve')}") from error
     # Before the model is loaded, which takes seconds.
     check_writable(options.feedback)
+    learning = _learning_of(options)
     with _listen(options.host, options.port) as listener:
-        _serve(options, listener)
+        host = listener.getsockname()[0]
+        if options.learn and not options.api_key and not ipaddress.ip_address(host).is_loopback:
+            raise UserError(f"--learn on {host}, which others can reach, needs --api-key: they could teach the model")
+        _serve(options, learning, listener)
     return 0
 
 
@@ -72,35 +79,54 @@ def uvicorn_config(
     )
 
 
-def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
+def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: socket.socket) -> None:
     with no_garbage_collection():
         import torch
 
+        from rlchat.chat.learning.supervisor import Supervisor
         from rlchat.chat.scoring import RewardScorer
-        from rlchat.models.model_file import identity, load_policy
+        from rlchat.models.model_file import PolicyBundle, load_policy
         from rlchat.server.app import create_api
         from rlchat.server.engine import Engine
+        from rlchat.server.feedback.caps import Caps
         from rlchat.server.protocol import Server
         from rlchat.utils.devices import choose_device, choose_dtype
 
     device = choose_device(options.device)
-    bundle = load_policy(options.model, device, options.base_model)
-    bundle.model.to(choose_dtype(options.dtype, device))
-    torch.set_num_threads(options.threads or _threads(bundle.model.backbone.hidden_size))
     file = Path(options.model)
-    engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting)
+
+    def load(path: Path) -> PolicyBundle:
+        loaded = load_policy(path, device, options.base_model if path == file else None)
+        loaded.model.to(choose_dtype(options.dtype, device))
+        return loaded
+
+    supervisor = None
+    if options.learn:
+        supervisor = Supervisor(
+            file,
+            options.feedback,
+            on_version=lambda _, path: engine.swap(load(path), path.name),
+            **learning,
+        )
+    path = supervisor.active()[1] if supervisor is not None else file
+    bundle = load(path)
+    torch.set_num_threads(options.threads or _threads(bundle.model.backbone.hidden_size))
+    engine = Engine(bundle, max_rows=options.max_rows, max_waiting=options.max_waiting, version=path.name)
     api = create_api(
         engine,
         file.name,
         bundle.max_length,
         feedback=Path(options.feedback),
-        model_id=identity(bundle),
         limits=_limits(options),
         hosts=[*options.allow_host, options.host],
         origins=options.allow_origin,
         api_key=options.api_key or None,
-        scorer=(lambda: RewardScorer(bundle, file)) if bundle.about.get("reward") else None,
+        scorer=(lambda: RewardScorer(bundle, path)) if bundle.about.get("reward") else None,
+        supervisor=supervisor,
+        caps=Caps(options.max_client_verdicts, options.max_verdicts),
     )
+    if supervisor is not None:
+        supervisor.start(engine.loaded.model_id)
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{file.stem} is at {place} (page) and {place}/v1 (OpenAI-compatible API); press Ctrl-C to stop", flush=True)
@@ -110,6 +136,26 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     Server(uvicorn_config(api), engine.abort).run(sockets=[listener])
+
+
+def _learning_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the supervisor. Raises :class:`UserError` for options that have no effect without --learn."""
+    usual = _parser().parse_args([])
+    for name in _LEARNING:
+        if not options.learn and getattr(options, name) != getattr(usual, name):
+            raise UserError(f"--{name.replace('_', '-')} has an effect only with --learn")
+    try:
+        more = shlex.split(options.learn_args)
+    except ValueError as error:
+        raise UserError(f"--learn-args: {str(error).lower()}; quote it as for a shell") from error
+    known = [("--device", options.device), ("--base-model", options.base_model)]
+    arguments = [word for name, value in known if value for word in (name, value)]
+    return {
+        "every": options.every,
+        "keep": options.keep_versions,
+        "memory": options.learn_memory,
+        "options": (*arguments, *more),
+    }
 
 
 def _threads(width: int) -> int:
@@ -195,7 +241,33 @@ def _parser() -> argparse.ArgumentParser:
     option("--max-seconds", "maximum number of seconds per response", type=_positive, default=120)
     option("--max-messages", "maximum number of messages per conversation", type=_positive, default=1_000)
     option("--max-body", "maximum number of bytes per request", type=_positive, default=1_000_000)
+    _add_learning(parser.add_argument_group("learning from feedback"))
     return parser
+
+
+def _add_learning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--learn",
+        action="store_true",
+        help="learn from the feedback while serving, and use each new version that passes the gate (default: off)",
+    )
+
+    def option(name: str, what: str, usual: str = "%(default)s", **more: Any) -> None:
+        more.setdefault("metavar", "N")
+        group.add_argument(name, help=f"{what} (default: {usual})", **more)
+
+    option("--every", "number of new verdicts that starts a round of learning", type=_positive, default=8)
+    option("--keep-versions", "number of versions whose model files are kept", type=_positive, default=8)
+    option("--learn-memory", "memory of a round in GiB", "half of the machine's", type=_positive_float, metavar="GIB")
+    option(
+        "--learn-args",
+        "further options of `rlchat learn`, such as --learn-args='--method ppo'",
+        "none",
+        default="",
+        metavar="OPTIONS",
+    )
+    option("--max-client-verdicts", "verdicts per hour from one client", type=_positive, default=200)
+    option("--max-verdicts", "verdicts per hour from all clients", type=_positive, default=1_000)
 
 
 def _origin(text: str) -> str:
@@ -217,6 +289,16 @@ def _integer(text: str, low: int, high: float, what: str) -> int:
 
 def _positive(text: str) -> int:
     return _integer(text, 1, math.inf, "a positive integer")
+
+
+def _positive_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a positive number")
+    return number
 
 
 def _port(text: str) -> int:

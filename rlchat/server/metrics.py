@@ -38,6 +38,10 @@ class Metrics:
         self._registry.register(_EngineCollector(engine))
         ProcessCollector(registry=self._registry)  # memory, processor time, open files; on Linux
 
+    def add(self, collector: Collector) -> None:
+        """Also show the metrics of ``collector``."""
+        self._registry.register(collector)
+
     def observe(self, path: str, status: int, seconds: float) -> None:
         """Count an HTTP response; ``status`` is 0 if the client disconnected before it."""
         known = path if path in self.paths else "other"  # clients must not be able to create labels

@@ -9,20 +9,23 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from rlchat.chat.context import fit_continuation, fit_prompt
 from rlchat.conversation import Conversation
 from rlchat.models.sampling import Sampling
-from rlchat.server.engine import Engine, EngineFullError, Piece, Ticket
+from rlchat.server.engine import Engine, EngineFullError, Loaded, Piece, Ticket
 from rlchat.server.errors import APIError
 from rlchat.server.metrics import Metrics
 from rlchat.server.schemas import ChatRequest, GenerationRequest, Model, Seen, Usage
 
+VERSION_HEADER = "X-Rlchat-Version"
 CLIENT_GONE = 499  # nginx's status for a client that disconnected; only /metrics shows it
 
 # Characters of a conversation that is tokenized in the event loop, which takes less than 1 ms. A longer one is passed
@@ -116,10 +119,14 @@ class Replies:
     """``n`` responses to each prompt of a request, in the engine's queue.
 
     Iterate over their pieces, or :meth:`cancel` them. The responses to one prompt have consecutive indices.
+    ``version`` is the name of the model file that generates them.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], tickets: list[Ticket], queue: asyncio.Queue[tuple[int, Piece]]):
+    def __init__(
+        self, prompts: Sequence[Prompt], tickets: list[Ticket], queue: asyncio.Queue[tuple[int, Piece]], version: str
+    ):
         self.prompts = prompts
+        self.version = version
         self._tickets = tickets
         self._queue = queue
         self._tokens = [0] * len(tickets)
@@ -132,8 +139,13 @@ class Replies:
         request: GenerationRequest,
         *,
         logprobs: int | None = None,
+        loaded: Loaded | None = None,
     ) -> Replies:
-        """Queue responses to ``prompts``. Raises :class:`APIError` for invalid options or if the queue is full."""
+        """Queue responses to ``prompts``, by default of the active model.
+
+        Raises :class:`APIError` for invalid options or if the queue is full.
+        """
+        loaded = loaded or service.engine.loaded
         queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         seed = secrets.randbits(63) if request.seed is None else request.seed
         deadline = time.monotonic() + service.limits.max_seconds
@@ -150,6 +162,7 @@ class Replies:
                 logprobs=logprobs,
                 streams=bool(request.stream),
                 wake=service.outbox.wake,
+                loaded=loaded,
             )
             for number, prompt in enumerate(prompts)
             for choice in range(choices)
@@ -158,7 +171,7 @@ class Replies:
             service.engine.submit(tickets)
         except EngineFullError as error:
             raise engine_full(error) from error
-        return cls(prompts, tickets, queue)
+        return cls(prompts, tickets, queue, loaded.version)
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -255,11 +268,22 @@ async def _gone(request: Request) -> None:
         pass
 
 
+def version_header(version: str) -> dict[str, str]:
+    """The header that names the model file of a response. Characters that a header cannot contain are quoted."""
+    return {VERSION_HEADER: quote(version)}
+
+
+def json_response(body: BaseModel, version: str) -> Response:
+    """``body`` as the response of the model file ``version``."""
+    return Response(body.model_dump_json(), media_type="application/json", headers=version_header(version))
+
+
 class EventStream(StreamingResponse):
     """Server-sent events of ``replies``, which are cancelled if the client disconnects."""
 
     def __init__(self, replies: Replies, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", **version_header(replies.version)}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._replies = replies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

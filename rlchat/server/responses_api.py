@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rlchat.server.chat_api import MAY_STREAM
 from rlchat.server.engine import Piece
 from rlchat.server.errors import APIError
-from rlchat.server.responses import EventStream, Replies, Service, fit_chat, unless_gone
+from rlchat.server.responses import EventStream, Replies, Service, fit_chat, json_response, unless_gone
 from rlchat.server.schemas import (
     NEUTRAL,
     ChatMessage,
@@ -234,8 +234,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         async def answer() -> Response:
             (piece,) = await replies.collect()
             first_piece()
-            whole = _finished(opened, new_id("msg_"), piece, replies)
-            return Response(whole.model_dump_json(), media_type="application/json")
+            return json_response(_finished(opened, new_id("msg_"), piece, replies), replies.version)
 
         return await unless_gone(request, replies, answer())
 

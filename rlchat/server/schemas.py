@@ -14,7 +14,6 @@ from pydantic import (
     StrictBool,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from rlchat.conversation import Conversation, Message, Role
@@ -22,6 +21,7 @@ from rlchat.server.logprobs import MAX_TOP, ChoiceLogprobs
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+FINGERPRINT = "The name of the model file that generated the response: of the model, or of a version of it."
 
 
 def _check_stop(value: Any) -> Any:
@@ -282,6 +282,7 @@ class ChatCompletion(BaseModel):
     choices: list[Choice]
     usage: Usage
     rlchat: Seen
+    system_fingerprint: str = Field(description=FINGERPRINT)
 
 
 class Delta(BaseModel):
@@ -306,6 +307,7 @@ class ChatCompletionChunk(BaseModel):
     choices: list[ChunkChoice]
     usage: Usage | None = None
     rlchat: Seen | None = None
+    system_fingerprint: str = Field(description=FINGERPRINT)
 
 
 class Model(BaseModel):
@@ -320,6 +322,7 @@ class Model(BaseModel):
     has_reward: bool = Field(
         default=False, description="Whether /reward can score responses. Not part of OpenAI's API."
     )
+    learns: bool = Field(default=False, description="Whether there is /learning. Not part of OpenAI's API.")
 
 
 class ModelList(BaseModel):
@@ -348,26 +351,6 @@ class RatedReply(BaseModel):
     def prompt(self) -> Conversation:
         """The messages as a conversation."""
         return Conversation(tuple(message.to_message() for message in self.messages))
-
-
-class FeedbackRequest(RatedReply):
-    """A verdict on a response (none: withdraw it), or a corrected response."""
-
-    verdict: Literal["good", "bad", "none"] | None = None
-    correction: str | None = None
-    client: Annotated[str, Field(max_length=64)] = Field(
-        default="", description="The author of the verdict. A later verdict by the same client replaces an earlier one."
-    )
-
-    @model_validator(mode="after")
-    def _require_one(self) -> FeedbackRequest:
-        if (self.verdict is None) == (self.correction is None):
-            raise ValueError("expected either a verdict or a correction")
-        return self
-
-
-class FeedbackKept(BaseModel):
-    kept: Literal[True] = True
 
 
 class RewardRequest(RatedReply):

@@ -18,8 +18,10 @@ import torch
 import uvicorn
 from torch import Tensor
 
+from helpers import quick_round
+from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.conversation import Conversation, Message
-from rlchat.models.model_file import PolicyBundle
+from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate
 from rlchat.server.app import create_api
 from rlchat.server.engine import Engine
@@ -47,7 +49,7 @@ def serving(
     bundle: PolicyBundle, feedback: Path, *, rows: int = 64, waiting: int = 256, **options: Any
 ) -> Iterator[Server]:
     """Serve ``bundle`` as ``tiny.pt`` on a free port. ``options`` are those of ``create_api``."""
-    engine = Engine(bundle, max_rows=rows, max_waiting=waiting)
+    engine = Engine(bundle, max_rows=rows, max_waiting=waiting, version="tiny.pt")
     api = create_api(engine, "tiny.pt", bundle.max_length, feedback=feedback, **options)
     server = uvicorn.Server(uvicorn_config(api, log_level="critical", shutdown_seconds=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -59,6 +61,27 @@ def serving(
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def learning_server(
+    model: Path, *options: str, every: int = 2, load: Callable[[Path], PolicyBundle] = load_policy, **more: Any
+) -> Iterator[tuple[Server, Supervisor]]:
+    """Serve the file ``model``, called tiny.pt, while quick rounds with ``options`` make versions of it."""
+    servers: list[Server] = []
+    feedback = model.with_name("feedback.jsonl")
+    supervisor = Supervisor(
+        model,
+        feedback,
+        every=every,
+        options=options,
+        command=quick_round.COMMAND,
+        on_version=lambda _, path: servers[0].engine.swap(load(path), path.name),
+    )
+    with serving(load(model), feedback, supervisor=supervisor, **more) as server:
+        servers.append(server)
+        supervisor.start()
+        yield server, supervisor
 
 
 @contextlib.contextmanager

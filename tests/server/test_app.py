@@ -100,7 +100,10 @@ def test_several_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI, b
 
 def test_models_and_errors_of_the_client(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    assert (model.id, model.model_extra) == ("tiny", {"file": "tiny.pt", "max_length": 128, "has_reward": False})
+    assert (model.id, model.model_extra) == (
+        "tiny",
+        {"file": "tiny.pt", "max_length": 128, "has_reward": False, "learns": False},
+    )
     assert client.models.retrieve("tiny") == model
     for name in ("gpt-4", "a/b"):
         with pytest.raises(openai.NotFoundError, match="this server has 'tiny'") as missing:

@@ -202,3 +202,78 @@ def test_an_error_fails_the_batch_but_not_the_next_one(
     engine.submit([reply.ticket])
     assert reply.wait() == alone(bundle, "Hi", GREEDY)
     assert engine.alive
+
+
+def test_a_swap_lets_running_and_queued_responses_finish_on_their_model(byte_tokenizer: ChatTokenizer) -> None:
+    old, new = (
+        slow_down(scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True)), 0.002)
+        for text in (b"old ", b"new!")
+    )
+    engine = Engine(old, max_rows=3, version="chat.pt")
+    before = [Reply(old, "Hi", Sampling(length, 0.0), streams=True) for length in (40, 30, 20, 10)]
+    engine.submit([reply.ticket for reply in before])  # the last one waits for a place
+    wait_until(lambda: len(before[0].pieces) > 2)
+    engine.swap(new, "1.pt")
+    after = Reply(new, "Hi", Sampling(20, 0.0), streams=True)
+    engine.submit([after.ticket])
+    assert after.wait() == "new!" * 5
+    assert [reply.wait() for reply in before] == [
+        "old " * (length // 4) + "ol" * (length % 4 == 2) for length in (40, 30, 20, 10)
+    ]
+    versions = [reply.ticket.loaded.version for reply in (*before, after) if reply.ticket.loaded is not None]
+    assert versions == ["chat.pt"] * 4 + ["1.pt"]
+    wait_until(lambda: engine.running == engine.waiting == 0)
+    assert engine.counts.generated_tokens == 120
+    engine.close()
+
+
+def test_two_models_generate_beside_each_other(byte_tokenizer: ChatTokenizer) -> None:
+    old, new = (
+        scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True)) for text in (b"old ", b"new!")
+    )
+    engine = Engine(slow_down(old, 0.01), version="chat.pt")
+    first = Reply(old, "Hi", Sampling(50, 0.0), streams=True)
+    engine.submit([first.ticket])
+    wait_until(lambda: len(first.pieces) > 0)
+    engine.swap(new, "1.pt")
+    second = Reply(new, "Hi", Sampling(5, 0.0))
+    engine.submit([second.ticket])
+    assert second.wait() == "new!n"
+    assert not first.over.is_set()
+    first.ticket.cancelled = True
+    wait_until(lambda: engine.running == 0)
+    engine.close()
+
+
+def test_a_model_that_fails_ends_only_its_own_responses(
+    byte_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (
+        slow_down(scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True)), 0.002)
+        for text in (b"old ", b"new!")
+    )
+    engine = Engine(old, version="chat.pt")
+    first = Reply(old, "Hi", Sampling(40, 0.0), streams=True)
+    engine.submit([first.ticket])
+    wait_until(lambda: len(first.pieces) > 0)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(new.model, "forward", broken)
+    engine.swap(new, "1.pt")
+    second = Reply(new, "Hi")
+    engine.submit([second.ticket])
+    second.wait()
+    assert second.finish == "failed"
+    assert first.wait() == "old " * 10
+    assert engine.alive
+    engine.close()
+
+
+def test_a_version_with_another_tokenizer_is_refused(
+    bundle: PolicyBundle, byte_tokenizer: ChatTokenizer, engine: Engine
+) -> None:
+    with pytest.raises(ValueError, match="another tokenizer"):
+        engine.swap(random_policy(byte_tokenizer), "1.pt")
+    assert engine.loaded.model is bundle.model

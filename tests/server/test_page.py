@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.chat_models import chain, scripted_policy
+from helpers.pages import SECONDS, opened
 from helpers.servers import Server, serving, slow_down
 
 from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, save_conversation
@@ -26,7 +27,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pip install play
 expect = playwright.expect
 
 REPLY = "<img onerror=x()> ü😀 & <b>"  # no byte comes twice, as the scripted model needs; and no tag may come to life
-SECONDS = 20_000.0  # milliseconds; this machine may be busy
 
 
 def script(text: str) -> list[int]:
@@ -59,23 +59,6 @@ def endless(byte_tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def page(browser: Any, server: Server) -> Iterator[Any]:
     yield from opened(browser, server)
-
-
-def opened(browser: Any, server: Server, **options: Any) -> Iterator[Any]:
-    """The page of ``server`` in a new browser context; it must not log an error or violate its own policy."""
-    context = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **options})
-    context.set_default_timeout(SECONDS)
-    expect.set_options(timeout=SECONDS)
-    page = context.new_page()
-    troubles: list[str] = []
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
-    page.on("dialog", lambda dialog: troubles.append(dialog.message))
-    page.goto(server.url)
-    expect(page.locator("#model")).to_have_text("tiny")
-    yield page
-    context.close()
-    assert troubles == []
 
 
 def send(page: Any, text: str) -> None:

@@ -1,0 +1,50 @@
+"""How many verdicts are taken in an hour: from one client, and in all."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Verdicts per hour: from one client, and in all."""
+
+    per_client: int = 200
+    in_all: int = 1000
+
+
+class VerdictCounter:
+    """Counts the verdicts of the last hour, at most ``caps.in_all`` of them. Not for several threads at once."""
+
+    def __init__(self, caps: Caps, clock: Callable[[], float] = time.monotonic) -> None:
+        self.caps = caps
+        self._clock = clock
+        self._taken: deque[tuple[float, str]] = deque()
+        self._by_client: Counter[str] = Counter()
+
+    def refusal(self, client: str) -> tuple[str, int] | None:
+        """Why no verdict of ``client`` can be taken now, and in how many seconds one can; None if one can."""
+        now = self._clock()
+        while self._taken and now - self._taken[0][0] >= HOUR:
+            _, gone = self._taken.popleft()
+            self._by_client[gone] -= 1
+            self._by_client += Counter()  # drops those without any
+        if len(self._taken) >= self.caps.in_all:
+            return f"this server takes {self.caps.in_all:,} verdicts per hour", self._wait(now, self._taken[0][0])
+        if self._by_client[client] >= self.caps.per_client:
+            first = next(time for time, one in self._taken if one == client)
+            return f"this server takes {self.caps.per_client:,} verdicts per hour from a client", self._wait(now, first)
+        return None
+
+    def take(self, client: str) -> None:
+        """One more verdict of ``client``."""
+        self._taken.append((self._clock(), client))
+        self._by_client[client] += 1
+
+    def _wait(self, now: float, first: float) -> int:
+        return max(1, round(first + HOUR - now))

@@ -1,0 +1,370 @@
+"""The supervisor: when a round begins, what becomes of its version, and what a kill or bad input leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import quick_round
+from helpers.chat_models import random_policy
+from helpers.full_disk import largest_file
+from helpers.servers import wait_until
+
+from rlchat.chat.feedback import append_feedback
+from rlchat.chat.learning.state import State
+from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.chat.versions import Versions
+from rlchat.conversation import Conversation, Message
+from rlchat.errors import UserError
+from rlchat.models.model_file import save_bundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+Swaps = list[tuple[int, Path]]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer: ChatTokenizer) -> Path:
+    path = tmp_path / "chat.pt"
+    save_bundle(path, random_policy(tokenizer))
+    return path
+
+
+def give(model: Path, *questions: str, client: str = "", name: str = "chat.pt") -> None:
+    for question in questions:
+        prompt = Conversation((Message("user", question),))
+        append_feedback(model.with_name("feedback.jsonl"), prompt, "No.", "bad", model=name, client=client)
+
+
+@contextlib.contextmanager
+def supervising(model: Path, *options: str, **more: Any) -> Iterator[tuple[Supervisor, Swaps]]:
+    swaps: Swaps = []
+    more = {"every": 2, "on_version": lambda *version: swaps.append(version), "command": quick_round.COMMAND, **more}
+    supervisor = Supervisor(model, model.with_name("feedback.jsonl"), options=options, **more)
+    supervisor.start()
+    try:
+        yield supervisor, swaps
+    finally:
+        supervisor.close()
+
+
+def folder_of(model: Path) -> Path:
+    return model.with_name("chat.versions")
+
+
+def wait_for_rounds(supervisor: Supervisor, number: int) -> None:
+    def is_done() -> bool:
+        supervisor.notify()
+        status = supervisor.status()
+        return len(status.rounds) == number and status.training_since is None
+
+    wait_until(is_done)
+
+
+def test_a_round_begins_with_enough_new_verdicts(model: Path) -> None:
+    with supervising(model) as (supervisor, swaps):
+        assert supervisor.active() == (0, model)
+        give(model, "a")
+        wait_until(lambda: supervisor.status().new == 1)
+        assert supervisor.status().training_since is None
+        give(model, "b")
+        wait_for_rounds(supervisor, 1)
+        status = supervisor.status()
+        first = folder_of(model) / "1.pt"
+        assert (status.active, status.path, status.new, status.verdicts) == (1, first, 0, 2)
+        assert swaps == [(1, first)]
+        assert status.rounds[0].sentence == (
+            "version 1 has learned from 2 verdicts: agrees with 2 of 2 held-back verdicts, before: 1"
+        )
+        assert (status.accepted, status.rejected, status.training_seconds, status.error) == (1, 0, 0.75, None)
+        give(model, "c", "d", name="1.pt")
+        wait_for_rounds(supervisor, 2)
+        assert supervisor.status().rounds[1].verdicts == 4
+        assert json.loads((folder_of(model) / "2.json").read_text())["current"] == str(first)
+    with supervising(model) as (supervisor, swaps):
+        assert supervisor.active() == (2, folder_of(model) / "2.pt")
+        assert (supervisor.status().new, len(supervisor.status().rounds), swaps) == (0, 2, [])
+
+
+def test_verdicts_that_come_during_a_round_are_for_the_next(model: Path) -> None:
+    gate = model.with_name("go")
+    give(model, "a", "b")
+    with supervising(model, "--wait", str(gate)) as (supervisor, _):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        give(model, "c", "d", "e")
+        gate.touch()
+        wait_for_rounds(supervisor, 2)
+        assert [outcome.verdicts for outcome in supervisor.status().rounds] == [2, 5]
+
+
+def test_a_rejected_version_changes_nothing(model: Path) -> None:
+    give(model, "a", "b")
+    with supervising(model, "--reject") as (supervisor, swaps):
+        wait_for_rounds(supervisor, 1)
+        status = supervisor.status()
+        assert (status.active, status.new, status.rejected, status.error, swaps) == (0, 0, 1, None, [])
+        assert status.rounds[0].sentence == "rejected: it forgets"
+
+
+def test_a_failed_round_is_tried_again_with_the_next_verdict(model: Path) -> None:
+    give(model, "a", "b")
+    with supervising(model, "--crash") as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().error is not None)
+        status = supervisor.status()
+        assert status.error == f"{model.with_name('feedback.jsonl')}: none of 2 verdicts can be used"
+        assert status.new == 2
+        begun = read_state(model)["rounds"]
+        give(model, "a", "b")  # nothing new
+        for _ in range(3):
+            supervisor.notify()
+        assert read_state(model)["rounds"] == begun == 1
+        give(model, "c")
+        wait_until(lambda: read_state(model)["rounds"] == 2)
+        assert supervisor.active() == (0, model)
+        assert swaps == []
+
+
+def read_state(model: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder_of(model) / "state.json").read_text())
+    return found
+
+
+def test_roll_back(model: Path) -> None:
+    with supervising(model) as (supervisor, swaps):
+        with pytest.raises(UserError, match="no earlier version"):
+            supervisor.rollback()
+        for number, questions in enumerate(("ab", "cd", "ef"), 1):
+            give(model, *questions)
+            wait_for_rounds(supervisor, number)
+        assert supervisor.status().versions == (0, 1, 2, 3)
+        assert supervisor.rollback() == (2, folder_of(model) / "2.pt")
+        assert supervisor.rollback(0) == (0, model)
+        with pytest.raises(UserError, match="no version 7; expected one of 0, 1, 2, 3"):
+            supervisor.rollback(7)
+        with pytest.raises(UserError, match="no earlier version"):
+            supervisor.rollback()
+        assert supervisor.rollback(3)[0] == 3
+        assert [number for number, _ in swaps] == [1, 2, 3, 2, 0, 3]
+        assert supervisor.status().previous == (0,)
+    with supervising(model) as (supervisor, _):
+        assert supervisor.active()[0] == 3
+
+
+def test_a_roll_back_waits_for_new_verdicts(model: Path) -> None:
+    gate = model.with_name("go")
+    give(model, "a", "b")
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+    give(model, "c", "d")
+    with supervising(model, "--wait", str(gate)) as (supervisor, _):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        give(model, "e")
+        supervisor.rollback()  # also ends the round
+        status = supervisor.status()
+        assert (status.active, status.new, status.verdicts, status.training_since) == (0, 0, 5, None)
+        assert not list(folder_of(model).glob("round-*"))
+        gate.touch()
+        give(model, "f")
+        wait_until(lambda: supervisor.status().new == 1)
+        assert supervisor.status().training_since is None
+        give(model, "g")
+        wait_for_rounds(supervisor, 2)
+        assert (supervisor.status().active, supervisor.status().rounds[1].verdicts) == (2, 7)
+
+
+def test_learning_can_be_turned_off(model: Path) -> None:
+    gate = model.with_name("go")
+    give(model, "a", "b")
+    with supervising(model, "--wait", str(gate)) as (supervisor, _):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        supervisor.set_learning(False)
+        gate.touch()
+        assert (supervisor.status().on, supervisor.status().training_since) == (False, None)
+    with supervising(model) as (supervisor, _):
+        give(model, "c")
+        wait_until(lambda: supervisor.status().new == 3)
+        assert (supervisor.status().on, supervisor.status().training_since) == (False, None)
+        supervisor.set_learning(True)
+        wait_for_rounds(supervisor, 1)
+        assert supervisor.status().rounds[0].verdicts == 3
+
+
+def test_old_versions_are_deleted_but_not_the_active_one(model: Path) -> None:
+    with supervising(model, keep=1) as (supervisor, _):
+        for number, questions in enumerate(("ab", "cd"), 1):
+            give(model, *questions)
+            wait_for_rounds(supervisor, number)
+        assert supervisor.status().versions == (0, 2)
+        assert (folder_of(model) / "1.json").exists()
+        assert supervisor.rollback() == (0, model)
+        assert model.exists()
+
+
+def test_versions_and_files_of_the_users_own_rounds_stay(model: Path) -> None:
+    versions = Versions(model)
+    figures = {"accepted": True, "date": "2026-11-01", "feedback": {"verdicts": 2}, "feedback_file": "feedback.jsonl"}
+    versions.accept(lambda path: shutil.copy(model, path), figures)
+    with supervising(model, keep=1) as (supervisor, _):
+        assert supervisor.active() == (0, model)
+        for number, questions in enumerate(("ab", "cd"), 2):
+            give(model, *questions)
+            wait_for_rounds(supervisor, number)
+        assert supervisor.status().versions == (0, 1, 3)
+        with versions.locked():
+            unfinished = folder_of(model) / ".4.pt.abc"
+            unfinished.touch()
+            give(model, "e", "f")
+            wait_until(lambda: supervisor.status().error is not None)
+            assert supervisor.status().error == (
+                f"{folder_of(model)}: another `rlchat learn` is at work here; wait until it has ended"
+            )
+            assert unfinished.exists()
+
+
+def test_a_version_that_cannot_be_loaded_is_not_used(model: Path) -> None:
+    def refuse(number: int, path: Path) -> None:
+        raise UserError(f"{path.name} cannot be loaded")
+
+    give(model, "a", "b")
+    with supervising(model, on_version=refuse) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+        assert supervisor.active() == (0, model)
+        assert supervisor.status().error == "version 1 is not in use: 1.pt cannot be loaded"
+
+
+@pytest.mark.parametrize("killed", ["round", "before", "after"])
+def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
+    """Of the round; of the supervisor before its version was written; after that, but before it became active."""
+    gate = model.with_name("go")
+    give(model, "a", "b")
+    with supervising(model, "--wait", str(gate)) as (supervisor, _):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        begun = (folder_of(model) / "state.json").read_bytes()
+        snapshot = (folder_of(model) / "round-1.jsonl").read_bytes()
+        if killed == "round":
+            assert supervisor._round is not None
+            os.kill(supervisor._round.pid, signal.SIGKILL)
+            wait_until(lambda: supervisor.status().error is not None)
+            assert (
+                supervisor.status().error == "learning was ended by signal 9, as the system does when memory runs out"
+            )
+        elif killed == "after":
+            gate.touch()
+            wait_for_rounds(supervisor, 1)
+    # What a killed supervisor leaves: the state of the moment when the round began, and unfinished files.
+    (folder_of(model) / "state.json").write_bytes(begun)
+    (folder_of(model) / "round-1.jsonl").write_bytes(snapshot)
+    (folder_of(model) / ".2.pt.abc").touch()
+    gate.touch()
+    with supervising(model) as (supervisor, swaps):
+        if killed == "after":
+            assert (supervisor.active()[0], supervisor.status().new, swaps) == (1, 0, [])
+        wait_for_rounds(supervisor, 1)
+        assert (supervisor.active()[0], supervisor.status().new) == (1, 0)
+        assert sorted(path.name for path in folder_of(model).iterdir()) == [
+            ".lock",
+            ".supervisor",
+            "1.json",
+            "1.pt",
+            "learn.log",
+            "state.json",
+        ]
+
+
+def test_figures_without_a_model_file_are_no_version(model: Path) -> None:
+    """A round that was killed between the figures and the model file."""
+    give(model, "a", "b")
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+        assert read_state(model)["rounds"] == 1
+    figures = json.loads((folder_of(model) / "1.json").read_text())
+    (folder_of(model) / "2.json").write_text(json.dumps({**figures, "version": 2, "feedback_file": "round-2.jsonl"}))
+    state = {**read_state(model), "rounds": 2, "running": 2}
+    (folder_of(model) / "state.json").write_text(json.dumps(state))
+    with supervising(model) as (supervisor, _):
+        assert supervisor.active()[0] == 1
+        assert len(supervisor.status().rounds) == 1
+        assert not (folder_of(model) / "2.json").exists()
+
+
+def test_a_damaged_version_is_not_active_after_a_restart(model: Path) -> None:
+    with supervising(model) as (supervisor, _):
+        for number, questions in enumerate(("ab", "cd"), 1):
+            give(model, *questions)
+            wait_for_rounds(supervisor, number)
+    (folder_of(model) / "2.pt").write_bytes(b"half")
+    with supervising(model) as (supervisor, _):
+        assert supervisor.active()[0] == 1
+
+
+def test_one_supervisor_per_model(model: Path) -> None:
+    with (
+        supervising(model),
+        pytest.raises(UserError, match="another chat already learns from feedback on this model"),
+        supervising(model),
+    ):
+        pass
+
+
+def test_damaged_state(model: Path) -> None:
+    folder_of(model).mkdir()
+    (folder_of(model) / "state.json").write_text('{"on": 1}')
+    with pytest.raises(UserError, match=r"state\.json is damaged; delete it"), supervising(model):
+        pass
+
+
+def test_feedback_on_another_model(model: Path) -> None:
+    give(model, "a", "b", name="other.pt")
+    with supervising(model) as (supervisor, _):
+        wait_until(lambda: supervisor.status().error is not None)
+        status = supervisor.status()
+        assert status.error is not None
+        assert status.error.endswith("feedback.jsonl are on responses of other.pt, not of chat.pt")
+        assert (status.verdicts, status.training_since) == (0, None)
+
+
+def test_a_disk_that_is_full_while_a_version_is_written(model: Path) -> None:
+    give(model, "a", "b")
+    with largest_file(20_000), supervising(model) as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().error is not None)
+        status = supervisor.status()
+        assert (
+            status.error
+            == f"{folder_of(model)}/1.pt: cannot be written: File too large; the existing file is unchanged"
+        )
+        assert (status.active, status.versions, status.rounds, swaps) == (0, (0,), (), [])
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+        assert supervisor.active()[0] == 1
+
+
+def test_a_disk_that_is_full_while_the_state_is_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version is in use nevertheless, and the next start finds it."""
+    gate = model.with_name("go")
+    give(model, "a", "b")
+
+    def full(self: State, path: Path) -> None:
+        raise UserError(f"{path}: cannot be written: No space left on device; the existing file is unchanged")
+
+    with supervising(model, "--wait", str(gate)) as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "write", full)
+            gate.touch()
+            wait_for_rounds(supervisor, 1)
+            wait_until(lambda: supervisor.status().error is not None)
+            assert "No space left on device" in str(supervisor.status().error)
+            assert supervisor.active()[0] == 1
+            assert len(swaps) == 1
+            with pytest.raises(UserError, match="No space left"):
+                supervisor.rollback()
+            with pytest.raises(UserError, match="No space left"):
+                supervisor.set_learning(False)
+    with supervising(model) as (supervisor, _):
+        assert supervisor.active()[0] == 1

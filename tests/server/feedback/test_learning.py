@@ -1,0 +1,213 @@
+"""A server that learns: the swap, its endpoints, limits and metrics, with quick rounds in place of real ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chat_models import chain, scripted_policy
+from helpers.servers import HTTP, Server, learning_server, serving, slow_down, wait_until
+
+from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
+from rlchat.server.feedback.caps import Caps
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+
+@pytest.fixture
+def model(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> Path:
+    """A model that says "old " again and again; the one beside it says "new!"."""
+    for name, text in (("tiny.pt", b"old "), ("new.pt", b"new!")):
+        bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True))
+        if name == "new.pt":
+            bundle.about["learned"] = {"model_id": identity(load_policy(tmp_path / "tiny.pt"))}
+        save_bundle(tmp_path / name, bundle)
+    return tmp_path / "tiny.pt"
+
+
+@pytest.fixture
+def learner(model: Path) -> Iterator[tuple[Server, Supervisor]]:
+    with learning_server(model, "--copy", str(model.with_name("new.pt"))) as server:
+        yield server
+
+
+def ask(server: Server, **more: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 8, **more}
+    return HTTP.post(f"{server.url}/v1/chat/completions", json=body)
+
+
+def rate(server: Server, number: int, **more: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": f"Question {number}"}], "reply": "No.", "verdict": "bad", **more}
+    return HTTP.post(f"{server.url}/feedback", json=body)
+
+
+def status(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = HTTP.get(f"{server.url}/learning").json()
+    return found
+
+
+def learn(server: Server, supervisor: Supervisor, rounds: int = 1) -> None:
+    for number in range(2):
+        assert rate(server, 10 * rounds + number, client="a").status_code == 200
+    wait_until(lambda: len(supervisor.status().rounds) == rounds and supervisor.status().training_since is None)
+
+
+def test_a_new_version_answers_and_can_be_rolled_back(learner: tuple[Server, Supervisor]) -> None:
+    server, supervisor = learner
+    first = ask(server)
+    assert first.json()["choices"][0]["message"]["content"] == "old old "
+    assert (first.json()["system_fingerprint"], first.headers["X-Rlchat-Version"]) == ("tiny.pt", "tiny.pt")
+    assert HTTP.get(f"{server.url}/v1/models").json()["data"][0]["learns"] is True
+    start = status(server)
+    assert (start["version"], start["file"], start["previous"], start["rounds"]) == (0, "tiny.pt", None, [])
+    learn(server, supervisor)
+    second = ask(server)
+    assert second.json()["choices"][0]["message"]["content"] == "new!new!"
+    assert (second.json()["system_fingerprint"], second.headers["X-Rlchat-Version"]) == ("1.pt", "1.pt")
+    now = status(server)
+    assert (now["version"], now["file"], now["previous"], now["versions"]) == (1, "1.pt", 0, [0, 1])
+    assert (now["rounds"][0]["before"]["agrees"], now["rounds"][0]["after"]["agrees"]) == (1, 2)
+    assert now["rounds"][0]["sentence"].startswith("version 1 has learned from 2 verdicts")
+    answer = HTTP.post(f"{server.url}/learning/rollback", json={})
+    assert (answer.status_code, answer.json()["version"], answer.json()["new"]) == (200, 0, 0)
+    assert ask(server).json()["choices"][0]["message"]["content"] == "old old "
+    assert HTTP.post(f"{server.url}/learning/rollback", json={"version": 1}).json()["file"] == "1.pt"
+    missing = HTTP.post(f"{server.url}/learning/rollback", json={"version": 7})
+    assert (missing.status_code, missing.json()["error"]["message"]) == (
+        400,
+        "there is no version 7; expected one of 0, 1",
+    )
+    assert HTTP.post(f"{server.url}/learning/rollback", json={"version": -1}).status_code == 400
+
+
+def test_a_stream_ends_on_the_model_that_began_it(model: Path) -> None:
+    def load(path: Path) -> PolicyBundle:
+        return slow_down(load_policy(path, "cpu"), 0.01)
+
+    with learning_server(model, "--copy", str(model.with_name("new.pt")), load=load) as (server, supervisor):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 50, "stream": True}
+        with HTTP.stream("POST", f"{server.url}/v1/chat/completions", json=body) as stream:
+            assert stream.headers["X-Rlchat-Version"] == "tiny.pt"
+            lines = stream.iter_lines()
+            begun = [next(lines) for _ in range(6)]
+            rate(server, 1)
+            rate(server, 2)
+            wait_until(lambda: supervisor.active()[0] == 1)
+            assert ask(server).json()["system_fingerprint"] == "1.pt"
+            rest = [*begun, *lines]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in rest if line.startswith("data: {")]
+    text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    assert text == ("old " * 13)[:50]
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {"tiny.pt"}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_all_endpoints_name_the_version(learner: tuple[Server, Supervisor]) -> None:
+    server, supervisor = learner
+    learn(server, supervisor)
+    text = {"prompt": "a", "max_tokens": 4, "temperature": 0}
+    whole = HTTP.post(f"{server.url}/v1/completions", json=text)
+    assert (whole.headers["X-Rlchat-Version"], whole.json()["system_fingerprint"]) == ("1.pt", "1.pt")
+    scored = HTTP.post(f"{server.url}/v1/completions", json={**text, "max_tokens": 0, "echo": True, "logprobs": 1})
+    assert scored.headers["X-Rlchat-Version"] == "1.pt"
+    streamed = HTTP.post(f"{server.url}/v1/completions", json={**text, "stream": True})
+    assert '"system_fingerprint":"1.pt"' in streamed.text
+    for stream in (False, True):
+        answer = HTTP.post(f"{server.url}/v1/responses", json={"input": "a", "max_output_tokens": 4, "stream": stream})
+        assert answer.headers["X-Rlchat-Version"] == "1.pt"
+
+
+def test_feedback_names_the_version_that_generated_the_response(learner: tuple[Server, Supervisor]) -> None:
+    server, supervisor = learner
+    learn(server, supervisor)
+    rate(server, 5, model="tiny.pt")
+    rate(server, 6)
+    rate(server, 7, model="old.pt")  # a conversation in the browser may be older than the server
+    *rows, foreign = [json.loads(line) for line in server.feedback.read_text().splitlines()]
+    assert foreign["prompt"]["replies"][0]["model_name"] == "old.pt"
+    assert "model_id" not in foreign
+    assert [row["prompt"]["replies"][0]["model_name"] for row in rows] == ["tiny.pt", "tiny.pt", "tiny.pt", "1.pt"]
+    assert {row["model_id"] for row in rows} == {server.engine.loaded.model_id} != {""}
+    assert rate(server, 7, model="../other.pt").status_code == 400
+    assert rate(server, 7, model="").status_code == 400
+
+
+def test_learning_is_turned_off_and_on(learner: tuple[Server, Supervisor]) -> None:
+    server, supervisor = learner
+    assert HTTP.post(f"{server.url}/learning", json={"on": False}).json()["on"] is False
+    for number in range(3):
+        rate(server, number)
+    wait_until(lambda: status(server)["new"] == 3)
+    assert status(server)["training_seconds"] is None
+    assert HTTP.post(f"{server.url}/learning", json={"on": 1}).status_code == 400
+    assert HTTP.post(f"{server.url}/learning", json={"on": True}).json()["on"] is True
+    wait_until(lambda: supervisor.active()[0] == 1)
+
+
+def test_too_many_verdicts_are_refused(model: Path) -> None:
+    with learning_server(model, every=99, caps=Caps(per_client=2, in_all=3)) as (server, supervisor):
+        assert [rate(server, number, client="a").status_code for number in range(3)] == [200, 200, 429]
+        refused = rate(server, 3, client="a")
+        assert refused.json()["error"]["message"] == (
+            "this server takes 2 verdicts per hour from a client: try again later"
+        )
+        assert 3500 < int(refused.headers["Retry-After"]) <= 3600
+        assert rate(server, 0, client="a", verdict="none").status_code == 200  # it can be taken back
+        assert [rate(server, number).status_code for number in range(2)] == [200, 429]  # the address is the client
+        wait_until(lambda: supervisor.status().verdicts == 2)
+        assert len(server.feedback.read_text().splitlines()) == 4
+
+
+def test_anonymous_clients_are_their_addresses(learner: tuple[Server, Supervisor]) -> None:
+    server, _ = learner
+    rate(server, 1)
+    rate(server, 1, client="address 127.0.0.1")
+    first, second = (json.loads(line)["feedback_id"] for line in server.feedback.read_text().splitlines())
+    assert first == second
+
+
+def test_metrics(learner: tuple[Server, Supervisor]) -> None:
+    server, supervisor = learner
+    learn(server, supervisor)
+    rate(server, 5)
+    wait_until(lambda: supervisor.status().new == 1)
+    text = HTTP.get(f"{server.url}/metrics").text
+    found = {name: float(value) for name, value in re.findall(r"^(rlchat_\w+) (\S+)$", text, re.MULTILINE)}
+    wanted = {
+        "rlchat_version": 1,
+        "rlchat_verdicts": 3,
+        "rlchat_verdicts_new": 1,
+        "rlchat_training": 0,
+        "rlchat_versions_accepted_total": 1,
+        "rlchat_versions_rejected_total": 0,
+        "rlchat_training_seconds_total": 0.75,
+    }
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_an_error_shows_no_folders(model: Path) -> None:
+    with learning_server(model) as (server, supervisor):
+        rate(server, 1, model="other.pt")
+        wait_until(lambda: supervisor.status().error is not None)
+        assert status(server)["error"] == "the verdicts in feedback.jsonl are on responses of other.pt, not of tiny.pt"
+        assert ask(server).status_code == 200
+
+
+def test_without_learning_there_is_no_such_endpoint(model: Path) -> None:
+    with serving(load_policy(model, "cpu"), model.with_name("feedback.jsonl")) as server:
+        assert HTTP.get(f"{server.url}/learning").status_code == 404
+        assert HTTP.get(f"{server.url}/v1/models").json()["data"][0]["learns"] is False
+        assert "rlchat_version" not in HTTP.get(f"{server.url}/metrics").text
+        assert ask(server).json()["system_fingerprint"] == "tiny.pt"
+
+
+def test_the_key_protects_learning(model: Path) -> None:
+    with learning_server(model, api_key="secret") as (server, _):
+        assert HTTP.get(f"{server.url}/learning").status_code == 401
+        assert HTTP.post(f"{server.url}/learning/rollback", json={}).status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        assert HTTP.get(f"{server.url}/learning", headers=key).status_code == 200

@@ -1,0 +1,124 @@
+"""The page of a server that learns, in a headless browser: teach, see the version change, ask again, roll back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chat_models import chain, scripted_policy
+from helpers.pages import opened
+from helpers.servers import Server, learning_server, serving
+
+from rlchat.chat.feedback import append_feedback
+from rlchat.chat.verdicts import read_verdicts
+from rlchat.conversation import Conversation, Message
+from rlchat.models.model_file import identity, load_policy, save_bundle
+from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+expect = playwright.expect
+
+
+@pytest.fixture
+def model(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> Path:
+    """A model that answers "old!"; the one beside it answers "new?"."""
+    for name, text in (("tiny.pt", b"old!"), ("new.pt", b"new?")):
+        bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text)))
+        if name == "new.pt":
+            bundle.about["learned"] = {"model_id": identity(load_policy(tmp_path / "tiny.pt"))}
+        save_bundle(tmp_path / name, bundle)
+    return tmp_path / "tiny.pt"
+
+
+def ask(page: Any, text: str, reply: str) -> None:
+    replies = page.locator(".message.assistant").count()
+    page.get_by_label("Message", exact=True).fill(text)
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".message.assistant .text")).to_have_count(replies + 1)
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.locator(".message.assistant .text").last).to_have_text(reply)
+
+
+def correct(page: Any, text: str) -> None:
+    page.get_by_role("button", name="Correct this response").last.click()
+    page.get_by_label("Save the correction").first.fill(text)
+    page.get_by_role("button", name="Save the correction").click()
+    expect(page.get_by_text("Feedback saved.")).to_be_visible()
+
+
+def names(server: Server) -> list[str]:
+    return [verdict.model for verdict in read_verdicts(server.feedback)[0]]
+
+
+def test_teach_and_roll_back(browser: Any, model: Path) -> None:
+    gate = model.with_name("go")
+    more = ("--copy", str(model.with_name("new.pt")), "--wait", str(gate))
+    with learning_server(model, *more) as (server, _):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            expect(panel).to_contain_text("The original model is in use")
+            expect(panel).to_contain_text("0 of 2 new verdicts until the next training.")
+            ask(page, "One", "old!")
+            correct(page, "new?")
+            expect(panel).to_contain_text("1 of 2 new verdicts")
+            ask(page, "Two", "old!")
+            page.get_by_role("button", name="Bad response").last.click()
+            expect(panel).to_contain_text("Training now")
+            expect(page.locator("#open-learning")).to_have_class("icon busy")
+            gate.touch()
+            expect(panel).to_contain_text("Version 1 is in use")
+            expect(page.get_by_text("Version 1 answers from now on.")).to_be_visible()
+            expect(panel).to_contain_text(
+                "It agrees with 2 of 2 of your verdicts that it was not trained on, before: 1."
+            )
+            label = "Agreement with held-back verdicts: the original model 50 %, version 1 100 %"
+            expect(panel.get_by_role("img", name=label)).to_be_visible()
+            expect(page.locator("#open-learning")).to_have_class("icon")
+            ask(page, "Three", "new?")
+            expect(page.locator(".meta").last).to_contain_text("version 1")
+            page.get_by_role("button", name="Good response").last.click()
+            expect(panel).to_contain_text("1 of 2 new verdicts")
+            panel.get_by_role("button", name="Roll back to the original model").click()
+            expect(panel).to_contain_text("The original model is in use")
+            ask(page, "Four", "old!")
+            panel.get_by_role("switch", name="Learn from feedback").uncheck()
+            expect(panel).to_contain_text("Learning is off")
+            page.reload()
+            page.get_by_role("button", name="Learning", exact=True).click()
+            expect(panel.get_by_role("switch")).not_to_be_checked()
+        assert names(server) == ["tiny.pt", "tiny.pt", "1.pt"]
+
+
+def test_the_panel_on_a_phone(browser: Any, model: Path) -> None:
+    phone = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"}
+    with learning_server(model) as (server, _):
+        for page in opened(browser, server, **phone):
+            page.get_by_role("button", name="Learning", exact=True).tap()
+            panel = page.get_by_role("complementary", name="Learning")
+            expect(panel).to_be_in_viewport(ratio=1)
+            page.get_by_role("button", name="Close the learning panel").tap()
+            expect(panel).to_be_hidden()
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_an_error_and_damaged_lines_are_shown_as_text(browser: Any, model: Path) -> None:
+    prompt = Conversation((Message("user", "Hi"),))
+    append_feedback(model.with_name("feedback.jsonl"), prompt, "No.", "bad", model="<img src=x>.pt")
+    with model.with_name("feedback.jsonl").open("a") as file:
+        file.write("damaged\n")
+    with learning_server(model) as (server, _):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            expect(panel).to_contain_text("are on responses of <img src=x>.pt, not of tiny.pt.")
+            expect(panel).to_contain_text("Damaged lines of the feedback file, which are skipped: 1.")
+            assert panel.locator("img").count() == 0
+            ask(page, "One", "old!")
+
+
+def test_without_learning_there_is_no_panel(browser: Any, model: Path) -> None:
+    with serving(load_policy(model, "cpu"), model.with_name("feedback.jsonl")) as server:
+        for page in opened(browser, server):
+            expect(page.get_by_role("button", name="Learning", exact=True)).to_be_hidden()
