@@ -19,7 +19,7 @@ from rlchat.chat.versions import Versions
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-_log = logging.getLogger("rlchat")
+_log = logging.getLogger(__name__)
 
 # Files that a process which was killed left behind: those of an atomic write have a random end.
 _UNFINISHED = re.compile(r"\.(\d+(\.reward)?\.(pt|json)|state\.json|round-\d+\.jsonl)\.\w+")
