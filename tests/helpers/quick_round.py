@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from rlchat.chat.versions import Versions
+from rlchat.errors import UserError
 from rlchat.utils.background import end_with_stdin
 from rlchat.utils.files import write_atomically
 
@@ -78,4 +79,8 @@ def copy(source: Path, target: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"rlchat: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from helpers import quick_round
 from helpers.chat_models import random_policy
+from helpers.full_disk import largest_file
 from helpers.servers import wait_until
 
 from rlchat.chat.feedback import append_feedback
+from rlchat.chat.learning.state import State
 from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
@@ -301,3 +303,44 @@ def test_feedback_on_another_model(model: Path) -> None:
         assert status.error is not None
         assert status.error.endswith("feedback.jsonl are on responses of other.pt, not of chat.pt")
         assert (status.verdicts, status.training_since) == (0, None)
+
+
+def test_a_disk_that_is_full_while_a_version_is_written(model: Path) -> None:
+    give(model, "a", "b")
+    with largest_file(20_000), supervising(model) as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().error is not None)
+        status = supervisor.status()
+        assert (
+            status.error
+            == f"{folder_of(model)}/1.pt: cannot be written: File too large; the existing file is unchanged"
+        )
+        assert (status.active, status.versions, status.rounds, swaps) == (0, (0,), (), [])
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+        assert supervisor.active()[0] == 1
+
+
+def test_a_disk_that_is_full_while_the_state_is_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version is in use nevertheless, and the next start finds it."""
+    gate = model.with_name("go")
+    give(model, "a", "b")
+
+    def full(self: State, path: Path) -> None:
+        raise UserError(f"{path}: cannot be written: No space left on device; the existing file is unchanged")
+
+    with supervising(model, "--wait", str(gate)) as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "write", full)
+            gate.touch()
+            wait_for_rounds(supervisor, 1)
+            wait_until(lambda: supervisor.status().error is not None)
+            assert "No space left on device" in str(supervisor.status().error)
+            assert supervisor.active()[0] == 1
+            assert len(swaps) == 1
+            with pytest.raises(UserError, match="No space left"):
+                supervisor.rollback()
+            with pytest.raises(UserError, match="No space left"):
+                supervisor.set_learning(False)
+    with supervising(model) as (supervisor, _):
+        assert supervisor.active()[0] == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from helpers.chat_models import chain, scripted_policy
 from helpers.pages import opened
 from helpers.servers import Server, learning_server, serving
 
+from rlchat.chat.verdicts import read_verdicts
 from rlchat.models.model_file import load_policy, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -43,8 +43,7 @@ def correct(page: Any, text: str) -> None:
 
 
 def names(server: Server) -> list[str]:
-    rows = [json.loads(line)["prompt"]["replies"] for line in server.feedback.read_text().splitlines()]
-    return [next(reply["model_name"] for reply in replies if "model_name" in reply) for replies in rows]
+    return [verdict.model for verdict in read_verdicts(server.feedback)[0]]
 
 
 def test_teach_and_roll_back(browser: Any, model: Path) -> None:

@@ -1,0 +1,80 @@
+"""What came of a round, from its figures, its exit code and its log."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlchat.chat.learning.rounds import Outcome, Round, outcomes
+from rlchat.chat.versions import Versions
+from rlchat.utils.files import write_atomically
+
+
+def failure(tmp_path: Path, code: str) -> str:
+    round_ = Round((sys.executable, "-c"), [code], tmp_path / "learn.log", tmp_path / "scratch")
+    round_._process.wait(60)
+    round_.close()
+    assert round_.code != 0
+    return round_.failure().replace(str(tmp_path), "…")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("print('rlchat: a.jsonl:3: no verdict; fix it'); raise SystemExit(2)", "a.jsonl:3: no verdict; fix it"),
+        ("raise SystemExit(2)", "learning failed with exit code 2; see …/learn.log"),
+        ("1 / 0", "learning failed with exit code 1; see …/learn.log"),
+        ("raise MemoryError", "learning needs more memory than it may use; raise the limit, or see …/learn.log"),
+        (
+            "raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried …')",
+            "learning needs more memory than it may use; raise the limit, or see …/learn.log",
+        ),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "learning was ended by signal 9, as the system does when memory runs out",
+        ),
+        ("import os; os.kill(os.getpid(), 11)", "learning was ended by signal 11; see …/learn.log"),
+    ],
+)
+def test_a_failure_is_one_sentence(tmp_path: Path, code: str, expected: str) -> None:
+    assert failure(tmp_path, code) == expected
+
+
+def test_temporary_files_are_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "left").touch()
+    code = "import tempfile; tempfile.mkdtemp(prefix='mine-'); print(tempfile.gettempdir()); raise SystemExit(2)"
+    assert failure(tmp_path, code) == "…/scratch"
+    assert [path.name[:5] for path in (tmp_path / "scratch").iterdir()] == ["mine-"]
+
+
+def figures(**more: object) -> dict[str, object]:
+    return {"accepted": True, "date": "2026-11-01", "feedback": {"verdicts": 9}, "reasons": [], **more}
+
+
+def test_outcomes_are_read_from_the_figures(tmp_path: Path) -> None:
+    versions = Versions(tmp_path / "chat.pt")
+    measured = {"agrees": 9, "verdicts": 12, "correct": 100, "controls": 128}
+    versions.accept(
+        lambda path: write_atomically(path, lambda file: file.write(b"")),
+        figures(
+            before={**measured, "agrees": 5}, after=measured, seconds={"train": 2.0, "read": 0.5}, date="2026-11-02"
+        ),
+    )
+    versions.reject(figures(accepted=False, reasons=["a", "b"]))
+    versions.reject({"accepted": False})  # from another program
+    (versions.folder / "7.json").write_text("{")
+    (versions.folder / "8.json").write_text('["accepted"]')
+    rejected, accepted = outcomes(versions)
+    assert rejected.sentence == "rejected: a; b"
+    assert (accepted.number, accepted.seconds, accepted.verdicts) == (1, 2.5, 9)
+    assert accepted.sentence == (
+        "version 1 has learned from 9 verdicts: agrees with 9 of 12 held-back verdicts, before: 5; "
+        "100 of 128 controls are correct, before: 100"
+    )
+
+
+def test_the_sentence_without_measures() -> None:
+    assert Outcome(3, (), (), "", 1).sentence == "version 3 has learned from 1 verdict"
