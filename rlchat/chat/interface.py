@@ -190,7 +190,7 @@ class ChatInterface:
             self._clear()
             has_system = bool(saved.messages) and saved.messages[0].role == "system"
             self.system = saved.messages[0].text if has_system else None
-            self._messages = list(saved.messages[has_system:])
+            self._messages = list(saved.attributed[has_system:])
         return saved
 
     # ---- feedback and reward -----------------------------------------------------------------------------------------

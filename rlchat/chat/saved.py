@@ -23,7 +23,7 @@ import math
 import reprlib
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,13 @@ class SavedConversation:
     messages: tuple[SavedMessage, ...]
     model: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attributed(self) -> tuple[SavedMessage, ...]:
+        """The messages; a response that names no model has that of the conversation."""
+        return tuple(
+            replace(one, model=one.model or self.model) if one.role == "assistant" else one for one in self.messages
+        )
 
 
 def now() -> str:
@@ -136,7 +143,7 @@ def conversation_from_dict(content: object, source: str) -> SavedConversation:
         if not is_openai and content.get("version") != VERSION:
             raise _InvalidError(f"its version is {_shown(content.get('version'))}: expected {VERSION}")
         model = _name(content.get("model", ""), "model")
-        messages = tuple(_message(row, number, model) for number, row in enumerate(_a_list(content, "messages"), 1))
+        messages = tuple(_message(row, number) for number, row in enumerate(_a_list(content, "messages"), 1))
         if any(message.role == "system" for message in messages[1:]):
             raise _InvalidError("a system message is not the first message")
         return SavedConversation(messages, model, _sampling(content.get("sampling", {})))
@@ -148,16 +155,14 @@ class _InvalidError(Exception):
     """The reason why a file cannot be loaded."""
 
 
-def _message(row: object, number: int, model: str) -> SavedMessage:
-    """Message ``number``; ``model`` is that of the conversation."""
+def _message(row: object, number: int) -> SavedMessage:
     if not isinstance(row, dict):
         raise _InvalidError(f"message {number} is {_shown(row)}: expected an object")
     role = "system" if row.get("role") == "developer" else row.get("role")  # OpenAI's newer name
     if role not in ROLES:
         raise _InvalidError(f"the role of message {number} is {_shown(role)}: expected one of {', '.join(ROLES)}")
     text = _content(row.get("content"), f"the content of message {number}")
-    named = _name(row.get("model", model), f"the model of message {number}") if role == "assistant" else ""
-    return SavedMessage(role, text, _time(row, "time"), named)
+    return SavedMessage(role, text, _time(row, "time"), _name(row.get("model", ""), f"the model of message {number}"))
 
 
 def _content(value: object, what: str) -> str:
