@@ -168,9 +168,9 @@ class _Silent(logging.NullHandler):
 
 def _sentence(outcome: Outcome, status: Status) -> str:
     """What came of a round, in one line."""
-    line = f"learning: {outcome.sentence}"
+    line = outcome.sentence if outcome.number is not None else f"learning: {outcome.sentence}"
     if outcome.number is not None and outcome.number == status.active:
-        line = f"{line}; it answers from now on"
+        line = f"{line}; now in use"
     left_out: Sequence[str] = [f"{count} {reason}" for reason, count in outcome.left_out.items() if count]
     return f"{line} (left out: {', '.join(left_out)})" if left_out else line
 

@@ -46,9 +46,9 @@ def _row(outcome: Outcome, usable: Collection[int]) -> Sequence[str]:
 
 
 def _change(outcome: Outcome, name: str, of: str) -> str:
-    """A count before and after, as in ``11 → 17 of 20``; nothing if it was not measured."""
+    """A count before and after, as in ``11 → 17 of 20``; ``-`` if it was not measured."""
     before, after, total = _figure(outcome.before, name), _figure(outcome.after, name), _figure(outcome.after, of)
-    return f"{before} → {after} of {total}" if "-" not in (before, after, total) else ""
+    return f"{before} → {after} of {total}" if "-" not in (before, after, total) else "-"
 
 
 def _figure(measures: dict[str, Any], name: str) -> str:

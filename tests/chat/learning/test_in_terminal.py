@@ -41,10 +41,10 @@ def test_news_comes_between_prompts(tmp_path: Path, byte_tokenizer: ChatTokenize
     go.touch()
     saved = tmp_path / "chat.versions" / "state.json"
     wait_until(lambda: json.loads(saved.read_text())["active"] == 1)
-    assert not screen.sees("learning:", seconds=1.5)
+    assert not screen.sees("has learned", seconds=1.5)
     screen.terminal.send("\r")
-    screen.see("learning: version 1 has learned from 2 verdicts")
-    screen.see("it answers from now on")
+    screen.see("version 1 has learned from 2 verdicts")
+    screen.see("now in use")
     screen.see("conversation cleared")
     screen.say("a")
     screen.see("model> new!new!")
@@ -54,7 +54,7 @@ def test_news_comes_between_prompts(tmp_path: Path, byte_tokenizer: ChatTokenize
     screen.see("model> old old ")
     for question in "cd":
         correct(screen, question, "new!")
-    screen.see("learning: version 2 has learned from 4 verdicts")  # without a key
+    screen.see("version 2 has learned from 4 verdicts")  # without a key
     screen.say("e")
     screen.see("model> new!new!")
     screen.say("versions")
@@ -72,7 +72,7 @@ def test_a_fact_is_taught_for_real(tmp_path: Path, tokenizer: ChatTokenizer) -> 
     for question in ("What is red?", "What is blue?"):
         correct(screen, question, "A color.")
         screen.say("clear")
-    screen.see("it answers from now on")
+    screen.see("now in use")
     screen.say("What is red?")
     screen.see("model> A color.\r\n")
     screen.say("rollback")

@@ -101,8 +101,7 @@ def test_a_version_is_used_from_the_next_response_on(model: Path, capsys: pytest
         run(session, "c")
         assert said(session) == "old old "  # it swaps in news(), between two responses, and nowhere else
         assert session.news() == [
-            "learning: version 1 has learned from 2 verdicts: agrees with 2 of 2 held-back verdicts, before: 1; it "
-            "answers from now on"
+            "version 1 has learned from 2 verdicts: agrees with 2 of 2 held-back verdicts, before: 1; now in use"
         ]
         assert session.news() == []
         run(session, "/good", "d")
@@ -178,8 +177,8 @@ def test_a_version_that_cannot_be_loaded(model: Path) -> None:
     with chatting(model, "--copy", str(model.with_name("broken.pt"))) as session:
         teach(session, "a", "b")
         first, second = wait_for_news(session, 2)
-        assert first.startswith("learning: version 1 has learned from 2 verdicts")
-        assert not first.endswith("it answers from now on")
+        assert first.startswith("version 1 has learned from 2 verdicts")
+        assert not first.endswith("now in use")
         assert second.startswith("learning: version 1 is not in use: ")
         run(session, "c")
         assert said(session) == "old old "
@@ -267,4 +266,4 @@ def test_the_table_of_versions() -> None:
         "deleted",
         lines[2],
     )
-    assert re.fullmatch(r" +soon +rejected  30 +it forgets", lines[3])
+    assert re.fullmatch(r" +soon +rejected  30 +- +- +it forgets", lines[3])
