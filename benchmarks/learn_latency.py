@@ -6,8 +6,10 @@
 A client asks one question after another of a `rlchat serve --learn` process and streams the responses. First nobody
 gives verdicts: that is `idle`. Then the client corrects eight responses about the capital of a country, so that a
 round of learning begins, and goes on asking: that is `learning`, from the eighth verdict to the first response of the
-new version. `--rounds` repeats both. Times per token are between two pieces of a stream. Run it where nothing else
-uses the cores.
+new version. `--rounds` repeats both. Times per token are between two pieces of a stream.
+
+The client waits `--pause` seconds before each question, less than a person who reads and types; with `--pause 0`, it
+keeps one core busy, and a round gets what is left of the other. Run it where nothing else uses the cores.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _CAPITAL = next(kind for kind in KINDS if kind.name == "capital")
 class Chat:
     """A client. ``gaps`` are the times between two pieces of a response, ``firsts`` those to the first piece."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, pause: float) -> None:
+        self.pause = pause
         self.http = httpx.Client(base_url=url, timeout=60)
         self.gaps: list[float] = []
         self.firsts: list[float] = []
@@ -50,6 +53,7 @@ class Chat:
 
     def ask(self, question: str) -> tuple[str, str]:
         """The response, and the model file that generated it."""
+        time.sleep(self.pause)
         self.seed += 1
         body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "seed": self.seed}
         text, last = "", time.perf_counter()
@@ -164,12 +168,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("checkpoints/rl_chat_model_tiktoken.pt"))
     parser.add_argument("--rounds", type=int, default=2, help="rounds of learning")
     parser.add_argument("--idle-seconds", type=float, default=15.0, help="how long nobody gives verdicts, before each")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds before each question")
     parser.add_argument("--learn-args", default="", help="further options of `rlchat learn`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copy(options.model, folder))
         with server(model, "--every", str(EVERY), "--device", "cpu", f"--learn-args={options.learn_args}") as url:
-            chat = Chat(url)
+            chat = Chat(url, options.pause)
             for question in questions(random.Random(2))[:20]:  # the first requests are slower
                 chat.ask(question)
             chat.take()

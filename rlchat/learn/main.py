@@ -32,11 +32,7 @@ def main(args: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     _check(options)
-    if options.background:
-        lower_priority()
-        end_with_stdin()
-    if options.max_memory is not None:
-        limit_memory(int(options.max_memory * 2**30))
+    _restrict(options)
     # Importing the stages takes seconds, which `rlchat learn --help` should not.
     import torch
 
@@ -111,6 +107,15 @@ def table(figures: dict[str, Any]) -> Table:
             "KL to the original, nats per token", f"{start:.4f}", f"{after['kl']:.4f}", f"at most {bounds['kl']:g}"
         )
     return shown
+
+
+def _restrict(options: argparse.Namespace) -> None:
+    """What this process may use, before threads start."""
+    if options.background:
+        lower_priority()
+        end_with_stdin()
+    if options.max_memory is not None:
+        limit_memory(int(options.max_memory * 2**30))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
 from pathlib import Path
@@ -69,22 +69,7 @@ def create_api(
     """
     limits = limits or Limits()
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        if supervisor is not None:
-            await asyncio.to_thread(supervisor.close)
-        await asyncio.to_thread(engine.close)
-
-    app = FastAPI(
-        title="rlchat",
-        version=metadata.version("rlchat"),
-        description="Chat completions from a model trained with rlchat.",
-        lifespan=lifespan,
-        docs_url=None,  # these pages load scripts from other servers
-        redoc_url=None,
-        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
-    )
+    app = _application([engine.close] if supervisor is None else [supervisor.close, engine.close])
     _answer_errors(app)
     metrics = Metrics(engine)
     model = Model(
@@ -115,6 +100,26 @@ def create_api(
         max_body=limits.max_body,
         body_seconds=limits.max_seconds,
         observe=metrics.observe,
+    )
+
+
+def _application(at_shutdown: Sequence[Callable[[], None]]) -> FastAPI:
+    """An application without endpoints, which calls the functions ``at_shutdown`` in this order."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for close in at_shutdown:
+            await asyncio.to_thread(close)
+
+    return FastAPI(
+        title="rlchat",
+        version=metadata.version("rlchat"),
+        description="Chat completions from a model trained with rlchat.",
+        lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from other servers
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
     )
 
 

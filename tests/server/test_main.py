@@ -140,6 +140,13 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         ),
         (["parrot.pt", "--feedback", "."], r"cannot write feedback to \.: Is a directory; choose another file"),
         (["nothing.pt", "--feedback", "parrot.pt/kept/f"], "cannot write feedback to parrot.pt/kept/f: Not a dir"),
+        (
+            ["parrot.pt", "--learn", "--host", "0.0.0.0"],
+            r"--learn on 0\.0\.0\.0, which others can reach, needs --api-key: they could teach the model",
+        ),
+        (["parrot.pt", "--every", "3"], "--every has an effect only with --learn"),
+        (["parrot.pt", "--learn", "--learn-args", "'"], "--learn-args: no closing quotation; quote it as for a shell"),
+        (["nothing.pt", "--learn"], r"nothing\.pt: no such model file; train one with `rlchat demo`"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],
 )
@@ -188,6 +195,7 @@ def test_a_missing_package_after_an_installation(monkeypatch: pytest.MonkeyPatch
             ["--allow-origin", "localhost"],
             "argument --allow-origin: invalid value 'localhost': expected an origin such as http://localhost:3000",
         ),
+        (["--learn-memory", "0"], "argument --learn-memory: invalid value '0': expected a positive number"),
         (["--port", "99999"], "argument --port: invalid value '99999': expected an integer from 0 to 65535"),
     ],
 )

@@ -80,9 +80,9 @@ class VersionFolder:
             UserError: another supervisor works here; the folder cannot be written; its state is damaged.
         """
         self._lock = _taken(self.versions.folder)
-        self._wait_for_round()
         state = read_state(self._state_file)
         if state.running is not None:
+            self._wait_for_round()
             snapshot = self._snapshot(state.running)
             outcome = self.settle(state.running)
             if outcome is not None:
@@ -134,16 +134,21 @@ class VersionFolder:
         return None
 
     def clean(self) -> None:
-        """Deletes what an ended round left unfinished, and the copies of the verdicts. Call it while none runs."""
-        for path in self.versions.folder.iterdir():
-            if _UNFINISHED.fullmatch(path.name) or _SNAPSHOT.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        """Deletes what an ended round left unfinished, and the copies of the verdicts. Call it while none runs.
+
+        If a `rlchat learn` that the user has started works here, its files stay.
+        """
+        with contextlib.suppress(UserError), self.versions.locked():
+            for path in self.versions.folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name) or _SNAPSHOT.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def prune(self, state: State) -> None:
-        """Deletes the model files of old versions, apart from the active one. Their figures stay."""
+        """Deletes the model files of old versions that rounds have made, but not the active one. Their figures stay."""
         self.clean()
-        for number in self.versions.numbers()[: -self._keep or None]:
+        made = {one.number for one in self.outcomes() if _SNAPSHOT.fullmatch(one.feedback_file)}
+        for number in [one for one in self.versions.numbers() if one in made][: -self._keep]:
             if number != state.active:
                 self.path(number).unlink(missing_ok=True)
                 self.path(number).with_suffix(".reward.pt").unlink(missing_ok=True)

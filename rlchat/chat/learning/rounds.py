@@ -19,7 +19,7 @@ LEARN = (sys.executable, "-m", "rlchat", "learn")
 """The command of a round, without its arguments."""
 
 _LAST_BYTES = 4_000  # of the log, in which the reason of a failure is
-_MEMORY_SIGNS = ("MemoryError", "can't allocate memory", "Cannot allocate memory", "out of memory")
+_MEMORY_SIGNS = ("MemoryError", "std::bad_alloc", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,10 @@ class Round:
         scratch.mkdir(parents=True)
         environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch.absolute()))}
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        more: dict[str, Any] = {"start_new_session": True}  # Ctrl-C in the chat is not for the round
-        if sys.platform == "win32":
-            more = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
         with log.open("wb") as output:
             # `--background` ends when this pipe is closed, also by the end of this process.
             self._process = subprocess.Popen(
-                [*command, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, **more
+                [*command, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, **_apart()
             )
 
     @property
@@ -134,6 +131,17 @@ class Round:
             killed = f"learning was ended by signal {-code}"
             return killed + (", as the system does when memory runs out" if code == -9 else f"; see {self.log}")
         return f"learning failed with exit code {code}; see {self.log}"
+
+
+def _apart() -> dict[str, Any]:
+    """Arguments of Popen for a process that Ctrl-C in the terminal does not reach.
+
+    It stays in the session: with autogroups, Linux shares the processors among sessions first, and a low priority
+    counts only within one.
+    """
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
+    return {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 
 def outcomes(versions: Versions) -> list[Outcome]:

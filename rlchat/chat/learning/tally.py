@@ -36,6 +36,7 @@ class Tally:
         self.path = path
         self._owns = owns
         self._used = frozenset(used)
+        self._stamp: tuple[int, int, int] | None = None  # inode, size and time of the file when it was read
         self._forget()
 
     @property
@@ -78,7 +79,7 @@ class Tally:
     def _forget(self) -> None:
         self.size = self.bad_lines = 0
         self.others: Counter[str] = Counter()
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp = None
         self._tail = b""
         self._digests: dict[str, str] = {}  # of the feedback id
         self._other_ids: dict[str, str] = {}  # feedback id: name of the model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -78,3 +79,9 @@ def test_outcomes_are_read_from_the_figures(tmp_path: Path) -> None:
 
 def test_the_sentence_without_measures() -> None:
     assert Outcome(3, (), (), "", 1).sentence == "version 3 has learned from 1 verdict"
+
+
+@pytest.mark.skipif(sys.platform == "win32" or sys.version_info < (3, 11), reason="needs process_group of Popen")
+def test_ctrl_c_does_not_reach_it_and_it_stays_in_the_session(tmp_path: Path) -> None:
+    code = "import os; print(os.getpgid(0) == os.getpid(), os.getsid(0), flush=True); raise SystemExit(2)"
+    assert failure(tmp_path, code) == f"True {os.getsid(0)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from helpers.servers import wait_until
 from rlchat.chat.feedback import append_feedback
 from rlchat.chat.learning.state import State
 from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.models.model_file import save_bundle
@@ -201,6 +203,27 @@ def test_old_versions_are_deleted_but_not_the_active_one(model: Path) -> None:
         assert (folder_of(model) / "1.json").exists()
         assert supervisor.rollback() == (0, model)
         assert model.exists()
+
+
+def test_versions_and_files_of_the_users_own_rounds_stay(model: Path) -> None:
+    versions = Versions(model)
+    figures = {"accepted": True, "date": "2026-11-01", "feedback": {"verdicts": 2}, "feedback_file": "feedback.jsonl"}
+    versions.accept(lambda path: shutil.copy(model, path), figures)
+    with supervising(model, keep=1) as (supervisor, _):
+        assert supervisor.active() == (0, model)
+        for number, questions in enumerate(("ab", "cd"), 2):
+            give(model, *questions)
+            wait_for_rounds(supervisor, number)
+        assert supervisor.status().versions == (0, 1, 3)
+        with versions.locked():
+            unfinished = folder_of(model) / ".4.pt.abc"
+            unfinished.touch()
+            give(model, "e", "f")
+            wait_until(lambda: supervisor.status().error is not None)
+            assert supervisor.status().error == (
+                f"{folder_of(model)}: another `rlchat learn` is at work here; wait until it has ended"
+            )
+            assert unfinished.exists()
 
 
 def test_a_version_that_cannot_be_loaded_is_not_used(model: Path) -> None:
