@@ -86,9 +86,9 @@ class LiveLearning:
         lines = [_sentence(outcome, status) for outcome in status.rounds[self._told :]]
         self._told = len(status.rounds)
         if status.error is not None and status.error != self._error:
-            lines.append(f"learning: {status.error}")
+            lines.append(f"no new version: {status.error}")
         if (bad := status.bad_lines - self._bad_lines) > 0:
-            lines.append(f"learning: {bad} damaged line{_s(bad)} in {self._supervisor.feedback} cannot be used")
+            lines.append(f"{bad} damaged line{_s(bad)} in {self._supervisor.feedback} cannot be used")
         self._error, self._bad_lines = status.error, status.bad_lines
         return lines
 
@@ -168,7 +168,7 @@ class _Silent(logging.NullHandler):
 
 def _sentence(outcome: Outcome, status: Status) -> str:
     """What came of a round, in one line."""
-    line = outcome.sentence if outcome.number is not None else f"learning: {outcome.sentence}"
+    line = outcome.sentence if outcome.number is not None else f"no new version: {'; '.join(outcome.reasons)}"
     if outcome.number is not None and outcome.number == status.active:
         line = f"{line}; now in use"
     left_out: Sequence[str] = [f"{count} {reason}" for reason, count in outcome.left_out.items() if count]

@@ -89,5 +89,11 @@ class RollbackRequest(BaseModel):
 
 def measures_of(figures: dict[str, Any]) -> Measures:
     """The known ones among ``figures``, which are from a file; a value of another type counts as not measured."""
-    kinds: dict[str, Any] = {"agrees": int, "verdicts": int, "correct": int, "controls": int, "perplexity": (int, float)}
+    kinds: dict[str, Any] = {
+        "agrees": int,
+        "verdicts": int,
+        "correct": int,
+        "controls": int,
+        "perplexity": (int, float),
+    }
     return Measures(**{name: figures[name] for name, kind in kinds.items() if isinstance(figures.get(name), kind)})

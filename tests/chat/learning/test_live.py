@@ -162,12 +162,12 @@ def test_no_swap_within_a_response(model: Path) -> None:
 def test_rejected_and_failed_rounds(model: Path) -> None:
     with chatting(model, "--reject") as session:
         teach(session, "a", "b")
-        assert wait_for_news(session) == ["learning: rejected: it forgets"]
+        assert wait_for_news(session) == ["no new version: it forgets"]
         run(session, "c")
         assert said(session) == "old old "
     with chatting(model, "--crash") as session:
         teach(session, "d", "e")
-        assert wait_for_news(session) == ["learning: the round has failed; try again"]
+        assert wait_for_news(session) == ["no new version: the round has failed; try again"]
         run(session, "f")
         assert said(session) == "old old "
 
@@ -179,7 +179,7 @@ def test_a_version_that_cannot_be_loaded(model: Path) -> None:
         first, second = wait_for_news(session, 2)
         assert first.startswith("version 1 has learned from 2 verdicts")
         assert not first.endswith("now in use")
-        assert second.startswith("learning: version 1 is not in use: ")
+        assert second.startswith("no new version: version 1 is not in use: ")
         run(session, "c")
         assert said(session) == "old old "
 
@@ -190,12 +190,12 @@ def test_bad_feedback(model: Path) -> None:
         append_feedback(model.with_name("feedback.jsonl"), prompt, name, "bad", model="other.pt")
     with chatting(model) as session:
         (line,) = wait_for_news(session)
-        assert line.startswith("learning: the verdicts in ")
+        assert line.startswith("no new version: the verdicts in ")
         assert line.endswith("feedback.jsonl are on responses of other.pt, not of chat.pt")
         with model.with_name("feedback.jsonl").open("a") as file:
             file.write("{\n" * 2)
         (line,) = wait_for_news(session)
-        assert line.startswith("learning: 2 damaged lines in ")
+        assert line.startswith("2 damaged lines in ")
         run(session, "c")
         assert said(session) == "old old "
 
