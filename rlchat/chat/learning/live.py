@@ -157,9 +157,12 @@ class LiveLearning:
 
 
 def table_of(model: Path) -> list[str]:
-    """The versions of ``model`` that there are, for a chat with ``model`` that does not learn."""
+    """The versions of ``model`` that there are, for a chat that does not learn; ``model`` may be one of them."""
+    number, original = 0, model.parent.with_suffix(".pt")
+    if model.stem.isdecimal() and model.parent.suffix == ".versions" and original.exists():
+        number, model = int(model.stem), original
     folder = VersionFolder(model, keep=1)
-    return version_table(folder.outcomes(), 0, folder.usable())
+    return version_table(folder.outcomes(), number, folder.usable())
 
 
 class _Silent(logging.NullHandler):

@@ -18,7 +18,7 @@ from helpers.servers import wait_until
 from rlchat.__main__ import main
 from rlchat.chat.feedback import append_feedback
 from rlchat.chat.interface import ChatInterface
-from rlchat.chat.learning.live import LiveLearning
+from rlchat.chat.learning.live import LiveLearning, table_of
 from rlchat.chat.learning.rounds import Outcome
 from rlchat.chat.learning.table import version_table
 from rlchat.chat.repl import Session
@@ -251,6 +251,14 @@ def test_through_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "--every has an effect only with --learn" in capsys.readouterr().err
     assert chat("", "--learn", "--learn-args", "'") == 2
     assert "--learn-args: no closing quotation; quote it as for a shell" in capsys.readouterr().err
+
+
+def test_the_table_without_learning(model: Path) -> None:
+    with chatting(model) as session:
+        teach(session, "a", "b")
+        learned(session, 1)
+    assert [line[:3] for line in table_of(model)] == ["  v", "* 0", "  1"]
+    assert [line[:3] for line in table_of(model.with_name("chat.versions") / "1.pt")] == ["  v", "  0", "* 1"]
 
 
 def test_the_table_of_versions() -> None:
