@@ -49,21 +49,29 @@ Verdict = Literal["good", "bad", "none"] | Correction
 
 
 def append_feedback(
-    path: str | Path, prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "", client: str = ""
+    path: str | Path,
+    prompt: Conversation,
+    reply: str,
+    verdict: Verdict,
+    *,
+    model: str = "",
+    model_id: str = "",
+    client: str = "",
 ) -> None:
     """Append a verdict on the response ``reply`` to ``prompt`` to the file ``path``, which is created if needed.
 
     ``good`` and ``bad`` become the quality labels 1 and 0. A :class:`Correction` becomes a pair: the correction with
     rank 0, the response with rank 1. ``none`` withdraws the verdict. A later verdict on the same response to the same
     prompt by the same ``client`` replaces an earlier one when the file is read; verdicts by different clients are all
-    kept. ``model`` is the name of the model that generated the response.
+    kept. ``model`` is the name of the model that generated the response, and ``model_id`` its
+    :func:`rlchat.models.model_file.identity`.
     Several processes may append at once; a line is written as a whole or not at all.
 
     Raises:
         UserError: the message, the response or its correction is empty; the correction is identical to the response;
             the file cannot be written.
     """
-    row = feedback_row(prompt, reply, verdict, model=model, client=client)
+    row = feedback_row(prompt, reply, verdict, model=model, model_id=model_id, client=client)
     line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise UserError(f"the feedback has {len(line):,} bytes: a line of data may have at most {MAX_LINE_BYTES:,}")
@@ -93,7 +101,7 @@ def _write_error(path: Path, error: OSError) -> UserError:
 
 
 def feedback_row(
-    prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "", client: str = ""
+    prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "", model_id: str = "", client: str = ""
 ) -> dict[str, Any]:
     """The OASST tree that :func:`append_feedback` writes."""
     response, messages = _clean(reply), _context(prompt)
@@ -121,6 +129,7 @@ def feedback_row(
         # Equal for all conversations with the same beginning, so that they are in the same split.
         "message_tree_id": tree_id_of(messages),
         "feedback_id": _feedback_id(messages, response, client),
+        **({"model_id": model_id} if model_id else {}),
         "verdict": "corrected" if isinstance(verdict, Correction) else verdict,
         "tree_state": "ready_for_export",
         "created_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -31,7 +31,7 @@ from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation
 from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.models.model_file import PolicyBundle, load_policy
+from rlchat.models.model_file import PolicyBundle, identity, load_policy
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
 from rlchat.utils.devices import choose_device, choose_dtype
@@ -69,6 +69,7 @@ class ChatInterface:
         self.dtype = choose_dtype(dtype, self.device)
         generator = generator_from(seed)
         self.seed = seed
+        self._model_ids: dict[str, str] = {}  # of each model file that has been in use
         self._use(load_policy(model_path, self.device, base_model), Path(model_path), generator)
         self._reset_dropped()
         self._system: str | None = None
@@ -94,6 +95,7 @@ class ChatInterface:
         self.bundle, self.model_path, self.model = bundle, path, bundle.model.to(self.dtype)
         self.tokenizer, self.max_length = bundle.tokenizer, bundle.max_length
         self._generator = ResponseGenerator(bundle, self.device, generator)
+        self._model_ids[path.name] = identity(bundle)
 
     @property
     def system(self) -> str | None:
@@ -175,9 +177,8 @@ class ChatInterface:
         system = () if self.system is None else (SavedMessage("system", self.system),)
         seed = None if self.seed is None else int(self.seed)  # a NumPy integer is not JSON
         sampling = {**asdict(self._sampling), "seed": seed}
-        save_conversation(
-            path, SavedConversation((*system, *self._messages), self.model_path.name, sampling), overwrite=overwrite
-        )
+        saved = SavedConversation((*system, *self._messages), self.model_path.name, sampling)
+        save_conversation(path, saved, overwrite=overwrite)
 
     def load(self, path: str | Path) -> SavedConversation:
         """Replace this conversation by the one in ``path``, and return the content of the file.
@@ -217,7 +218,8 @@ class ChatInterface:
                             )
                     break
             model = rated.model or self.model_path.name
-            append_feedback(path, prompt, reply.text, verdict, model=model)
+            model_id = self._model_ids.get(model, "")  # not known for a conversation that another model had
+            append_feedback(path, prompt, reply.text, verdict, model=model, model_id=model_id)
             if isinstance(verdict, Correction):
                 rated = self._messages[-1] = SavedMessage("assistant", verdict.text, now(), model)
                 self._last = None
@@ -363,8 +365,7 @@ class ChatInterface:
         if use_history:
             response = SavedMessage("assistant", reply.text, now(), self.model_path.name)
             self._messages += [SavedMessage("user", text, asked_at), response]
-            self._undone = []
-            self._last = reply
+            self._undone, self._last = [], reply
 
     def _best_replies(
         self, prompts: Sequence[Conversation], fitted: Sequence[FittedPrompt], sampling: Sampling, batch_size: int

@@ -29,6 +29,7 @@ class JudgedResponse:
         correction: the text that replaces a corrected response; else empty.
         model: the file name of the model that generated the response; empty if it is not known.
         feedback_id: equal for verdicts of one client on the same response to the same prompt.
+        model_id: the :func:`rlchat.models.model_file.identity` of that model; empty in files of version 0.1.
     """
 
     prompt: Conversation
@@ -37,6 +38,7 @@ class JudgedResponse:
     correction: str
     model: str
     feedback_id: str
+    model_id: str = ""
 
     @property
     def opening_id(self) -> str:
@@ -97,8 +99,9 @@ def verdict_of(row: dict[str, Any]) -> JudgedResponse:
         raise BadLineError(f"the verdict {kind!r} does not fit its {len(texts)} responses")
     correction = texts[0] if kind == "corrected" else ""
     response = "" if not texts or (kind == "corrected" and len(texts) == 1) else texts[-1]
-    bare = Conversation(prompt.messages)
-    return JudgedResponse(bare, response, kind, correction, _model_name(row["prompt"]), feedback_id)
+    bare, model_id = Conversation(prompt.messages), row.get("model_id")
+    known = model_id if isinstance(model_id, str) else ""
+    return JudgedResponse(bare, response, kind, correction, _model_name(row["prompt"]), feedback_id, known)
 
 
 def _model_name(root: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,12 +167,13 @@ class OASST2DataModule(LightningDataModule):
         self._needs = needs
 
     def describe(self) -> dict[str, Any]:
-        """The files and the split, as plain values: a model file records what it was trained on.
+        """The files, the split and how they are read, as plain values: a model file records what it was trained on.
 
         Paths outside the working directory are left out: model files are passed on, and such paths tell about the user.
         """
         paths = [str(path) for path in self.paths if not Path(path).is_absolute() and ".." not in Path(path).parts]
-        return {"path": paths, **{name: getattr(self, name) for name in ("seed", "val_fraction", "test_fraction")}}
+        split = {name: getattr(self, name) for name in ("seed", "val_fraction", "test_fraction")}
+        return {"path": paths, **split, **asdict(self.reading)}
 
     def prepare_data(self) -> None:
         """Tokenizes in one process, so that the others find the result in the cache."""

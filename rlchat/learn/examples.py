@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.chat.verdicts import JudgedResponse
-from rlchat.conversation import Conversation, Message, spaced_words
-from rlchat.data.splits import unit_hash
+from rlchat.conversation import Check, Conversation, Message, spaced_words
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
-HELD_BACK_FRACTION = 0.2
-_SPLIT_SEED = 0  # the same in every run, so that a prompt that was held back once always is
 _OASST_ROLES = {"user": "prompter", "assistant": "assistant", "system": "system"}
-
-
-def is_held_back(verdict: JudgedResponse) -> bool:
-    """Whether ``verdict`` measures and does not train. It depends on the first user message only."""
-    return unit_hash(_SPLIT_SEED, f"learn/{verdict.opening_id}") < HELD_BACK_FRACTION
 
 
 def fits(verdict: JudgedResponse, tokenizer: ChatTokenizer, max_length: int) -> bool:
@@ -84,9 +76,13 @@ def words_of(text: str) -> str:
     return " ".join(sorted(spaced_words(text).split()))
 
 
-def answered(prompt: Conversation, text: str) -> Conversation:
-    """``prompt`` with ``text`` as its only response, of rank 0: what the SFT loss of DPO imitates."""
-    return replace(prompt, references=(Message("assistant", text, rank=0),))
+def held(prompt: Conversation, text: str) -> Conversation:
+    """``prompt`` with ``text`` as its only response, with the label 0.5: neither better nor worse than now.
+
+    The label loss of DPO is then smallest where the log-prob of ``text`` is that of the reference model. It holds the
+    policy there, and its gradient is 0 at the start of training.
+    """
+    return replace(prompt, references=(Message("assistant", text, quality=0.5),))
 
 
 def write_prompts(path: Path, prompts: Sequence[Conversation]) -> None:
@@ -109,5 +105,12 @@ def _tree(prompt: Conversation, name: str) -> dict[str, Any]:
         row = {"message_id": f"{name}-{depth}", "role": _OASST_ROLES[message.role], "text": message.text}
         if message.role == "assistant":  # of the context, which SFT must not imitate
             row["train"] = False
+        if prompt.check is not None and depth == len(prompt.messages) - 1:
+            row["check"] = _check_row(prompt.check)
         replies = [{**row, "replies": replies}]
     return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": replies[0]}
+
+
+def _check_row(check: Check) -> dict[str, Any]:
+    key = "any_of" if check.kind == "contains" else check.kind
+    return {key: [*check.any_of], "none_of": [*check.none_of], "tolerance": check.tolerance}

@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from rlchat.learn.measure import Figures
 from rlchat.training.options import not_negative
 
-MIN_VERDICTS = 10
-"""With fewer verdicts, none is held back, and the gate does not use agreement."""
-
 
 @dataclass(frozen=True)
 class Bounds:
@@ -47,7 +44,7 @@ class Decision:
 
 
 def judge(
-    original: Figures, current: Figures, new: Figures, bounds: Bounds, verdicts: int, alarms: Sequence[str]
+    original: Figures, current: Figures, new: Figures, bounds: Bounds, none_held_back: str, alarms: Sequence[str]
 ) -> Decision:
     """The decision on a version with the figures ``new``.
 
@@ -56,14 +53,13 @@ def judge(
         current: the figures of the model that the version would replace, whose agreement must not fall.
         new: the figures of the version.
         bounds: how far is too far.
-        verdicts: the number of verdicts that count, held back or not.
+        none_held_back: if no verdict is held back, why, as a clause.
         alarms: the problems that were noticed in training, as sentences.
     """
     reasons = [*alarms]
     notes = []
     if new.agrees is None or current.agrees is None:
-        why = f"{verdicts} verdicts are fewer than {MIN_VERDICTS}" if verdicts < MIN_VERDICTS else _NONE_HELD_BACK
-        notes.append(f"agreement is not part of the gate: {why}")
+        notes.append(f"agreement is not part of the gate: {none_held_back}")
     elif new.agrees < current.agrees:
         reasons.append(f"it agrees with {new.agrees} of {new.verdicts} held-back verdicts, before: {current.agrees}")
     if new.perplexity is None or original.perplexity is None:
@@ -88,9 +84,6 @@ def judge(
     if kl is not None and not kl <= bounds.kl:
         reasons.append(f"the KL to the original model is {kl:.3g} nats per token on controls, above {bounds.kl:.3g}")
     return Decision(reasons, notes)
-
-
-_NONE_HELD_BACK = "all verdicts are on prompts of the other four fifths"
 
 
 def kl_between(original: Figures, new: Figures) -> float | None:

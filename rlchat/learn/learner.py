@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,14 @@ from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
 from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation
 from rlchat.errors import NonFiniteError, UserError
-from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts, words_of
-from rlchat.learn.gate import MIN_VERDICTS, Bounds, Decision, judge, kl_between
+from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
+from rlchat.learn.gate import Bounds, Decision, judge, kl_between
+from rlchat.learn.held_back import split, trained_prompts
 from rlchat.learn.measure import Figures, Yardstick, measure, questions_of, respond
+from rlchat.learn.records import describe, finite, reward_with_model
 from rlchat.learn.replay import Replay, data_of, everyday_replay, read_replay
 from rlchat.learn.stages import Lesson, Trained, Training, train
-from rlchat.models.model_file import PolicyBundle, load_policy, save_bundle
+from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.models.sampling import Sampling
 from rlchat.utils.devices import choose_device
 
@@ -72,6 +74,7 @@ class Outcome:
         path: its model file; None if it was rejected.
         figures: everything that was measured, as plain values, as written beside the versions.
         original, current, new: the figures of the three models.
+        policy: the trained version, in memory, also if it was rejected.
     """
 
     decision: Decision
@@ -81,6 +84,7 @@ class Outcome:
     original: Figures
     current: Figures
     new: Figures
+    policy: PolicyBundle
 
     @property
     def last_line(self) -> str:
@@ -102,17 +106,24 @@ def learn(request: Request, say: Callable[[str], object] = lambda line: None) ->
     versions = Versions(request.model, request.out)
     device = choose_device(request.device)
     original = load_policy(request.model, device, request.base_model)
+    current = None if request.current is None else load_policy(request.current, device)
     if isinstance(learned := original.about.get("learned"), dict):
         before = learned.get("from")
         say(f"{request.model} was learned from {before}: the KL penalty and the gate's bounds refer to {request.model}")
     with versions.locked():
-        return _Round(request, versions, original, say).run()
+        return _Round(request, versions, original, current, say).run()
 
 
 def usable_verdicts(
-    request: Request, versions: Versions, original: PolicyBundle
+    request: Request, versions: Versions, original: PolicyBundle, ids: Collection[str]
 ) -> tuple[list[JudgedResponse], FeedbackReport, Counter[str]]:
     """The verdicts that can be used, what was read, and how many verdicts were left out, by reason.
+
+    Args:
+        request: what to learn from what.
+        versions: of the model.
+        original: the model.
+        ids: the :func:`rlchat.models.model_file.identity` of the model and of the one in use.
 
     Raises:
         UserError: the file cannot be read; no verdict can be used; the error says why.
@@ -121,9 +132,9 @@ def usable_verdicts(
     left_out: Counter[str] = Counter()
     usable, others = [], set()
     for verdict in verdicts:
-        in_use = request.current is not None and verdict.model == request.current.name
-        if not request.any_model and not in_use and not versions.owns(verdict.model):
-            others.add(verdict.model)
+        if not request.any_model and not _is_own(verdict, request, versions, ids):
+            same_name = verdict.model == request.model.name
+            others.add(f"another model named {verdict.model}" if same_name else verdict.model)
             left_out["on responses of other models"] += 1
         elif not fits(verdict, original.tokenizer, original.max_length):
             left_out[f"longer than max_length {original.max_length}"] += 1
@@ -145,12 +156,15 @@ def usable_verdicts(
     )
 
 
-def split(verdicts: Sequence[JudgedResponse]) -> tuple[list[JudgedResponse], list[JudgedResponse]]:
-    """The verdicts that train, and the held-back fifth; none is held back if one of both would be empty."""
-    held_back = [verdict for verdict in verdicts if is_held_back(verdict)]
-    if len(verdicts) < MIN_VERDICTS or len(held_back) == len(verdicts):
-        return list(verdicts), []
-    return [verdict for verdict in verdicts if not is_held_back(verdict)], held_back
+def _is_own(verdict: JudgedResponse, request: Request, versions: Versions, ids: Collection[str]) -> bool:
+    """Whether ``verdict`` is on a response of the model, of one of its versions, or of the one in use.
+
+    The file name decides only for verdicts without an id, which rlchat 0.1 wrote.
+    """
+    if verdict.model_id:
+        return verdict.model_id in ids
+    in_use = request.current is not None and verdict.model == request.current.name
+    return in_use or versions.owns(verdict.model)
 
 
 def uncorrected(
@@ -158,16 +172,19 @@ def uncorrected(
 ) -> list[Conversation]:
     """``controls`` without those that the original model answers with the words of a corrected response.
 
-    They would hold the version to what was corrected. If they are more than a tenth, none is left out: who corrects
-    everything must not switch the controls off.
+    They would hold the version to what was corrected. Words with as many 👍 as corrections, on any prompt, are no
+    reason: a few wrong corrections must not take right answers out. If more than a tenth would be left out, none is:
+    who corrects everything must not switch the controls off.
 
     Args:
         controls: prompts with checks.
         replies: the original model's responses to them.
         verdicts: all verdicts that count.
     """
-    corrected = {words_of(verdict.response) for verdict in verdicts if verdict.kind == "corrected"}
-    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if words_of(reply) not in corrected]
+    votes: Counter[str] = Counter()
+    for verdict in verdicts:
+        votes[words_of(verdict.response)] += (verdict.kind == "corrected") - (verdict.kind == "good")
+    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if votes[words_of(reply)] <= 0]
     return kept if len(kept) >= (1 - _MOST_CORRECTED) * len(controls) else controls
 
 
@@ -175,77 +192,99 @@ class _Round:
     """One run of :func:`learn` on a loaded model."""
 
     def __init__(
-        self, request: Request, versions: Versions, original: PolicyBundle, say: Callable[[str], object]
+        self,
+        request: Request,
+        versions: Versions,
+        original: PolicyBundle,
+        current: PolicyBundle | None,
+        say: Callable[[str], object],
     ) -> None:
         self.request, self.versions, self.original, self.say = request, versions, original, say
+        self.current = current  # None: the original
         self.training = request.training.for_model(original)
         self.seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
     def run(self) -> Outcome:
         """All steps."""
-        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original)
-        training, held_back = split(verdicts)
-        judged = judged_prompts(training)
+        ids = {identity(model) for model in (self.original, self.current) if model is not None}
+        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original, ids)
+        trained, unknown = self._trained_prompts()
+        sides = split(verdicts, trained)
+        judged = judged_prompts(sides.training)
         if not judged:
             raise UserError(
                 f"{self.request.feedback}: the verdicts contradict each other, so there is nothing to learn"
             )
         counts = {
             "verdicts": len(verdicts),
-            "trained_on": len(training),
-            "held_back": len(held_back),
+            "trained_on": len(sides.training),
+            "held_back": len(sides.held_back),
             "kinds": dict(Counter(verdict.kind for verdict in verdicts)),
             "replaced": report.replaced,
             "withdrawn": report.withdrawn,
             "bad_lines": report.bad_lines,
             "left_out": dict(left_out),
         }
-        self.say(_describe(counts))
+        self.say(describe(counts))
         replay = self._replay({verdict.opening_id for verdict in verdicts})
         self._lap("read")
-        yardstick = self._yardstick(replay, verdicts, held_back)
+        yardstick = self._yardstick(replay, verdicts, sides.held_back)
         original = measure(self.original, yardstick)
-        current = original if self.request.current is None else self._measure_current(yardstick)
+        current = original if self.current is None else measure(self.current, yardstick)
+        self.current = None  # frees its memory
         self._lap("measure")
-        lesson = self._lesson(judged, replay)
+        lesson = self._lesson(judged, replay, yardstick)
         self.say(
             f"training: {self.training.method}, {_PARTS[self.training.part or 'full']}, on {len(lesson.judged)} judged "
             f"and {len(lesson.replay)} replayed prompts ({replay.source})"
         )
         with tempfile.TemporaryDirectory(prefix="rlchat-learn-") as scratch:
-            trained = train(
+            version = train(
                 self.request.model, self.original, lesson, self.training, Path(scratch), self.request.base_model
             )
-            trained.policy.model.to(self.original.model.backbone.device).eval()
+            version.policy.model.to(self.original.model.backbone.device).eval()
             self._lap("train")
-            new, decision = self._judge(trained, yardstick, original, current, len(verdicts))
+            new, decision = self._judge(version, yardstick, original, current, sides.why_none)
             self._lap("measure")
-        figures = self._figures(counts, replay, (original, current, new), decision)
+        decision.notes.extend(unknown if sides.held_back else [])
+        figures = self._figures({**counts, "replayed": len(lesson.replay)}, replay, (original, current, new), decision)
         number, path = None, None
         if decision.accepted:
-            number, path = self.versions.accept(lambda file: self._write(file, trained, counts), figures)
+            recorded = {**finite(figures), "trained_prompts": sides.trained_prompts}
+            number, path = self.versions.accept(lambda file: self._write(file, version, counts), recorded)
         else:
-            self.versions.reject(figures)
-        return Outcome(decision, number, path, figures, original, current, new)
+            self.versions.reject(finite(figures))
+        return Outcome(decision, number, path, figures, original, current, new, version.policy)
 
     def _judge(
-        self, trained: Trained, yardstick: Yardstick, original: Figures, current: Figures, verdicts: int
+        self, trained: Trained, yardstick: Yardstick, original: Figures, current: Figures, why_none: str
     ) -> tuple[Figures, Decision]:
         """The figures of the version, and the decision. A version that computes NaN has no figures."""
         try:
             new = measure(trained.policy, yardstick)
         except NonFiniteError:
             return Figures.none(), Decision([*trained.alarms, "the version computes NaN or infinity"])
-        return new, judge(original, current, new, self.request.bounds, verdicts, trained.alarms)
+        return new, judge(original, current, new, self.request.bounds, why_none, trained.alarms)
+
+    def _trained_prompts(self) -> tuple[list[str], list[str]]:
+        """The ids of the prompts that trained the version in use, and a note if they are not known."""
+        in_use = self.request.current or self.request.model
+        bundle = self.current or self.original
+        found = trained_prompts(in_use)
+        if found is None and isinstance(bundle.about.get("learned"), dict):
+            record = in_use.with_suffix(".json")
+            return [], [f"{record}, which says what trained {in_use}, was not found: its agreement may be too high"]
+        return found or [], []
 
     def _replay(self, openings: set[str]) -> Replay:
-        paths, data_split = data_of(self.original.about)
+        data = data_of(self.original.about)
         limits = {"limit": self.request.replay_prompts, "held_out_limit": self.request.control_prompts}
         if self.request.replay:
-            return read_replay(self.request.replay, data_split, openings, **limits)
+            return read_replay(replace(data, paths=[*map(str, self.request.replay)]), openings, **limits)
+        paths = data.paths
         if paths and all(Path(path).is_file() for path in paths):
-            return read_replay(paths, data_split, openings, **limits)
+            return read_replay(data, openings, **limits)
         missing = f"{', '.join(paths)}, which the model file names, was not found" if paths else "no --replay"
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
         return everyday_replay(self.request.replay_prompts, openings)
@@ -267,17 +306,17 @@ class _Round:
             max_new_tokens=self.training.tokens,
         )
 
-    def _measure_current(self, yardstick: Yardstick) -> Figures:
-        assert self.request.current is not None
-        return measure(load_policy(self.request.current, self.original.model.backbone.device), yardstick)
-
-    def _lesson(self, judged: list[Conversation], replay: Replay) -> Lesson:
-        """The training data. A replayed response that the verdicts reject on another prompt is left out."""
+    def _lesson(self, judged: list[Conversation], replay: Replay, yardstick: Yardstick) -> Lesson:
+        """The training data. PPO generates its own responses; DPO holds the log-probs of the original model's."""
+        ended = [reply.ended for _, reply in yardstick.originals]
+        truncated = 1 - sum(ended) / len(ended) if ended else 0.0
         prompts, bad = replay.prompts, rejected_texts(judged)
+        if self.training.method == "ppo":
+            return Lesson(judged, [replace(p, references=()) for p in prompts], replay.judged, truncated)
         replies = respond(self.original, prompts, self._sampling, self.training.seed + 2) if prompts else []
-        texts = [reply.text.strip() if reply.ended else "" for reply in replies]
-        kept = [answered(p, t) for p, t in zip(prompts, texts, strict=True) if t and words_of(t) not in bad]
-        return Lesson(judged, kept, replay.judged)
+        texts = [reply.text.strip() for reply in replies]
+        kept = [held(p, text) for p, text in zip(prompts, texts, strict=True) if text and words_of(text) not in bad]
+        return Lesson(judged, kept, replay.judged, truncated)
 
     @property
     def _sampling(self) -> Sampling:
@@ -308,10 +347,11 @@ class _Round:
     def _write(self, path: Path, trained: Trained, counts: dict[str, Any]) -> None:
         """Writes the model file, after the reward model that it names."""
         about = {**self.original.about}
-        about["learned"] = {"from": self.request.model.name, "method": self.training.method, **counts}
+        origin = {"from": self.request.model.name, "model_id": identity(self.original)}
+        about["learned"] = {**origin, "method": self.training.method, **counts}
         reward_path = path.with_suffix(".reward.pt")
         if trained.reward is not None:
-            about["reward"] = _with_reward_model(trained.policy.about["reward"], reward_path)
+            about["reward"] = reward_with_model(trained, reward_path)
             trained.reward.about = {"learned": about["learned"]}
             save_bundle(reward_path, trained.reward)
         try:
@@ -330,25 +370,3 @@ class _Round:
 
 
 _PARTS = {"full": "all weights", "lora": "LoRA"}
-
-
-def _with_reward_model(described: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """``described`` with the reward model at ``path``."""
-    return [
-        {**row, "init_args": {**row["init_args"], "bundle": str(path)}} if "bundle" in row["init_args"] else row
-        for row in described
-    ]
-
-
-def _describe(counts: dict[str, Any]) -> str:
-    kinds = counts["kinds"]
-    names = {"good": "good", "bad": "bad", "corrected": "corrected"}
-    text = f"{counts['verdicts']} verdicts: " + ", ".join(f"{kinds[k]} {names[k]}" for k in names if k in kinds)
-    if counts["held_back"]:
-        text += f"; {counts['held_back']} of them held back for the gate"
-    extra = [f"{counts[name]} {what}" for name, what in _UNUSED.items() if counts[name]]
-    extra += [f"{count} {reason}" for reason, count in counts["left_out"].items()]
-    return text + (f" (left out: {', '.join(extra)})" if extra else "")
-
-
-_UNUSED = {"replaced": "replaced by a later verdict", "withdrawn": "taken back", "bad_lines": "damaged lines"}

@@ -103,11 +103,19 @@ def measure(model: PolicyBundle, yardstick: Yardstick) -> Figures:
     return Figures(
         agrees=agreement(model, yardstick.questions) if yardstick.questions else None,
         verdicts=len(yardstick.questions),
-        perplexity=None if perplexity is None else math.exp(perplexity),
+        perplexity=None if perplexity is None else _exp(perplexity),
         correct=correct,
         controls=len(yardstick.controls),
         original_nll=nats_per_token(model, responses),
     )
+
+
+def _exp(nats: float) -> float:
+    """e to the power of ``nats``. Of a version that has diverged, it can be more than the largest float: infinity."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def questions_of(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from rlchat.conversation import Conversation, Message
 from rlchat.data.forest import Tree, tree_id_of
 from rlchat.data.formats import read_forest
+from rlchat.data.loading import Reading
 from rlchat.data.splits import split_trees, unit_hash
 from rlchat.errors import UserError
 
@@ -51,7 +52,9 @@ EVERYDAY = (
     "Is it going to rain tomorrow?",
     "What do you think about music?",
 )
-_SPLIT = {"seed": 0, "val_fraction": 0.05, "test_fraction": 0.05}  # the defaults of the data module
+# The defaults of the data module, which versions before 0.2 of model files were trained with or do not mention.
+_SPLIT = {"seed": 0, "val_fraction": 0.05, "test_fraction": 0.05}
+_READING = Reading(lang="en", on_bad_line="error", keep_synthetic=False, split_text=False)
 
 
 @dataclass(frozen=True)
@@ -91,33 +94,55 @@ def everyday_replay(limit: int, without: Collection[str]) -> Replay:
     return Replay("packaged everyday prompts", replayed[:limit], [], [], controls)
 
 
-def data_of(about: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The data files that a model file says it was trained on, and their split; empty and the default if it does not.
+@dataclass(frozen=True)
+class TrainingData:
+    """The data that a model was trained on.
+
+    Attributes:
+        paths: its files; empty if they are not known.
+        split: the seed and the fractions of the split.
+        reading: how the files were read.
+    """
+
+    paths: list[str]
+    split: Mapping[str, Any]
+    reading: Reading
+
+
+def data_of(about: Mapping[str, Any]) -> TrainingData:
+    """The data that a model file says it was trained on; what it does not say is as by default.
 
     ``about`` is from a file, so everything in it may have any type.
     """
     data = about.get("data")
     if not isinstance(data, dict):
-        return [], dict(_SPLIT)
+        data = {}
     paths = data.get("path")
     found = [path for path in paths if isinstance(path, str)] if isinstance(paths, list) else []
-    known = {name: data[name] for name in _SPLIT if isinstance(data.get(name), int | float)}
-    return found, {**_SPLIT, **known}
+    split = {name: data[name] for name in _SPLIT if isinstance(data.get(name), int | float)}
+    reading = {name: data[name] for name, fits in _FITS.items() if name in data and fits(data[name])}
+    return TrainingData(found, {**_SPLIT, **split}, replace(_READING, **reading))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "lang": lambda value: value is None or isinstance(value, str),
+    "on_bad_line": lambda value: value in ("error", "skip"),
+    "keep_synthetic": lambda value: isinstance(value, bool),
+    "split_text": lambda value: isinstance(value, bool),
+}
 
 
 def read_replay(
-    paths: Sequence[str | Path],
-    split: Mapping[str, Any],
+    data: TrainingData,
     without: Collection[str],
     *,
     limit: int,
     held_out_limit: int,
 ) -> Replay:
-    """Replay data from ``paths``, whose trees are split as in the training of the original model.
+    """Replay data, read and split as in the training of the original model.
 
     Args:
-        paths: data files in any format that `rlchat fit` reads.
-        split: the seed and the fractions of the split.
+        data: files in any format that `rlchat fit` reads.
         without: the opening ids of the verdicts' prompts, whose trees are left out.
         limit: the largest number of training prompts.
         held_out_limit: the largest number of held-out conversations, and of controls.
@@ -126,8 +151,9 @@ def read_replay(
         UserError: a file cannot be read, or contains no prompts.
     """
     with tempfile.TemporaryDirectory(prefix="rlchat-learn-") as folder:
-        forest, _ = read_forest(list(paths), Path(folder) / "trees", lang=None)
+        forest, _ = read_forest(data.paths, Path(folder) / "trees", **asdict(data.reading))
         trees = forest[:]
+    split = data.split
     places = torch.tensor([unit_hash(split["seed"], tree.opening_id) for tree in trees], dtype=torch.float64)
     sides = split_trees(places, torch.arange(len(trees)), split["val_fraction"], split["test_fraction"])
     trained = _side(trees, sides["train"], without)
@@ -135,7 +161,7 @@ def read_replay(
     prompts = [prompt for tree in trained for prompt in tree.prompts if prompt.is_prompt]
     if not prompts:
         raise UserError(
-            f"{', '.join(map(str, paths))}: no prompts to replay beside those of the verdicts; pass other data with "
+            f"{', '.join(data.paths)}: no prompts to replay beside those of the verdicts; pass other data with "
             f"--replay FILE"
         )
     asked = [prompt for tree in held_out for prompt in tree.prompts if prompt.is_prompt]
@@ -144,7 +170,7 @@ def read_replay(
         prompt for prompt in prompts if any(r.rank is not None or r.quality is not None for r in prompt.references)
     ]
     return Replay(
-        ", ".join(map(str, paths)),
+        ", ".join(data.paths),
         _sample(prompts, limit),
         _sample(judged, limit),
         _sample([_imitable(thread) for tree in held_out for thread in tree.threads], held_out_limit),

@@ -33,12 +33,14 @@ Part = Literal["lora", "full"]
 FULL_BELOW = 20_000_000
 """Models with fewer weights are trained in full by default, others with LoRA."""
 
-# Of a new version; a LoRA needs a higher one, see docs/lora.md.
+# Of a new version; a LoRA needs a higher one, see docs/lora.md, and so does DPO on all weights of a small model.
 _LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
+_SMALL_DPO_RATE = 3e-4
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
-# The gradient of a pair or a label is β times that of the SFT loss, which would otherwise outweigh them.
+# The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
+_MORE_TRUNCATED = 0.2  # of all responses of a version, than of the original model's
 
 _log = logging.getLogger("rlchat")
 # Warnings that say nothing here: nothing is selected by validation, and alarms are shown with the outcome.
@@ -52,7 +54,8 @@ class Training:
     Attributes:
         method: dpo, or ppo after an update of the reward model.
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
-        learning_rate: the peak learning rate; None: 1e-4 for all weights, 5e-4 for LoRA.
+        learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for DPO on all
+            weights of a model below :data:`FULL_BELOW` weights.
         passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
@@ -92,7 +95,8 @@ class Training:
         part: Part = self.part or ("full" if size < FULL_BELOW else "lora")
         tokens = self.max_new_tokens or max(1, min(100, original.max_length // 4))
         check_room(tokens, original.max_length)
-        rate = self.learning_rate or _LEARNING_RATES[part]
+        is_small_dpo = part == "full" and self.method == "dpo" and size < FULL_BELOW
+        rate = self.learning_rate or (_SMALL_DPO_RATE if is_small_dpo else _LEARNING_RATES[part])
         return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
 
     @property
@@ -108,23 +112,29 @@ class Lesson:
 
     Attributes:
         judged: the prompts of the verdicts, with ranks and labels of their responses.
-        replay: prompts of the original training, each with the response of the original model. To imitate its sampled
-            responses keeps the KL from it small: their mean negative log-prob is that KL plus a constant.
+        replay: prompts of the original training. For DPO, each has a response of the original model, whose log-prob is
+            held where it is; see :func:`rlchat.learn.examples.held`.
         judged_replay: prompts of the original training with ranks and labels, for the reward model.
+        truncated: the share of the original model's responses that are truncated at ``max_new_tokens``.
     """
 
     judged: list[Conversation]
     replay: list[Conversation]
     judged_replay: list[Conversation]
+    truncated: float
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained version, not yet written. ``reward`` is the updated reward model of ppo."""
+    """A trained version, not yet written.
+
+    ``reward`` is the updated reward model of ppo; ``reward_file`` is where it was during training.
+    """
 
     policy: PolicyBundle
     reward: RewardBundle | None
     alarms: list[str]
+    reward_file: Path | None = None
 
 
 def train(
@@ -181,17 +191,18 @@ def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[st
 def _train_ppo(
     model: Path, original: PolicyBundle, lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]
 ) -> Trained:
-    described = _described_reward(original)
-    known = _known_reward_model(described, model)
+    described = _described_reward(original, model)
+    index = _updated_row(described)
+    known = None if index is None else Path(_arguments(described[index])["bundle"])
     ranked = [*lesson.judged, *lesson.judged_replay]
-    start = {**common, "init_from": str(known), "base_model": None} if known else common
+    start = {**common, "init_from": str(known), "base_model": None} if known and known.is_file() else common
     reward_module = RewardModelModule(**start, label_coef=1.0, warmup=0.1)
     data = _data(ranked, place.scratch / "reward", options)
     alarms = _fit(reward_module, data, _passes(len(ranked), options), place, [], clip=1.0)
     reward_file = place.scratch / "reward_model.pt"
     save_bundle(reward_file, reward_module.bundle())
     # Only good responses of the verdicts are imitated: the KL penalty holds the policy to the original on replay.
-    prompts = [*lesson.judged, *(replace(prompt, references=()) for prompt in lesson.replay)]
+    prompts = [*lesson.judged, *lesson.replay]
     imitates = any(r.rank == 0 or r.quality == 1 for prompt in lesson.judged for r in prompt.references)
     module = PPOModule(
         **common,
@@ -208,13 +219,24 @@ def _train_ppo(
     )
     data = _data(prompts, place.scratch / "ppo", options, _PROMPTS_PER_ITERATION)
     per_pass = max(1, len(prompts) // _PROMPTS_PER_ITERATION)
-    watch, passes = Alarms(), -(-options.iterations // per_pass)
+    watch, passes = _alarms(options.iterations, lesson.truncated), -(-options.iterations // per_pass)
     limit = -(-options.iterations // passes)
     alarms += _fit(module, data, passes, place, [watch], limit_train_batches=limit)
     # A factor that is the same for all responses, such as one for a missing end, is no danger.
     raised = [note["message"] for note in watch.notes if not note["what"].startswith("reward/")]
     alarms += [f"alarm in training: {message}" for message in raised]
-    return Trained(module.bundle(), reward_module.bundle(), alarms)
+    return Trained(module.bundle(), reward_module.bundle(), alarms, reward_file)
+
+
+def _alarms(iterations: int, truncated: float) -> Alarms:
+    """The alarms of a short run.
+
+    A problem must last for a quarter of the iterations. ``truncated`` is the share of the original model's responses
+    that are truncated: a version is no worse for it.
+    """
+    usual = Alarms()
+    patience = max(1, min(usual.patience, iterations // 4))
+    return Alarms(patience=patience, max_truncated=min(1.0, max(usual.max_truncated, truncated + _MORE_TRUNCATED)))
 
 
 def _passes(rows: int, options: Training) -> int:
@@ -288,11 +310,23 @@ def _without_expected_warnings() -> Iterator[None]:
         _log.removeFilter(keep)
 
 
-def _described_reward(original: PolicyBundle) -> list[dict[str, Any]]:
-    """The reward that a model file names, as rows with a ``class_path`` and ``init_args``; others are left out."""
+def _described_reward(original: PolicyBundle, model: Path) -> list[dict[str, Any]]:
+    """The reward that a model file names, as rows with a ``class_path`` and ``init_args``; others are left out.
+
+    A reward model is searched at its path in training, then beside the model file.
+    """
     described = original.about.get("reward")
     rows = described if isinstance(described, list) else []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("class_path"), str)]
+    found = []
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("class_path"), str):
+            continue
+        if _is_learned(row):
+            there = Path(str(_arguments(row).get("bundle")))
+            place = next((path for path in (there, model.parent / there.name) if path.is_file()), there)
+            row = {**row, "init_args": {**_arguments(row), "bundle": str(place)}}
+        found.append(row)
+    return found
 
 
 def _arguments(row: dict[str, Any]) -> dict[str, Any]:
@@ -304,27 +338,28 @@ def _is_learned(row: dict[str, Any]) -> bool:
     return row["class_path"].rpartition(".")[2] == LearnedQuality.__name__
 
 
-def _known_reward_model(described: Sequence[dict[str, Any]], model: Path) -> Path | None:
-    """The reward model that a model file names: at its path in training, or beside the model file."""
-    for row in described:
-        if _is_learned(row):
-            there = Path(str(_arguments(row).get("bundle")))
-            for path in (there, model.parent / there.name):
-                if path.is_file():
-                    return path
-    return None
+def _updated_row(described: Sequence[dict[str, Any]]) -> int | None:
+    """The index of the reward model that is updated: the first that exists, or else the first; None without one."""
+    learned = [i for i, row in enumerate(described) if _is_learned(row)]
+    return next((i for i in learned if Path(_arguments(described[i])["bundle"]).is_file()), min(learned, default=None))
 
 
 def _reward(described: Sequence[dict[str, Any]], reward_file: Path) -> Reward:
-    """The reward of the original model with the updated reward model in place of its own."""
-    weights = [_arguments(row).get("weight", 1.0) for row in described if _is_learned(row)]
-    factors: list[Factor] = [LearnedQuality(str(reward_file), weight=float(weights[0]) if weights else 1.0)]
-    for row in described:
-        if not _is_learned(row):
-            try:
-                factor = find_factor(row["class_path"])
-                check_arguments(factor, _arguments(row))
-                factors.append(factor(**_arguments(row)))
-            except (UserError, TypeError) as error:
-                _log.warning("the reward leaves out %s: %s", row["class_path"], error)
+    """The reward ``described`` with the updated reward model in its place, or before all factors if it is new."""
+    rows = [*described]
+    index = _updated_row(rows)
+    if index is None:
+        rows.insert(0, {"class_path": "rlchat.rewards.LearnedQuality"})
+    updated = rows[index or 0]
+    # The updated reward model is a file with all weights, which needs no base.
+    kept = {name: value for name, value in _arguments(updated).items() if name != "base_model"}
+    rows[index or 0] = {**updated, "init_args": {**kept, "bundle": str(reward_file)}}
+    factors: list[Factor] = []
+    for row in rows:
+        try:
+            factor = find_factor(row["class_path"])
+            check_arguments(factor, _arguments(row))
+            factors.append(factor(**_arguments(row)))
+        except (UserError, TypeError) as error:
+            _log.warning("the reward leaves out %s: %s", row["class_path"], error)
     return Reward(factors)

@@ -86,6 +86,19 @@ class RewardBundle:
     base: BaseWeights | None = None
 
 
+def identity(bundle: PolicyBundle) -> str:
+    """The id of a chat model: equal for all copies of its file, and for the versions that `rlchat learn` makes of it.
+
+    It is a digest of the weights in the file. A version records the id of the model that it was learned from. Empty for
+    a model that was not loaded from a file.
+    """
+    learned = bundle.about.get("learned")
+    inherited = learned.get("model_id") if isinstance(learned, dict) else None
+    if isinstance(inherited, str) and inherited:
+        return inherited
+    return "" if bundle.base is None else bundle.base.fingerprint[:20]
+
+
 def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle, merge_adapter: bool = True) -> None:
     """Writes ``bundle`` atomically: after a kill or on a full disk the previous file is still there.
 

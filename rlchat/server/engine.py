@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rlchat.models.kv_cache import can_append
-from rlchat.models.model_file import PolicyBundle
+from rlchat.models.model_file import PolicyBundle, identity
 from rlchat.models.networks import RLChatModel
 from rlchat.models.sampling import Change, Sampling, Step, Uniforms, addressed_uniforms, sample
 from rlchat.server.logprobs import TokenLogprob, token_logprobs
@@ -55,10 +55,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A model in memory. ``version`` is the name of its file."""
+    """A model in memory: the name of its file, and its :func:`rlchat.models.model_file.identity`."""
 
     model: RLChatModel
     version: str = ""
+    model_id: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +103,7 @@ class Engine:
     """
 
     def __init__(self, bundle: PolicyBundle, *, max_rows: int = 64, max_waiting: int = 256, version: str = "") -> None:
-        self.loaded = Loaded(bundle.model, version)
+        self.loaded = Loaded(bundle.model, version, identity(bundle))
         self.tokenizer = bundle.tokenizer
         self.max_rows = max_rows
         self.max_waiting = max_waiting
@@ -124,7 +125,7 @@ class Engine:
         if bundle.tokenizer.vocab_size != self.tokenizer.vocab_size:
             raise ValueError("a version has another tokenizer than the model before")
         with self._changed:
-            self.loaded = Loaded(bundle.model, version)
+            self.loaded = Loaded(bundle.model, version, identity(bundle))
 
     @property
     def waiting(self) -> int:

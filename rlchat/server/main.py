@@ -126,7 +126,7 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
         caps=Caps(options.max_client_verdicts, options.max_verdicts),
     )
     if supervisor is not None:
-        supervisor.start()
+        supervisor.start(engine.loaded.model_id)
     host, port = listener.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{file.stem} is at {place} (page) and {place}/v1 (OpenAI-compatible API); press Ctrl-C to stop", flush=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from rlchat.chat.verdicts import JudgedResponse, VerdictKind
-from rlchat.conversation import Conversation, Message
+from rlchat.conversation import Check, CheckKind, Conversation, Message
 from rlchat.data.datamodule import DataNeeds, OASST2DataModule
 from rlchat.data.formats import read_trees
-from rlchat.learn.examples import answered, fits, is_held_back, judged_prompts, rejected_texts, words_of, write_prompts
-from rlchat.learn.learner import split, uncorrected
+from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of, write_prompts
+from rlchat.learn.learner import uncorrected
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
@@ -61,7 +63,7 @@ def test_the_rows_are_read_as_they_were_meant(tmp_path: Path) -> None:
     later = Conversation(
         (Message("system", "Be kind."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     )
-    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), answered(later, "d")]
+    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), held(later, "d")]
     write_prompts(tmp_path / "rows.jsonl", prompts)
     trees, _ = read_trees([tmp_path / "rows.jsonl"], lang=None)
     found = [
@@ -77,15 +79,26 @@ def test_the_rows_are_read_as_they_were_meant(tmp_path: Path) -> None:
     assert (context.text, context.learn) == ("b", False)
 
 
+@pytest.mark.parametrize("kind", get_args(CheckKind))
+def test_the_answer_of_a_prompt_is_kept(kind: CheckKind, tmp_path: Path) -> None:
+    check = Check(("5", "7"), ("6",), kind, 0.5 if kind == "number" else 0.0)
+    messages = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    prompts = [replace(GOOD.prompt, check=check), Conversation(messages, (Message("assistant", "5"),), check)]
+    write_prompts(tmp_path / "rows.jsonl", prompts)
+    trees, _ = read_trees([tmp_path / "rows.jsonl"], lang=None)
+    found = {p.messages[-1].text: p.check for tree in trees for p in tree.prompts}
+    assert found == {"Hello": check, "a": None, "c": check}
+
+
 def test_dpo_gets_pairs_labels_and_lone_responses(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), answered(GOOD.prompt, "d")]
+    prompts = [*judged_prompts([GOOD, verdict("Go.", "corrected", "Yes.", "Bye")]), held(GOOD.prompt, "d")]
     write_prompts(tmp_path / "rows.jsonl", prompts)
     data = OASST2DataModule(str(tmp_path / "rows.jsonl"), lang=None, val_fraction=0, test_fraction=0)
     data.needs = DataNeeds("dpo", tokenizer, 32, unpaired=True)
     data.setup()
     (batch,) = data.train_dataloader()
     rows = {(rank, str(quality)) for rank, quality in zip(batch.rank.tolist(), batch.quality.tolist(), strict=True)}
-    assert rows == {(-1, "1.0"), (0, "nan"), (1, "nan")}
+    assert rows == {(-1, "1.0"), (-1, "0.5"), (0, "nan"), (1, "nan")}
     assert sorted(batch.group.bincount().tolist()) == [1, 1, 2]
     data.needs = DataNeeds("dpo", tokenizer, 32)
     data.setup()
@@ -102,23 +115,6 @@ def test_what_fits(tokenizer: ChatTokenizer) -> None:
     assert fits(JudgedResponse(older, "Hi.", "good", "", "", ""), tokenizer, 32)  # older messages may go
 
 
-def test_a_prompt_is_never_on_both_sides() -> None:
-    many = [verdict(f"{kind} {n}", kind, question=f"Question {n}") for n in range(500) for kind in ("good", "bad")]
-    training, held_back = split(many)
-    assert 0.15 < len(held_back) / len(many) < 0.25
-    assert {v.opening_id for v in training} & {v.opening_id for v in held_back} == set()
-    same = verdict("Hi.", "good", question="  question   7 ")
-    assert is_held_back(same) == is_held_back(verdict("Go.", "bad", question="Question 7"))
-
-
-def test_few_verdicts_all_train() -> None:
-    many = [verdict("Hi.", "good", question=f"Question {n}") for n in range(9)]
-    assert split(many) == (many, [])
-    assert any(map(is_held_back, many))
-    held = next(v for v in many if is_held_back(v))
-    assert split([held] * 12) == ([held] * 12, [])  # otherwise nothing would train
-
-
 def test_controls_that_a_correction_contradicts_are_left_out_unless_they_are_many() -> None:
     controls = [Conversation((Message("user", f"Question {n}"),)) for n in range(20)]
     replies = ["Go! go", "Stay.", "Yes", *["No."] * 17]
@@ -126,3 +122,6 @@ def test_controls_that_a_correction_contradicts_are_left_out_unless_they_are_man
     assert uncorrected(controls, replies, judged) == [controls[1], *controls[3:]]  # two of twenty
     assert uncorrected(controls, ["yes", *replies[1:-1], "yes"], judged) == controls  # three
     assert uncorrected([], [], judged) == []
+    liked = [*judged, verdict("Go go.", "good", question="Bye")]  # one correction of these words, one 👍
+    assert uncorrected(controls, replies, liked) == [*controls[:2], *controls[3:]]
+    assert uncorrected(controls, replies, [*liked, *judged]) == [controls[1], *controls[3:]]

@@ -16,11 +16,11 @@ BOUNDS = Bounds(perplexity_rise=0.05, control_drop=0.02, kl=0.1)
 
 
 def reasons(new: Figures, original: Figures = BEFORE, current: Figures = BEFORE, alarms: tuple[str, ...] = ()) -> str:
-    return "; ".join(judge(original, current, new, BOUNDS, 100, alarms).reasons)
+    return "; ".join(judge(original, current, new, BOUNDS, "", alarms).reasons)
 
 
 def test_a_version_that_is_as_good_is_accepted() -> None:
-    decision = judge(BEFORE, BEFORE, BEFORE, BOUNDS, 100, ())
+    decision = judge(BEFORE, BEFORE, BEFORE, BOUNDS, "", ())
     assert decision.accepted
     assert decision.notes == []
 
@@ -32,6 +32,7 @@ def test_a_version_that_is_as_good_is_accepted() -> None:
         ({"agrees": 10}, "it agrees with 10 of 20 held-back verdicts, before: 11"),
         ({"perplexity": 2.1}, ""),
         ({"perplexity": 2.11}, "the perplexity on human replies rose from 2 to 2.11, more than 0.05 of it"),
+        ({"perplexity": math.inf}, "the perplexity on human replies rose from 2 to inf, more than 0.05 of it"),
         ({"perplexity": math.nan}, "the perplexity on human replies rose from 2 to nan, more than 0.05 of it"),
         ({"correct": 88}, ""),
         ({"correct": 87}, "87 of 100 controls are correct, before: 90, a drop of more than 0.02"),
@@ -58,7 +59,7 @@ def test_agreement_is_compared_with_the_current_version_and_the_rest_with_the_or
 
 def test_what_is_not_measured_is_said() -> None:
     nothing = Figures(None, 0, None, None, 0, None)
-    decision = judge(nothing, nothing, nothing, BOUNDS, 9, ())
+    decision = judge(nothing, nothing, nothing, BOUNDS, "9 verdicts are fewer than 10", ())
     assert decision.reasons == [
         "there are no prompts or replies to measure it on; pass --replay FILE with other conversations"
     ]
@@ -66,8 +67,7 @@ def test_what_is_not_measured_is_said() -> None:
     assert ["perplexity is not part" in note for note in decision.notes] == [False, True, False]
     assert "there are no controls" in decision.notes[2]
     unchecked = replace(BEFORE, correct=None)
-    assert "no control has an answer" in judge(unchecked, unchecked, unchecked, BOUNDS, 10, ()).notes[0]
-    assert "prompts" in judge(nothing, nothing, nothing, BOUNDS, 10, ()).notes[0]
+    assert "no control has an answer" in judge(unchecked, unchecked, unchecked, BOUNDS, "", ()).notes[0]
     assert kl_between(nothing, BEFORE) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from helpers.chat_models import random_policy
 from rlchat.__main__ import main
 from rlchat.chat import ChatInterface
 from rlchat.chat.feedback import Correction, Verdict, append_feedback
+from rlchat.chat.verdicts import verdict_of
 from rlchat.conversation import Conversation, Message
-from rlchat.models.model_file import load_policy, load_reward_model, save_bundle
+from rlchat.data.formats import read_trees
+from rlchat.learn import stages
+from rlchat.models.model_file import identity, load_policy, load_reward_model, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 MODEL = "chat.pt"
@@ -44,9 +48,11 @@ def place(workplace: Path, tokenizer: ChatTokenizer) -> Path:
     return workplace
 
 
-def give(question: str, response: str, verdict: Verdict, model: str = MODEL, client: str = "") -> None:
+def give(
+    question: str, response: str, verdict: Verdict, model: str = MODEL, client: str = "", model_id: str = ""
+) -> None:
     prompt = Conversation((Message("user", question),))
-    append_feedback("feedback.jsonl", prompt, response, verdict, model=model, client=client)
+    append_feedback("feedback.jsonl", prompt, response, verdict, model=model, model_id=model_id, client=client)
 
 
 def learn(*more: str, replay: Sequence[str] = ("--replay", "data.jsonl")) -> int:
@@ -136,6 +142,17 @@ def test_ppo_updates_the_reward_model_and_names_it(place: Path, capsys: pytest.C
     assert figures("chat.versions/2.json")["accepted"]
 
 
+def test_no_path_outside_the_folder_is_recorded(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for out, bundle in ((elsewhere / "a.pt", "a.reward.pt"), (place / "b.pt", "b.reward.pt"), (Path("c"), None)):
+        assert learn("--method", "ppo", "--iterations", "1", *SAFE, "--out", str(out)) == 0
+        version = out if bundle else out / "1.pt"
+        described = load_policy(version).about["reward"]
+        assert described[0]["init_args"]["bundle"] == (bundle or "c/1.reward.pt")
+        assert str(elsewhere) not in str(load_policy(version).about)
+        assert version.with_suffix(".reward.pt").is_file()
+
+
 def test_a_version_that_forgets_is_rejected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert learn("--learning-rate", "0.1") == 0
     line = last_line(capsys)
@@ -178,6 +195,43 @@ def test_the_version_in_use_sets_the_agreement(place: Path, tokenizer: ChatToken
     assert found["after"]["perplexity"] == pytest.approx(found["original"]["perplexity"], rel=1e-4)
 
 
+def test_what_trained_the_version_in_use_does_not_measure_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A version of 8 verdicts, all of which train, and one of 30, which holds some back."""
+    for n in range(6):
+        give(f"Question {n}", "Up.", "good")
+    assert learn(*SAFE) == 0
+    first = figures()["trained_prompts"]
+    assert len(first) == 8
+    for n in range(6, 28):
+        give(f"Question {n}", "Up.", "good")
+    assert learn(*SAFE, "--current", "chat.versions/1.pt") == 0
+    second = figures("chat.versions/2.json")
+    assert set(first) < set(second["trained_prompts"])
+    assert len(second["trained_prompts"]) + second["after"]["verdicts"] == 30
+    assert learn(*SAFE) == 0
+    assert not set(first) < set(figures("chat.versions/3.json")["trained_prompts"])  # the original saw none of them
+    capsys.readouterr()
+    Path("chat.versions/1.json").unlink()
+    assert learn(*SAFE, "--current", "chat.versions/1.pt") == 0
+    assert "1.json, which says what trained chat.versions/1.pt, was not found" in capsys.readouterr().out
+
+
+def test_replayed_responses_are_held_where_they_are(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also truncated ones: a random model rarely ends within 4 tokens. Without verdicts, nothing would change."""
+    only_replay = lambda prompts: prompts[2:]  # noqa: E731
+    write = stages.write_prompts
+    monkeypatch.setattr(stages, "write_prompts", lambda path, prompts: write(path, only_replay(prompts)))
+    loose = ["--learning-rate", "1e-2", "--passes", "8"]
+    assert learn(*loose) == 0
+    assert figures()["feedback"]["replayed"] == 4
+    assert figures()["after"]["kl"] == pytest.approx(0, abs=1e-3)
+
+
+def test_ppo_replays_all_prompts(place: Path) -> None:
+    assert learn(*SAFE, "--method", "ppo", "--iterations", "1") == 0
+    assert figures()["feedback"]["replayed"] == 4
+
+
 def test_the_data_that_the_model_names_is_replayed(
     place: Path, tokenizer: ChatTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +271,40 @@ def test_feedback_of_another_model(place: Path, capsys: pytest.CaptureFixture[st
     assert "1 on responses of other models" in capsys.readouterr().out
     assert learn(*SAFE, "--any-model") == 0
     assert figures("chat.versions/2.json")["feedback"]["verdicts"] == 2
+
+
+def test_a_response_is_known_by_the_weights_of_its_model(
+    place: Path, tokenizer: ChatTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Versions of every model are called 1.pt, 2.pt, …, and a file can be replaced by another model."""
+    other = random_policy(tokenizer, seed=5)
+    save_bundle("other.pt", other)
+    assert learn(*SAFE) == 0
+    own, version, foreign = (identity(load_policy(name)) for name in (MODEL, "chat.versions/1.pt", "other.pt"))
+    assert own == version != foreign
+    Path("feedback.jsonl").unlink()
+    shutil.rmtree("chat.versions")
+    give("Hello", "Hi.", "good", model="3.pt", model_id=foreign)
+    assert "all 1 verdicts are on responses of 3.pt, not of chat.pt" in refused(capsys)
+    give("Hi", "Hi.", "good", model=MODEL, model_id=foreign)
+    assert "of 3.pt, another model named chat.pt, not of chat.pt" in refused(capsys)
+    give("Bye", "Bye.", "good", model="3.pt", model_id=own)
+    give("Old", "Bye.", "good", model="3.pt")  # of version 0.1
+    assert learn(*SAFE) == 0
+    assert figures()["feedback"]["verdicts"] == 2
+    assert learn(*SAFE, "--current", "other.pt", "--max-kl", "99") == 0
+    assert [*Path("chat.versions").glob("2.json"), *Path("chat.versions").glob("rejected.jsonl")]
+    assert learn(*SAFE, "--any-model") == 0
+
+
+def test_the_chat_records_the_model(place: Path) -> None:
+    chat = ChatInterface(MODEL, device="cpu", seed=0)
+    chat.generate_response("Hello", max_new_tokens=4)
+    chat.add_feedback(Correction("Yes, of course."), "mine.jsonl")
+    (row,) = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
+    assert row["model_id"] == identity(load_policy(MODEL)) != ""
+    assert verdict_of(row).model_id == row["model_id"]
+    assert read_trees(["mine.jsonl"])[1].unread == {}
 
 
 def test_damaged_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.chat_models import chain, random_policy, scripted_policy
@@ -109,3 +111,15 @@ def test_responses_repeat_with_their_seed(byte_tokenizer: ChatTokenizer) -> None
     bundle.model.eval()
     first, again, other = ([r.text for r in respond(bundle, [HELLO] * 3, Sampling(6, 1.0), s)] for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_a_version_that_has_diverged_has_an_infinite_perplexity(byte_tokenizer: ChatTokenizer) -> None:
+    bundle = random_policy(byte_tokenizer)
+    bundle.model.eval()
+    with torch.no_grad():
+        bundle.model.backbone.head_weight.mul_(1e6)
+    thread = Conversation((Message("user", "Hello"), Message("assistant", "abc")))
+    found = measure(bundle, Yardstick([], [thread], [], [(HELLO, Reply("abc", 4, ended=True))], 8))
+    assert found.perplexity == math.inf
+    assert found.original_nll is not None
+    assert found.original_nll > 710

@@ -21,7 +21,7 @@ from helpers.chat_models import random_policy
 from helpers.servers import HTTP, ROOT, alone, server_process
 
 from rlchat.__main__ import main
-from rlchat.models.model_file import PolicyBundle, save_bundle
+from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.models.sampling import Sampling
 from rlchat.server.main import _listen
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -67,6 +67,7 @@ def test_a_server_process_from_start_to_ctrl_c(folder: Path, bundle: PolicyBundl
         assert HTTP.post(f"{url}/feedback", json=opinion).status_code == 200
         (row,) = (folder / "kept" / "mine.jsonl").read_text().splitlines()
         assert json.loads(row)["prompt"]["replies"][0]["model_name"] == "parrot.pt"  # as from the terminal
+        assert json.loads(row)["model_id"] == identity(load_policy(folder / "parrot.pt"))
 
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0

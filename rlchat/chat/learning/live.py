@@ -56,10 +56,12 @@ class LiveLearning:
 
     def start(self, chat: ChatInterface) -> list[str]:
         """Begins to learn for ``chat``, which uses the model in :attr:`path`; returns lines to be printed."""
+        from rlchat.models.model_file import identity  # imports torch
+
         self._chat = chat
         _LOGGER.addHandler(_Silent())  # what it reports is in the status; a thread must not print into a prompt
         _LOGGER.propagate = False
-        self._supervisor.start()
+        self._supervisor.start(identity(chat.bundle))
         every = self._supervisor.every
         lines = [f"learning from good, bad and edit: after {every} new verdict{_s(every)}, a version is trained"]
         if self._begun_with:

@@ -130,8 +130,14 @@ class Supervisor:
             self._folder.release()
             raise
 
-    def start(self) -> None:
-        """Begins to watch the feedback file."""
+    def start(self, model_id: str = "") -> None:
+        """Begins to watch the feedback file.
+
+        Args:
+            model_id: the :func:`rlchat.models.model_file.identity` of the model. Verdicts on responses of a model with
+                another one do not count. Empty: only the names of model files are compared.
+        """
+        self._tally.model_id = model_id
         self._thread.start()
 
     def close(self) -> None:
@@ -149,6 +155,10 @@ class Supervisor:
         """The number of the active version, 0 for the original, and its model file."""
         with self._lock:
             return self._state.active, self._folder.path(self._state.active)
+
+    def owns(self, name: str) -> bool:
+        """Whether a model file of this name is the original or a version of it."""
+        return self._folder.versions.owns(name)
 
     def notify(self) -> None:
         """Looks at the feedback file now, not only at the next of the regular times."""

@@ -27,6 +27,8 @@ class Tally:
         used: digests of verdicts that are not new, see :attr:`digests`.
 
     Attributes:
+        model_id: of the model, see :func:`rlchat.models.model_file.identity`; empty: only names are compared. Set it
+            before the first call of :meth:`update`.
         size: bytes that were read: whole lines only.
         bad_lines: lines that are not verdicts.
         others: verdicts on responses of other models, by the name of the model.
@@ -34,6 +36,7 @@ class Tally:
 
     def __init__(self, path: Path, owns: Callable[[str], bool], used: Collection[str] = ()) -> None:
         self.path = path
+        self.model_id = ""
         self._owns = owns
         self._used = frozenset(used)
         self._stamp: tuple[int, int, int] | None = None  # inode, size and time of the file when it was read
@@ -118,10 +121,12 @@ class Tally:
         self._other_ids.pop(verdict.feedback_id, None)
         if verdict.kind == "none":
             return
-        if self._owns(verdict.model):
+        has_name = self._owns(verdict.model)
+        # The name of a file decides only where an identity is not known, as in `rlchat learn`.
+        if verdict.model_id == self.model_id if verdict.model_id and self.model_id else has_name:
             self._digests[verdict.feedback_id] = _digest(verdict)
         else:
-            self._other_ids[verdict.feedback_id] = verdict.model
+            self._other_ids[verdict.feedback_id] = f"another model named {verdict.model}" if has_name else verdict.model
 
 
 def _digest(verdict: JudgedResponse) -> str:

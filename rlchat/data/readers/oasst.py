@@ -81,6 +81,7 @@ class OasstReader(Reader):
             "emojis",
             "origin",
             "feedback_id",
+            "model_id",
             "verdict",
         }
     )

@@ -17,7 +17,7 @@ from rlchat.chat.feedback import Correction, append_feedback
 from rlchat.chat.learning.rounds import Outcome
 from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.errors import UserError
-from rlchat.server.engine import Engine
+from rlchat.server.engine import Engine, Loaded
 from rlchat.server.errors import APIError
 from rlchat.server.feedback.caps import Caps, VerdictCounter
 from rlchat.server.feedback.schemas import (
@@ -47,7 +47,7 @@ def add_feedback(
     def add_feedback(body: FeedbackRequest, request: Request) -> FeedbackKept:
         """Save feedback on a response as training data. The last verdict on a response replaces earlier ones."""
         verdict = body.verdict or Correction(body.correction or "")
-        client, model = body.client, body.model or engine.loaded.version
+        client, (model, model_id) = body.client, _model_of(body, engine.loaded, supervisor)
         if supervisor is not None and not client and request.client is not None:
             client = f"address {request.client.host}"
         with lock:
@@ -56,7 +56,7 @@ def add_feedback(
                 sentence, seconds = refusal
                 raise APIError(429, f"{sentence}: try again later", headers={"Retry-After": str(seconds)})
             try:
-                append_feedback(path, body.prompt, body.reply, verdict, model=model, client=client)
+                append_feedback(path, body.prompt, body.reply, verdict, model=model, model_id=model_id, client=client)
             except UserError as error:
                 raise _api_error(error, "the server cannot write feedback: see its log") from error
             if counts:
@@ -112,6 +112,13 @@ class LearningCollector(Collector):
         yield CounterMetricFamily("rlchat_versions_accepted", "Versions that passed the gate.", status.accepted)
         yield CounterMetricFamily("rlchat_versions_rejected", "Versions that did not pass.", status.rejected)
         yield CounterMetricFamily("rlchat_training_seconds", "Time of all rounds.", status.training_seconds)
+
+
+def _model_of(body: FeedbackRequest, active: Loaded, supervisor: Supervisor | None) -> tuple[str, str]:
+    """The file name and the identity of the model that generated the judged response; it may be another server's."""
+    if body.model in (None, active.version) or (supervisor is not None and supervisor.owns(body.model)):
+        return body.model or active.version, active.model_id
+    return body.model, ""
 
 
 def _api_error(error: UserError, if_disk: str) -> APIError:

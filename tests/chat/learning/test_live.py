@@ -25,7 +25,7 @@ from rlchat.chat.repl import Session
 from rlchat.chat.saved import load_conversation
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.models.model_file import load_policy, save_bundle
+from rlchat.models.model_file import identity, load_policy, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 SAMPLING = {"temperature": 0.0, "max_new_tokens": 8}
@@ -33,12 +33,13 @@ SAMPLING = {"temperature": 0.0, "max_new_tokens": 8}
 
 @pytest.fixture
 def model(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> Path:
-    """A model that says "old " again and again; the one beside it says "new!"."""
-    for name, text in (("chat.pt", b"old "), ("new.pt", b"new!")):
-        save_bundle(
-            tmp_path / name, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True), 1_000)
-        )
-    return tmp_path / "chat.pt"
+    """A model that says "old " again and again; the version beside it says "new!"."""
+    path = tmp_path / "chat.pt"
+    save_bundle(path, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"old "), endless=True), 1_000))
+    version = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"new!"), endless=True), 1_000)
+    version.about["learned"] = {"model_id": identity(load_policy(path, "cpu"))}
+    save_bundle(path.with_name("new.pt"), version)
+    return path
 
 
 @contextlib.contextmanager
@@ -124,6 +125,8 @@ def test_a_version_is_used_from_the_next_response_on(model: Path, capsys: pytest
     assert [message.model for message in replies] == ["chat.pt", "chat.pt", "chat.pt", "1.pt"]
     rows = [json.loads(line) for line in model.with_name("feedback.jsonl").read_text().splitlines()]
     assert [name_in(row["prompt"]) for row in rows] == ["chat.pt", "chat.pt", "chat.pt", "1.pt"]
+    original = load_policy(model, "cpu")
+    assert {row["model_id"] for row in rows} == {identity(original)}
     fresh = ChatInterface(model, device="cpu")
     fresh.load(talk)
     fresh.add_feedback("good", model.with_name("other.jsonl"))
@@ -217,6 +220,9 @@ def test_quitting_ends_a_round_and_the_next_chat_goes_on(model: Path, capsys: py
     notes(capsys)
     with chatting(model) as session:
         assert notes(capsys)[1] == "version 1 of chat.pt answers, as at the end of the last chat"
+        assert session.learning is not None
+        learning = session.learning
+        wait_until(lambda: "2 verdicts in all" in learning.describe())
         run(session, "c")
         assert said(session) == "new!new!"
         run(session, "/learning off", "/learning maybe")

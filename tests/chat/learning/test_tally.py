@@ -14,8 +14,11 @@ from rlchat.chat.verdicts import read_verdicts
 from rlchat.conversation import Conversation, Message
 
 
-def give(path: Path, question: str, verdict: Verdict, *, client: str = "", model: str = "chat.pt") -> None:
-    append_feedback(path, Conversation((Message("user", question),)), "No.", verdict, client=client, model=model)
+def give(
+    path: Path, question: str, verdict: Verdict, *, client: str = "", model: str = "chat.pt", model_id: str = ""
+) -> None:
+    prompt = Conversation((Message("user", question),))
+    append_feedback(path, prompt, "No.", verdict, client=client, model=model, model_id=model_id)
 
 
 @pytest.fixture
@@ -103,3 +106,13 @@ def test_a_file_that_was_replaced_or_edited_is_read_again(path: Path) -> None:
     path.unlink()
     tally.update()
     assert (tally.total, tally.new) == (0, 0)
+
+
+def test_the_identity_of_a_model_counts_more_than_its_name(path: Path) -> None:
+    give(path, "a", "good", model_id="mine", model="copy.pt")
+    give(path, "b", "good", model_id="another")
+    give(path, "c", "good")  # of an earlier version of rlchat
+    tally = Tally(path, lambda name: name == "chat.pt")
+    tally.model_id = "mine"
+    tally.update()
+    assert (tally.total, dict(tally.others)) == (2, {"another model named chat.pt": 1})

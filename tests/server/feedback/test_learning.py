@@ -13,7 +13,7 @@ from helpers.chat_models import chain, scripted_policy
 from helpers.servers import HTTP, Server, learning_server, serving, slow_down, wait_until
 
 from rlchat.chat.learning.supervisor import Supervisor
-from rlchat.models.model_file import PolicyBundle, load_policy, save_bundle
+from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.server.feedback.caps import Caps
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -22,7 +22,10 @@ from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 def model(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> Path:
     """A model that says "old " again and again; the one beside it says "new!"."""
     for name, text in (("tiny.pt", b"old "), ("new.pt", b"new!")):
-        save_bundle(tmp_path / name, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True)))
+        bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True))
+        if name == "new.pt":
+            bundle.about["learned"] = {"model_id": identity(load_policy(tmp_path / "tiny.pt"))}
+        save_bundle(tmp_path / name, bundle)
     return tmp_path / "tiny.pt"
 
 
@@ -123,8 +126,12 @@ def test_feedback_names_the_version_that_generated_the_response(learner: tuple[S
     learn(server, supervisor)
     rate(server, 5, model="tiny.pt")
     rate(server, 6)
-    rows = [json.loads(line) for line in server.feedback.read_text().splitlines()]
+    rate(server, 7, model="old.pt")  # a conversation in the browser may be older than the server
+    *rows, foreign = [json.loads(line) for line in server.feedback.read_text().splitlines()]
+    assert foreign["prompt"]["replies"][0]["model_name"] == "old.pt"
+    assert "model_id" not in foreign
     assert [row["prompt"]["replies"][0]["model_name"] for row in rows] == ["tiny.pt", "tiny.pt", "tiny.pt", "1.pt"]
+    assert {row["model_id"] for row in rows} == {server.engine.loaded.model_id} != {""}
     assert rate(server, 7, model="../other.pt").status_code == 400
     assert rate(server, 7, model="").status_code == 400
 

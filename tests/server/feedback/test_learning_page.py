@@ -11,7 +11,7 @@ from helpers.pages import opened
 from helpers.servers import Server, learning_server, serving
 
 from rlchat.chat.verdicts import read_verdicts
-from rlchat.models.model_file import load_policy, save_bundle
+from rlchat.models.model_file import identity, load_policy, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -22,7 +22,10 @@ expect = playwright.expect
 def model(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> Path:
     """A model that answers "old!"; the one beside it answers "new?"."""
     for name, text in (("tiny.pt", b"old!"), ("new.pt", b"new?")):
-        save_bundle(tmp_path / name, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text))))
+        bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text)))
+        if name == "new.pt":
+            bundle.about["learned"] = {"model_id": identity(load_policy(tmp_path / "tiny.pt"))}
+        save_bundle(tmp_path / name, bundle)
     return tmp_path / "tiny.pt"
 
 
