@@ -99,6 +99,7 @@ class Clients:
         self.silent += finish is None
         (version,) = versions
         self.replies.add((version, text))
+        time.sleep(0.05)
 
     def _rate(self, client: httpx.Client, url: str) -> None:
         self.given += 1
@@ -108,6 +109,12 @@ class Clients:
             if client.post(f"{url}/feedback", json={**body, "client": "a", "model": "tiny.pt"}).status_code == 200:
                 self.kept.add(question)
         time.sleep(0.25)
+
+
+def status_of(url: str) -> dict[str, Any]:
+    """What the server says about learning."""
+    found: dict[str, Any] = httpx.get(f"{url}/learning", timeout=60).json()
+    return found
 
 
 def learner_of(server: int) -> int | None:
@@ -142,13 +149,17 @@ def kill_often(folder: Path, tokenizer: ChatTokenizer, kills: int, seed: int) ->
     """Kills a server or its learner ``kills`` times; returns what the clients have seen."""
     chosen, clients = random.Random(seed), Clients()
     save_bundle(folder / "tiny.pt", random_policy(tokenizer))
-    left = kills
+    left, usual = kills, 0.0  # how long a round takes here
     with clients.at_work():
         while left:
             with server_process(*SERVE, f"--learn-args={LEARN}", cwd=folder) as (process, url):
                 clients.url = url
+                if not usual:
+                    began = time.monotonic()
+                    wait_until(lambda url=url: status_of(url)["version"] == 1, 600)
+                    usual = time.monotonic() - began
                 while left:
-                    time.sleep(chosen.uniform(0.2, 9.0))
+                    time.sleep(chosen.uniform(0.1, 1.5 * usual))
                     left -= 1
                     if chosen.random() < 0.5 or (learner := learner_of(process.pid)) is None:
                         clients.url = None
@@ -163,11 +174,11 @@ def kill_often(folder: Path, tokenizer: ChatTokenizer, kills: int, seed: int) ->
     with server_process(*SERVE, f"--learn-args={LEARN}", cwd=folder) as (_, url):
 
         def is_done() -> bool:
-            status = httpx.get(f"{url}/learning", timeout=60).json()
-            return status["new"] < EVERY and status["training_seconds"] is None
+            status = status_of(url)
+            return status["new"] < EVERY and status["training_seconds"] is None and bool(status["verdicts"])
 
-        wait_until(is_done, 120)
-        status = httpx.get(f"{url}/learning").json()
+        wait_until(is_done, 60 + 10 * usual)
+        status = status_of(url)
         assert status["verdicts"] == len(read_verdicts(folder / "feedback.jsonl")[0])
         assert status["error"] is None
         answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}]})

@@ -10,7 +10,9 @@ from helpers.chat_models import chain, scripted_policy
 from helpers.pages import opened
 from helpers.servers import Server, learning_server, serving
 
+from rlchat.chat.feedback import append_feedback
 from rlchat.chat.verdicts import read_verdicts
+from rlchat.conversation import Conversation, Message
 from rlchat.models.model_file import identity, load_policy, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
@@ -99,6 +101,21 @@ def test_the_panel_on_a_phone(browser: Any, model: Path) -> None:
             page.get_by_role("button", name="Close the learning panel").tap()
             expect(panel).to_be_hidden()
             assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_an_error_and_damaged_lines_are_shown_as_text(browser: Any, model: Path) -> None:
+    prompt = Conversation((Message("user", "Hi"),))
+    append_feedback(model.with_name("feedback.jsonl"), prompt, "No.", "bad", model="<img src=x>.pt")
+    with model.with_name("feedback.jsonl").open("a") as file:
+        file.write("damaged\n")
+    with learning_server(model) as (server, _):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            expect(panel).to_contain_text("are on responses of <img src=x>.pt, not of tiny.pt.")
+            expect(panel).to_contain_text("1 damaged lines of the feedback file are skipped.")
+            assert panel.locator("img").count() == 0
+            ask(page, "One", "old!")
 
 
 def test_without_learning_there_is_no_panel(browser: Any, model: Path) -> None:
