@@ -253,6 +253,10 @@ def test_through_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
     assert chat("", "Hi", "--learn") == 2
     assert "--learn needs a chat: it cannot be combined with a question or --prompts" in capsys.readouterr().err
+    (model.with_name("half.pt")).write_bytes(b"half")
+    assert main(["chat", str(model.with_name("half.pt")), "--learn"]) == 2
+    assert "half.pt: damaged" in capsys.readouterr().err
+    assert not model.with_name("half.versions").exists()
     assert chat("", "--every", "3") == 2
     assert "--every has an effect only with --learn" in capsys.readouterr().err
     assert chat("", "--learn", "--learn-args", "'") == 2
