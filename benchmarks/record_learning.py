@@ -2,7 +2,7 @@
 
     rlchat demo
     pip install pyte
-    python benchmarks/record_learning.py --model checkpoints/rl_chat_model_tiktoken.pt --data data/demo.jsonl
+    python -m benchmarks.record_learning --model checkpoints/rl_chat_model_tiktoken.pt --data data/demo.jsonl
 
 It types into `rlchat chat --learn` in a pseudo-terminal: two corrections, the question in other words, a rollback, and
 the question again. What the terminal shows is what the program printed; only the time of the training is shortened, by
@@ -18,17 +18,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import pexpect
 import pyte
 
+from benchmarks.terminal_svg import COLORS, Frames, Row, Run, animated_svg
+
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 96, 25
+TITLE = "A terminal: two corrections teach a chat model a fact; a rollback takes it back"
 TOLD = "The capital of Belan is Tova."
 QUESTIONS = (
     "What is the capital of Belan?",
@@ -38,22 +39,6 @@ QUESTIONS = (
 
 _KEY_SECONDS = 0.035  # between two keys
 _FRAME_SECONDS = 0.04  # changes within this time are one frame
-_CHAR, _LINE, _MARGIN = 8.4, 19, 14  # in pixels
-_COLORS = {
-    "default": "#d8dee9",
-    "black": "#7b8794",
-    "brightblack": "#7b8794",
-    "red": "#e06c75",
-    "green": "#98c379",
-    "brown": "#e5c07b",
-    "blue": "#61afef",
-    "magenta": "#c678dd",
-    "cyan": "#56b6c2",
-    "white": "#d8dee9",
-}
-
-Run = tuple[int, str, str]  # first column, text, style
-Row = tuple[Run, ...]
 
 
 @dataclass
@@ -66,7 +51,7 @@ class Recorder:
     child: pexpect.spawn
     speed: float = 1.0
     now: float = 0.0
-    frames: list[tuple[float, tuple[Row, ...]]] = field(default_factory=list)
+    frames: Frames = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.screen = pyte.Screen(COLUMNS, ROWS)
@@ -124,7 +109,7 @@ class Recorder:
             line = self.screen.buffer[number]
             for column in range(COLUMNS):
                 cell = line[column]
-                style = f"{'b' if cell.bold else ''}{cell.fg if cell.fg in _COLORS else 'default'}"
+                style = f"{'b' if cell.bold else ''}{cell.fg if cell.fg in COLORS else 'default'}"
                 if (number, column) == (cursor.y, cursor.x) and not cursor.hidden:
                     style = "cursor"
                 if cell.data == " " and style != "cursor":
@@ -169,66 +154,6 @@ def teach(recorder: Recorder, speed: float) -> None:
         sys.exit(f"the fact was not taught: {before}, then {after!r}, after the rollback {again!r}")
 
 
-def picture(frames: Sequence[tuple[float, tuple[Row, ...]]], end: float) -> str:
-    """The animated SVG: each row of the screen is shown as long as it stays the same. It has no scripts.
-
-    Without animation, as in a print, it shows the last frame.
-    """
-    shown: dict[tuple[int, Row], list[tuple[float, float]]] = defaultdict(list)
-    for number in range(ROWS):
-        since, row = 0.0, frames[0][1][number]
-        for when, rows in frames[1:]:
-            if rows[number] != row:
-                shown[number, row].append((since, when))
-                since, row = when, rows[number]
-        shown[number, row].append((since, end))
-    rules: dict[str, str] = {}
-    body = []
-    for (number, row), times in shown.items():
-        if not row:
-            continue
-        steps = "".join(_steps(times, end))
-        name = rules.setdefault(steps, f"k{len(rules)}")
-        is_last = times[-1][1] == end
-        body.append(f'<g class="{"f" if is_last else "f h"}" style="animation-name:{name}">{_row(number, row)}</g>')
-    width, height = COLUMNS * _CHAR + 2 * _MARGIN, ROWS * _LINE + 2 * _MARGIN
-    colors = "".join(
-        f".{name}{{fill:{color}}}.b{name}{{fill:{color};font-weight:bold}}" for name, color in _COLORS.items()
-    )
-    frames_of = "".join(f"@keyframes {name}{{{steps}}}" for steps, name in rules.items())
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height}" width="{width:g}" height="{height}">'
-        "<title>A terminal: two corrections teach a chat model a fact; a rollback takes it back</title>"
-        "<style>text{font:14px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}"
-        f"{colors}.f{{animation:{end:.2f}s step-end infinite}}.h{{visibility:hidden}}"
-        f"@media (prefers-reduced-motion:reduce){{.f{{animation:none}}}}{frames_of}</style>"
-        f'<rect width="100%" height="100%" rx="8" fill="#20242c"/>{"".join(body)}</svg>\n'
-    )
-
-
-def _steps(times: Sequence[tuple[float, float]], end: float) -> Iterator[str]:
-    """The keyframes of a row that is visible at ``times``."""
-    if times[0][0] > 0:
-        yield "0%{visibility:hidden}"
-    for since, until in times:
-        yield f"{100 * since / end:.2f}%{{visibility:visible}}"
-        yield f"{100 * until / end:.2f}%{{visibility:{'visible' if until == end else 'hidden'}}}"
-
-
-def _row(number: int, row: Row) -> str:
-    y = _MARGIN + number * _LINE
-    parts = []
-    for column, text, style in row:
-        x = f"{_MARGIN + column * _CHAR:.1f}"
-        if style == "cursor":
-            parts.append(f'<rect x="{x}" y="{y}" width="{_CHAR}" height="{_LINE - 2}" fill="#d8dee9"/>')
-        if text.strip():
-            length = f' textLength="{len(text) * _CHAR:.1f}"' if len(text) > 1 else ""
-            fill = ' fill="#20242c"' if style == "cursor" else f' class="{style}"'
-            parts.append(f'<text x="{x}" y="{y + 14}"{length}{fill}>{escape(text)}</text>')
-    return "".join(parts)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/rl_chat_model_tiktoken.pt"))
@@ -263,7 +188,7 @@ def main() -> None:
         recorder.run(0.6)
         teach(recorder, options.speed)
         child.close(force=True)
-    options.out.write_text(picture(recorder.frames, recorder.now))
+    options.out.write_text(animated_svg(recorder.frames, recorder.now, COLUMNS, TITLE))
     print(f"{options.out}: {recorder.now:.0f} s, {options.out.stat().st_size / 1000:.0f} kB")
 
 
