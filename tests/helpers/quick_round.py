@@ -49,7 +49,7 @@ def main() -> int:
             time.sleep(0.01)
         time.sleep(options.seconds)
         if options.crash:
-            print("rlchat: the round has failed; try again", file=sys.stderr)
+            print(f"rlchat: {options.feedback}: none of 2 verdicts can be used", file=sys.stderr)
             return 2
         figures = {
             "accepted": not options.reject,

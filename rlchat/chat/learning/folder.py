@@ -87,7 +87,7 @@ class VersionFolder:
         state = read_state(self._state_file)
         if state.running is not None:
             self._wait_for_round()
-            snapshot = self._snapshot(state.running)
+            snapshot = self.snapshot_path(state.running)
             outcome = self.settle(state.running)
             if outcome is not None:
                 tally = Tally(snapshot, self.versions.owns)
@@ -115,7 +115,7 @@ class VersionFolder:
         Raises:
             UserError: a file cannot be read or written.
         """
-        path = self._snapshot(number)
+        path = self.snapshot_path(number)
         try:
             with feedback.open("rb") as source:
                 write_atomically(path, lambda file: _copy(source, file, size))
@@ -128,7 +128,7 @@ class VersionFolder:
 
         Figures of a version whose model file was not written are deleted.
         """
-        name = self._snapshot(number).name
+        name = self.snapshot_path(number).name
         for outcome in reversed(self.outcomes()):
             if outcome.feedback_file == name:
                 if outcome.number is None or self.path(outcome.number).exists():
@@ -157,7 +157,8 @@ class VersionFolder:
                 self.path(number).unlink(missing_ok=True)
                 self.path(number).with_suffix(".reward.pt").unlink(missing_ok=True)
 
-    def _snapshot(self, number: int) -> Path:
+    def snapshot_path(self, number: int) -> Path:
+        """The copy of the feedback file for round ``number``."""
         return self.versions.folder / f"round-{number}.jsonl"
 
     def _wait_for_round(self) -> None:

@@ -303,7 +303,11 @@ class Supervisor:
                         _log.exception("the swap failed")
                     self._finish(ended, outcome, f"version {outcome.number} is not in use: {one_line(error)}")
                     return
-            self._finish(ended, outcome, ended.failure() if outcome is None else None)
+            self._finish(ended, outcome, self._failure(ended, number) if outcome is None else None)
+
+    def _failure(self, ended: Round, number: int) -> str:
+        """Why a round has failed. It names the feedback file, not the copy that the round has read."""
+        return ended.failure().replace(str(self._folder.snapshot_path(number)), str(self.feedback))
 
     def _finish(self, ended: Round, outcome: Outcome | None, error: str | None) -> None:
         with self._lock:

@@ -113,7 +113,7 @@ def test_an_error_and_damaged_lines_are_shown_as_text(browser: Any, model: Path)
             page.get_by_role("button", name="Learning", exact=True).click()
             panel = page.get_by_role("complementary", name="Learning")
             expect(panel).to_contain_text("are on responses of <img src=x>.pt, not of tiny.pt.")
-            expect(panel).to_contain_text("1 damaged lines of the feedback file are skipped.")
+            expect(panel).to_contain_text("Damaged lines of the feedback file, which are skipped: 1.")
             assert panel.locator("img").count() == 0
             ask(page, "One", "old!")
 
