@@ -28,11 +28,12 @@ class Terminal:
 
     Args:
         news: returns new lines to be printed. They are printed before a prompt, or above one at which nothing is typed.
+            None: there are none.
         toolbar: the text below the prompt; None: there is none.
     """
 
     def __init__(
-        self, news: Callable[[], Sequence[str]] = lambda: (), toolbar: Callable[[], str] | None = None
+        self, news: Callable[[], Sequence[str]] | None = None, toolbar: Callable[[], str] | None = None
     ) -> None:
         self._news = news
         self._lines: list[str] = []  # news that is not printed yet
@@ -54,13 +55,15 @@ class Terminal:
         """The messages that the user types, until Ctrl-D."""
         while True:
             self._look()
+            self._print()
             try:
-                message = self._session.prompt(pre_run=self._watch)
+                message = self._session.prompt(pre_run=None if self._news is None else self._watch)
             except KeyboardInterrupt:
                 print("(to leave, press Ctrl-D or type quit)")
                 continue
             except EOFError:
                 return
+            self._print()
             yield message
 
     def _watch(self) -> None:
@@ -71,15 +74,15 @@ class Terminal:
             while True:
                 await asyncio.sleep(_LOOK_SECONDS)
                 if not app.current_buffer.text:
-                    self._lines += self._news()
-                if self._lines:  # typing may have begun now; the prompt is drawn again, with all that is typed
+                    self._look()
+                if self._lines:  # typing may begin now; the prompt is drawn again, with all that is typed
                     await run_in_terminal(self._print)
 
         app.create_background_task(look())
 
     def _look(self) -> None:
-        self._lines += self._news()
-        self._print()
+        if self._news is not None:
+            self._lines += self._news()
 
     def _print(self) -> None:
         while self._lines:
