@@ -31,7 +31,7 @@ class Command:
 
     ``run`` takes the session and the text after the name, and returns True to end the chat. ``argument`` is the
     argument as shown in help. ``arguments`` is a pattern of the arguments with which a line is a command without a
-    leading slash; with any other argument, the line is a message. ``completes`` lists the completions after the name.
+    leading slash; with any other argument, the line is a message. ``completes`` has the words that may follow the name.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ class Command:
     run: Run
     argument: str = ""
     arguments: str = ""
-    completes: Literal["nothing", "files", "settings"] = "nothing"
+    completes: Literal["files"] | tuple[str, ...] = ()
 
     @property
     def usage(self) -> str:
@@ -55,7 +55,7 @@ def command(
     help: str,
     argument: str = "",
     arguments: str = "",
-    completes: Literal["nothing", "files", "settings"] = "nothing",
+    completes: Literal["files"] | tuple[str, ...] = (),
 ) -> Callable[[Run], Run]:
     """Register the decorated function as a command; see :class:`Command`."""
 
@@ -171,7 +171,7 @@ def _system(session: Session, text: str) -> None:
     help=f"set {', '.join(SETTINGS)}; alone, show them",
     argument="<name> <value>",
     arguments=rf"(?:{'|'.join(SETTINGS)})(?:[\s=].*)?|\S+ +{_NUMBER}",
-    completes="settings",
+    completes=SETTINGS,
 )
 def _set(session: Session, argument: str) -> None:
     if argument:
@@ -199,6 +199,39 @@ def _edit(session: Session, text: str) -> None:
             session.note("not saved")
             return
     session.add_feedback(Correction(_required(text, "a response", "/edit Anna lives in Rome.")))
+
+
+@command("versions", help="list the versions that were learned from feedback")
+def _versions(session: Session, _: str) -> None:
+    for line in session.versions():
+        session.note(line)
+
+
+@command(
+    "rollback",
+    help="use an earlier version again (0: the original); alone, the one before",
+    argument="<number>",
+    arguments=r"\d+",
+)
+def _rollback(session: Session, number: str) -> None:
+    learning = session.required_learning()
+    if number and not (number.isdecimal() and number.isascii()):
+        raise UserError(f"invalid version {number!r}: expected a number, as in: rollback 1")
+    session.note(learning.rollback(int(number) if number else None))
+
+
+@command(
+    "learning",
+    help="turn learning from feedback on or off; alone, show where it stands",
+    argument="on|off",
+    arguments="on|off",
+    completes=("on", "off"),
+)
+def _learning(session: Session, switch: str) -> None:
+    learning = session.required_learning()
+    if switch and switch.lower() not in ("on", "off"):
+        raise UserError(f"invalid value {switch!r} for learning: expected on or off")
+    session.note(learning.set_learning(switch.lower() == "on") if switch else learning.describe())
 
 
 @command("reward", help="show the reward of the last response, its factors and the critic's value")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlchat.conversation import Conversation
+from rlchat.conversation import Conversation, Message
+from rlchat.errors import UserError
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 # Share of the context that is reserved for a response if ``max_new_tokens`` is None.
@@ -25,6 +28,20 @@ class FittedPrompt:
     dropped_messages: int = 0
     cut_tokens: int = 0
     dropped_system: bool = False
+
+
+def as_prompt(prompt: str | Conversation, number: int, system: Sequence[Message]) -> Conversation:
+    """Prompt ``number`` of several as a conversation that begins with ``system``, if it has no system message itself.
+
+    Raises :class:`UserError` for a prompt that is empty, or neither a string nor a conversation.
+    """
+    if isinstance(prompt, str):
+        prompt = Conversation((Message("user", prompt),))
+    if not isinstance(prompt, Conversation):
+        raise UserError(f"invalid prompt {number}: expected a string or a Conversation, got {reprlib.repr(prompt)}")
+    if not prompt.is_prompt or not prompt.messages[-1].text.strip():
+        raise UserError(f"prompt {number} is empty: it must end with a user message that has text")
+    return prompt if prompt.messages[0].role == "system" else Conversation((*system, *prompt.messages))
 
 
 def fit_prompt(

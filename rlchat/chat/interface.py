@@ -14,7 +14,9 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-from rlchat.chat.context import FittedPrompt, fit_prompt
+import torch
+
+from rlchat.chat.context import FittedPrompt, as_prompt, fit_prompt
 from rlchat.chat.feedback import Correction, Verdict, append_feedback
 from rlchat.chat.generation import (
     ResponseGenerator,
@@ -29,7 +31,7 @@ from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation
 from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
-from rlchat.models.model_file import identity, load_policy
+from rlchat.models.model_file import PolicyBundle, identity, load_policy
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import Reply
 from rlchat.utils.devices import choose_device, choose_dtype
@@ -67,24 +69,33 @@ class ChatInterface:
         self.dtype = choose_dtype(dtype, self.device)
         generator = generator_from(seed)
         self.seed = seed
-        self.model_path = Path(model_path)
-        self.bundle = load_policy(model_path, self.device, base_model)
-        self.model = self.bundle.model.to(self.dtype)
-        self.tokenizer = self.bundle.tokenizer
-        self.max_length = self.bundle.max_length
-        self.dropped_messages = 0
-        self.dropped_system = False
-        self.cut_tokens = 0
+        self._model_ids: dict[str, str] = {}  # of each model file that has been in use
+        self._use(load_policy(model_path, self.device, base_model), Path(model_path), generator)
+        self._reset_dropped()
         self._system: str | None = None
         self._best_of = 1
         self._busy = threading.Lock()
-        self._generator = ResponseGenerator(self.bundle, self.device, generator)
         self._messages: list[SavedMessage] = []
         self._undone: list[SavedMessage] = []  # the messages that the last undo removed, until the next response
         # For each rated message: the model's response, the verdict, and the feedback file.
         self._ratings: list[tuple[SavedMessage, Reply, Verdict, Path]] = []
         self._last: Reply | None = None  # the last message, if it was generated here
         self._sampling = Sampling()
+
+    def swap(self, bundle: PolicyBundle, path: str | Path) -> None:
+        """Generate the responses that follow with ``bundle``, the model in ``path``; its KV cache begins empty.
+
+        The conversation and the random generator stay. Raises :class:`UserError` during a response.
+        """
+        with self._exclusive():
+            self._use(bundle, Path(path), self._generator.generator)
+            self.__dict__.pop("reward", None)  # of the model before
+
+    def _use(self, bundle: PolicyBundle, path: Path, generator: torch.Generator) -> None:
+        self.bundle, self.model_path, self.model = bundle, path, bundle.model.to(self.dtype)
+        self.tokenizer, self.max_length = bundle.tokenizer, bundle.max_length
+        self._generator = ResponseGenerator(bundle, self.device, generator)
+        self._model_ids[path.name] = identity(bundle)
 
     @property
     def system(self) -> str | None:
@@ -166,9 +177,8 @@ class ChatInterface:
         system = () if self.system is None else (SavedMessage("system", self.system),)
         seed = None if self.seed is None else int(self.seed)  # a NumPy integer is not JSON
         sampling = {**asdict(self._sampling), "seed": seed}
-        save_conversation(
-            path, SavedConversation((*system, *self._messages), self.model_path.name, sampling), overwrite=overwrite
-        )
+        saved = SavedConversation((*system, *self._messages), self.model_path.name, sampling)
+        save_conversation(path, saved, overwrite=overwrite)
 
     def load(self, path: str | Path) -> SavedConversation:
         """Replace this conversation by the one in ``path``, and return the content of the file.
@@ -181,7 +191,7 @@ class ChatInterface:
             self._clear()
             has_system = bool(saved.messages) and saved.messages[0].role == "system"
             self.system = saved.messages[0].text if has_system else None
-            self._messages = list(saved.messages[has_system:])
+            self._messages = list(saved.attributed[has_system:])
         return saved
 
     # ---- feedback and reward -----------------------------------------------------------------------------------------
@@ -207,10 +217,11 @@ class ChatInterface:
                                 "the last response is your correction: edit it again, or generate another with retry"
                             )
                     break
-            name, model_id = self.model_path.name, identity(self.bundle)
-            append_feedback(path, prompt, reply.text, verdict, model=name, model_id=model_id)
+            model = rated.model or self.model_path.name
+            model_id = self._model_ids.get(model, "")  # not known for a conversation that another model had
+            append_feedback(path, prompt, reply.text, verdict, model=model, model_id=model_id)
             if isinstance(verdict, Correction):
-                rated = self._messages[-1] = SavedMessage("assistant", verdict.text, now())
+                rated = self._messages[-1] = SavedMessage("assistant", verdict.text, now(), model)
                 self._last = None
             self._ratings.append((rated, reply, verdict, path))
             return True
@@ -310,7 +321,8 @@ class ChatInterface:
         with self._exclusive():
             self._sampling = sampling = sampling_from(max_new_tokens, temperature, top_k, top_p)
             self._reset_dropped()
-            conversations = [self._prompt(prompt, i) for i, prompt in enumerate(prompts, 1)]
+            system = self._system_messages()
+            conversations = [as_prompt(prompt, i, system) for i, prompt in enumerate(prompts, 1)]
             fitted = [self._fit(conversation, sampling) for conversation in conversations]
             if self.best_of > 1:
                 return self._best_replies(conversations, fitted, sampling, int(batch_size))
@@ -351,9 +363,9 @@ class ChatInterface:
 
     def _add_turn(self, text: str, asked_at: str, reply: Reply, use_history: bool) -> None:
         if use_history:
-            self._messages += [SavedMessage("user", text, asked_at), SavedMessage("assistant", reply.text, now())]
-            self._undone = []
-            self._last = reply
+            response = SavedMessage("assistant", reply.text, now(), self.model_path.name)
+            self._messages += [SavedMessage("user", text, asked_at), response]
+            self._undone, self._last = [], reply
 
     def _best_replies(
         self, prompts: Sequence[Conversation], fitted: Sequence[FittedPrompt], sampling: Sampling, batch_size: int
@@ -362,18 +374,6 @@ class ChatInterface:
             raise UserError("best_of needs different responses to a message: set temperature above 0")
         copies = [one for one in fitted for _ in range(self.best_of)]
         return self.reward.best(prompts, self._generator.batch(copies, sampling, batch_size))
-
-    def _prompt(self, prompt: str | Conversation, number: int) -> Conversation:
-        """A prompt of :meth:`batch_replies` as a conversation, with the system message if it has none."""
-        if isinstance(prompt, str):
-            prompt = Conversation((Message("user", prompt),))
-        if not isinstance(prompt, Conversation):
-            raise UserError(f"invalid prompt {number}: expected a string or a Conversation, got {reprlib.repr(prompt)}")
-        if not prompt.is_prompt or not prompt.messages[-1].text.strip():
-            raise UserError(f"prompt {number} is empty: it must end with a user message that has text")
-        if prompt.messages[0].role != "system":
-            prompt = Conversation((*self._system_messages(), *prompt.messages))
-        return prompt
 
     def _fit(self, prompt: Conversation, sampling: Sampling) -> FittedPrompt:
         """Fit ``prompt`` into the context, and add the dropped messages and tokens to the totals."""

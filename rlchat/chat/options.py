@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from rlchat.chat.learning.options import add_learning_options
+
 DEFAULT_MODEL = "checkpoints/rl_chat_model_tiktoken.pt"
 
 
@@ -27,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="JSON file for the responses to --prompts (default: standard output)"
     )
     _add_output_options(chat)
+    add_learning_options(chat.add_argument_group("learning from feedback"))
     return chat
 
 

@@ -4,6 +4,7 @@ rlchat chat
 rlchat chat "Where does Anna live?"
 cat letter.txt | rlchat chat "Summarize this letter."
 echo "Where does Anna live?" | rlchat chat checkpoints/sft_model.pt --temperature 0
+rlchat chat --learn --every 8
 rlchat chat --prompts questions.txt --out replies.json
 """
 
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlchat.chat import commands
-from rlchat.chat.feedback import Correction, Verdict
+from rlchat.chat.feedback import Correction, Verdict, check_writable
+from rlchat.chat.learning.options import supervisor_arguments
 from rlchat.chat.options import DEFAULT_MODEL, parser
 from rlchat.conversation import Conversation
 from rlchat.data.formats import read_prompts
@@ -33,6 +35,7 @@ from rlchat.utils.imports import no_garbage_collection
 
 if TYPE_CHECKING:
     from rlchat.chat.interface import ChatInterface
+    from rlchat.chat.learning.live import LiveLearning
     from rlchat.chat.terminal import Terminal
 
 _INTERRUPTED = 130  # the exit code after Ctrl-C
@@ -83,6 +86,9 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("--prompts and a question cannot be combined: use one of them")
     if options.out is not None and options.prompts is None:
         raise UserError("--out requires --prompts")
+    if options.learn and (question is not None or options.prompts is not None):
+        raise UserError("--learn needs a chat: it cannot be combined with a question or --prompts")
+    learn = supervisor_arguments(options)
     prompts = None if options.prompts is None else read_prompts(options.prompts, cure="fix the line")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
@@ -92,6 +98,26 @@ def _run(options: argparse.Namespace) -> int:
         question = f"{document.rstrip()}\n\n{question}"
     if interactive and question is None:
         print(f"loading {model} …", flush=True)
+    session = _session(options, model, learn)
+    try:
+        if prompts is not None:
+            session.respond_to_all(prompts, None if options.out is None else Path(options.out))
+        elif question is not None:
+            session.respond(question)
+        else:
+            if interactive:
+                from rlchat.chat.terminal import Terminal
+
+                live = session.learning
+                session.terminal = Terminal() if live is None else Terminal(session.news, live.toolbar)
+            session.run()
+    finally:
+        session.close()
+    return _FAILED if session.failed and not interactive else 0
+
+
+def _session(options: argparse.Namespace, model: str, learn: dict[str, Any]) -> Session:
+    """Load the model. Raises :class:`UserError` for options and files that cannot be used."""
     # After the checks of the arguments, because this imports torch, which takes seconds.
     with no_garbage_collection():
         from rlchat.chat.generation import positive_integer, sampling_from
@@ -99,22 +125,24 @@ def _run(options: argparse.Namespace) -> int:
 
         sampling = sampling_from(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
         positive_integer("best_of", options.best_of)  # before the model is loaded
-        chat = ChatInterface(
-            model, device=options.device, dtype=options.dtype, seed=options.seed, base_model=options.base_model
-        )
-        chat.best_of = options.best_of
-    session = Session(chat, asdict(sampling), feedback=options.feedback, force=options.force)
-    if interactive and question is None:
-        from rlchat.chat.terminal import Terminal
+        path, base_model = Path(model), options.base_model
+        learning = None
+        if options.learn:
+            from rlchat.chat.learning.live import LiveLearning
 
-        session.terminal = Terminal()
-    if prompts is not None:
-        session.respond_to_all(prompts, None if options.out is None else Path(options.out))
-    elif question is not None:
-        session.respond(question)
-    else:
-        session.run()
-    return _FAILED if session.failed and not interactive else 0
+            check_writable(options.feedback)
+            learning = LiveLearning(path, Path(options.feedback), base_model, **learn)
+            path, base_model = learning.path, learning.base_model
+        try:
+            chat = ChatInterface(
+                path, device=options.device, dtype=options.dtype, seed=options.seed, base_model=base_model
+            )
+            chat.best_of = options.best_of
+        except BaseException:
+            if learning is not None:
+                learning.close()
+            raise
+    return Session(chat, asdict(sampling), feedback=options.feedback, force=options.force, learning=learning)
 
 
 def _piped_document() -> str:
@@ -149,6 +177,7 @@ class Session:
     feedback: str = "feedback.jsonl"
     force: bool = False
     terminal: Terminal | None = None  # None: a pipe
+    learning: LiveLearning | None = None  # None: without --learn
     failed: bool = False
     _reported_dropped: bool = field(default=False, init=False)
     _seconds: float = field(default=0.0, init=False)
@@ -160,9 +189,38 @@ class Session:
             parameters = sum(weight.numel() for weight in self.chat.model.parameters())
             self.note(f"{parameters:,} parameters on {self.chat.device}; type help for commands, Ctrl-D to leave")
             messages = self.terminal.messages()
+        if self.learning is not None:
+            self._note_all(self.learning.start(self.chat))
         for message in messages:
+            self._note_all(self.news())
             if self._handle(message.strip()):
                 return
+
+    def close(self) -> None:
+        """End learning; the model and the conversation stay usable."""
+        if self.learning is not None:
+            self._note_all(self.learning.close())
+            self.learning = None
+
+    def news(self) -> list[str]:
+        """Use the newest version; return a line about each event of learning since the last call."""
+        return [] if self.learning is None else [without_controls(line) for line in self.learning.news()]
+
+    def required_learning(self) -> LiveLearning:
+        """What learns from this chat. Raises :class:`UserError` without --learn."""
+        if self.learning is None:
+            raise UserError("this chat does not learn: start it with rlchat chat --learn")
+        return self.learning
+
+    def versions(self) -> list[str]:
+        """The versions of the model, as lines of a table."""
+        from rlchat.chat.learning.live import table_of
+
+        return table_of(self.chat.model_path) if self.learning is None else self.learning.table()
+
+    def _note_all(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.note(line)
 
     def _handle(self, text: str) -> bool:
         """Run the command in ``text``, or respond to it; return True to end the chat.
@@ -283,6 +341,8 @@ class Session:
         saved = "saved" if self.chat.add_feedback(verdict, self.feedback) else "already saved"
         what = "corrected response" if isinstance(verdict, Correction) else f"{verdict} response"
         self.note(f"{saved} in {self.feedback}: {what}")
+        if self.learning is not None:
+            self.learning.notify()
 
     def settings(self) -> dict[str, Any]:
         """The sampling options, by the names in :data:`rlchat.chat.commands.SETTINGS`."""

@@ -5,11 +5,13 @@
      "sampling": {"max_new_tokens": 100, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "seed": null},
      "messages": [
       {"role": "user", "content": "Hello", "time": "2026-11-24T09:00:00+00:00"},
-      {"role": "assistant", "content": "Hi there!", "time": "2026-11-24T09:00:02+00:00"}
+      {"role": "assistant", "content": "Hi there!", "time": "2026-11-24T09:00:02+00:00",
+       "model": "rl_chat_model_tiktoken.pt"}
      ]
     }
 
-A system message, if there is one, is the first message. Two other layouts can be loaded: OpenAI's
+A system message, if there is one, is the first message. The model of a response is the file that generated it; without
+one, it is that of the conversation. Two other layouts can be loaded: OpenAI's
 ``{"messages": […]}``, whose contents may be lists of text parts, and an older one,
 ``{"conversation_history": [{"user": …, "assistant": …, "timestamp": …}]}``.
 """
@@ -21,7 +23,7 @@ import math
 import reprlib
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,18 @@ _SAMPLING: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class SavedMessage:
-    """One message; ``time`` is in ISO 8601, or None if it is unknown."""
+    """One message.
+
+    Attributes:
+        role, text: as in a conversation.
+        time: in ISO 8601, or None if it is unknown.
+        model: the name of the model file that generated it, or whose response it corrects; empty if it is unknown.
+    """
 
     role: Role
     text: str
     time: str | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,13 @@ class SavedConversation:
     messages: tuple[SavedMessage, ...]
     model: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def attributed(self) -> tuple[SavedMessage, ...]:
+        """The messages; a response that names no model has that of the conversation."""
+        return tuple(
+            replace(one, model=one.model or self.model) if one.role == "assistant" else one for one in self.messages
+        )
 
 
 def now() -> str:
@@ -107,7 +123,10 @@ def conversation_to_dict(conversation: SavedConversation) -> dict[str, Any]:
         "version": VERSION,
         "model": conversation.model,
         "sampling": dict(conversation.sampling),
-        "messages": [{"role": m.role, "content": m.text, "time": m.time} for m in conversation.messages],
+        "messages": [
+            {"role": m.role, "content": m.text, "time": m.time, **({"model": m.model} if m.model else {})}
+            for m in conversation.messages
+        ],
     }
 
 
@@ -123,12 +142,10 @@ def conversation_from_dict(content: object, source: str) -> SavedConversation:
             raise _InvalidError("its format is neither rlchat's nor OpenAI's")
         if not is_openai and content.get("version") != VERSION:
             raise _InvalidError(f"its version is {_shown(content.get('version'))}: expected {VERSION}")
+        model = _name(content.get("model", ""), "model")
         messages = tuple(_message(row, number) for number, row in enumerate(_a_list(content, "messages"), 1))
         if any(message.role == "system" for message in messages[1:]):
             raise _InvalidError("a system message is not the first message")
-        model = content.get("model", "")
-        if not isinstance(model, str):
-            raise _InvalidError(f"model is {_shown(model)}: expected a string")
         return SavedConversation(messages, model, _sampling(content.get("sampling", {})))
     except _InvalidError as error:
         raise UserError(f"{source} cannot be loaded: {error}") from None
@@ -144,7 +161,8 @@ def _message(row: object, number: int) -> SavedMessage:
     role = "system" if row.get("role") == "developer" else row.get("role")  # OpenAI's newer name
     if role not in ROLES:
         raise _InvalidError(f"the role of message {number} is {_shown(role)}: expected one of {', '.join(ROLES)}")
-    return SavedMessage(role, _content(row.get("content"), f"the content of message {number}"), _time(row, "time"))
+    text = _content(row.get("content"), f"the content of message {number}")
+    return SavedMessage(role, text, _time(row, "time"), _name(row.get("model", ""), f"the model of message {number}"))
 
 
 def _content(value: object, what: str) -> str:
@@ -178,6 +196,12 @@ def _a_list(content: dict[str, Any], key: str) -> list[Any]:
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise _InvalidError(f"{what} is {_shown(value)}: expected text")
+    return value
+
+
+def _name(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise _InvalidError(f"{what} is {_shown(value)}: expected a string")
     return value
 
 

@@ -11,7 +11,6 @@ import argparse
 import ipaddress
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlchat.chat.feedback import check_writable
+from rlchat.chat.learning.options import add_learning_options, supervisor_arguments
 from rlchat.errors import UserError
 from rlchat.utils.imports import install_command, no_garbage_collection
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _IDLE_SECONDS = 75
 _ROWS = 64  # responses generated at a time
 _WIDTH = 512  # of the layers whose speed is measured at most: for wider ones, it would take seconds
-_LEARNING = ("every", "keep_versions", "learn_memory", "learn_args", "max_client_verdicts", "max_verdicts")
 _SHUTDOWN_SECONDS = 30  # then uvicorn cancels requests that still run; the engine aborts its responses earlier
 
 
@@ -141,21 +140,10 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
 def _learning_of(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the supervisor. Raises :class:`UserError` for options that have no effect without --learn."""
     usual = _parser().parse_args([])
-    for name in _LEARNING:
+    for name in ("max_client_verdicts", "max_verdicts"):
         if not options.learn and getattr(options, name) != getattr(usual, name):
             raise UserError(f"--{name.replace('_', '-')} has an effect only with --learn")
-    try:
-        more = shlex.split(options.learn_args)
-    except ValueError as error:
-        raise UserError(f"--learn-args: {str(error).lower()}; quote it as for a shell") from error
-    known = [("--device", options.device), ("--base-model", options.base_model)]
-    arguments = [word for name, value in known if value for word in (name, value)]
-    return {
-        "every": options.every,
-        "keep": options.keep_versions,
-        "memory": options.learn_memory,
-        "options": (*arguments, *more),
-    }
+    return supervisor_arguments(options)
 
 
 def _threads(width: int) -> int:
@@ -193,9 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="rlchat serve", description="A web page and an OpenAI-compatible API to chat with a model."
     )
 
-    def option(name: str, what: str, usual: str = "%(default)s", **more: object) -> None:
+    def option(name: str, what: str, usual: str = "%(default)s", to: Any = parser, **more: object) -> None:
         more.setdefault("metavar", "N")
-        parser.add_argument(name, help=f"{what} (default: {usual})", **more)  # type: ignore[arg-type]
+        to.add_argument(name, help=f"{what} (default: {usual})", **more)
 
     option("model", "model file", nargs="?", default="checkpoints/rl_chat_model_tiktoken.pt", metavar="MODEL")
     option("--base-model", "path of the base of an adapter file", "where it was in training", metavar="PATH")
@@ -241,33 +229,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--max-seconds", "maximum number of seconds per response", type=_positive, default=120)
     option("--max-messages", "maximum number of messages per conversation", type=_positive, default=1_000)
     option("--max-body", "maximum number of bytes per request", type=_positive, default=1_000_000)
-    _add_learning(parser.add_argument_group("learning from feedback"))
+    group = parser.add_argument_group("learning from feedback")
+    add_learning_options(group)
+    option("--max-client-verdicts", "verdicts per hour from one client", type=_positive, default=200, to=group)
+    option("--max-verdicts", "verdicts per hour from all clients", type=_positive, default=1_000, to=group)
     return parser
-
-
-def _add_learning(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--learn",
-        action="store_true",
-        help="learn from the feedback while serving, and use each new version that passes the gate (default: off)",
-    )
-
-    def option(name: str, what: str, usual: str = "%(default)s", **more: Any) -> None:
-        more.setdefault("metavar", "N")
-        group.add_argument(name, help=f"{what} (default: {usual})", **more)
-
-    option("--every", "number of new verdicts that starts a round of learning", type=_positive, default=8)
-    option("--keep-versions", "number of versions whose model files are kept", type=_positive, default=8)
-    option("--learn-memory", "memory of a round in GiB", "half of the machine's", type=_positive_float, metavar="GIB")
-    option(
-        "--learn-args",
-        "further options of `rlchat learn`, such as --learn-args='--method ppo'",
-        "none",
-        default="",
-        metavar="OPTIONS",
-    )
-    option("--max-client-verdicts", "verdicts per hour from one client", type=_positive, default=200)
-    option("--max-verdicts", "verdicts per hour from all clients", type=_positive, default=1_000)
 
 
 def _origin(text: str) -> str:
@@ -289,16 +255,6 @@ def _integer(text: str, low: int, high: float, what: str) -> int:
 
 def _positive(text: str) -> int:
     return _integer(text, 1, math.inf, "a positive integer")
-
-
-def _positive_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a positive number")
-    return number
 
 
 def _port(text: str) -> int:

@@ -21,7 +21,8 @@ NAMES = [name for command in COMMANDS for name in command.names]
 
 def test_names_of_all_commands() -> None:
     promised = "quit exit bye clear save test help load system set history undo retry reward good bad edit speed"
-    assert sorted(NAMES) == sorted(promised.split())
+    learning = "versions rollback learning"
+    assert sorted(NAMES) == sorted([*promised.split(), *learning.split()])
     assert set(SETTINGS) == {"temperature", "max_new_tokens", "top_p", "top_k", "seed", "best_of"}
 
 
@@ -56,6 +57,9 @@ def test_a_command_is_the_whole_line(name: str, spelling: str) -> None:
         ("set foo 3", "set", "foo 3"),
         ("/set whatever", "set", "whatever"),
         ("/edit Anna lives in Rome.", "edit", "Anna lives in Rome."),
+        ("rollback 12", "rollback", "12"),
+        ("/rollback one", "rollback", "one"),
+        ("learning OFF", "learning", "OFF"),
     ],
 )
 def test_arguments_of_commands(line: str, name: str, argument: str) -> None:
@@ -69,6 +73,7 @@ def test_arguments_of_commands(line: str, name: str, argument: str) -> None:
     [
         *("test.", "good idea", "bad news?", "reward me", "history of Rome", "help me", "quit smoking", "undo it"),
         *("save me from this", "save the whales.json please", "load it up", "systematic errors"),
+        *("rollback one", "rollback the law", "learning French", "versions of it", "learning on it"),
         *("edit this essay, please", "set the table please", "set theory", "set seeds apart", "set the clock 3 h"),
         *("/", "/2", "/etc/passwd", "1/2", "// clear", "clear\nthe table", "system a\nb", ""),
     ],
@@ -111,6 +116,7 @@ def test_completion_offers_every_command() -> None:
     assert completions("h", on_tab=False) == []  # while one writes a message, nothing jumps up
     assert completions("set ") == list(SETTINGS)
     assert completions("/set top_") == ["top_p", "top_k"]
+    assert completions("learning o") == ["on", "off"]
     assert completions("clear ") == []
     assert completions("Hello\nre") == []
 

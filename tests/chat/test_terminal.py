@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.chat_models import chain, scripted_policy
+from helpers.screens import PROMPT, Screen, pexpect
 
 from rlchat.chat.saved import load_conversation
 from rlchat.models.model_file import save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
-pexpect = pytest.importorskip("pexpect", reason="pexpect plays the terminal")
-
-PATIENCE = 60  # seconds; a busy machine takes long to import torch
-PROMPT = "you> "
 ENTER, ALT_ENTER, TAB, UP, CTRL_U = "\r", "\x1b\r", "\t", "\x1b[A", "\x15"
-
-
-class Screen:
-    """A terminal of 100 columns in which `rlchat chat` runs."""
-
-    def __init__(self, model: str, folder: Path, *options: str) -> None:
-        words = ["-m", "rlchat", "chat", model, "--temperature", "0", *options]
-        state = {"XDG_STATE_HOME": str(folder / "state"), "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        root = str(Path(__file__).parents[2])
-        self.terminal = pexpect.spawn(
-            sys.executable,
-            words,
-            encoding="utf-8",
-            timeout=PATIENCE,
-            dimensions=(40, 100),
-            cwd=str(folder),
-            env={**os.environ, **state, "PYTHONPATH": root},
-            # A shell makes its background jobs ignore Ctrl-C, and so would every process below them.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-
-    def see(self, text: str) -> None:
-        """Waits until ``text`` is on the screen."""
-        self.terminal.expect_exact(text)
-
-    def type(self, keys: str) -> None:
-        """Types at the next prompt."""
-        self.see(PROMPT)
-        self.terminal.send(keys)
-
-    def say(self, line: str) -> None:
-        """Types a line at the next prompt, and Enter."""
-        self.type(line + ENTER)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from rlchat.chat.versions import Versions
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-_log = logging.getLogger("rlchat")
+_log = logging.getLogger(__name__)
 
 # Files that a process which was killed left behind: those of an atomic write have a random end.
 _UNFINISHED = re.compile(r"\.(\d+(\.reward)?\.(pt|json)|state\.json|round-\d+\.jsonl)\.\w+")
@@ -77,8 +77,12 @@ class VersionFolder:
         one before.
 
         Raises:
-            UserError: another supervisor works here; the folder cannot be written; its state is damaged.
+            UserError: the model is missing or no chat model, and then no folder is made; another supervisor works here;
+                the folder cannot be written; its state is damaged.
         """
+        from rlchat.models.file_content import read_content  # imports torch
+
+        read_content(self.versions.model, "policy", weights=False)
         self._lock = _taken(self.versions.folder)
         state = read_state(self._state_file)
         if state.running is not None:

@@ -35,6 +35,7 @@ class Outcome:
         before, after: the measures of the version in use and of the new one, as in the figures.
         seconds: the time of the whole round.
         feedback_file: the name of the file of verdicts that it has read.
+        left_out: how many verdicts it could not use, by reason.
     """
 
     number: int | None
@@ -46,6 +47,7 @@ class Outcome:
     after: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     feedback_file: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -183,6 +185,7 @@ def _outcome(figures: Any) -> Outcome | None:
             after=after,
             seconds=float(sum((figures.get("seconds") or {}).values())),
             feedback_file=str(figures.get("feedback_file", "")),
+            left_out={str(why): int(n) for why, n in (figures["feedback"].get("left_out") or {}).items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -15,7 +15,7 @@ from rlchat.chat.learning.tally import Tally
 from rlchat.errors import UserError, one_line
 from rlchat.utils.background import machine_memory
 
-_log = logging.getLogger("rlchat")
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 

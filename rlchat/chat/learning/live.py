@@ -1,0 +1,193 @@
+"""`LiveLearning`: what `rlchat chat --learn` does between two responses."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlchat.chat.learning.folder import VersionFolder
+from rlchat.chat.learning.rounds import Outcome
+from rlchat.chat.learning.supervisor import Status, Supervisor
+from rlchat.chat.learning.table import version_table
+
+if TYPE_CHECKING:
+    from rlchat.chat.interface import ChatInterface
+    from rlchat.models.model_file import PolicyBundle
+
+_LOGGER = logging.getLogger("rlchat.chat.learning")
+
+
+class LiveLearning:
+    """Learning in one chat. The supervisor's thread loads a new version, and :meth:`news` swaps to it.
+
+    Load the chat's model from :attr:`path`, then call :meth:`start`, and :meth:`news` whenever no response is being
+    generated and lines may be printed. All methods are for the thread of the chat.
+
+    Args:
+        model: the original model file.
+        feedback: the file of verdicts.
+        base_model: where the base of ``model`` is, if that is an adapter file; None: as in training.
+        arguments: more arguments of :class:`Supervisor`.
+
+    Raises:
+        UserError: as :class:`Supervisor`.
+    """
+
+    def __init__(self, model: Path, feedback: Path, base_model: str | None = None, **arguments: Any) -> None:
+        self.model, self._base_model = model, base_model
+        self._chat: ChatInterface | None = None
+        self._lock = threading.Lock()
+        self._loaded: tuple[int, PolicyBundle, Path] | None = None  # a version that the chat does not use yet
+        self._supervisor = Supervisor(model, feedback, on_version=self._load, **arguments)
+        status = self._supervisor.status()
+        self._begun_with, self.path = status.active, status.path
+        self._told = len(status.rounds)
+        self._error: str | None = None
+        self._bad_lines = 0
+
+    @property
+    def base_model(self) -> str | None:
+        """Where the base of the model in :attr:`path` is; versions have none."""
+        return self._base_of(self.path)
+
+    def start(self, chat: ChatInterface) -> list[str]:
+        """Begins to learn for ``chat``, which uses the model in :attr:`path`; returns lines to be printed."""
+        from rlchat.models.model_file import identity  # imports torch
+
+        self._chat = chat
+        _LOGGER.addHandler(_Silent())  # what it reports is in the status; a thread must not print into a prompt
+        _LOGGER.propagate = False
+        self._supervisor.start(identity(chat.bundle))
+        every = self._supervisor.every
+        lines = [f"learning from good, bad and edit: after {every} new verdict{_s(every)}, a version is trained"]
+        if self._begun_with:
+            lines.append(f"version {self._begun_with} of {self.model.name} answers, as at the end of the last chat")
+        return lines
+
+    def close(self) -> list[str]:
+        """Ends learning, with a round that runs; returns lines to be printed."""
+        is_training = self._supervisor.status().training_since is not None
+        self._supervisor.close()
+        _LOGGER.propagate = True
+        for handler in [one for one in _LOGGER.handlers if isinstance(one, _Silent)]:
+            _LOGGER.removeHandler(handler)
+        return ["the round of learning has ended; the next chat with --learn begins it again"] if is_training else []
+
+    def notify(self) -> None:
+        """A verdict was given."""
+        self._supervisor.notify()
+
+    def news(self) -> list[str]:
+        """Uses the version that became active since the last call; returns a line about each event since then."""
+        status = self._supervisor.status()
+        self._swap(status)
+        lines = [_sentence(outcome, status) for outcome in status.rounds[self._told :]]
+        self._told = len(status.rounds)
+        if status.error is not None and status.error != self._error:
+            lines.append(f"no new version: {status.error}")
+        if (bad := status.bad_lines - self._bad_lines) > 0:
+            lines.append(f"{bad} damaged line{_s(bad)} in {self._supervisor.feedback} cannot be used")
+        self._error, self._bad_lines = status.error, status.bad_lines
+        return lines
+
+    def rollback(self, number: int | None) -> str:
+        """Uses an earlier version, the one before if ``number`` is None; returns a line about it.
+
+        Raises:
+            UserError: as :meth:`Supervisor.rollback`.
+        """
+        was_training = self._supervisor.status().training_since is not None
+        try:
+            number, path = self._supervisor.rollback(number)
+        finally:
+            self._swap(self._supervisor.status())
+        more = "; the round of learning was ended" if was_training else ""
+        return f"{_named(number)} ({path.name}) answers from now on{more}"
+
+    def set_learning(self, on: bool) -> str:
+        """Turns learning on or off; returns a line about it. Raises :class:`UserError` if that cannot be saved."""
+        self._supervisor.set_learning(on)
+        return self.describe()
+
+    def describe(self) -> str:
+        """Where learning stands, in one line."""
+        status = self._supervisor.status()
+        state = f"{status.new} of {status.every} new verdicts for the next version" if status.on else "off"
+        if status.training_since is not None:
+            state = f"a version is being trained, for {_seconds(status)} s"
+        total = f"{status.verdicts} verdict{_s(status.verdicts)} in all"
+        return f"learning: {state}; {total}; {_named(status.active)} answers"
+
+    def toolbar(self) -> str:
+        """Where learning stands, in a few words."""
+        status = self._supervisor.status()
+        state = f"{status.new} of {status.every} new verdicts" if status.on else "learning is off"
+        if status.training_since is not None:
+            state = f"training, {_seconds(status)} s"
+        return f"{_named(status.active)} · {state}"
+
+    def table(self) -> list[str]:
+        """The versions, as :func:`version_table` shows them."""
+        status = self._supervisor.status()
+        return version_table(status.rounds, status.active, status.versions)
+
+    def _load(self, number: int, path: Path) -> None:
+        from rlchat.models.model_file import load_policy
+
+        assert self._chat is not None
+        bundle = load_policy(path, self._chat.device, self._base_of(path))
+        bundle.model.to(self._chat.dtype)
+        with self._lock:
+            self._loaded = number, bundle, path
+
+    def _swap(self, status: Status) -> None:
+        with self._lock:
+            loaded = self._loaded
+            if loaded is None or loaded[0] != status.active:  # it is loaded before it becomes active
+                return
+            self._loaded = None
+        assert self._chat is not None
+        _, bundle, path = loaded
+        self._chat.swap(bundle, path)
+
+    def _base_of(self, path: Path) -> str | None:
+        return self._base_model if path == self.model else None
+
+
+def table_of(model: Path) -> list[str]:
+    """The versions of ``model`` that there are, for a chat that does not learn; ``model`` may be one of them."""
+    number, original = 0, model.parent.with_suffix(".pt")
+    if model.stem.isdecimal() and model.parent.suffix == ".versions" and original.exists():
+        number, model = int(model.stem), original
+    folder = VersionFolder(model, keep=1)
+    return version_table(folder.outcomes(), number, folder.usable())
+
+
+class _Silent(logging.NullHandler):
+    """Of this module, so that it can be removed."""
+
+
+def _sentence(outcome: Outcome, status: Status) -> str:
+    """What came of a round, in one line."""
+    line = outcome.sentence if outcome.number is not None else f"no new version: {'; '.join(outcome.reasons)}"
+    if outcome.number is not None and outcome.number == status.active:
+        line = f"{line}; now in use"
+    left_out: Sequence[str] = [f"{count} {reason}" for reason, count in outcome.left_out.items() if count]
+    return f"{line} (left out: {', '.join(left_out)})" if left_out else line
+
+
+def _named(number: int) -> str:
+    return f"version {number}" if number else "the original model"
+
+
+def _seconds(status: Status) -> str:
+    assert status.training_since is not None
+    return f"{max(0.0, time.time() - status.training_since):.0f}"
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
