@@ -265,9 +265,9 @@ def at_kl(curve: Sequence[Row], kl: float, metric: str) -> float:
     return float("nan")
 
 
-def shown(values: Sequence[float], digits: int = 1) -> str:
-    """The mean of shares in percent with half of its 95 % t interval; in how many runs, if not in all."""
-    known = [100 * value for value in values if not np.isnan(value)]
+def shown(values: Sequence[float], digits: int = 1, scale: float = 100) -> str:
+    """The mean times ``scale`` (shares: in percent), with half of its 95 % t interval; of how many, if not of all."""
+    known = [scale * value for value in values if not np.isnan(value)]
     if len(known) < 2:
         return f"{known[0]:.{digits}f} (1 run)" if known else "not reached"
     mean, half = estimate(known)
@@ -282,8 +282,8 @@ def table(runs: dict[str, list[dict[str, Any]]], metric: str) -> Iterator[str]:
     columns = {name: [[at_kl(run["curve"], kl, metric) for run in found] for kl in KLS] for name, found in runs.items()}
     for name, found in runs.items():
         ends = shown([run["curve"][-1][metric] for run in found])
-        kls = estimate([run["curve"][-1]["kl"] for run in found])
-        yield f"| {name} | {' | '.join(map(shown, columns[name]))} | {ends} | {kls.mean:.2f} ± {kls.half:.2f} |"
+        kls = shown([run["curve"][-1]["kl"] for run in found], digits=2, scale=1)
+        yield f"| {name} | {' | '.join(map(shown, columns[name]))} | {ends} | {kls} |"
     for one, other in ((a, b) for a in runs for b in runs if a.startswith("PPO") and b.startswith("DPO")):
         gains = [
             shown([x - y for x, y in zip(first, second, strict=True)])
