@@ -39,8 +39,8 @@ _SMALL_RATE = 3e-4
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
-# Where the label loss of a 👎 is smallest: log(0.45 / 0.55) = -0.2, so at β = 0.1 the response is e^2 times less likely.
-# The label 0 has no such place: it pushes until responses of the same kind break.
+# The label of a 👎. Its loss is smallest at β · log ratio = log(0.45 / 0.55) = -0.2: at β = 0.1, where the response is
+# e² times less likely. With the label 0 there is no such place, and it pushes until responses of the same kind break.
 _BAD_LABEL = 0.45
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
 _MORE_TRUNCATED = 0.2  # of all responses of a version, than of the original model's
