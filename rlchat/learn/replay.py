@@ -52,7 +52,7 @@ EVERYDAY = (
     "Is it going to rain tomorrow?",
     "What do you think about music?",
 )
-# The defaults of the data module, which versions before 0.2 of model files were trained with or do not mention.
+# The defaults of the data module: older model files do not name these options.
 _SPLIT = {"seed": 0, "val_fraction": 0.05, "test_fraction": 0.05}
 _READING = Reading(lang="en", on_bad_line="error", keep_synthetic=False, split_text=False)
 

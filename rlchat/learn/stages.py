@@ -39,6 +39,9 @@ _SMALL_RATE = 3e-4
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
+# The label of a 👎. Its loss is smallest at β · log ratio = log(0.45 / 0.55) = -0.2: at β = 0.1, where the response is
+# e² times less likely. With the label 0 there is no such place, and it pushes until responses of the same kind break.
+_BAD_LABEL = 0.45
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
 _MORE_TRUNCATED = 0.2  # of all responses of a version, than of the original model's
 
@@ -180,12 +183,18 @@ class _Place:
 
 
 def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]) -> Trained:
-    rows = [*lesson.judged, *lesson.replay]
+    rows = [*map(_softened, lesson.judged), *lesson.replay]
     module = DPOModule(
         **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
     )
     alarms = _fit(module, _data(rows, place.scratch / "dpo", options), _passes(len(rows), options), place, [], clip=1.0)
     return Trained(module.bundle(), None, alarms)
+
+
+def _softened(prompt: Conversation) -> Conversation:
+    """``prompt`` with :data:`_BAD_LABEL` in place of the label 0."""
+    references = (replace(r, quality=_BAD_LABEL) if r.quality == 0 else r for r in prompt.references)
+    return replace(prompt, references=tuple(references))
 
 
 def _train_ppo(
