@@ -98,8 +98,8 @@ def draw(runs: Runs) -> Figure:
     results = Results(runs)
     figure = Figure((13.0, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    curves = (("DPO, edits", "facts", "dpo", "edits"), ("PPO, edits", "facts", "ppo", "edits"))
-    _by_verdicts(left, results, (*curves, ("DPO, thumbs", "facts", "dpo", "thumbs")))
+    forms = [(f"{m.upper()}, {f}", "facts", m, f) for f in ("edits", "thumbs") for m in ("dpo", "ppo")]
+    _by_verdicts(left, results, [form for form in forms if _curve(results, *form[1:])])
     left.set_title("New facts: capitals", loc="left", fontsize=11, color=_INK)
     _by_wrong(middle, results)
     styles = [(f"{p}, {f}", p, "dpo", f) for p in ("politeness", "shortness") for f in ("edits", "thumbs")]

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from rlchat.learn.measure import Figures
 from rlchat.training.options import not_negative
 
+ENOUGH_HELD_BACK = 10
+"""With as many held-back verdicts, a version must agree with more of them than the original model: verdicts that
+contradict each other teach nothing, and are no reason for a change."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -62,6 +66,11 @@ def judge(
         notes.append(f"agreement is not part of the gate: {none_held_back}")
     elif new.agrees < current.agrees:
         reasons.append(f"it agrees with {new.agrees} of {new.verdicts} held-back verdicts, before: {current.agrees}")
+    elif new.verdicts >= ENOUGH_HELD_BACK and original.agrees is not None and new.agrees <= original.agrees:
+        reasons.append(
+            f"it agrees with {new.agrees} of {new.verdicts} held-back verdicts, and the original model with as many: "
+            f"what it has learned does not show"
+        )
     if new.perplexity is None or original.perplexity is None:
         notes.append("perplexity is not part of the gate: there are no held-out human replies; pass --replay FILE")
     elif not new.perplexity <= original.perplexity * (1 + bounds.perplexity_rise):

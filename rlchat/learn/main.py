@@ -198,7 +198,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--learning-rate",
         type=float,
         metavar="LR",
-        help="peak learning rate (default: lora 5e-4, full 1e-4, but 3e-4 with dpo below 20 million weights)",
+        help="peak learning rate (default: lora 5e-4, full 1e-4, but 3e-4 below 20 million weights)",
     )
     group.add_argument(
         "--passes", type=int, metavar="N", help="passes over the data (default: for 100 steps, from 4 to 12 passes)"

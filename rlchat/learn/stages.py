@@ -33,12 +33,15 @@ Part = Literal["lora", "full"]
 FULL_BELOW = 20_000_000
 """Models with fewer weights are trained in full by default, others with LoRA."""
 
-# Of a new version; a LoRA needs a higher one, see docs/lora.md, and so does DPO on all weights of a small model.
+# Of a new version; a LoRA needs a higher one, see docs/lora.md, and so do all weights of a small model.
 _LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
-_SMALL_DPO_RATE = 3e-4
+_SMALL_RATE = 3e-4
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
+# The label of a 👎. Its loss is smallest at β · log ratio = log(0.45 / 0.55) = -0.2: at β = 0.1, where the response is
+# e² times less likely. With the label 0 there is no such place, and it pushes until responses of the same kind break.
+_BAD_LABEL = 0.45
 _GROUP, _PROMPTS_PER_ITERATION = 4, 16
 _MORE_TRUNCATED = 0.2  # of all responses of a version, than of the original model's
 
@@ -54,8 +57,8 @@ class Training:
     Attributes:
         method: dpo, or ppo after an update of the reward model.
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
-        learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for DPO on all
-            weights of a model below :data:`FULL_BELOW` weights.
+        learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for all weights of a
+            model below :data:`FULL_BELOW` weights.
         passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
@@ -95,8 +98,8 @@ class Training:
         part: Part = self.part or ("full" if size < FULL_BELOW else "lora")
         tokens = self.max_new_tokens or max(1, min(100, original.max_length // 4))
         check_room(tokens, original.max_length)
-        is_small_dpo = part == "full" and self.method == "dpo" and size < FULL_BELOW
-        rate = self.learning_rate or (_SMALL_DPO_RATE if is_small_dpo else _LEARNING_RATES[part])
+        is_small = part == "full" and size < FULL_BELOW
+        rate = self.learning_rate or (_SMALL_RATE if is_small else _LEARNING_RATES[part])
         return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
 
     @property
@@ -180,12 +183,18 @@ class _Place:
 
 
 def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]) -> Trained:
-    rows = [*lesson.judged, *lesson.replay]
+    rows = [*map(_softened, lesson.judged), *lesson.replay]
     module = DPOModule(
         **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
     )
     alarms = _fit(module, _data(rows, place.scratch / "dpo", options), _passes(len(rows), options), place, [], clip=1.0)
     return Trained(module.bundle(), None, alarms)
+
+
+def _softened(prompt: Conversation) -> Conversation:
+    """``prompt`` with :data:`_BAD_LABEL` in place of the label 0."""
+    references = (replace(r, quality=_BAD_LABEL) if r.quality == 0 else r for r in prompt.references)
+    return replace(prompt, references=tuple(references))
 
 
 def _train_ppo(

@@ -19,8 +19,11 @@ def reasons(new: Figures, original: Figures = BEFORE, current: Figures = BEFORE,
     return "; ".join(judge(original, current, new, BOUNDS, "", alarms).reasons)
 
 
-def test_a_version_that_is_as_good_is_accepted() -> None:
-    decision = judge(BEFORE, BEFORE, BEFORE, BOUNDS, "", ())
+BETTER = replace(BEFORE, agrees=12)
+
+
+def test_a_version_that_agrees_more_is_accepted() -> None:
+    decision = judge(BEFORE, BEFORE, BETTER, BOUNDS, "", ())
     assert decision.accepted
     assert decision.notes == []
 
@@ -28,7 +31,13 @@ def test_a_version_that_is_as_good_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"agrees": 11}, ""),
+        ({"agrees": 12}, ""),
+        (
+            {"agrees": 11},
+            "it agrees with 11 of 20 held-back verdicts, and the original model with as many: what it "
+            "has learned does not show",
+        ),
+        ({"agrees": 11, "verdicts": 9}, ""),
         ({"agrees": 10}, "it agrees with 10 of 20 held-back verdicts, before: 11"),
         ({"perplexity": 2.1}, ""),
         ({"perplexity": 2.11}, "the perplexity on human replies rose from 2 to 2.11, more than 0.05 of it"),
@@ -41,7 +50,7 @@ def test_a_version_that_is_as_good_is_accepted() -> None:
     ],
 )
 def test_each_bound(change: dict[str, float], reason: str) -> None:
-    assert reasons(replace(BEFORE, **change)) == reason  # type: ignore[arg-type]
+    assert reasons(replace(BETTER, **change)) == reason  # type: ignore[arg-type]
 
 
 def test_an_alarm_and_all_reasons_together() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.chat_models import random_policy
 
+from rlchat.conversation import Conversation, Message
 from rlchat.learn.records import finite
-from rlchat.learn.stages import _alarms, _described_reward, _reward, _updated_row
+from rlchat.learn.stages import Training, _alarms, _described_reward, _reward, _softened, _updated_row
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel
 from rlchat.rewards import LearnedQuality
@@ -67,6 +69,19 @@ def test_alarms_can_be_raised_in_a_short_run(iterations: int, truncated: float, 
     watch = _alarms(iterations, truncated)
     assert (watch.patience, watch.max_truncated) == pytest.approx(expected)
     assert watch.patience <= iterations
+
+
+def test_a_thumb_down_has_a_limit() -> None:
+    """The label loss of DPO is smallest at β · log ratio = log(q / (1 - q))."""
+    replies = (Message("assistant", "a", quality=0.0), Message("assistant", "b", quality=1.0))
+    bad, good = _softened(Conversation((Message("user", "Hello"),), replies)).references
+    assert good.quality == 1
+    assert bad.quality is not None
+    assert math.log(bad.quality / (1 - bad.quality)) / Training().beta == pytest.approx(-2, abs=0.01)
+    pair = Conversation(
+        (Message("user", "Hello"),), (Message("assistant", "a", rank=0), Message("assistant", "b", rank=1))
+    )
+    assert _softened(pair) == pair
 
 
 def test_figures_are_json() -> None:
