@@ -138,9 +138,6 @@ def fit(
     module: StageModule, data: OASST2DataModule, epochs: int, *callbacks: L.Callback, **more: Any
 ) -> dict[str, float]:
     """Trains without writing files; ``more`` are options of the Trainer. Returns the last metrics."""
-    for name in ("lightning.pytorch", "lightning.fabric", "rlchat"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -338,4 +335,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for name in ("lightning.pytorch", "lightning.fabric", "rlchat"):  # their messages do not concern a study
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
     main()
