@@ -1,7 +1,7 @@
 """Learning while chatting: how much it slows the chat, and how long a new version takes.
 
     rlchat demo
-    python benchmarks/learn_latency.py --model checkpoints/rl_chat_model_tiktoken.pt
+    python -m benchmarks.learn_latency --model checkpoints/rl_chat_model_tiktoken.pt
 
 A client asks one question after another of a `rlchat serve --learn` process and streams the responses. First nobody
 gives verdicts: that is `idle`. Then the client corrects eight responses about the capital of a country, so that a
@@ -18,20 +18,18 @@ import argparse
 import itertools
 import json
 import random
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.serving import server
 from rlchat.demo.kind import CLOSERS, OPENERS
 from rlchat.demo.kinds import KINDS
 from rlchat.demo.world import COUNTRIES, TOWNS
@@ -88,22 +86,6 @@ class Chat:
         taken = self.gaps, self.firsts
         self.gaps, self.firsts = [], []
         return taken
-
-
-@contextmanager
-def server(model: Path, *more: str) -> Iterator[str]:
-    """The URL of a server of ``model`` that learns."""
-    feedback = ["--feedback", str(model.with_name("feedback.jsonl"))]
-    command = [sys.executable, "-m", "rlchat", "serve", str(model), "--port", "0", "--learn", *feedback, *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            found = re.search(r" is at (http\S+)", process.stdout.readline())
-            if found is None:
-                sys.exit("the server did not start: its message is above")
-            yield found[1]
-        finally:
-            process.terminate()
 
 
 def questions(rng: random.Random, countries: Sequence[str] = COUNTRIES) -> list[str]:
@@ -173,7 +155,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copy(options.model, folder))
-        with server(model, "--every", str(EVERY), "--device", "cpu", f"--learn-args={options.learn_args}") as url:
+        feedback = str(model.with_name("feedback.jsonl"))
+        words = ["--learn", "--feedback", feedback, "--every", str(EVERY), "--device", "cpu"]
+        with server(model, *words, f"--learn-args={options.learn_args}") as url:
             chat = Chat(url, options.pause)
             for question in questions(random.Random(2))[:20]:  # the first requests are slower
                 chat.ask(question)

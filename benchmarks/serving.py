@@ -49,9 +49,9 @@ def random_model(path: Path) -> Path:
 
 
 @contextmanager
-def server(model: Path) -> Iterator[str]:
-    """The URL of a server of ``model``."""
-    command = [sys.executable, "-m", "rlchat", "serve", str(model), "--port", "0"]
+def server(model: Path, *more: str) -> Iterator[str]:
+    """The URL of a server of ``model``; ``more`` are further options."""
+    command = [sys.executable, "-m", "rlchat", "serve", str(model), "--port", "0", *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
