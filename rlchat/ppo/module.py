@@ -84,7 +84,7 @@ class PPOModule(ResumableModule):
         ppo_epochs: passes over each rollout.
         minibatches: optimizer steps in each pass.
         micro_batch_size: rows per forward pass on each device; gradients accumulate over a minibatch. None: all, or
-            on a CPU as many as have 64 MiB of logits.
+            on a CPU as many as have 48 MiB of logits.
         advantage: the advantage estimator: gae uses a critic; rloo and grpo compare the responses to the same prompt
             instead; reinforce_pp compares each token's rewards to go with those of the whole batch.
         critic: a value head on the policy's backbone (shared), or a separate network (separate).

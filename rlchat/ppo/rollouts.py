@@ -31,8 +31,8 @@ from rlchat.training.base import PolicyModule
 from rlchat.training.parts import prepare_backbone
 from rlchat.utils.padding import pad
 
-# The most logits in a forward pass of an update on a CPU: 64 MiB.
-_CPU_LOGITS = 2**24
+# The most logits in a forward pass of an update on a CPU: 48 MiB.
+_CPU_LOGITS = 3 * 2**22
 
 
 @dataclass(frozen=True, slots=True)

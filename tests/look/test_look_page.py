@@ -158,6 +158,7 @@ def test_sort_and_filter(opener: Opener) -> None:
     assert rewards(page) == ["3", "1", "2", "−1"]  # the row without a KL is last
     sort.select_option("factor quality")
     assert rewards(page) == ["−1", "1", "3", "2"]
+    expect(page.locator(".row .ink").first).to_contain_text("factor quality")  # the number that the row did not show
     page.get_by_label("End reason").select_option("token limit")
     assert rewards(page) == ["2"]
     page.get_by_role("button", name="Clear the filters").click()
@@ -168,13 +169,44 @@ def test_sort_and_filter(opener: Opener) -> None:
     page.get_by_label("at least").fill("-0.5")
     page.get_by_label("at most").fill("0")
     assert rewards(page) == ["1", "2"]
-    expect(page.locator("#count")).to_have_text("2 responses, 2 of 4 responses")
+    expect(page.locator("#count")).to_have_text("2 of 4 responses")
     expect(page.locator("#summary tr", has_text="truncated")).to_contain_text("50 %")
     page.get_by_label("Remove this range").click()
     page.get_by_label("Search").fill("GOOD d")
     assert rewards(page) == ["3"]
     page.get_by_label("Search").fill("nothing like this")
     expect(page.locator(".row")).to_have_count(0)
+
+
+def test_unusual_iterations(opener: Opener) -> None:
+    """The critic is constant in the seventh of ten iterations, and all responses are truncated in the third."""
+    values = [[0.1 * row, 0.2, 0.3] for row in range(4)]
+    rows = [
+        rollout(
+            iteration=iteration,
+            prompt_id=f"prompt {row}",
+            prompt=[{"role": "user", "content": f"Say {row}."}],
+            reply=f"It is {row}.",
+            reward=float(row),
+            kl=0.1 * row,
+            factors={"quality": float(row)},
+            ended_by="token limit" if iteration == 3 or row == 0 else "end of turn",
+            per_token={**TOKENS, "value": [0.0] * 3 if iteration == 7 else values[row]},
+        )
+        for iteration in range(1, 11)
+        for row in range(4)
+    ]
+    page = opener.run(rows)
+    lines = page.locator("#odd tr")
+    expect(lines.filter(has_text="value, tokens: all the same")).to_contain_text("7")
+    expect(lines.filter(has_text="all truncated")).to_contain_text("3")
+    expect(lines.filter(has_text="reward")).to_have_count(0)
+    lines.filter(has_text="all truncated").get_by_role("button").click()
+    expect(page.locator("#count")).to_have_text("4 of 40 responses")
+    page.keyboard.press("]")
+    expect(page.locator(".facts")).to_contain_text("iteration 4")
+    page.keyboard.press("[")
+    expect(page.locator(".facts")).to_contain_text("iteration 3")
 
 
 def test_the_keyboard(opener: Opener) -> None:
