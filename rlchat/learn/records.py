@@ -14,8 +14,8 @@ _UNUSED = {"replaced": "replaced by a later verdict", "withdrawn": "taken back",
 def describe(counts: dict[str, Any]) -> str:
     """The numbers of verdicts, in one line."""
     kinds = counts["kinds"]
-    names = {"good": "good", "bad": "bad", "corrected": "corrected"}
-    text = f"{counts['verdicts']} verdicts: " + ", ".join(f"{kinds[k]} {names[k]}" for k in names if k in kinds)
+    found = [f"{kinds[kind]} {kind}" for kind in ("good", "bad", "corrected") if kind in kinds]
+    text = f"{counts['verdicts']} verdicts: {', '.join(found)}"
     if counts["held_back"]:
         text += f"; {counts['held_back']} of them held back for the gate"
     extra = [f"{counts[name]} {what}" for name, what in _UNUSED.items() if counts[name]]

@@ -261,7 +261,7 @@ class RolloutModule(PolicyModule):
     def micro_batch_size(self) -> int | None:
         """Rows per forward pass of an update, the same on all processes; None: all rows of a minibatch.
 
-        On a CPU, larger passes are not faster, and need more memory for logits and activations.
+        On a CPU, the passes of a large vocabulary are bounded, which saves memory for logits and activations.
         """
         o = self.options
         if o.micro_batch_size is not None or self.device.type != "cpu":
