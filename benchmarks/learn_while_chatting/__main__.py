@@ -13,6 +13,9 @@ Gold accuracy is the share of responses that are as the user wants, on questions
 200 of the taught kinds, and 600 of the other kinds. A version that the gate rejects is measured too ("no gate"). The
 table has changes in points, as means with 95 % t intervals over seeds.
 
+In the runs of the second table, the learner runs after every 25 verdicts, and a version that the gate accepts answers
+from then on. The verdicts that follow are on its responses.
+
 A run is stored in --out when it has ended, and is not repeated by the next start.
 """
 
@@ -27,7 +30,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.learn_while_chatting.pieces import SEEDS, all_pieces, run
-from benchmarks.learn_while_chatting.report import draw, table
+from benchmarks.learn_while_chatting.report import chained_table, draw, table
 from rlchat.cli.messages import configure_messages
 from rlchat.utils.files import write_atomically
 from rlchat.utils.progress import DelayedProgress
@@ -59,7 +62,7 @@ def main() -> None:
             if known or options.minutes is None or time.monotonic() - began < 60 * options.minutes:
                 figures.append(run(piece, options.model, options.data, options.out))
             bar.update(done + 1)
-    print(table(figures))
+    print(f"{table(figures)}\n\n{chained_table(figures)}")
     seconds = sum(one["cpu_seconds"] for one in figures)
     print(f"\n{len(figures)} of {len(pieces)} runs, {seconds / 60:.0f} CPU minutes", file=sys.stderr)
     if options.plot is not None:

@@ -6,6 +6,7 @@ import json
 import random
 import resource
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One run of the learner.
+    """One run of the learner, or of one after another.
 
     Attributes:
         verdicts: how many; without any, the model is only measured.
@@ -34,6 +35,8 @@ class Piece:
         method: of the learner.
         form: edits or thumbs.
         wrong: the probability that a verdict is wrong.
+        every: 0: the learner runs once, on all verdicts. Otherwise it runs after each ``every`` of them, as in
+            `rlchat serve --learn`, and the verdicts that follow are on the responses of the version in use.
         seed: of the user, of the model's responses to it, and of the learner.
     """
 
@@ -42,6 +45,7 @@ class Piece:
     method: Method = "dpo"
     form: Form = "edits"
     wrong: float = 0.0
+    every: int = 0
     seed: int = 0
 
     @property
@@ -49,7 +53,9 @@ class Piece:
         """The name of its file, without the ending."""
         if not self.verdicts:
             return f"{self.preference}-start-seed{self.seed}"
-        parts = (self.preference, self.method, self.form, f"wrong{self.wrong:g}", self.verdicts, f"seed{self.seed}")
+        parts = [self.preference, self.method, self.form, f"wrong{self.wrong:g}", self.verdicts, f"seed{self.seed}"]
+        if self.every:
+            parts.insert(-1, f"every{self.every}")
         return "-".join(map(str, parts))
 
 
@@ -64,6 +70,7 @@ def all_pieces(seeds: Sequence[int] = SEEDS) -> list[Piece]:
         [{"verdicts": n, "preference": "politeness"} for n in (0, 8, 50, 200)],
         [{"verdicts": n, "preference": "shortness"} for n in (0, 8, 50, 200)],
         [{"verdicts": n, "preference": "shortness", "form": "thumbs"} for n in (50, 200, 500)],
+        [{"verdicts": 200, "every": 25, **more} for more in ({}, {"form": "thumbs"}, {"wrong": 0.3}, {"wrong": 0.5})],
         [{"verdicts": 200, "method": "ppo", "wrong": wrong} for wrong in (0.3, 0.5)],
         [{"verdicts": 200, "preference": "shortness", "form": "thumbs", "method": "ppo"}],
         [{"verdicts": 200, "preference": "shortness", "form": "thumbs", "wrong": wrong} for wrong in (0.3, 0.5)],
@@ -86,7 +93,12 @@ def run(piece: Piece, model: Path, data: str, folder: Path) -> dict[str, Any]:
         return found
     began = resource.getrusage(resource.RUSAGE_SELF)
     user = User(piece.preference, piece.seed)
-    measured = _learned(piece, user, chat, model, data) if piece.verdicts else {"gold": gold(user, chat)}
+    if not piece.verdicts:
+        measured: dict[str, Any] = {"gold": gold(user, chat)}
+    elif piece.every:
+        measured = _chained(piece, user, chat, model, data)
+    else:
+        measured = _learned(piece, user, chat, model, data)
     ended = resource.getrusage(resource.RUSAGE_SELF)
     seconds = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
     figures = {**about, **measured, "cpu_seconds": round(seconds, 1)}
@@ -106,20 +118,19 @@ def gold(user: User, chat: ChatInterface) -> dict[str, float]:
     return found
 
 
-def give_feedback(piece: Piece, user: User, chat: ChatInterface, path: Path) -> dict[str, int]:
-    """Writes the verdicts of ``user`` on sampled responses of ``chat`` to ``path``; returns their numbers by kind."""
-    rng = random.Random(f"verdicts {piece.seed}")
-    asked = user.asks(piece.verdicts, rng)
-    counts: dict[str, int] = {}
+def give_feedback(
+    piece: Piece, user: User, chat: ChatInterface, path: Path, asked: Sequence[Asked], rng: random.Random
+) -> Counter[str]:
+    """Adds the verdicts of ``user`` on sampled responses of ``chat`` to ``path``; returns their numbers by kind."""
+    counts: Counter[str] = Counter(wrong=0)
     for one, response in zip(asked, _responses(chat, asked, 1.0), strict=True):
         wrong = rng.random() < piece.wrong
         verdict = user.verdict(one, response or "…", piece.form, rng, wrong=wrong)
         prompt = Conversation((Message("user", one.text),))
         name, model_id = chat.model_path.name, identity(chat.bundle)
         append_feedback(path, prompt, response or "…", verdict, model=name, model_id=model_id)
-        kind = verdict if isinstance(verdict, str) else "corrected"
-        counts[kind] = counts.get(kind, 0) + 1
-        counts["wrong"] = counts.get("wrong", 0) + wrong
+        counts[verdict if isinstance(verdict, str) else "corrected"] += 1
+        counts["wrong"] += wrong
     return counts
 
 
@@ -129,20 +140,50 @@ def _responses(chat: ChatInterface, asked: Sequence[Asked], temperature: float) 
 
 
 def _learned(piece: Piece, user: User, chat: ChatInterface, model: Path, data: str) -> dict[str, Any]:
+    """The learner runs once. A rejected version is measured too: it is what there would be without the gate."""
+    rng = _rng(piece)
     with tempfile.TemporaryDirectory(prefix="rlchat-learn-") as folder:
         feedback, version = Path(folder, "feedback.jsonl"), Path(folder, "version.pt")
-        counts = give_feedback(piece, user, chat, feedback)
-        request = Request(
-            model=model,
-            feedback=feedback,
-            out=Path(folder, "versions"),
-            replay=(data,),
-            training=Training(method=piece.method, seed=piece.seed),
-            device="cpu",
-        )
-        outcome = learn(request)
-        # A rejected version is measured too: it is what there would be without the gate.
+        counts = give_feedback(piece, user, chat, feedback, user.asks(piece.verdicts, rng), rng)
+        outcome = learn(_request(piece, model, Path(folder), data))
         save_bundle(version, outcome.policy)
         found = gold(user, ChatInterface(version, device="cpu", seed=piece.seed))
     figures = {name: outcome.figures[name] for name in ("reasons", "original", "before", "after")}
     return {"counts": counts, "accepted": outcome.decision.accepted, "gold": found, **figures}
+
+
+def _chained(piece: Piece, user: User, chat: ChatInterface, model: Path, data: str) -> dict[str, Any]:
+    """The learner runs after each ``every`` verdicts, and an accepted version is in use from then on."""
+    rng = _rng(piece)
+    asked = user.asks(piece.verdicts, rng)
+    counts: Counter[str] = Counter()
+    rounds: list[dict[str, Any]] = []
+    in_use, found = None, gold(user, chat)
+    with tempfile.TemporaryDirectory(prefix="rlchat-learn-") as folder:
+        for start in range(0, piece.verdicts, piece.every):
+            some = asked[start : start + piece.every]
+            counts += give_feedback(piece, user, chat, Path(folder, "feedback.jsonl"), some, rng)
+            outcome = learn(_request(piece, model, Path(folder), data, current=in_use))
+            if outcome.path is not None:
+                in_use = outcome.path
+                chat = ChatInterface(in_use, device="cpu", seed=piece.seed)
+                found = gold(user, chat)
+            figures = {name: outcome.figures[name] for name in ("accepted", "reasons", "before", "after")}
+            rounds.append({"verdicts": start + len(some), "gold": found, **figures})
+    return {"counts": counts, "rounds": rounds, "gold": found}
+
+
+def _rng(piece: Piece) -> random.Random:
+    return random.Random(f"verdicts {piece.seed}")
+
+
+def _request(piece: Piece, model: Path, folder: Path, data: str, current: Path | None = None) -> Request:
+    return Request(
+        model=model,
+        feedback=folder / "feedback.jsonl",
+        out=folder / "versions",
+        current=current,
+        replay=(data,),
+        training=Training(method=piece.method, seed=piece.seed),
+        device="cpu",
+    )

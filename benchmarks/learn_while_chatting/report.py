@@ -1,4 +1,4 @@
-"""The table and the figure of the benchmark, from the figures of its runs."""
+"""The tables and the figure of the benchmark, from the figures of its runs."""
 
 from __future__ import annotations
 
@@ -34,15 +34,21 @@ class Results:
     def __init__(self, runs: Runs) -> None:
         self.starts = {(run["preference"], run["seed"]): run["gold"] for run in runs if not run["verdicts"]}
         self.groups: dict[Group, list[Mapping[str, Any]]] = {}
+        self.chained: dict[Group, list[Mapping[str, Any]]] = {}  # of the runs with a round after each `every` verdicts
         for run in runs:
             if run["verdicts"] and (run["preference"], run["seed"]) in self.starts:
-                self.groups.setdefault(group_of(run), []).append(run)
+                groups = self.chained if run["every"] else self.groups
+                groups.setdefault(group_of(run), []).append(run)
 
     def change(self, run: Mapping[str, Any], measure: str, *, gate: bool) -> float:
         """How much ``measure`` of the gold accuracy changes, in points. A gate keeps the model if it rejects."""
         if gate and not run["accepted"]:
             return 0.0
-        return 100 * (run["gold"][measure] - self.starts[run["preference"], run["seed"]][measure])
+        return self.gain(run, run["gold"], measure)
+
+    def gain(self, run: Mapping[str, Any], gold: Mapping[str, float], measure: str) -> float:
+        """How many points ``measure`` is higher in ``gold`` than before ``run``."""
+        return 100 * (gold[measure] - self.starts[run["preference"], run["seed"]][measure])
 
     def level(self, run: Mapping[str, Any], measure: str, *, gate: bool) -> float:
         """``measure`` of the gold accuracy after learning, in percent."""
@@ -79,6 +85,37 @@ def table(runs: Runs) -> str:
         cells = [preference, method.upper(), form, f"{wrong:.0%}", verdicts, f"{before:.0f} %", *changes[:2]]
         rows.append("| " + " | ".join(map(str, [*cells, accepted, *changes[2:], _agreement(found)])) + " |")
     return "\n".join(rows)
+
+
+def chained_table(runs: Runs) -> str:
+    """The gold accuracy while the model in use learns again and again: one row per group, one column per quarter."""
+    results = Results(runs)
+    quarters = (0.25, 0.5, 0.75, 1.0)
+    rows = [
+        "| preference | method | form | wrong | verdicts | accepted rounds | taught after a quarter | after half "
+        "| after three quarters | taught at the end | others, lowest | others at the end |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group in sorted(results.chained):
+        found = results.chained[group]
+        preference, method, form, wrong, verdicts = group
+        rounds = [one for run in found for one in run["rounds"]]
+        accepted = f"{sum(one['accepted'] for one in rounds)} of {len(rounds)}"
+        taught = [
+            with_interval([results.gain(run, _round_at(run, share)["gold"], "taught") for run in found])
+            for share in quarters
+        ]
+        lowest = [min(results.gain(run, one["gold"], "others") for one in run["rounds"]) for run in found]
+        others = [results.gain(run, run["gold"], "others") for run in found]
+        cells = [preference, method.upper(), form, f"{wrong:.0%}", verdicts, accepted, *taught]
+        rows.append("| " + " | ".join(map(str, [*cells, f"{min(lowest):+.1f}", with_interval(others)])) + " |")
+    return "\n".join(rows)
+
+
+def _round_at(run: Mapping[str, Any], share: float) -> Mapping[str, Any]:
+    """The last round within ``share`` of the verdicts of ``run``."""
+    rounds: Sequence[Mapping[str, Any]] = run["rounds"]
+    return [one for one in rounds if one["verdicts"] <= share * run["verdicts"]][-1]
 
 
 def _agreement(runs: Runs) -> str:

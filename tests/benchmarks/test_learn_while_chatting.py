@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from helpers.chat_models import random_policy
 
 from benchmarks.learn_while_chatting.pieces import Piece, all_pieces, give_feedback, gold, run
-from benchmarks.learn_while_chatting.report import Results, draw, table, with_interval
+from benchmarks.learn_while_chatting.report import Results, chained_table, draw, table, with_interval
 from benchmarks.learn_while_chatting.user import MOST_WORDS, PREFERENCES, TAUGHT, Preference, User
 from rlchat.chat import ChatInterface
 from rlchat.chat.feedback import Correction
@@ -83,7 +84,8 @@ def chat(workplace: Path, tokenizer: ChatTokenizer) -> ChatInterface:
 
 def test_feedback_is_that_of_a_chat(chat: ChatInterface) -> None:
     user = User("facts", 0)
-    counts = give_feedback(Piece(20, wrong=0.4), user, chat, Path("feedback.jsonl"))
+    rng = random.Random(0)
+    counts = give_feedback(Piece(20, wrong=0.4), user, chat, Path("feedback.jsonl"), user.asks(20, rng), rng)
     verdicts, _ = read_verdicts("feedback.jsonl")
     assert len(verdicts) == 20
     assert {verdict.model_id for verdict in verdicts} == {identity(chat.bundle)}
@@ -117,11 +119,26 @@ def test_a_whole_run(chat: ChatInterface) -> None:
     assert found["after"]["verdicts"] > 0
 
 
+@pytest.mark.slow
+def test_a_chained_run_asks_the_version_in_use(chat: ChatInterface) -> None:
+    replies = ["It is one.", "It is two."]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": replies[n % 2]}]}
+        for n in range(30)
+    ]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run(Piece(12, every=6), Path("chat.pt"), "data.jsonl", Path("out"))
+    assert [one["verdicts"] for one in found["rounds"]] == [6, 12]
+    assert found["gold"] == found["rounds"][-1]["gold"]
+    assert sum(found["counts"].values()) == 12
+
+
 def result(
     verdicts: int, seed: int, taught: float, others: float, accepted: bool = True, **more: Any
 ) -> dict[str, Any]:
     figures = {"agrees": 8, "verdicts": 10}
     common = {"preference": "facts", "method": "dpo", "form": "edits", "wrong": 0.0, "verdicts": verdicts, "seed": seed}
+    common["every"] = 0
     gold = {"taught": taught, "others": others}
     return {**common, "gold": gold, "accepted": accepted, "before": {**figures, "agrees": 4}, "after": figures, **more}
 
@@ -144,6 +161,19 @@ def test_the_table_has_changes_without_and_with_the_gate() -> None:
     assert "+10.0 ± 0.0 | -40.0 ± 0.0 | 1 of 3 | +3.3 ± 14.3 | -13.3 ± 57.4" in rows[3]
     assert Results(RUNS).level(RUNS[7], "others", gate=True) == 90
     assert with_interval([1.5]) == "+1.5"
+
+
+def test_the_second_table_follows_the_version_in_use() -> None:
+    def chained(seed: int, taught: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+        golds = [{"taught": one, "others": other} for one, other in zip(taught, others, strict=True)]
+        rounds = [{"verdicts": 50 * (i + 1), "gold": gold, "accepted": i != 1} for i, gold in enumerate(golds)]
+        return result(200, seed, taught[-1], others[-1], every=50, rounds=rounds)
+
+    runs = [*RUNS, chained(0, (0.2, 0.2, 0.4, 0.7), (0.9, 0.9, 0.87, 0.9)), chained(1, (0.3, 0.3, 0.6, 0.9), [0.9] * 4)]
+    assert table(runs) == table(RUNS)  # such a run is in its own table
+    _, _, row = chained_table(runs).splitlines()
+    assert row.startswith("| facts | DPO | edits | 0% | 200 | 6 of 8 | +15.0 ± 63.5 | +15.0 ± 63.5 | +40.0")
+    assert row.endswith("| -3.0 | +0.0 ± 0.0 |")
 
 
 def test_the_figure_shows_every_line() -> None:
