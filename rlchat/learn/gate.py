@@ -6,32 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlchat.learn.measure import Figures
-from rlchat.training.options import not_negative
+from rlchat.training.options import fractions, not_negative
 
 ENOUGH_HELD_BACK = 10
-"""With as many held-back verdicts, a version must agree with more of them than the original model: verdicts that
+"""With as many held-back verdicts, what a version has learned from the others must carry over to them. Verdicts that
 contradict each other teach nothing, and are no reason for a change."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much worse than the original model a version may be.
+    """How much worse than the original model a version may be, and how well it must have learned.
 
     Attributes:
         perplexity_rise: of the perplexity on human replies, as a share of it.
         control_drop: of the share of controls that are answered correctly.
         kl: in nats per token, from the original model to the version, on responses of the original to controls.
+        reward_accuracy: the least :func:`rlchat.learn.measure.reward_accuracy`, if enough verdicts are held back.
 
     Raises:
-        UserError: a bound is negative.
+        UserError: a bound is negative, or the reward accuracy is above 1.
     """
 
     perplexity_rise: float = 0.05
     control_drop: float = 0.02
     kl: float = 0.1
+    reward_accuracy: float = 0.6
 
     def __post_init__(self) -> None:
         not_negative(perplexity_rise=self.perplexity_rise, control_drop=self.control_drop, kl=self.kl)
+        fractions(reward_accuracy=self.reward_accuracy)
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,8 @@ def judge(
     notes = []
     if new.agrees is None or current.agrees is None:
         notes.append(f"agreement is not part of the gate: {none_held_back}")
-    elif new.agrees < current.agrees:
-        reasons.append(f"it agrees with {new.agrees} of {new.verdicts} held-back verdicts, before: {current.agrees}")
-    elif new.verdicts >= ENOUGH_HELD_BACK and original.agrees is not None and new.agrees <= original.agrees:
-        reasons.append(
-            f"it agrees with {new.agrees} of {new.verdicts} held-back verdicts, and the original model with as many: "
-            f"what it has learned does not show"
-        )
+    else:
+        reasons += _against_learning(current.agrees, new.agrees, new, bounds)
     if new.perplexity is None or original.perplexity is None:
         notes.append("perplexity is not part of the gate: there are no held-out human replies; pass --replay FILE")
     elif not new.perplexity <= original.perplexity * (1 + bounds.perplexity_rise):
@@ -100,3 +98,17 @@ def kl_between(original: Figures, new: Figures) -> float | None:
     if original.original_nll is None or new.original_nll is None:
         return None
     return new.original_nll - original.original_nll
+
+
+def _against_learning(before: int, after: int, new: Figures, bounds: Bounds) -> list[str]:
+    """What the held-back verdicts say against a version that agrees with ``after`` of them."""
+    reasons = []
+    if after < before:
+        reasons.append(f"it agrees with {after} of {new.verdicts} held-back verdicts, before: {before}")
+    accuracy = new.reward_accuracy
+    if new.verdicts >= ENOUGH_HELD_BACK and accuracy is not None and accuracy < bounds.reward_accuracy:
+        reasons.append(
+            f"what it has learned does not carry over to the {new.verdicts} held-back verdicts: the reward accuracy is "
+            f"{accuracy:.0%}, below {bounds.reward_accuracy:.0%}"
+        )
+    return reasons

@@ -18,7 +18,7 @@ from rlchat.errors import NonFiniteError, UserError
 from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
 from rlchat.learn.gate import Bounds, Decision, judge, kl_between
 from rlchat.learn.held_back import split, trained_prompts
-from rlchat.learn.measure import Figures, Yardstick, measure, questions_of, respond
+from rlchat.learn.measure import Figures, Yardstick, judged_responses, measure, questions_of, respond
 from rlchat.learn.records import describe, finite, reward_with_model
 from rlchat.learn.replay import Replay, data_of, everyday_replay, read_replay
 from rlchat.learn.stages import Lesson, Trained, Training, train
@@ -298,8 +298,10 @@ class _Round:
         controls = uncorrected(controls, [reply.text for reply in greedy], verdicts)
         texts = respond(self.original, replay.controls, self._sampling, seed) if replay.controls else []
         originals = [(p, reply) for p, reply in zip(replay.controls, texts, strict=True) if reply.text.strip()]
+        judged = judged_prompts(held_back)
         return Yardstick(
-            questions=questions_of(held_back, judged_prompts(held_back), self.original, self._sampling, seed + 1),
+            questions=questions_of(held_back, judged, self.original, self._sampling, seed + 1),
+            judged=judged_responses(judged, self.original),
             threads=replay.threads,
             controls=controls,
             originals=originals,

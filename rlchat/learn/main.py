@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from rlchat.errors import UserError
 from rlchat.utils.background import end_with_stdin, limit_memory, lower_priority
+
+if TYPE_CHECKING:
+    from rlchat.learn.gate import Bounds
 
 _DESCRIPTION = """\
 Learn from the verdicts in a feedback file: 👍, 👎 and corrections of `rlchat chat` and of the page.
@@ -37,7 +40,6 @@ def main(args: Sequence[str]) -> int:
     import torch
 
     from rlchat.cli.messages import configure_messages
-    from rlchat.learn.gate import Bounds
     from rlchat.learn.learner import Request, learn
     from rlchat.learn.stages import Training
     from rlchat.utils.threads import fastest_threads
@@ -66,7 +68,7 @@ def main(args: Sequence[str]) -> int:
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,
         ),
-        bounds=Bounds(options.max_perplexity_rise, options.max_control_drop, options.max_kl),
+        bounds=_bounds(options),
         device=options.device,
         base_model=options.base_model,
     )
@@ -83,8 +85,21 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
+def _bounds(options: argparse.Namespace) -> Bounds:
+    from rlchat.learn.gate import Bounds
+
+    return Bounds(
+        perplexity_rise=options.max_perplexity_rise,
+        control_drop=options.max_control_drop,
+        kl=options.max_kl,
+        reward_accuracy=options.min_reward_accuracy,
+    )
+
+
 def table(figures: dict[str, Any]) -> Table:
     """The measures before and after, and their bounds, from :attr:`rlchat.learn.learner.Outcome.figures`."""
+    from rlchat.learn.gate import ENOUGH_HELD_BACK  # imports torch
+
     before, after, bounds = figures["before"], figures["after"], figures["bounds"]
     original = figures["original"]
     shown = Table("measure", "before", "after", "accepted if")
@@ -93,6 +108,11 @@ def table(figures: dict[str, Any]) -> Table:
     if after["agrees"] is not None:
         counts = [f"{figure['agrees']} of {figure['verdicts']}" for figure in (before, after)]
         shown.add_row("agreement with held-back verdicts", *counts, "it does not fall")
+    if after["reward_accuracy"] is not None:
+        shares = [f"{figure['reward_accuracy']:.0%}" for figure in (before, after)]
+        is_bound = after["verdicts"] >= ENOUGH_HELD_BACK
+        condition = f"at least {bounds['reward_accuracy']:.0%}" if is_bound else "too few verdicts for a bound"
+        shown.add_row("reward accuracy on held-back verdicts", *shares, condition)
     if after["perplexity"] is not None:
         limit = original["perplexity"] * (1 + bounds["perplexity_rise"])
         values = [f"{figure['perplexity']:.3f}" for figure in (before, after)]
@@ -250,4 +270,12 @@ def _add_gate(group: argparse._ArgumentGroup) -> None:
         default=0.1,
         metavar="X",
         help="reject a version with a higher KL to MODEL on controls, in nats per token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-reward-accuracy",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="reject a version that has raised a liked response more than a disliked one in a smaller share of the "
+        "pairs of held-back responses, if 10 or more verdicts are held back (default: %(default)s)",
     )

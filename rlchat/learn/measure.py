@@ -1,4 +1,4 @@
-"""What the gate compares: agreement with verdicts, perplexity, controls, and the distance from the original model."""
+"""What the gate compares: agreement with verdicts, their rewards, perplexity, controls, and the KL to the original."""
 
 from __future__ import annotations
 
@@ -41,11 +41,22 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """A held-back response to ``prompt``, whether it is liked, and its log-prob under the original model, in nats."""
+
+    prompt: Conversation
+    text: str
+    liked: bool
+    original_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Yardstick:
     """What every model is measured on; it is made once, with the original model.
 
     Attributes:
         questions: the held-back verdicts.
+        judged: the responses of the held-back verdicts.
         threads: held-out conversations with human replies.
         controls: held-out prompts with a check.
         originals: held-out prompts, each with a response of the original model, sampled at temperature 1.
@@ -53,6 +64,7 @@ class Yardstick:
     """
 
     questions: list[Question]
+    judged: list[Judged]
     threads: list[Conversation]
     controls: list[Conversation]
     originals: list[tuple[Conversation, Reply]]
@@ -66,6 +78,7 @@ class Figures:
     Attributes:
         agrees: held-back verdicts that the model agrees with.
         verdicts: held-back verdicts.
+        reward_accuracy: see :func:`reward_accuracy`.
         perplexity: on human replies.
         correct: controls that are answered correctly, at temperature 0.
         controls: controls.
@@ -75,6 +88,7 @@ class Figures:
 
     agrees: int | None
     verdicts: int
+    reward_accuracy: float | None
     perplexity: float | None
     correct: int | None
     controls: int
@@ -83,7 +97,7 @@ class Figures:
     @classmethod
     def none(cls) -> Figures:
         """Of a model that cannot be measured."""
-        return cls(None, 0, None, None, 0, None)
+        return cls(None, 0, None, None, None, 0, None)
 
     def values(self) -> dict[str, Any]:
         """Plain values."""
@@ -103,6 +117,7 @@ def measure(model: PolicyBundle, yardstick: Yardstick) -> Figures:
     return Figures(
         agrees=agreement(model, yardstick.questions) if yardstick.questions else None,
         verdicts=len(yardstick.questions),
+        reward_accuracy=reward_accuracy(model, yardstick.judged),
         perplexity=None if perplexity is None else _exp(perplexity),
         correct=correct,
         controls=len(yardstick.controls),
@@ -175,6 +190,33 @@ def agreement(model: PolicyBundle, questions: Sequence[Question]) -> int:
         likely = 2 * sum(own > other for other in others) > len(others) if others else True
         agreeing += likely == question.good
     return agreeing
+
+
+def judged_responses(prompts: Sequence[Conversation], original: PolicyBundle) -> list[Judged]:
+    """The references of ``prompts``, which are :func:`rlchat.learn.examples.judged_prompts` of held-back verdicts."""
+    found = [(prompt, reference) for prompt in prompts for reference in prompt.references]
+    sums = logprob_sums(original, [render(original, prompt, reference.text) for prompt, reference in found])
+    return [
+        Judged(prompt, reference.text, reference.rank == 0 or reference.quality == 1, logprob)
+        for (prompt, reference), (logprob, _) in zip(found, sums, strict=True)
+    ]
+
+
+def reward_accuracy(model: PolicyBundle, judged: Sequence[Judged]) -> float | None:
+    """The share of pairs of a liked and a disliked response of which the liked one has the higher reward.
+
+    The pairs are all that there are, also of different prompts. The reward is the implicit one of DPO (Rafailov et al.
+    2023, eq. 5) at β = 1: the log-prob of the response minus that under the original model. So it is about what the
+    model has learned, and is 0.5 for the original model and for one that has learned nothing that carries over. Equal
+    rewards count half. None without a liked or without a disliked response.
+    """
+    sums = logprob_sums(model, [render(model, one.prompt, one.text) for one in judged])
+    rewards = [logprob - one.original_logprob for one, (logprob, _) in zip(judged, sums, strict=True)]
+    liked, disliked = (
+        [reward for one, reward in zip(judged, rewards, strict=True) if one.liked is side] for side in (True, False)
+    )
+    pairs = [(high > low) + 0.5 * (high == low) for high in liked for low in disliked]
+    return sum(pairs) / len(pairs) if pairs else None
 
 
 def render(model: PolicyBundle, prompt: Conversation, text: str, ended: bool = True) -> Rendered:

@@ -12,15 +12,18 @@ from rlchat.chat.verdicts import JudgedResponse
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.learn.examples import judged_prompts
 from rlchat.learn.measure import (
+    Judged,
     Question,
     Yardstick,
     agreement,
+    judged_responses,
     logprob_sums,
     measure,
     nats_per_token,
     questions_of,
     render,
     respond,
+    reward_accuracy,
 )
 from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Sampling
@@ -80,13 +83,39 @@ def test_the_figures_of_a_model(says_ab: PolicyBundle) -> None:
     thread = HELLO.with_reply(Message("assistant", "ab"))
     found = measure(
         says_ab,
-        Yardstick([Question(HELLO, "ab", True, ("ba",))], [thread], controls, [(HELLO, Reply("ab", 3, True))], 8),
+        Yardstick([Question(HELLO, "ab", True, ("ba",))], [], [thread], controls, [(HELLO, Reply("ab", 3, True))], 8),
     )
     assert (found.agrees, found.verdicts, found.correct, found.controls) == (1, 1, 2, 3)
     assert found.perplexity == pytest.approx(1, abs=1e-3)
     assert found.original_nll == pytest.approx(0, abs=1e-3)
-    nothing = measure(says_ab, Yardstick([], [], [], [], 8))
+    nothing = measure(says_ab, Yardstick([], [], [], [], [], 8))
     assert (nothing.agrees, nothing.perplexity, nothing.correct, nothing.original_nll) == (None, None, None, None)
+
+
+def test_reward_accuracy_by_hand(says_ab: PolicyBundle) -> None:
+    """Three of the four pairs are right: 3 > 2, 3 > 0.5 and 1 > 0.5, but not 1 > 2."""
+    rewards = {"a": (True, 3.0), "b": (True, 1.0), "c": (False, 2.0), "d": (False, 0.5)}
+    sums = logprob_sums(says_ab, [render(says_ab, HELLO, text) for text in rewards])
+    judged = [
+        Judged(HELLO, text, liked, total - reward)
+        for (text, (liked, reward)), (total, _) in zip(rewards.items(), sums, strict=True)
+    ]
+    assert reward_accuracy(says_ab, judged) == 3 / 4
+    assert reward_accuracy(says_ab, [one for one in judged if one.liked]) is None
+    assert reward_accuracy(says_ab, []) is None
+
+
+def test_the_original_model_has_a_reward_accuracy_of_one_half(says_ab: PolicyBundle) -> None:
+    prompts = judged_prompts(
+        [
+            JudgedResponse(HELLO, "no", "corrected", "yes", "", "1"),
+            JudgedResponse(Conversation((Message("user", "Bye"),)), "ab", "good", "", "", "2"),
+            JudgedResponse(Conversation((Message("user", "Hi"),)), "cd", "bad", "", "", "3"),
+        ]
+    )
+    judged = judged_responses(prompts, says_ab)
+    assert {(one.text, one.liked) for one in judged} == {("yes", True), ("no", False), ("ab", True), ("cd", False)}
+    assert reward_accuracy(says_ab, judged) == 0.5
 
 
 def test_what_verdicts_are_compared_with(says_ab: PolicyBundle) -> None:
@@ -119,7 +148,7 @@ def test_a_version_that_has_diverged_has_an_infinite_perplexity(byte_tokenizer: 
     with torch.no_grad():
         bundle.model.backbone.head_weight.mul_(1e6)
     thread = Conversation((Message("user", "Hello"), Message("assistant", "abc")))
-    found = measure(bundle, Yardstick([], [thread], [], [(HELLO, Reply("abc", 4, ended=True))], 8))
+    found = measure(bundle, Yardstick([], [], [thread], [], [(HELLO, Reply("abc", 4, ended=True))], 8))
     assert found.perplexity == math.inf
     assert found.original_nll is not None
     assert found.original_nll > 710
