@@ -173,8 +173,8 @@ def uncorrected(
     """``controls`` without those that the original model answers with the words of a corrected response.
 
     They would hold the version to what was corrected. Words with as many 👍 as corrections, on any prompt, are no
-    reason: a few wrong corrections must not take right answers out. If more than a tenth would be left out, none is:
-    who corrects everything must not switch the controls off.
+    reason: a few wrong corrections must not take right answers out. At most a tenth is left out, the answers with the
+    most corrections first: who corrects everything must not switch the controls off.
 
     Args:
         controls: prompts with checks.
@@ -184,8 +184,9 @@ def uncorrected(
     votes: Counter[str] = Counter()
     for verdict in verdicts:
         votes[words_of(verdict.response)] += (verdict.kind == "corrected") - (verdict.kind == "good")
-    kept = [prompt for prompt, reply in zip(controls, replies, strict=True) if votes[words_of(reply)] <= 0]
-    return kept if len(kept) >= (1 - _MOST_CORRECTED) * len(controls) else controls
+    against = {i: votes[words_of(reply)] for i, reply in enumerate(replies) if votes[words_of(reply)] > 0}
+    left_out = sorted(against, key=lambda i: -against[i])[: int(_MOST_CORRECTED * len(controls))]
+    return [prompt for i, prompt in enumerate(controls) if i not in left_out]
 
 
 class _Round:
