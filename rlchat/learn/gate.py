@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlchat.learn.measure import Figures
-from rlchat.training.options import not_negative
+from rlchat.utils.ranges import not_negative
 
 ENOUGH_HELD_BACK = 10
 """With as many held-back verdicts, a version must agree with more of them than the original model: verdicts that

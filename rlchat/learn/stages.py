@@ -24,8 +24,8 @@ from rlchat.rewards import Factor, LearnedQuality, Reward
 from rlchat.rewards.described import check_arguments, find_factor
 from rlchat.training.base import StageModule
 from rlchat.training.dpo import DPOModule
-from rlchat.training.options import check_room, not_negative, positive, positive_integers
 from rlchat.training.reward_model import RewardModelModule
+from rlchat.utils.ranges import check_room, not_negative, positive, positive_integers
 
 Method = Literal["dpo", "ppo"]
 Part = Literal["lora", "full"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import math
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from rlchat.chat.feedback import check_writable
 from rlchat.chat.learning.options import add_learning_options, supervisor_arguments
 from rlchat.errors import UserError
 from rlchat.utils.imports import install_command, no_garbage_collection
+from rlchat.utils.ranges import integer_word, positive_integer_word
 
 if TYPE_CHECKING:
     import uvicorn
@@ -222,17 +222,26 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="ORIGIN",
     )
-    option("--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=_positive)
-    option("--max-rows", "maximum number of responses generated at a time", type=_positive, default=_ROWS)
-    option("--max-waiting", "maximum number of queued responses; more get status 429", type=_positive, default=256)
-    option("--max-tokens", "maximum number of tokens per response", type=_positive, default=1_024)
-    option("--max-seconds", "maximum number of seconds per response", type=_positive, default=120)
-    option("--max-messages", "maximum number of messages per conversation", type=_positive, default=1_000)
-    option("--max-body", "maximum number of bytes per request", type=_positive, default=1_000_000)
+    option(
+        "--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=positive_integer_word
+    )
+    option("--max-rows", "maximum number of responses generated at a time", type=positive_integer_word, default=_ROWS)
+    option(
+        "--max-waiting",
+        "maximum number of queued responses; more get status 429",
+        type=positive_integer_word,
+        default=256,
+    )
+    option("--max-tokens", "maximum number of tokens per response", type=positive_integer_word, default=1_024)
+    option("--max-seconds", "maximum number of seconds per response", type=positive_integer_word, default=120)
+    option("--max-messages", "maximum number of messages per conversation", type=positive_integer_word, default=1_000)
+    option("--max-body", "maximum number of bytes per request", type=positive_integer_word, default=1_000_000)
     group = parser.add_argument_group("learning from feedback")
     add_learning_options(group)
-    option("--max-client-verdicts", "verdicts per hour from one client", type=_positive, default=200, to=group)
-    option("--max-verdicts", "verdicts per hour from all clients", type=_positive, default=1_000, to=group)
+    option(
+        "--max-client-verdicts", "verdicts per hour from one client", type=positive_integer_word, default=200, to=group
+    )
+    option("--max-verdicts", "verdicts per hour from all clients", type=positive_integer_word, default=1_000, to=group)
     return parser
 
 
@@ -243,19 +252,5 @@ def _origin(text: str) -> str:
     return text
 
 
-def _integer(text: str, low: int, high: float, what: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = low - 1
-    if not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected {what}")
-    return number
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1, math.inf, "a positive integer")
-
-
 def _port(text: str) -> int:
-    return _integer(text, 0, 65_535, "an integer from 0 to 65535")
+    return integer_word(text, 0, 65_535, "an integer from 0 to 65535")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 from typing import Any
 
 from rlchat.errors import UserError
+from rlchat.utils.ranges import positive_integer_word, positive_number_word
 
 _NAMES = ("every", "keep_versions", "learn_memory", "learn_args")
 
@@ -24,9 +24,11 @@ def add_learning_options(group: argparse._ArgumentGroup) -> None:
         more.setdefault("metavar", "N")
         group.add_argument(name, help=f"{what} (default: {usual})", **more)
 
-    option("--every", "number of new verdicts that starts a round of learning", type=_positive, default=8)
-    option("--keep-versions", "number of versions whose model files are kept", type=_positive, default=8)
-    option("--learn-memory", "memory of a round in GiB", "half of the machine's", type=_positive_float, metavar="GIB")
+    option("--every", "number of new verdicts that starts a round of learning", type=positive_integer_word, default=8)
+    option("--keep-versions", "number of versions whose model files are kept", type=positive_integer_word, default=8)
+    option(
+        "--learn-memory", "memory of a round in GiB", "half of the machine's", type=positive_number_word, metavar="GIB"
+    )
     option(
         "--learn-args",
         "further options of `rlchat learn`, such as --learn-args='--method ppo'",
@@ -61,23 +63,3 @@ def supervisor_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "memory": options.learn_memory,
         "options": (*arguments, *more),
     }
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a positive integer")
-    return number
-
-
-def _positive_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a positive number")
-    return number

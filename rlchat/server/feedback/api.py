@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -78,20 +78,12 @@ def add_learning(app: FastAPI, supervisor: Supervisor) -> None:
     @app.post("/learning")
     def switch(body: LearningSwitch) -> LearningStatus:
         """Turn learning on or off. Off ends a round that runs; its verdicts stay new."""
-        try:
-            supervisor.set_learning(body.on)
-        except UserError as error:
-            raise _api_error(error, "the server cannot write its state: see its log") from error
-        return _status(supervisor)
+        return _changed(supervisor, lambda: supervisor.set_learning(body.on))
 
     @app.post("/learning/rollback")
     def rollback(body: RollbackRequest) -> LearningStatus:
         """Use an earlier version again. Learning continues with the next verdicts."""
-        try:
-            supervisor.rollback(body.version)
-        except UserError as error:
-            raise _api_error(error, "the server cannot write its state: see its log") from error
-        return _status(supervisor)
+        return _changed(supervisor, lambda: supervisor.rollback(body.version))
 
 
 class LearningCollector(Collector):
@@ -119,6 +111,15 @@ def _model_of(body: FeedbackRequest, active: Loaded, supervisor: Supervisor | No
     if body.model in (None, active.version) or (supervisor is not None and supervisor.owns(body.model)):
         return body.model or active.version, active.model_id
     return body.model, ""
+
+
+def _changed(supervisor: Supervisor, change: Callable[[], object]) -> LearningStatus:
+    """Where learning stands after ``change``. Raises :class:`APIError` if that fails."""
+    try:
+        change()
+    except UserError as error:
+        raise _api_error(error, "the server cannot write its state: see its log") from error
+    return _status(supervisor)
 
 
 def _api_error(error: UserError, if_disk: str) -> APIError:
