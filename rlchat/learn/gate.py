@@ -5,33 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rlchat.chat.learning.round_options import Bounds
 from rlchat.learn.measure import Figures
-from rlchat.utils.ranges import not_negative
 
 ENOUGH_HELD_BACK = 10
 """With as many held-back verdicts, a version must agree with more of them than the original model: verdicts that
 contradict each other teach nothing, and are no reason for a change."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How much worse than the original model a version may be.
-
-    Attributes:
-        perplexity_rise: of the perplexity on human replies, as a share of it.
-        control_drop: of the share of controls that are answered correctly.
-        kl: in nats per token, from the original model to the version, on responses of the original to controls.
-
-    Raises:
-        UserError: a bound is negative.
-    """
-
-    perplexity_rise: float = 0.05
-    control_drop: float = 0.02
-    kl: float = 0.1
-
-    def __post_init__(self) -> None:
-        not_negative(perplexity_rise=self.perplexity_rise, control_drop=self.control_drop, kl=self.kl)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
     with no_garbage_collection():
         import torch
 
+        from rlchat.chat.learning.round_options import check_for_model
         from rlchat.chat.learning.supervisor import Supervisor
         from rlchat.chat.scoring import RewardScorer
         from rlchat.models.model_file import PolicyBundle, load_policy
@@ -101,6 +102,7 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
 
     supervisor = None
     if options.learn:
+        check_for_model(learning["options"], file)
         supervisor = Supervisor(
             file,
             options.feedback,

@@ -6,6 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
+from rlchat.chat.learning.round_options import check_chat_round
 from rlchat.errors import UserError
 from rlchat.utils.ranges import positive_integer_word, positive_number_word
 
@@ -44,7 +45,8 @@ def supervisor_arguments(options: argparse.Namespace) -> dict[str, Any]:
     ``options`` also has ``device`` and ``base_model``.
 
     Raises:
-        UserError: an option has no effect without ``--learn``; ``--learn-args`` is not quoted as for a shell.
+        UserError: an option has no effect without ``--learn``; ``--learn-args`` is not quoted as for a shell,
+            or contains options that a round cannot have.
     """
     parser = argparse.ArgumentParser()
     add_learning_options(parser.add_argument_group())
@@ -55,6 +57,7 @@ def supervisor_arguments(options: argparse.Namespace) -> dict[str, Any]:
         more = shlex.split(options.learn_args)
     except ValueError as error:
         raise UserError(f"--learn-args: {str(error).lower()}; quote it as for a shell") from error
+    check_chat_round(more)
     known = [("--device", options.device), ("--base-model", options.base_model)]
     arguments = [word for name, value in known if value for word in (name, value)]
     return {
