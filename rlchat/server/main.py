@@ -84,11 +84,11 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
 
         from rlchat.chat.learning.round_options import check_for_model
         from rlchat.chat.learning.supervisor import Supervisor
-        from rlchat.chat.scoring import RewardScorer
         from rlchat.models.model_file import PolicyBundle, load_policy
         from rlchat.server.app import create_api
         from rlchat.server.engine import Engine
         from rlchat.server.feedback.caps import Caps
+        from rlchat.server.feedback.rewards import Rewards
         from rlchat.server.protocol import Server
         from rlchat.utils.devices import choose_device, choose_dtype
 
@@ -122,7 +122,7 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
         hosts=[*options.allow_host, options.host],
         origins=options.allow_origin,
         api_key=options.api_key or None,
-        scorer=(lambda: RewardScorer(bundle, path)) if bundle.about.get("reward") else None,
+        rewards=Rewards(engine, file, load, supervisor),
         supervisor=supervisor,
         caps=Caps(options.max_client_verdicts, options.max_verdicts),
     )

@@ -160,6 +160,10 @@ class Supervisor:
         """Whether a model file of this name is the original or a version of it."""
         return self._folder.versions.owns(name)
 
+    def path_of(self, name: str) -> Path:
+        """The model file with a ``name`` that :meth:`owns` accepts; it may have been deleted."""
+        return self.model if name in ("", self.model.name) else self._folder.versions.folder / name
+
     def notify(self) -> None:
         """Looks at the feedback file now, not only at the next of the regular times."""
         self._wake.set()
