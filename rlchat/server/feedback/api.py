@@ -13,13 +13,14 @@ from fastapi import FastAPI, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rlchat.chat.feedback import Correction, append_feedback
+from rlchat.chat.feedback import Correction, append_feedback, client_digest
 from rlchat.chat.learning.rounds import Outcome
 from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.chat.verdicts import recent_clients
 from rlchat.errors import UserError
 from rlchat.server.engine import Engine, Loaded
 from rlchat.server.errors import APIError
-from rlchat.server.feedback.caps import Caps, VerdictCounter
+from rlchat.server.feedback.caps import HOUR, Caps, VerdictCounter
 from rlchat.server.feedback.schemas import (
     FeedbackKept,
     FeedbackRequest,
@@ -40,8 +41,15 @@ _FOLDERS = re.compile(r"(?<![\w.])(?:[\w.~-]+|[A-Za-z]:)?(?:[/\\][\w.~-]+)*[/\\]
 def add_feedback(
     app: FastAPI, path: Path, engine: Engine, metrics: Metrics, supervisor: Supervisor | None, caps: Caps
 ) -> None:
-    """Adds `/feedback`, which appends verdicts to the file ``path``. ``caps`` limit them if there is a supervisor."""
-    counter, lock = VerdictCounter(caps), threading.Lock()
+    """Adds `/feedback`, which appends verdicts to the file ``path``. ``caps`` limit them if there is a supervisor.
+
+    The verdicts of the last hour in the file count, so that a restart does not lift the limits.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    before = () if supervisor is None else recent_clients(path, HOUR, caps.in_all)
+    counter, lock = VerdictCounter(caps, before), threading.Lock()
 
     @app.post("/feedback")
     def add_feedback(body: FeedbackRequest, request: Request) -> FeedbackKept:
@@ -52,7 +60,7 @@ def add_feedback(
             client = f"address {request.client.host}"
         with lock:
             counts = supervisor is not None and verdict != "none"  # taking a verdict back is always possible
-            if counts and (refusal := counter.refusal(client)) is not None:
+            if counts and (refusal := counter.refusal(client_digest(client))) is not None:
                 sentence, seconds = refusal
                 raise APIError(429, f"{sentence}: try again later", headers={"Retry-After": str(seconds)})
             try:
@@ -60,7 +68,7 @@ def add_feedback(
             except UserError as error:
                 raise _api_error(error, "the server cannot write feedback: see its log") from error
             if counts:
-                counter.take(client)
+                counter.take(client_digest(client))
         metrics.feedback.labels(body.verdict or "corrected").inc()
         if supervisor is not None:
             supervisor.notify()
