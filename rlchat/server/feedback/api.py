@@ -158,6 +158,7 @@ def _status(supervisor: Supervisor) -> LearningStatus:
         training_seconds=None if status.training_since is None else max(0.0, time.time() - status.training_since),
         rounds=[_round(outcome) for outcome in status.rounds],
         error=None if status.error is None else _without_folders(status.error),
+        failures=status.failures,
     )
 
 

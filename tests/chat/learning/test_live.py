@@ -193,6 +193,10 @@ def test_rejected_and_failed_rounds(model: Path) -> None:
         teach(session, "d", "e")
         (line,) = wait_for_news(session)
         assert line == f"no new version: {session.feedback}: none of 2 verdicts can be used"
+        assert session.news() == []
+        teach(session, "g")  # one more verdict starts another round, which fails in the same way
+        assert wait_for_news(session) == [line]
+        assert session.news() == []
         run(session, "f")
         assert said(session) == "old old "
 

@@ -122,6 +122,22 @@ def test_the_panel_on_a_phone(browser: Any, model: Path) -> None:
             assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
+def test_each_round_that_fails_is_reported(browser: Any, model: Path) -> None:
+    with learning_server(model, "--crash") as (server, _):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            for number, question in enumerate(("One", "Two", "Three")):
+                ask(page, question, "old!")
+                page.get_by_role("button", name="Bad response").last.click()
+                if number:
+                    expect(page.locator("#toast")).to_have_text(
+                        "No new version: feedback.jsonl: none of 2 verdicts can be used."
+                    )
+                    page.locator("#toast").evaluate("(toast) => { toast.textContent = '' }")
+            expect(panel).to_contain_text("none of 2 verdicts can be used")
+
+
 def test_an_error_and_damaged_lines_are_shown_as_text(browser: Any, model: Path) -> None:
     prompt = Conversation((Message("user", "Hi"),))
     append_feedback(model.with_name("feedback.jsonl"), prompt, "No.", "bad", model="<img src=x>.pt")
