@@ -21,7 +21,7 @@ from rlchat.chat.feedback import check_writable
 from rlchat.chat.learning.options import add_learning_options, supervisor_arguments
 from rlchat.errors import UserError
 from rlchat.utils.imports import install_command, no_garbage_collection
-from rlchat.utils.ranges import integer_word, positive_integer_word
+from rlchat.utils.ranges import int_between, positive_int
 
 if TYPE_CHECKING:
     import uvicorn
@@ -126,6 +126,7 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
         supervisor=supervisor,
         caps=Caps(options.max_client_verdicts, options.max_verdicts),
     )
+    del bundle  # after a swap, nothing refers to it
     if supervisor is not None:
         supervisor.start(engine.loaded.model_id)
     host, port = listener.getsockname()[:2]
@@ -224,26 +225,17 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="ORIGIN",
     )
-    option(
-        "--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=positive_integer_word
-    )
-    option("--max-rows", "maximum number of responses generated at a time", type=positive_integer_word, default=_ROWS)
-    option(
-        "--max-waiting",
-        "maximum number of queued responses; more get status 429",
-        type=positive_integer_word,
-        default=256,
-    )
-    option("--max-tokens", "maximum number of tokens per response", type=positive_integer_word, default=1_024)
-    option("--max-seconds", "maximum number of seconds per response", type=positive_integer_word, default=120)
-    option("--max-messages", "maximum number of messages per conversation", type=positive_integer_word, default=1_000)
-    option("--max-body", "maximum number of bytes per request", type=positive_integer_word, default=1_000_000)
+    option("--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=positive_int)
+    option("--max-rows", "maximum number of responses generated at a time", type=positive_int, default=_ROWS)
+    option("--max-waiting", "maximum number of queued responses; more get status 429", type=positive_int, default=256)
+    option("--max-tokens", "maximum number of tokens per response", type=positive_int, default=1_024)
+    option("--max-seconds", "maximum number of seconds per response", type=positive_int, default=120)
+    option("--max-messages", "maximum number of messages per conversation", type=positive_int, default=1_000)
+    option("--max-body", "maximum number of bytes per request", type=positive_int, default=1_000_000)
     group = parser.add_argument_group("learning from feedback")
     add_learning_options(group)
-    option(
-        "--max-client-verdicts", "verdicts per hour from one client", type=positive_integer_word, default=200, to=group
-    )
-    option("--max-verdicts", "verdicts per hour from all clients", type=positive_integer_word, default=1_000, to=group)
+    option("--max-client-verdicts", "verdicts per hour from one client", type=positive_int, default=200, to=group)
+    option("--max-verdicts", "verdicts per hour from all clients", type=positive_int, default=1_000, to=group)
     return parser
 
 
@@ -255,4 +247,4 @@ def _origin(text: str) -> str:
 
 
 def _port(text: str) -> int:
-    return integer_word(text, 0, 65_535, "an integer from 0 to 65535")
+    return int_between(text, 0, 65_535, "an integer from 0 to 65535")

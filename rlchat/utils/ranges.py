@@ -45,7 +45,7 @@ def check_room(max_new_tokens: int, max_length: int) -> None:
         )
 
 
-def integer_word(text: str, low: int, high: float, what: str) -> int:
+def int_between(text: str, low: int, high: float, what: str) -> int:
     """The integer in ``text``, from ``low`` to ``high``.
 
     Raises:
@@ -60,12 +60,12 @@ def integer_word(text: str, low: int, high: float, what: str) -> int:
     return number
 
 
-def positive_integer_word(text: str) -> int:
+def positive_int(text: str) -> int:
     """The positive integer in ``text``. Raises ``argparse.ArgumentTypeError`` if there is none."""
-    return integer_word(text, 1, math.inf, "a positive integer")
+    return int_between(text, 1, math.inf, "a positive integer")
 
 
-def positive_number_word(text: str) -> float:
+def positive_float(text: str) -> float:
     """The positive finite number in ``text``. Raises ``argparse.ArgumentTypeError`` if there is none."""
     try:
         number = float(text)

@@ -11,12 +11,12 @@ from rlchat.errors import UserError
 from rlchat.utils.ranges import (
     check_room,
     fractions,
-    integer_word,
+    int_between,
     not_negative,
     positive,
-    positive_integer_word,
+    positive_float,
+    positive_int,
     positive_integers,
-    positive_number_word,
 )
 
 
@@ -45,14 +45,14 @@ def test_values_out_of_range_are_named() -> None:
 
 
 def test_words() -> None:
-    assert positive_integer_word("8") == 8
-    assert positive_number_word("0.5") == 0.5
-    assert integer_word("0", 0, 9, "a digit") == 0
+    assert positive_int("8") == 8
+    assert positive_float("0.5") == 0.5
+    assert int_between("0", 0, 9, "a digit") == 0
     for word in ("0", "-1", "1.5", "x", ""):
         with pytest.raises(argparse.ArgumentTypeError, match=rf"^invalid value '{word}': expected a positive integer$"):
-            positive_integer_word(word)
+            positive_int(word)
     for word in ("0", "-1", "inf", "nan", "x", ""):
         with pytest.raises(argparse.ArgumentTypeError, match=rf"^invalid value '{word}': expected a positive number$"):
-            positive_number_word(word)
+            positive_float(word)
     with pytest.raises(argparse.ArgumentTypeError, match=r"^invalid value '10': expected a digit$"):
-        integer_word("10", 0, 9, "a digit")
+        int_between("10", 0, 9, "a digit")

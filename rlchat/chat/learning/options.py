@@ -8,7 +8,7 @@ from typing import Any
 
 from rlchat.chat.learning.round_options import check_chat_round
 from rlchat.errors import UserError
-from rlchat.utils.ranges import positive_integer_word, positive_number_word
+from rlchat.utils.ranges import positive_float, positive_int
 
 _NAMES = ("every", "keep_versions", "learn_memory", "learn_args")
 
@@ -25,11 +25,9 @@ def add_learning_options(group: argparse._ArgumentGroup) -> None:
         more.setdefault("metavar", "N")
         group.add_argument(name, help=f"{what} (default: {usual})", **more)
 
-    option("--every", "number of new verdicts that starts a round of learning", type=positive_integer_word, default=8)
-    option("--keep-versions", "number of versions whose model files are kept", type=positive_integer_word, default=8)
-    option(
-        "--learn-memory", "memory of a round in GiB", "half of the machine's", type=positive_number_word, metavar="GIB"
-    )
+    option("--every", "number of new verdicts that starts a round of learning", type=positive_int, default=8)
+    option("--keep-versions", "number of versions whose model files are kept", type=positive_int, default=8)
+    option("--learn-memory", "memory of a round in GiB", "half of the machine's", type=positive_float, metavar="GIB")
     option(
         "--learn-args",
         "further options of `rlchat learn`, such as --learn-args='--method ppo'",
