@@ -46,6 +46,7 @@ from rlchat.data.batches import PreferenceBatch  # noqa: E402
 from rlchat.models.networks import RLChatModel, response_log_ratios  # noqa: E402
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate  # noqa: E402
 from rlchat.training.dpo import DPOModule  # noqa: E402
+from rlchat.utils.bootstrap import bootstrap_interval  # noqa: E402
 from rlchat.utils.files import write_atomically  # noqa: E402
 from rlchat.utils.padding import pad  # noqa: E402
 
@@ -55,7 +56,6 @@ HELD_OUT = 256  # prompts
 DPO_STEPS = H.iterations * H.ppo_epochs * H.minibatches
 DPO_BATCH = 2 * H.batch_size // H.minibatches  # responses of a step: as many pairs as PPO's minibatch has responses
 SMOOTHED = 3  # iterations whose rewards are averaged for the reward at a time
-RESAMPLES = 10_000
 
 RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 
@@ -208,18 +208,16 @@ def train_dpo(setting: dict[str, float], seed: int, folder: Path) -> dict[str, A
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def interquartile_mean(values: Sequence[float]) -> float:
-    """The mean without the lowest and the highest quarter of ``values``; the quarters are rounded down."""
-    cut = len(values) // 4
-    return float(np.mean(np.sort(values)[cut : len(values) - cut]))
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """The mean without the lowest and the highest quarter of ``values`` [..., n]; the quarters are rounded down."""
+    n = values.shape[-1]
+    return np.asarray(np.sort(values)[..., n // 4 : n - n // 4].mean(-1))
 
 
 def with_interval(values: Sequence[float], seed: int = 0) -> str:
     """The interquartile mean and its 95 % percentile bootstrap interval."""
-    generator = np.random.default_rng(seed)
-    drawn = generator.choice(np.asarray(values), (RESAMPLES, len(values)))
-    low, high = np.quantile([interquartile_mean(row) for row in drawn], (0.025, 0.975))
-    return f"{interquartile_mean(values):.3f} ({low:.3f} to {high:.3f})"
+    low, high = bootstrap_interval(interquartile_mean, np.asarray(values), seed=seed)
+    return f"{interquartile_mean(np.asarray(values)):.3f} ({low:.3f} to {high:.3f})"
 
 
 def reward_at(curve: Sequence[dict[str, float]], key: str, place: float) -> float:

@@ -243,7 +243,7 @@ def _reward(session: Session, _: str) -> None:
         session.note(f"  {name:<{width}}  {contribution:+.3f}")
     turn = session.chat.last_turn
     assert turn is not None  # it has just been scored
-    for name, why in session.chat.reward.not_scored(turn[0]).items():
+    for name, why in session.chat.last_reward.not_scored(turn[0]).items():
         session.note(f"  not included: {name} ({why})")
     session.note("  no trained critic" if value is None else f"  critic's value of the prompt: {value:+.3f}")
 

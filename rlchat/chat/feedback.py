@@ -6,7 +6,8 @@ ranked above the model's response. The file can be used as training data directl
     rlchat fit --config reward --data.path feedback.jsonl
 
 A response has one verdict per client: the terminal is one client, and each browser is another. The file
-is append-only: every line has a ``feedback_id``, a hash of the conversation, the response and the client, and
+is append-only: every line has a ``feedback_id``, a hash of the conversation, the response and the client, the date, and
+a digest of the client, if that is not the terminal.
 :func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
 """
 
@@ -130,11 +131,17 @@ def feedback_row(
         "message_tree_id": tree_id_of(messages),
         "feedback_id": _feedback_id(messages, response, client),
         **({"model_id": model_id} if model_id else {}),
+        **({"client": client_digest(client)} if client else {}),
         "verdict": "corrected" if isinstance(verdict, Correction) else verdict,
         "tree_state": "ready_for_export",
         "created_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "prompt": replies[0],
     }
+
+
+def client_digest(client: str) -> str:
+    """What the file has in place of the ``client``, which may be an address."""
+    return hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _feedback_id(messages: Sequence[Message], response: str, client: str) -> str:

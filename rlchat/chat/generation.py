@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from numbers import Integral, Real
@@ -177,3 +179,17 @@ def generator_from(seed: int | None) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
         raise UserError(f"invalid value {seed!r} for seed: expected an integer from 0 to 2**63 - 1")
     return generator.manual_seed(int(seed))
+
+
+@contextmanager
+def exclusively(lock: threading.Lock) -> Iterator[None]:
+    """Holds the ``lock`` of a chat. Raises :class:`UserError` if it is held already."""
+    if not lock.acquire(blocking=False):
+        raise UserError(
+            "this ChatInterface is generating another response: finish or close that stream first, or use one "
+            "ChatInterface per conversation"
+        )
+    try:
+        yield
+    finally:
+        lock.release()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import reprlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rlchat.chat.generation import (
     TokenizationCheck,
     check_tokenization,
     decode_stream,
+    exclusively,
     generator_from,
     positive_integer,
     sampling_from,
@@ -80,6 +81,7 @@ class ChatInterface:
         # For each rated message: the model's response, the verdict, and the feedback file.
         self._ratings: list[tuple[SavedMessage, Reply, Verdict, Path]] = []
         self._last: Reply | None = None  # the last message, if it was generated here
+        self._last_reward = self._reward  # of the model that generated it
         self._sampling = Sampling()
 
     def swap(self, bundle: PolicyBundle, path: str | Path) -> None:
@@ -89,12 +91,12 @@ class ChatInterface:
         """
         with self._exclusive():
             self._use(bundle, Path(path), self._generator.generator)
-            self.__dict__.pop("reward", None)  # of the model before
 
     def _use(self, bundle: PolicyBundle, path: Path, generator: torch.Generator) -> None:
         self.bundle, self.model_path, self.model = bundle, path, bundle.model.to(self.dtype)
         self.tokenizer, self.max_length = bundle.tokenizer, bundle.max_length
         self._generator = ResponseGenerator(bundle, self.device, generator)
+        self._reward = cache(partial(RewardScorer, bundle, path))
         self._model_ids[path.name] = identity(bundle)
 
     @property
@@ -227,17 +229,22 @@ class ChatInterface:
             return True
 
     def score_last_response(self) -> tuple[dict[str, float], float | None]:
-        """The reward factors of the last response, and the critic's value of its prompt; see :class:`RewardScorer`.
+        """The reward factors of the last response, and the critic's value of its prompt; see :attr:`last_reward`.
 
         Raises :class:`UserError` if there is no response, or if the model file contains no reward.
         """
         prompt, reply = self._required_turn()
-        return self.reward.score(prompt, reply), self.reward.value(prompt)
+        return self.last_reward.score(prompt, reply), self.last_reward.value(prompt)
 
-    @cached_property
+    @property
     def reward(self) -> RewardScorer:
         """The reward that the model was trained with. Raises :class:`UserError` if the file contains none."""
-        return RewardScorer(self.bundle, self.model_path)
+        return self._reward()
+
+    @property
+    def last_reward(self) -> RewardScorer:
+        """As :attr:`reward`, but of the model that generated the last response, if that was here and since ``undo``."""
+        return self.reward if self._last is None else self._last_reward()
 
     def _required_turn(self) -> tuple[Conversation, Reply]:
         if (turn := self.last_turn) is None:
@@ -365,7 +372,7 @@ class ChatInterface:
         if use_history:
             response = SavedMessage("assistant", reply.text, now(), self.model_path.name)
             self._messages += [SavedMessage("user", text, asked_at), response]
-            self._undone, self._last = [], reply
+            self._undone, self._last, self._last_reward = [], reply, self._reward
 
     def _best_replies(
         self, prompts: Sequence[Conversation], fitted: Sequence[FittedPrompt], sampling: Sampling, batch_size: int
@@ -386,15 +393,6 @@ class ChatInterface:
     def _reset_dropped(self) -> None:
         self.dropped_messages, self.dropped_system, self.cut_tokens = 0, False, 0
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _exclusive(self) -> AbstractContextManager[None]:
         """Lock the model, its cache and the messages. Raises :class:`UserError` if they are locked already."""
-        if not self._busy.acquire(blocking=False):
-            raise UserError(
-                "this ChatInterface is generating another response: finish or close that stream first, or use one "
-                "ChatInterface per conversation"
-            )
-        try:
-            yield
-        finally:
-            self._busy.release()
+        return exclusively(self._busy)

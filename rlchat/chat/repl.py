@@ -129,7 +129,9 @@ def _session(options: argparse.Namespace, model: str, learn: dict[str, Any]) -> 
         learning = None
         if options.learn:
             from rlchat.chat.learning.live import LiveLearning
+            from rlchat.chat.learning.round_options import check_for_model
 
+            check_for_model(learn["options"], path)
             check_writable(options.feedback)
             learning = LiveLearning(path, Path(options.feedback), base_model, **learn)
             path, base_model = learning.path, learning.base_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,12 @@ from rlchat.conversation import Conversation
 from rlchat.data.forest import tree_id_of
 from rlchat.data.jsonl import BadLineError, LineReport, parse_object, take_lines
 from rlchat.data.readers import Readers, ReadOptions
+from rlchat.errors import UserError
+from rlchat.utils.files import lines_from_end
 
 VerdictKind = Literal["good", "bad", "corrected", "none"]
 _KINDS = ("good", "bad", "corrected", "none")
+TAIL_BYTES = 32 << 20  # a verdict has about 1 kB
 _CURE = "fix or delete the line, or pass --on-bad-line skip"
 
 
@@ -80,6 +84,41 @@ def read_verdicts(
     counting = [verdict for verdict in lasting.values() if verdict.kind != "none"]
     report.withdrawn = len(lasting) - len(counting)
     return counting, report
+
+
+def recent_clients(path: str | Path, seconds: float, most: int) -> list[tuple[float, str]]:
+    """The age in seconds and the client of each verdict of the last ``seconds``, the oldest first.
+
+    Only the newest ``most`` are returned, and only the last :data:`TAIL_BYTES` of the file are read. Verdicts without a
+    client, such as those of the terminal, and those that take another one back are left out. Damaged lines are skipped.
+
+    Args:
+        path: the feedback file. If it is missing, there are no verdicts.
+        seconds: how far to look back. Lines are in the order of their dates.
+        most: the largest number of verdicts.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    found: list[tuple[float, str]] = []
+    now = datetime.now(timezone.utc)
+    try:
+        for line in lines_from_end(Path(path), TAIL_BYTES):
+            try:
+                row = parse_object(line)
+                date = datetime.fromisoformat(str(row.get("created_date")))
+            except (BadLineError, ValueError):
+                continue
+            age = (now - date.replace(tzinfo=date.tzinfo or timezone.utc)).total_seconds()
+            if age >= seconds or len(found) == most:
+                break
+            if row.get("verdict") in ("good", "bad", "corrected") and isinstance(row.get("client"), str):
+                found.append((max(age, 0.0), row["client"]))  # the clock may have been set back
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return sorted(found, reverse=True)
 
 
 def verdict_of(row: dict[str, Any]) -> JudgedResponse:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from rlchat.data.sources import DataFile, data_file, file_size, numbered_lines, to_utf8
+from rlchat.data.sources import DataFile, data_file, file_size, json_problem, numbered_lines, to_utf8
 from rlchat.errors import UserError
 from rlchat.utils.progress import DelayedProgress
 
@@ -108,7 +108,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise BadLineError(f"not JSON ({error.msg} at column {error.colno})") from None
+        raise BadLineError(f"not JSON ({json_problem(error, f'column {error.colno}')})") from None
     except (ValueError, RecursionError) as error:
         raise BadLineError(f"not usable as JSON ({error})") from None
     if not isinstance(row, dict):

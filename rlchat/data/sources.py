@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -177,7 +178,7 @@ def _array_elements(file: DataFile, handle: IO[bytes], max_bytes: int) -> Genera
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8; {to_utf8('LATIN1')}") from None
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        reason = json_problem(error) if isinstance(error, json.JSONDecodeError) else error
         raise UserError(
             f"{file}:{text.line}: the JSON array is damaged or truncated here ({reason}); download or create it again"
         ) from None
@@ -217,6 +218,12 @@ class _TextWindow:
                 return rest[0]
             if not self.grow(_CHUNK):
                 raise json.JSONDecodeError("Unexpected end of file", "", 0)
+
+
+def json_problem(error: json.JSONDecodeError, place: str = "") -> str:
+    """What is wrong, and at which ``place``. Some messages of :mod:`json` expect one and end with "at" or a colon."""
+    problem = re.sub(r"(?: at|:)\s*$", "", error.msg)
+    return f"{problem} at {place}" if place else problem.removesuffix(" starting")
 
 
 def to_utf8(encoding: str) -> str:

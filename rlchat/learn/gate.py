@@ -5,36 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rlchat.chat.learning.round_options import Bounds
 from rlchat.learn.measure import Figures
-from rlchat.training.options import fractions, not_negative
 
 ENOUGH_HELD_BACK = 10
 """With as many held-back verdicts, what a version has learned from the others must carry over to them. Verdicts that
 contradict each other teach nothing, and are no reason for a change."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How much worse than the original model a version may be, and how well it must have learned.
-
-    Attributes:
-        perplexity_rise: of the perplexity on human replies, as a share of it.
-        control_drop: of the share of controls that are answered correctly.
-        kl: in nats per token, from the original model to the version, on responses of the original to controls.
-        reward_accuracy: the least :func:`rlchat.learn.measure.reward_accuracy`, if enough verdicts are held back.
-
-    Raises:
-        UserError: a bound is negative, or the reward accuracy is above 1.
-    """
-
-    perplexity_rise: float = 0.05
-    control_drop: float = 0.02
-    kl: float = 0.1
-    reward_accuracy: float = 0.6
-
-    def __post_init__(self) -> None:
-        not_negative(perplexity_rise=self.perplexity_rise, control_drop=self.control_drop, kl=self.kl)
-        fractions(reward_accuracy=self.reward_accuracy)
 
 
 @dataclass(frozen=True)

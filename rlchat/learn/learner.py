@@ -11,17 +11,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from rlchat.chat.learning.round_options import Bounds, Training
 from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
 from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation
 from rlchat.errors import NonFiniteError, UserError
 from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
-from rlchat.learn.gate import Bounds, Decision, judge, kl_between
+from rlchat.learn.gate import Decision, judge, kl_between
 from rlchat.learn.held_back import split, trained_prompts
 from rlchat.learn.measure import Figures, Yardstick, judged_responses, measure, questions_of, respond
 from rlchat.learn.records import describe, finite, reward_with_model
 from rlchat.learn.replay import Replay, data_of, everyday_replay, read_replay
-from rlchat.learn.stages import Lesson, Trained, Training, train
+from rlchat.learn.stages import Lesson, Trained, train
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.models.sampling import Sampling
 from rlchat.utils.devices import choose_device

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlchat.errors import UserError
+from rlchat.chat.learning.round_options import add_round_options, check_round
 from rlchat.utils.background import end_with_stdin, limit_memory, lower_priority
-
-if TYPE_CHECKING:
-    from rlchat.learn.gate import Bounds
 
 _DESCRIPTION = """\
 Learn from the verdicts in a feedback file: 👍, 👎 and corrections of `rlchat chat` and of the page.
@@ -34,14 +30,13 @@ def main(args: Sequence[str]) -> int:
         options = _parser().parse_args(args)
     except SystemExit as stop:
         return int(stop.code or 0)
-    _check(options)
+    training, bounds = check_round(options)
     _restrict(options)
     # Importing the stages takes seconds, which `rlchat learn --help` should not.
     import torch
 
     from rlchat.cli.messages import configure_messages
     from rlchat.learn.learner import Request, learn
-    from rlchat.learn.stages import Training
     from rlchat.utils.threads import fastest_threads
 
     configure_messages("learn")
@@ -57,18 +52,8 @@ def main(args: Sequence[str]) -> int:
         control_prompts=options.control_prompts,
         any_model=options.any_model,
         on_bad_line=options.on_bad_line,
-        training=Training(
-            method=options.method,
-            part=None if options.train == "auto" else options.train,
-            learning_rate=options.learning_rate,
-            passes=options.passes,
-            beta=options.beta,
-            iterations=options.iterations,
-            lora_rank=options.lora_rank,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-        ),
-        bounds=_bounds(options),
+        training=training,
+        bounds=bounds,
         device=options.device,
         base_model=options.base_model,
     )
@@ -83,17 +68,6 @@ def main(args: Sequence[str]) -> int:
         console.print(escape(note), highlight=False, soft_wrap=True)
     print(outcome.last_line)
     return 0
-
-
-def _bounds(options: argparse.Namespace) -> Bounds:
-    from rlchat.learn.gate import Bounds
-
-    return Bounds(
-        perplexity_rise=options.max_perplexity_rise,
-        control_drop=options.max_control_drop,
-        kl=options.max_kl,
-        reward_accuracy=options.min_reward_accuracy,
-    )
 
 
 def table(figures: dict[str, Any]) -> Table:
@@ -138,144 +112,9 @@ def _restrict(options: argparse.Namespace) -> None:
         limit_memory(int(options.max_memory * 2**30))
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raises :class:`UserError` for options that are out of range and that nothing checks later."""
-    for name in ("replay_prompts", "control_prompts", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"invalid value {value} for --{name.replace('_', '-')}: expected a positive integer")
-    if options.max_memory is not None and not options.max_memory > 0:
-        raise UserError(f"invalid value {options.max_memory:g} for --max-memory: expected a positive number")
-    if options.out is not None and options.out.absolute() == options.model.absolute():
-        raise UserError(f"--out {options.out} is MODEL, which is never changed; choose another path")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlchat learn", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the model file (.pt) of a chat model")
-    parser.add_argument(
-        "--feedback", type=Path, required=True, metavar="FILE", help="the verdicts, as `rlchat chat` writes them"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help="a new file (.pt) for the version, or a folder for versions (default: MODEL-stem.versions/N.pt)",
-    )
-    parser.add_argument(
-        "--current",
-        type=Path,
-        metavar="FILE",
-        help="the version that is in use: agreement with the verdicts must not fall below its own (default: MODEL)",
-    )
-    parser.add_argument(
-        "--on-bad-line", choices=("error", "skip"), default="error", help="stop at a damaged line, or skip it"
-    )
-    parser.add_argument("--any-model", action="store_true", help="also use verdicts on responses of other models")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 1, or more if that is faster)")
-    parser.add_argument("--base-model", metavar="PATH", help="the base of an adapter file (default: as in training)")
-    parser.add_argument(
-        "--background", action="store_true", help="run at low priority, and end when standard input ends"
-    )
-    parser.add_argument(
-        "--max-memory", type=float, metavar="GIB", help="fail rather than use more memory than this (default: no limit)"
-    )
-    _add_training(parser.add_argument_group("training"))
-    _add_gate(parser.add_argument_group("gate"))
+    add_round_options(parser)
     return parser
-
-
-def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--method",
-        choices=("dpo", "ppo"),
-        default="dpo",
-        help="dpo: learn from pairs and labels directly; ppo: update the reward model, then the policy with PPO "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
-        "--train",
-        choices=("auto", "lora", "full"),
-        default="auto",
-        help="lora: low-rank adapters, merged into the version; full: all weights; auto: full for a model with fewer "
-        "than 20 million weights (default: %(default)s)",
-    )
-    group.add_argument(
-        "--replay",
-        nargs="+",
-        metavar="FILE",
-        help="data of MODEL's training, split as in training: its training prompts are replayed, and its held-out "
-        "conversations are what the gate measures on (default: the files that MODEL names, or else packaged prompts)",
-    )
-    group.add_argument(
-        "--replay-prompts", type=int, default=256, metavar="N", help="replay at most N prompts (default: %(default)s)"
-    )
-    group.add_argument(
-        "--learning-rate",
-        type=float,
-        metavar="LR",
-        help="peak learning rate (default: lora 5e-4, full 1e-4, but 3e-4 below 20 million weights)",
-    )
-    group.add_argument(
-        "--passes", type=int, metavar="N", help="passes over the data (default: for 100 steps, from 4 to 12 passes)"
-    )
-    group.add_argument(
-        "--beta",
-        type=float,
-        default=0.1,
-        metavar="β",
-        help="KL penalty to MODEL: β of DPO, kl_coef of PPO (default: %(default)s)",
-    )
-    group.add_argument(
-        "--iterations", type=int, default=16, metavar="N", help="iterations of PPO (default: %(default)s)"
-    )
-    group.add_argument("--lora-rank", type=int, default=16, metavar="R", help="rank of LoRA (default: %(default)s)")
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="tokens in a sampled response (default: a quarter of MODEL's max_length, at most 100)",
-    )
-
-
-def _add_gate(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--control-prompts",
-        type=int,
-        default=256,
-        metavar="N",
-        help="measure on at most N held-out conversations and N controls (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-perplexity-rise",
-        type=float,
-        default=0.05,
-        metavar="X",
-        help="reject a version whose perplexity on human replies rises by more than this share (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-control-drop",
-        type=float,
-        default=0.02,
-        metavar="X",
-        help="reject a version whose share of correct controls falls by more than this (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-kl",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="reject a version with a higher KL to MODEL on controls, in nats per token (default: %(default)s)",
-    )
-    group.add_argument(
-        "--min-reward-accuracy",
-        type=float,
-        default=0.6,
-        metavar="X",
-        help="reject a version that has raised a liked response more than a disliked one in a smaller share of the "
-        "pairs of held-back responses, if 10 or more verdicts are held back (default: %(default)s)",
-    )

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from rich import get_console
 
 from rlchat.callbacks.alarms import Alarms
 from rlchat.callbacks.progress_bar import OneLineProgressBar
+from rlchat.chat.learning.round_options import Training
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import NonFiniteError, UserError
@@ -24,18 +25,8 @@ from rlchat.rewards import Factor, LearnedQuality, Reward
 from rlchat.rewards.described import check_arguments, find_factor
 from rlchat.training.base import StageModule
 from rlchat.training.dpo import DPOModule
-from rlchat.training.options import check_room, not_negative, positive, positive_integers
 from rlchat.training.reward_model import RewardModelModule
 
-Method = Literal["dpo", "ppo"]
-Part = Literal["lora", "full"]
-
-FULL_BELOW = 20_000_000
-"""Models with fewer weights are trained in full by default, others with LoRA."""
-
-# Of a new version; a LoRA needs a higher one, see docs/lora.md, and so do all weights of a small model.
-_LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
-_SMALL_RATE = 3e-4
 _FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
@@ -48,65 +39,6 @@ _MORE_TRUNCATED = 0.2  # of all responses of a version, than of the original mod
 _log = logging.getLogger("rlchat")
 # Warnings that say nothing here: nothing is selected by validation, and alarms are shown with the outcome.
 _EXPECTED = ("validation is off", "no validation was run", "alarm: ")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a version is trained.
-
-    Attributes:
-        method: dpo, or ppo after an update of the reward model.
-        part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
-        learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for all weights of a
-            model below :data:`FULL_BELOW` weights.
-        passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
-        beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
-        iterations: of PPO.
-        lora_rank: the rank of the adapters.
-        batch_size: prompts in a batch of DPO and of the reward model.
-        max_new_tokens: the largest number of tokens in a response; None: a quarter of the model's, at most 100.
-        seed: of the order, the adapter's initial values and sampling.
-
-    Raises:
-        UserError: an option is out of range.
-    """
-
-    method: Method = "dpo"
-    part: Part | None = None
-    learning_rate: float | None = None
-    passes: int | None = None
-    beta: float = 0.1
-    iterations: int = 16
-    lora_rank: int = 16
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive(learning_rate=self.learning_rate, beta=self.beta)
-        not_negative(seed=self.seed)
-        positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
-        positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
-
-    def for_model(self, original: PolicyBundle) -> Training:
-        """These options with defaults that suit ``original``.
-
-        Raises:
-            UserError: a response can fill the whole ``max_length`` of the model.
-        """
-        size = sum(weight.numel() for weight in original.model.backbone.parameters())
-        part: Part = self.part or ("full" if size < FULL_BELOW else "lora")
-        tokens = self.max_new_tokens or max(1, min(100, original.max_length // 4))
-        check_room(tokens, original.max_length)
-        is_small = part == "full" and size < FULL_BELOW
-        rate = self.learning_rate or (_SMALL_RATE if is_small else _LEARNING_RATES[part])
-        return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
-
-    @property
-    def tokens(self) -> int:
-        """``max_new_tokens`` after :meth:`for_model`."""
-        assert self.max_new_tokens is not None
-        return self.max_new_tokens
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from rlchat.errors import UserError
 from rlchat.ppo.advantages import ESTIMATORS, AdvantageEstimator
 from rlchat.ppo.engines import EngineName
 from rlchat.ppo.losses import KLKind
-from rlchat.training.options import StageOptions, check_room, fractions, not_negative, positive, positive_integers
+from rlchat.training.options import StageOptions
+from rlchat.utils.ranges import check_room, fractions, not_negative, positive, positive_integers
 
 _log = logging.getLogger("rlchat")
 

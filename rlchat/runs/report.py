@@ -14,12 +14,12 @@ import yaml
 
 from rlchat.errors import UserError
 from rlchat.runs.curves import Curves, log_files, read_curves
+from rlchat.utils.bootstrap import bootstrap_interval
 
 LOGS = Path("lightning_logs")
 SAMPLES = 4  # of the best, of the worst, and of the held-out responses
 
 _NOT_TRAINING = ("_validate", "_test", "_predict")  # the folders of these commands
-_RESAMPLES = 10_000
 _PAIRED = 10  # prompts that both rollouts must have in common for a comparison of the same prompts
 _FIELDS = ("prompt", "reply", "reward", "factors", "kl", "tokens", "ended_by")  # of a response
 _IN_ROWS = ("reward", "kl", "response_length", "truncated_fraction")  # metrics of validation that responses tell too
@@ -172,13 +172,13 @@ def compare_rollouts(rollouts: Sequence[dict[str, Any]]) -> Comparison:
         else:
             before, after = before[np.isfinite(before)], after[np.isfinite(after)]
         if len(before) and len(after):
-            low, high = bootstrap_interval(before, after, paired)
+            low, high = difference_interval(before, after, paired)
             changes.append(Change(name, float(before.mean()), float(after.mean()), low, high))
     return Comparison(changes, (len(old), len(new)), iterations, paired)
 
 
-def bootstrap_interval(before: np.ndarray, after: np.ndarray, paired: bool, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval (Efron 1979) of mean(after) - mean(before).
+def difference_interval(before: np.ndarray, after: np.ndarray, paired: bool, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of mean(after) - mean(before).
 
     Args:
         before: [n].
@@ -186,14 +186,9 @@ def bootstrap_interval(before: np.ndarray, after: np.ndarray, paired: bool, seed
         paired: whether the entries are of the same prompts.
         seed: of the resampling.
     """
-    generator = np.random.default_rng(seed)
-
-    def means(values: np.ndarray) -> np.ndarray:
-        return values[generator.integers(len(values), size=(_RESAMPLES, len(values)))].mean(1)
-
-    differences = means(after - before) if paired else means(after) - means(before)
-    low, high = np.quantile(differences, (0.025, 0.975))
-    return float(low), float(high)
+    if paired:
+        return bootstrap_interval(lambda change: change.mean(1), after - before, seed=seed)
+    return bootstrap_interval(lambda new, old: new.mean(1) - old.mean(1), after, before, seed=seed)
 
 
 def _by_prompt(rollouts: Sequence[dict[str, Any]], iteration: int) -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import logging
 import re
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from importlib import metadata, resources
@@ -20,14 +19,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from rlchat.chat.learning.supervisor import Supervisor
-from rlchat.chat.scoring import RewardScorer
-from rlchat.errors import UserError
 from rlchat.server.chat_api import add_chat_completions
 from rlchat.server.completions_api import add_completions
 from rlchat.server.engine import Engine
 from rlchat.server.errors import APIError
 from rlchat.server.feedback.api import LearningCollector, add_feedback, add_learning
 from rlchat.server.feedback.caps import Caps
+from rlchat.server.feedback.rewards import Rewards, add_reward
 from rlchat.server.guard import Guard
 from rlchat.server.metrics import Metrics
 from rlchat.server.responses import Limits, Outbox, Service, unknown_model
@@ -37,8 +35,6 @@ from rlchat.server.schemas import (
     Health,
     Model,
     ModelList,
-    RewardReply,
-    RewardRequest,
     now,
 )
 
@@ -55,7 +51,7 @@ def create_api(
     hosts: Iterable[str] = (),
     origins: Iterable[str] = (),
     api_key: str | None = None,
-    scorer: Callable[[], RewardScorer] | None = None,
+    rewards: Rewards,
     supervisor: Supervisor | None = None,
     caps: Caps | None = None,
 ) -> Guard:
@@ -63,9 +59,8 @@ def create_api(
 
     ``file`` is the name of the model file, as in feedback and saved conversations; the API's name of the model is
     ``file`` without its suffix. Feedback is appended to the file ``feedback``. ``hosts`` are the allowed host names in
-    addition to localhost and addresses, ``origins`` the web origins in addition to the server's. ``scorer`` loads the
-    model's reward when the first response is scored; None if the model file contains no reward. ``supervisor`` learns
-    from the feedback, of which ``caps`` limit the number. The application closes it and ``engine`` at shutdown.
+    addition to localhost and addresses, ``origins`` the web origins in addition to the server's. ``supervisor``
+    learns from the feedback, of which ``caps`` limit the number. The application closes it and ``engine`` at shutdown.
     """
     limits = limits or Limits()
 
@@ -77,19 +72,19 @@ def create_api(
         created=now(),
         file=file,
         max_length=max_length,
-        has_reward=scorer is not None,
+        has_reward=rewards.available,
         learns=supervisor is not None,
     )
     service = Service(engine, model, limits, metrics, Outbox())
     for add in (add_chat_completions, add_completions, add_responses):
         add(app, service)
-    _add_models(app, model)
+    _add_models(app, model, rewards)
     _add_monitoring(app, engine, metrics)
     add_feedback(app, feedback, engine, metrics, supervisor, caps or Caps())
     if supervisor is not None:
         add_learning(app, supervisor)
         metrics.add(LearningCollector(supervisor))
-    _add_reward(app, scorer)
+    add_reward(app, rewards)
     _add_page(app)
     metrics.paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     return Guard(
@@ -123,19 +118,22 @@ def _application(at_shutdown: Sequence[Callable[[], None]]) -> FastAPI:
     )
 
 
-def _add_models(app: FastAPI, model: Model) -> None:
+def _add_models(app: FastAPI, model: Model, rewards: Rewards) -> None:
+    def current() -> Model:  # versions may have a reward that the original has not
+        return model.model_copy(update={"has_reward": rewards.available})
+
     @app.get("/v1/models")
     @app.get("/v1/models/", include_in_schema=False)
     async def models() -> ModelList:
         """The model of this server."""
-        return ModelList(data=[model])
+        return ModelList(data=[current()])
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Model:
         """The model with this name."""
         if name.rstrip("/") != model.id:
             raise unknown_model(name, model)
-        return model
+        return current()
 
 
 def _add_monitoring(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
@@ -150,26 +148,6 @@ def _add_monitoring(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     async def prometheus() -> Response:
         """Metrics in Prometheus's format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_reward(app: FastAPI, load: Callable[[], RewardScorer] | None) -> None:
-    loaded: list[RewardScorer] = []
-    lock = threading.Lock()  # one response at a time
-
-    @app.post("/reward")
-    def reward(body: RewardRequest) -> RewardReply:
-        """The reward of a response and its factors, from the reward that the model was trained with."""
-        if load is None:
-            raise APIError(400, "the model file contains no reward: only models trained with PPO have one")
-        try:
-            with lock:
-                if not loaded:
-                    loaded.append(load())
-                factors, value = loaded[0].score_text(body.prompt, body.reply, ended=body.ended)
-        except UserError as error:
-            raise APIError(400, str(error)) from error
-        left_out = loaded[0].not_scored(body.prompt)
-        return RewardReply(reward=sum(factors.values()), factors=factors, value=value, left_out=left_out)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -206,7 +206,7 @@ async def _score(service: Service, raw: _Raw, top: int, loaded: Loaded) -> Compl
     """The log-probs of the tokens of a prompt."""
     engine, ids = service.engine, [*raw.before, *raw.ids]
     try:
-        found = await asyncio.wrap_future(engine.run(lambda: prompt_logprobs(loaded.model, ids, top)))
+        found = await asyncio.wrap_future(engine.run(lambda: prompt_logprobs(loaded.bundle.model, ids, top)))
     except EngineFullError as error:
         raise engine_full(error) from error
     scored = _logprobs(engine.tokenizer, found, 0)

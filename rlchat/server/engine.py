@@ -24,7 +24,6 @@ from torch import Tensor
 
 from rlchat.models.kv_cache import can_append
 from rlchat.models.model_file import PolicyBundle, identity
-from rlchat.models.networks import RLChatModel
 from rlchat.models.sampling import Change, Sampling, Step, Uniforms, addressed_uniforms, sample
 from rlchat.server.logprobs import TokenLogprob, token_logprobs
 from rlchat.server.stop_strings import StopStrings
@@ -57,7 +56,7 @@ class Piece(NamedTuple):
 class Loaded:
     """A model in memory: the name of its file, and its :func:`rlchat.models.model_file.identity`."""
 
-    model: RLChatModel
+    bundle: PolicyBundle
     version: str = ""
     model_id: str = ""
 
@@ -103,7 +102,7 @@ class Engine:
     """
 
     def __init__(self, bundle: PolicyBundle, *, max_rows: int = 64, max_waiting: int = 256, version: str = "") -> None:
-        self.loaded = Loaded(bundle.model, version, identity(bundle))
+        self.loaded = Loaded(bundle, version, identity(bundle))
         self.tokenizer = bundle.tokenizer
         self.max_rows = max_rows
         self.max_waiting = max_waiting
@@ -125,7 +124,7 @@ class Engine:
         if bundle.tokenizer.vocab_size != self.tokenizer.vocab_size:
             raise ValueError("a version has another tokenizer than the model before")
         with self._changed:
-            self.loaded = Loaded(bundle.model, version, identity(bundle))
+            self.loaded = Loaded(bundle, version, identity(bundle))
 
     @property
     def waiting(self) -> int:
@@ -254,8 +253,8 @@ class _Batch:
         self.rows: list[_Row] = []
         self.position = 0
         self._tokenizer = tokenizer
-        self._device = loaded.model.backbone.head_weight.device
-        self._can_append = can_append(loaded.model.backbone.new_cache())
+        self._device = loaded.bundle.model.backbone.head_weight.device
+        self._can_append = can_append(loaded.bundle.model.backbone.new_cache())
         self._steps: Generator[Step, Change | None, None] | None = None
         self._keep: list[int] = []  # the rows that stay, by their number at the last token
         self._rows_then = 0  # their number at the last token
@@ -301,7 +300,7 @@ class _Batch:
     def _begin(self) -> Generator[Step, Change | None, None]:
         ids, mask = pad([row.ticket.prompt for row in self.rows], self._tokenizer.pad_id, "left")
         return sample(
-            self.loaded.model,
+            self.loaded.bundle.model,
             ids.to(self._device),
             mask.to(self._device),
             [row.ticket.sampling for row in self.rows],

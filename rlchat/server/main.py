@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import math
 import os
 import signal
 import socket
@@ -22,6 +21,7 @@ from rlchat.chat.feedback import check_writable
 from rlchat.chat.learning.options import add_learning_options, supervisor_arguments
 from rlchat.errors import UserError
 from rlchat.utils.imports import install_command, no_garbage_collection
+from rlchat.utils.ranges import int_between, positive_int
 
 if TYPE_CHECKING:
     import uvicorn
@@ -82,12 +82,13 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
     with no_garbage_collection():
         import torch
 
+        from rlchat.chat.learning.round_options import check_for_model
         from rlchat.chat.learning.supervisor import Supervisor
-        from rlchat.chat.scoring import RewardScorer
         from rlchat.models.model_file import PolicyBundle, load_policy
         from rlchat.server.app import create_api
         from rlchat.server.engine import Engine
         from rlchat.server.feedback.caps import Caps
+        from rlchat.server.feedback.rewards import Rewards
         from rlchat.server.protocol import Server
         from rlchat.utils.devices import choose_device, choose_dtype
 
@@ -101,6 +102,7 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
 
     supervisor = None
     if options.learn:
+        check_for_model(learning["options"], file)
         supervisor = Supervisor(
             file,
             options.feedback,
@@ -120,10 +122,11 @@ def _serve(options: argparse.Namespace, learning: dict[str, Any], listener: sock
         hosts=[*options.allow_host, options.host],
         origins=options.allow_origin,
         api_key=options.api_key or None,
-        scorer=(lambda: RewardScorer(bundle, path)) if bundle.about.get("reward") else None,
+        rewards=Rewards(engine, file, load, supervisor),
         supervisor=supervisor,
         caps=Caps(options.max_client_verdicts, options.max_verdicts),
     )
+    del bundle  # after a swap, nothing refers to it
     if supervisor is not None:
         supervisor.start(engine.loaded.model_id)
     host, port = listener.getsockname()[:2]
@@ -222,17 +225,17 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="ORIGIN",
     )
-    option("--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=_positive)
-    option("--max-rows", "maximum number of responses generated at a time", type=_positive, default=_ROWS)
-    option("--max-waiting", "maximum number of queued responses; more get status 429", type=_positive, default=256)
-    option("--max-tokens", "maximum number of tokens per response", type=_positive, default=1_024)
-    option("--max-seconds", "maximum number of seconds per response", type=_positive, default=120)
-    option("--max-messages", "maximum number of messages per conversation", type=_positive, default=1_000)
-    option("--max-body", "maximum number of bytes per request", type=_positive, default=1_000_000)
+    option("--threads", "CPU threads", "1, or more if a quick test finds that clearly faster", type=positive_int)
+    option("--max-rows", "maximum number of responses generated at a time", type=positive_int, default=_ROWS)
+    option("--max-waiting", "maximum number of queued responses; more get status 429", type=positive_int, default=256)
+    option("--max-tokens", "maximum number of tokens per response", type=positive_int, default=1_024)
+    option("--max-seconds", "maximum number of seconds per response", type=positive_int, default=120)
+    option("--max-messages", "maximum number of messages per conversation", type=positive_int, default=1_000)
+    option("--max-body", "maximum number of bytes per request", type=positive_int, default=1_000_000)
     group = parser.add_argument_group("learning from feedback")
     add_learning_options(group)
-    option("--max-client-verdicts", "verdicts per hour from one client", type=_positive, default=200, to=group)
-    option("--max-verdicts", "verdicts per hour from all clients", type=_positive, default=1_000, to=group)
+    option("--max-client-verdicts", "verdicts per hour from one client", type=positive_int, default=200, to=group)
+    option("--max-verdicts", "verdicts per hour from all clients", type=positive_int, default=1_000, to=group)
     return parser
 
 
@@ -243,19 +246,5 @@ def _origin(text: str) -> str:
     return text
 
 
-def _integer(text: str, low: int, high: float, what: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = low - 1
-    if not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected {what}")
-    return number
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1, math.inf, "a positive integer")
-
-
 def _port(text: str) -> int:
-    return _integer(text, 0, 65_535, "an integer from 0 to 65535")
+    return int_between(text, 0, 65_535, "an integer from 0 to 65535")

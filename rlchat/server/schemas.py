@@ -21,6 +21,8 @@ from rlchat.server.logprobs import MAX_TOP, ChoiceLogprobs
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+FileName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,256}$")]
+JUDGED_FILE = "The model file of the response, as in its system_fingerprint. Default: the active one."
 FINGERPRINT = "The name of the model file that generated the response: of the model, or of a version of it."
 
 
@@ -357,6 +359,7 @@ class RewardRequest(RatedReply):
     """A response to score."""
 
     ended: StrictBool = Field(default=True, description="False if the response was truncated by a limit.")
+    model: FileName | None = Field(default=None, description=JUDGED_FILE)
 
 
 class RewardReply(BaseModel):
@@ -366,6 +369,7 @@ class RewardReply(BaseModel):
     factors: dict[str, float] = Field(description="The weighted score of each factor; their sum is the reward.")
     value: float | None = Field(description="The critic's value of the prompt; null if there is no trained critic.")
     left_out: dict[str, str] = Field(description="The factors that cannot be computed here, and why.")
+    model: str = Field(description="The model file whose reward it is.")
 
 
 class ErrorDetail(BaseModel):

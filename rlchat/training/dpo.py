@@ -25,11 +25,10 @@ from rlchat.training.options import (
     Schedule,
     StageOptions,
     check_sampling,
-    not_negative,
-    positive,
     sampling_within,
 )
 from rlchat.training.reward_model import preferred_pairs
+from rlchat.utils.ranges import not_negative, positive
 
 LossType = Literal["sigmoid", "ipo", "sigmoid_norm"]
 

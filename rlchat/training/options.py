@@ -1,4 +1,4 @@
-"""Options that all stages share, and checks of options by kind."""
+"""Options that all stages share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rlchat.models.adapters import AdapterKind, TrainedPart
 from rlchat.models.base.weights import BaseWeights
 from rlchat.models.sampling import Sampling
 from rlchat.training.optimizers import OptimizerName
+from rlchat.utils.ranges import check_room, fractions, not_negative, positive, positive_integers
 
 Schedule = Literal["constant", "linear", "cosine"]
 ChatFormatName = Literal["own", "rlchat"]
@@ -113,34 +114,6 @@ class SupervisedOptions(StageOptions):
         return replace(super().trained_part, dropout=self.lora_dropout)
 
 
-def positive_integers(**options: int | None) -> None:
-    """Raises :class:`UserError` for an option below 1; None is allowed."""
-    for name, value in options.items():
-        if value is not None and value < 1:
-            raise UserError(f"invalid value {value} for {name}: expected a positive integer")
-
-
-def not_negative(**options: float | None) -> None:
-    """Raises :class:`UserError` for an option that is negative or NaN; None is allowed."""
-    for name, value in options.items():
-        if value is not None and not value >= 0:
-            raise UserError(f"invalid value {value} for {name}: expected a non-negative number")
-
-
-def positive(**options: float | None) -> None:
-    """Raises :class:`UserError` for an option that is not above 0; None is allowed."""
-    for name, value in options.items():
-        if value is not None and not value > 0:
-            raise UserError(f"invalid value {value} for {name}: expected a positive number")
-
-
-def fractions(**options: float) -> None:
-    """Raises :class:`UserError` for an option outside [0, 1]."""
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"invalid value {value} for {name}: expected a number from 0 to 1")
-
-
 def check_sampling(max_new_tokens: int | None, temperature: float) -> None:
     """Raises :class:`UserError` for the options of sampled responses in a stage that does not sample to train."""
     positive_integers(max_new_tokens=max_new_tokens)
@@ -157,12 +130,3 @@ def sampling_within(max_length: int, max_new_tokens: int | None, temperature: fl
     sampling = Sampling(max_new_tokens or max(min(100, max_length // 2), 1), temperature)
     check_room(sampling.max_new_tokens, max_length)
     return sampling
-
-
-def check_room(max_new_tokens: int, max_length: int) -> None:
-    """Raises :class:`UserError` if a response can fill the whole ``max_length`` of the model."""
-    if max_new_tokens >= max_length:
-        raise UserError(
-            f"invalid value {max_new_tokens} for max_new_tokens: it leaves no room for a prompt in "
-            f"max_length {max_length}; lower it"
-        )

@@ -1,4 +1,4 @@
-"""Atomic writes, appending, and renaming of files that would be overwritten."""
+"""Atomic writes, appending, reading from the end, and renaming of files that would be overwritten."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from rlchat.errors import UserError
 
+_BLOCK = 1 << 20  # bytes that are read at once
 _log = logging.getLogger("rlchat")
 
 
@@ -52,6 +53,25 @@ def give_usual_permissions(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def lines_from_end(path: Path, most: int) -> Iterator[bytes]:
+    """The lines of the file ``path`` without their line breaks, the last one first, in its last ``most`` bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        first, rest = max(0, end - most), b""
+        while end > first:
+            start = max(first, end - _BLOCK)
+            file.seek(start)
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            yield from reversed(lines)
+            end = start
+        if first == 0:  # else it may be a part of a line
+            yield rest
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], compact: bool = False) -> None:

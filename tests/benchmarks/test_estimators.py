@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,8 +16,11 @@ from rlchat.models.model_file import load_policy
 
 def test_the_interquartile_mean_by_hand() -> None:
     # Of eight values, the two lowest and the two highest are left out: (3 + 4 + 5 + 6) / 4.
-    assert estimators.interquartile_mean([100, 1, 3, 5, 4, 6, -50, 7]) == 4.5
-    assert estimators.interquartile_mean([1, 2, 9]) == 4  # a quarter of three is none
+    assert estimators.interquartile_mean(np.array([100, 1, 3, 5, 4, 6, -50, 7])) == 4.5
+    assert estimators.interquartile_mean(np.array([[1, 2, 9], [4, 0, 2]])).tolist() == [
+        4,
+        2,
+    ]  # a quarter of three is none
 
 
 def test_an_interval_of_equal_values_is_that_value() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlchat.chat.feedback import Correction, Verdict, append_feedback
-from rlchat.chat.verdicts import read_verdicts
+from rlchat.chat.feedback import Correction, Verdict, append_feedback, client_digest, feedback_row
+from rlchat.chat.verdicts import read_verdicts, recent_clients
 from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
+from rlchat.utils.files import append_lines
 
 HELLO = Conversation((Message("user", "Hello"),))
 LATER = Conversation((Message("user", "Hello"), Message("assistant", "Hi."), Message("user", "Who are you?")))
@@ -89,3 +92,34 @@ def test_a_damaged_line_is_named_or_skipped(number: int, tmp_path: Path) -> None
     found, report = read_verdicts(path, on_bad_line="skip")
     assert [v.response for v in found] == ["Hi."]
     assert report.bad_lines == 1
+
+
+def row(client: str, minutes: float, verdict: Verdict = "good") -> dict[str, Any]:
+    """A row of a feedback file, given that many minutes ago."""
+    prompt = Conversation((Message("user", "Hi"),))
+    date = (datetime.now(timezone.utc) - timedelta(minutes=minutes)).isoformat(timespec="seconds")
+    return {**feedback_row(prompt, "Hello.", verdict, client=client), "created_date": date}
+
+
+def test_the_clients_of_the_last_hour(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    assert recent_clients(path, 3600, 10) == []
+    rows = [row("old", 61), row("ann", 59), row("", 40), row("bob", 30, Correction("Hi.")), row("ann", 5, "none")]
+    append_lines(path, [*rows, row("bob", -3, "bad")])  # the clock was set back since
+    with path.open("a") as file:
+        file.write('damaged\n{"created_date": 3}\n')
+    ann, bob = client_digest("ann"), client_digest("bob")
+    found = recent_clients(path, 3600, 10)
+    assert [client for _, client in found] == [ann, bob, bob]
+    assert [age for age, _ in found] == pytest.approx([59 * 60, 30 * 60, 0], abs=20)
+    assert [client for _, client in recent_clients(path, 3600, 2)] == [bob, bob]
+    assert [client for _, client in recent_clients(path, 45 * 60, 10)] == [bob, bob]
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+        recent_clients(tmp_path, 3600, 10)
+
+
+def test_only_the_end_of_a_large_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "feedback.jsonl"
+    append_lines(path, [row("ann", 3), row("ann", 2)])
+    monkeypatch.setattr("rlchat.chat.verdicts.TAIL_BYTES", path.stat().st_size - 1)
+    assert len(recent_clients(path, 3600, 10)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import inspect
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def write(path: Path, *lines: bytes) -> Path:
     ("line", "reason"),
     [
         (b'{"messages": [', r"not JSON \(.* at column 15\)"),
+        (b'{"a": "b', r"not JSON \(Unterminated string starting at column 7\)$"),
+        (b'{"a": "b\tc"}', r"not JSON \(Invalid control character at column 9\)$"),
+        (b'{"a": "\\q"}', r"not JSON \(Invalid \\escape at column 8\)$"),
+        (b'{"a": "\\u12"}', r"not JSON \(Invalid \\uXXXX escape at column \d+\)$"),
+        (b'{"a" 1}', r"not JSON \(Expecting ':' delimiter at column 6\)$"),
+        (b"{} {}", r"not JSON \(Extra data at column 4\)$"),
         (b"[" * 100_000, "not usable as JSON"),
         (b"9" * 5000, "not usable as JSON"),
         (b"[1, 2]", r"expected a JSON object, got \[1, 2\]"),
@@ -160,3 +167,20 @@ def test_an_error_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read(tmp_path / "d.json")
     assert error.value is not None
     assert [inspect.getgeneratorstate(lines) for lines in opened] == [inspect.GEN_CLOSED]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"text": "a', "Unterminated string"),
+        (b'[{"text": "a\tb"}]', "Invalid control character"),
+        (b'[{"text": "a"}', "Unexpected end of file"),
+        (b'[{"text": "a"} {}]', "Expecting ',' or ']'"),
+    ],
+)
+def test_a_damaged_array(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(content)
+    sentence = re.escape(f"{path}:1: the JSON array is damaged or truncated here ({reason}); ")
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        take_lines([path], lambda line: None, LineReport(), progress=False)

@@ -25,6 +25,7 @@ from rlchat.models.model_file import PolicyBundle, load_policy
 from rlchat.models.sampling import Sampling, addressed_uniforms, generate
 from rlchat.server.app import create_api
 from rlchat.server.engine import Engine
+from rlchat.server.feedback.rewards import Rewards
 from rlchat.server.main import uvicorn_config
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,8 @@ def serving(
 ) -> Iterator[Server]:
     """Serve ``bundle`` as ``tiny.pt`` on a free port. ``options`` are those of ``create_api``."""
     engine = Engine(bundle, max_rows=rows, max_waiting=waiting, version="tiny.pt")
-    api = create_api(engine, "tiny.pt", bundle.max_length, feedback=feedback, **options)
+    rewards = Rewards(engine, feedback.with_name("tiny.pt"), load_policy, options.get("supervisor"))
+    api = create_api(engine, "tiny.pt", bundle.max_length, feedback=feedback, rewards=rewards, **options)
     server = uvicorn.Server(uvicorn_config(api, log_level="critical", shutdown_seconds=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

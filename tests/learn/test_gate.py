@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from rlchat.chat.learning.round_options import Bounds
 from rlchat.errors import UserError
-from rlchat.learn.gate import Bounds, judge, kl_between
+from rlchat.learn.gate import judge, kl_between
 from rlchat.learn.measure import Figures
 
 BEFORE = Figures(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from helpers.chat_models import random_policy
 
+from rlchat.chat.learning.round_options import Training
 from rlchat.conversation import Conversation, Message
 from rlchat.learn.records import finite
-from rlchat.learn.stages import Training, _alarms, _described_reward, _reward, _softened, _updated_row
+from rlchat.learn.stages import _alarms, _described_reward, _reward, _softened, _updated_row
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel
 from rlchat.rewards import LearnedQuality

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from rlchat.__main__ import main
 from rlchat.look.report import write_page
 from rlchat.look.report_page import draw_slide, report_page
-from rlchat.runs.report import bootstrap_interval, compare_rollouts, read_report
+from rlchat.runs.report import compare_rollouts, difference_interval, read_report
 
 
 def response(iteration: int, prompt: str, reward: float | None, **more: Any) -> dict[str, Any]:
@@ -92,10 +92,10 @@ def test_responses_to_a_prompt_are_averaged_first() -> None:
 
 def test_the_bootstrap_interval_is_that_of_the_normal_distribution_for_many_values() -> None:
     before, after = np.random.default_rng(1).normal(size=(2, 400))
-    low, high = bootstrap_interval(before, after, paired=False)
+    low, high = difference_interval(before, after, paired=False)
     center, half = after.mean() - before.mean(), 1.96 * np.sqrt(before.var() / 400 + after.var() / 400)
     assert (low, high) == (pytest.approx(center - half, abs=0.01), pytest.approx(center + half, abs=0.01))
-    low, high = bootstrap_interval(before, before + 2, paired=True)
+    low, high = difference_interval(before, before + 2, paired=True)
     assert (low, high) == (pytest.approx(2), pytest.approx(2))
 
 

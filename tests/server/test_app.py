@@ -18,7 +18,6 @@ import torch
 from helpers.chat_models import chain, random_policy, scripted_policy
 from helpers.servers import HTTP, Server, alone, held, serving, slow_down, wait_until
 
-from rlchat.chat.scoring import RewardScorer
 from rlchat.conversation import Conversation, Message
 from rlchat.models.model_file import PolicyBundle
 from rlchat.models.sampling import Sampling
@@ -397,7 +396,7 @@ def test_the_reward_of_a_response(bundle: PolicyBundle, server: Server, tmp_path
         {"class_path": "nowhere.Factor", "init_args": {}},
     ]
     rated = replace(bundle, about={"reward": factors})
-    with serving(rated, tmp_path / "f", scorer=lambda: RewardScorer(rated, "tiny.pt")) as scoring:
+    with serving(rated, tmp_path / "f") as scoring:
         assert HTTP.get(f"{scoring.url}/v1/models").json()["data"][0]["has_reward"] is True
         answer = post(scoring, body, "/reward").json()
         assert list(answer["factors"].values()) == [answer["reward"]] == [-0.75]  # one word of four

@@ -276,4 +276,4 @@ def test_a_version_with_another_tokenizer_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="another tokenizer"):
         engine.swap(random_policy(byte_tokenizer), "1.pt")
-    assert engine.loaded.model is bundle.model
+    assert engine.loaded.bundle is bundle

@@ -147,6 +147,12 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         ),
         (["parrot.pt", "--every", "3"], "--every has an effect only with --learn"),
         (["parrot.pt", "--learn", "--learn-args", "'"], "--learn-args: no closing quotation; quote it as for a shell"),
+        (["nothing.pt", "--learn", "--learn-args=--metod ppo"], "--learn-args: unrecognized arguments: --metod; "),
+        (
+            ["parrot.pt", "--learn", "--learn-args=--max-new-tokens 99999"],
+            "--learn-args: invalid value 99999 for max_new_tokens: it leaves no room for a prompt in max_length ",
+        ),
+        (["parrot.pt", "--learn", "--learn-args=--device abacus"], "device 'abacus' is not available on this machine"),
         (["nothing.pt", "--learn"], r"nothing\.pt: no such model file; train one with `rlchat demo`"),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],

@@ -18,7 +18,6 @@ from helpers.pages import SECONDS, opened
 from helpers.servers import Server, serving, slow_down
 
 from rlchat.chat.saved import SavedConversation, SavedMessage, load_conversation, save_conversation
-from rlchat.chat.scoring import RewardScorer
 from rlchat.data.formats import read_trees
 from rlchat.models.model_file import PolicyBundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -533,7 +532,7 @@ def test_the_reward_and_its_factors(browser: Any, bundle: PolicyBundle, tmp_path
         {"class_path": "nowhere.Factor", "init_args": {}},
     ]
     rated = replace(bundle, about={"reward": factors})
-    with serving(rated, tmp_path / "f", scorer=lambda: RewardScorer(rated, "tiny.pt")) as server:
+    with serving(rated, tmp_path / "f") as server:
         for page in opened(browser, server):
             send(page, "Hi")
             finished(page)

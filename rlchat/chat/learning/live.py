@@ -47,7 +47,7 @@ class LiveLearning:
         self._begun_with, self.path = status.active, status.path
         self._told = len(status.rounds)
         self._error: str | None = None
-        self._bad_lines = 0
+        self._failures = self._bad_lines = 0
 
     @property
     def base_model(self) -> str | None:
@@ -87,11 +87,11 @@ class LiveLearning:
         self._swap(status)
         lines = [_sentence(outcome, status) for outcome in status.rounds[self._told :]]
         self._told = len(status.rounds)
-        if status.error is not None and status.error != self._error:
+        if status.error is not None and (status.error != self._error or status.failures > self._failures):
             lines.append(f"no new version: {status.error}")
         if (bad := status.bad_lines - self._bad_lines) > 0:
             lines.append(f"{bad} damaged line{_s(bad)} in {self._supervisor.feedback} cannot be used")
-        self._error, self._bad_lines = status.error, status.bad_lines
+        self._error, self._failures, self._bad_lines = status.error, status.failures, status.bad_lines
         return lines
 
     def rollback(self, number: int | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 from typing import Any
 
+from rlchat.chat.learning.round_options import check_chat_round
 from rlchat.errors import UserError
+from rlchat.utils.ranges import positive_float, positive_int
 
 _NAMES = ("every", "keep_versions", "learn_memory", "learn_args")
 
@@ -24,9 +25,9 @@ def add_learning_options(group: argparse._ArgumentGroup) -> None:
         more.setdefault("metavar", "N")
         group.add_argument(name, help=f"{what} (default: {usual})", **more)
 
-    option("--every", "number of new verdicts that starts a round of learning", type=_positive, default=8)
-    option("--keep-versions", "number of versions whose model files are kept", type=_positive, default=8)
-    option("--learn-memory", "memory of a round in GiB", "half of the machine's", type=_positive_float, metavar="GIB")
+    option("--every", "number of new verdicts that starts a round of learning", type=positive_int, default=8)
+    option("--keep-versions", "number of versions whose model files are kept", type=positive_int, default=8)
+    option("--learn-memory", "memory of a round in GiB", "half of the machine's", type=positive_float, metavar="GIB")
     option(
         "--learn-args",
         "further options of `rlchat learn`, such as --learn-args='--method ppo'",
@@ -42,7 +43,8 @@ def supervisor_arguments(options: argparse.Namespace) -> dict[str, Any]:
     ``options`` also has ``device`` and ``base_model``.
 
     Raises:
-        UserError: an option has no effect without ``--learn``; ``--learn-args`` is not quoted as for a shell.
+        UserError: an option has no effect without ``--learn``; ``--learn-args`` is not quoted as for a shell,
+            or contains options that a round cannot have.
     """
     parser = argparse.ArgumentParser()
     add_learning_options(parser.add_argument_group())
@@ -53,6 +55,7 @@ def supervisor_arguments(options: argparse.Namespace) -> dict[str, Any]:
         more = shlex.split(options.learn_args)
     except ValueError as error:
         raise UserError(f"--learn-args: {str(error).lower()}; quote it as for a shell") from error
+    check_chat_round(more)
     known = [("--device", options.device), ("--base-model", options.base_model)]
     arguments = [word for name, value in known if value for word in (name, value)]
     return {
@@ -61,23 +64,3 @@ def supervisor_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "memory": options.learn_memory,
         "options": (*arguments, *more),
     }
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a positive integer")
-    return number
-
-
-def _positive_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a positive number")
-    return number

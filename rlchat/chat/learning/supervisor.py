@@ -39,6 +39,7 @@ class Status:
         accepted, rejected: how many outcomes of each kind there are.
         training_seconds: the time of all rounds with an outcome.
         error: why the last round or swap failed, in one sentence; None after a success.
+        failures: how many rounds and swaps have failed since the start. It rises also if the reason is the same again.
     """
 
     on: bool
@@ -53,6 +54,7 @@ class Status:
     training_since: float | None
     rounds: tuple[Outcome, ...]
     error: str | None
+    failures: int
 
     @property
     def accepted(self) -> int:
@@ -120,6 +122,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._work, name="rlchat-learning", daemon=True)
         self._round: Round | None = None
         self._error: str | None = None
+        self._failures = 0
         self._unreadable: str | None = None
         self._tried: frozenset[str] | None = None  # digests of the round that runs, or of the last one if it failed
         try:
@@ -160,6 +163,10 @@ class Supervisor:
         """Whether a model file of this name is the original or a version of it."""
         return self._folder.versions.owns(name)
 
+    def path_of(self, name: str) -> Path:
+        """The model file with a ``name`` that :meth:`owns` accepts; it may have been deleted."""
+        return self.model if name in ("", self.model.name) else self._folder.versions.folder / name
+
     def notify(self) -> None:
         """Looks at the feedback file now, not only at the next of the regular times."""
         self._wake.set()
@@ -181,6 +188,7 @@ class Supervisor:
                 training_since=None if self._round is None else self._round.since,
                 rounds=tuple(self._outcomes),
                 error=self._problem(),
+                failures=self._failures,
             )
 
     def set_learning(self, on: bool) -> None:
@@ -238,7 +246,7 @@ class Supervisor:
             try:
                 self._step()
             except UserError as error:
-                self._note(str(error))
+                self._note(str(error))  # the next step may fail in the same way, half a second later
             except Exception as error:  # a broken step must not end learning silently
                 _log.exception("learning failed")
                 self._note(f"{type(error).__name__}: {error}")
@@ -250,7 +258,10 @@ class Supervisor:
             self._count()
             has_ended = self._round is not None and self._round.code is not None
             if self._round is None and self._is_due():
-                self._begin_round()
+                try:
+                    self._begin_round()
+                except UserError as error:
+                    self._fail(str(error))
         if has_ended:
             self._end_round()
 
@@ -313,7 +324,9 @@ class Supervisor:
         with self._lock:
             ended.close()
             self._round = None
-            self._note(error)
+            self._error = None
+            if error is not None:
+                self._fail(error)
             state = replace(self._state, running=None)
             if outcome is not None:
                 self._outcomes.append(outcome)
@@ -336,8 +349,14 @@ class Supervisor:
             self._folder.clean()
             self._outcomes = self._folder.outcomes()
 
-    def _note(self, error: str | None) -> None:
-        if error is not None and error != self._error:
+    def _fail(self, error: str) -> None:
+        """A round or a swap has failed. The reason is reported also if it is the same as before."""
+        self._failures += 1
+        self._error = None
+        self._note(error)
+
+    def _note(self, error: str) -> None:
+        if error != self._error:
             _log.warning("%s", error)
         self._error = error
 

@@ -82,6 +82,7 @@ class OasstReader(Reader):
             "origin",
             "feedback_id",
             "model_id",
+            "client",
             "verdict",
         }
     )

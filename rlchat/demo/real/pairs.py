@@ -12,11 +12,10 @@ from rlchat.conversation import Conversation
 from rlchat.data.formats import ranked_pairs
 from rlchat.demo.real.measure import read_data
 from rlchat.rewards import Reply
+from rlchat.utils.bootstrap import bootstrap_interval
 
 Score = Callable[[Sequence[Conversation], Sequence[Reply]], Tensor]
 """A score of each reply to its prompt, Float [replies]; higher is better. Reward factors have this form."""
-
-_RESAMPLES = 10_000
 
 
 def read_rankings(name: str) -> list[Conversation]:
@@ -31,7 +30,7 @@ def pair_figures(prompts: Sequence[Conversation], score: Score, *, seed: int) ->
     whole prompts with replacement (percentile bootstrap, Efron 1979), drawn with ``seed``.
     """
     correct, pairs = correct_pairs(prompts, score)
-    low, high = bootstrap_interval(correct, pairs, seed=seed)
+    low, high = share_interval(correct, pairs, seed=seed)
     return {"accuracy": round(float(correct.sum() / pairs.sum()), 4), "interval": [round(low, 4), round(high, 4)]}
 
 
@@ -52,13 +51,10 @@ def correct_pairs(prompts: Sequence[Conversation], score: Score) -> tuple[Tensor
     return torch.tensor(correct, dtype=torch.float), torch.tensor(pairs, dtype=torch.float)
 
 
-def bootstrap_interval(correct: Tensor, pairs: Tensor, *, seed: int) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of ``correct.sum() / pairs.sum()`` (Float [prompts]) over resampled prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(pairs), (_RESAMPLES, len(pairs)), generator=generator)
-    shares = correct[drawn].sum(1) / pairs[drawn].sum(1)
-    low, high = shares.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+def share_interval(correct: Tensor, pairs: Tensor, *, seed: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval over prompts of ``correct.sum() / pairs.sum()``, both Float [prompts]."""
+    counts = torch.stack([correct, pairs], dim=1).double().numpy()
+    return bootstrap_interval(lambda drawn: drawn[..., 0].sum(1) / drawn[..., 1].sum(1), counts, seed=seed)
 
 
 def length_score(prompts: Sequence[Conversation], replies: Sequence[Reply]) -> Tensor:

@@ -6,20 +6,21 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rlchat.chat.feedback import Correction, append_feedback
+from rlchat.chat.feedback import Correction, append_feedback, client_digest
 from rlchat.chat.learning.rounds import Outcome
 from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.chat.verdicts import recent_clients
 from rlchat.errors import UserError
 from rlchat.server.engine import Engine, Loaded
 from rlchat.server.errors import APIError
-from rlchat.server.feedback.caps import Caps, VerdictCounter
+from rlchat.server.feedback.caps import HOUR, Caps, VerdictCounter
 from rlchat.server.feedback.schemas import (
     FeedbackKept,
     FeedbackRequest,
@@ -40,8 +41,15 @@ _FOLDERS = re.compile(r"(?<![\w.])(?:[\w.~-]+|[A-Za-z]:)?(?:[/\\][\w.~-]+)*[/\\]
 def add_feedback(
     app: FastAPI, path: Path, engine: Engine, metrics: Metrics, supervisor: Supervisor | None, caps: Caps
 ) -> None:
-    """Adds `/feedback`, which appends verdicts to the file ``path``. ``caps`` limit them if there is a supervisor."""
-    counter, lock = VerdictCounter(caps), threading.Lock()
+    """Adds `/feedback`, which appends verdicts to the file ``path``. ``caps`` limit them if there is a supervisor.
+
+    The verdicts of the last hour in the file count, so that a restart does not lift the limits.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    before = () if supervisor is None else recent_clients(path, HOUR, caps.in_all)
+    counter, lock = VerdictCounter(caps, before), threading.Lock()
 
     @app.post("/feedback")
     def add_feedback(body: FeedbackRequest, request: Request) -> FeedbackKept:
@@ -52,7 +60,7 @@ def add_feedback(
             client = f"address {request.client.host}"
         with lock:
             counts = supervisor is not None and verdict != "none"  # taking a verdict back is always possible
-            if counts and (refusal := counter.refusal(client)) is not None:
+            if counts and (refusal := counter.refusal(client_digest(client))) is not None:
                 sentence, seconds = refusal
                 raise APIError(429, f"{sentence}: try again later", headers={"Retry-After": str(seconds)})
             try:
@@ -60,7 +68,7 @@ def add_feedback(
             except UserError as error:
                 raise _api_error(error, "the server cannot write feedback: see its log") from error
             if counts:
-                counter.take(client)
+                counter.take(client_digest(client))
         metrics.feedback.labels(body.verdict or "corrected").inc()
         if supervisor is not None:
             supervisor.notify()
@@ -78,20 +86,12 @@ def add_learning(app: FastAPI, supervisor: Supervisor) -> None:
     @app.post("/learning")
     def switch(body: LearningSwitch) -> LearningStatus:
         """Turn learning on or off. Off ends a round that runs; its verdicts stay new."""
-        try:
-            supervisor.set_learning(body.on)
-        except UserError as error:
-            raise _api_error(error, "the server cannot write its state: see its log") from error
-        return _status(supervisor)
+        return _changed(supervisor, lambda: supervisor.set_learning(body.on))
 
     @app.post("/learning/rollback")
     def rollback(body: RollbackRequest) -> LearningStatus:
         """Use an earlier version again. Learning continues with the next verdicts."""
-        try:
-            supervisor.rollback(body.version)
-        except UserError as error:
-            raise _api_error(error, "the server cannot write its state: see its log") from error
-        return _status(supervisor)
+        return _changed(supervisor, lambda: supervisor.rollback(body.version))
 
 
 class LearningCollector(Collector):
@@ -119,6 +119,15 @@ def _model_of(body: FeedbackRequest, active: Loaded, supervisor: Supervisor | No
     if body.model in (None, active.version) or (supervisor is not None and supervisor.owns(body.model)):
         return body.model or active.version, active.model_id
     return body.model, ""
+
+
+def _changed(supervisor: Supervisor, change: Callable[[], object]) -> LearningStatus:
+    """Where learning stands after ``change``. Raises :class:`APIError` if that fails."""
+    try:
+        change()
+    except UserError as error:
+        raise _api_error(error, "the server cannot write its state: see its log") from error
+    return _status(supervisor)
 
 
 def _api_error(error: UserError, if_disk: str) -> APIError:
@@ -149,6 +158,7 @@ def _status(supervisor: Supervisor) -> LearningStatus:
         training_seconds=None if status.training_since is None else max(0.0, time.time() - status.training_since),
         rounds=[_round(outcome) for outcome in status.rounds],
         error=None if status.error is None else _without_folders(status.error),
+        failures=status.failures,
     )
 
 

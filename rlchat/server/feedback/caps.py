@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 HOUR = 3600.0
@@ -19,13 +19,24 @@ class Caps:
 
 
 class VerdictCounter:
-    """Counts the verdicts of the last hour, at most ``caps.in_all`` of them. Not for several threads at once."""
+    """Counts the verdicts of the last hour, at most ``caps.in_all`` of them. Not for several threads at once.
 
-    def __init__(self, caps: Caps, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        caps: the limits.
+        before: the age in seconds and the client of each verdict that was taken before, the oldest first.
+        clock: the time in seconds.
+    """
+
+    def __init__(
+        self, caps: Caps, before: Iterable[tuple[float, str]] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.caps = caps
         self._clock = clock
         self._taken: deque[tuple[float, str]] = deque()
         self._by_client: Counter[str] = Counter()
+        now = clock()
+        for age, client in before:
+            self._add(now - age, client)
 
     def refusal(self, client: str) -> tuple[str, int] | None:
         """Why no verdict of ``client`` can be taken now, and in how many seconds one can; None if one can."""
@@ -43,7 +54,10 @@ class VerdictCounter:
 
     def take(self, client: str) -> None:
         """One more verdict of ``client``."""
-        self._taken.append((self._clock(), client))
+        self._add(self._clock(), client)
+
+    def _add(self, when: float, client: str) -> None:
+        self._taken.append((when, client))
         self._by_client[client] += 1
 
     def _wait(self, now: float, first: float) -> int:

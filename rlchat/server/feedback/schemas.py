@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, model_validator
 
-from rlchat.server.schemas import FINGERPRINT, RatedReply
+from rlchat.server.schemas import FINGERPRINT, JUDGED_FILE, FileName, RatedReply
 
 
 class FeedbackRequest(RatedReply):
@@ -17,10 +17,7 @@ class FeedbackRequest(RatedReply):
     client: Annotated[str, Field(max_length=64)] = Field(
         default="", description="The author of the verdict. A later verdict by the same client replaces an earlier one."
     )
-    model: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,256}$")] | None = Field(
-        default=None,
-        description="The model file of the response, as in its system_fingerprint. Default: the active one.",
-    )
+    model: FileName | None = Field(default=None, description=JUDGED_FILE)
 
     @model_validator(mode="after")
     def _require_one(self) -> FeedbackRequest:
@@ -71,6 +68,7 @@ class LearningStatus(BaseModel):
     training_seconds: float | None = Field(description="Time of the round that runs now; null if none runs.")
     rounds: list[LearningRound] = Field(description="All rounds so far, the oldest first.")
     error: str | None = Field(description="Why the last round or swap failed; null after a success.")
+    failures: int = Field(description="Rounds and swaps that have failed since the start, also for the same reason.")
 
 
 class LearningSwitch(BaseModel):

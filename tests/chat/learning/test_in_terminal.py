@@ -28,9 +28,8 @@ def test_news_comes_between_prompts(tmp_path: Path, byte_tokenizer: ChatTokenize
     for name, text in (("chat.pt", b"old "), ("new.pt", b"new!")):
         save_bundle(tmp_path / name, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True)))
     go = tmp_path / "go"
-    rounds = f"--learn-args=--wait {go} --copy new.pt"
-    program = ("-m", "helpers.quick_chat")
-    screen = Screen("chat.pt", tmp_path, *LEARN, rounds, program=program)
+    program = ("-m", "helpers.quick_chat", f"--wait {go} --copy new.pt")
+    screen = Screen("chat.pt", tmp_path, *LEARN, program=program)
     screen.see("learning from good, bad and edit: after 2 new verdicts, a version is trained")
     for question in "ab":
         correct(screen, question, "new!")

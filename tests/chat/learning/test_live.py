@@ -153,6 +153,27 @@ def test_the_cache_of_the_model_before_is_not_used(tmp_path: Path, tokenizer: Ch
     assert chat.model_path == paths[1]
 
 
+def test_the_last_response_is_scored_by_the_model_that_generated_it(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A swap comes between two lines, also between a response and the command `reward`."""
+    for name, words in ((model.name, 4), ("new.pt", 8)):
+        bundle = load_policy(model.with_name(name), "cpu")
+        bundle.about["reward"] = [{"class_path": "rlchat.rewards.TooShort", "init_args": {"min_words": words}}]
+        save_bundle(model.with_name(name), bundle)
+    chat = ChatInterface(model, device="cpu")
+    session = Session(chat, dict(SAMPLING))
+    chat.generate_response("a", **SAMPLING)
+    chat.swap(load_policy(model.with_name("new.pt"), "cpu"), model.with_name("new.pt"))
+    assert chat.score_last_response()[0] == {"too_short": -0.5}  # "old old " has two of four words
+    run(session, "/reward")
+    assert notes(capsys)[0].split() == ["reward", "-0.500"]
+    assert chat.generate_response("b", **SAMPLING) == "new!new!"
+    assert chat.score_last_response()[0] == {"too_short": -0.75}  # two of eight
+    chat.undo()
+    assert chat.score_last_response()[0] == {"too_short": -0.75}  # which model it was is not kept
+
+
 def test_no_swap_within_a_response(model: Path) -> None:
     chat = ChatInterface(model, device="cpu")
     pieces = chat.stream_response("a", 8, 0.0)
@@ -172,6 +193,10 @@ def test_rejected_and_failed_rounds(model: Path) -> None:
         teach(session, "d", "e")
         (line,) = wait_for_news(session)
         assert line == f"no new version: {session.feedback}: none of 2 verdicts can be used"
+        assert session.news() == []
+        teach(session, "g")  # one more verdict starts another round, which fails in the same way
+        assert wait_for_news(session) == [line]
+        assert session.news() == []
         run(session, "f")
         assert said(session) == "old old "
 

@@ -67,6 +67,10 @@ def wait_for_rounds(supervisor: Supervisor, number: int) -> None:
     wait_until(is_done)
 
 
+def wait_for_failures(supervisor: Supervisor, number: int) -> None:
+    wait_until(lambda: supervisor.status().failures == number)
+
+
 def test_a_round_begins_with_enough_new_verdicts(model: Path) -> None:
     with supervising(model) as (supervisor, swaps):
         assert supervisor.active() == (0, model)
@@ -128,6 +132,35 @@ def test_a_failed_round_is_tried_again_with_the_next_verdict(model: Path) -> Non
         wait_until(lambda: read_state(model)["rounds"] == 2)
         assert supervisor.active() == (0, model)
         assert swaps == []
+
+
+def test_each_failure_is_reported(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a round, and of one that cannot begin. A state that cannot be written is reported once, not twice a second."""
+    give(model, "a", "b")
+    with supervising(model, "--crash") as (supervisor, _):
+        for number, question in enumerate("cd", 1):
+            wait_for_failures(supervisor, number)
+            give(model, question)
+        wait_for_failures(supervisor, 3)
+        error = f"{model.with_name('feedback.jsonl')}: none of 2 verdicts can be used"
+        assert (supervisor.status().error, [one.getMessage() for one in caplog.records]) == (error, [error] * 3)
+
+        def full(*_: object) -> None:
+            raise UserError("the disk is full")
+
+        caplog.clear()
+        monkeypatch.setattr(supervisor._folder, "snapshot", full)
+        for number, question in enumerate("ef", 4):
+            give(model, question)
+            wait_for_failures(supervisor, number)
+        monkeypatch.setattr(supervisor, "_is_due", full)
+        for _ in range(3):
+            supervisor.notify()
+            wait_until(lambda: not supervisor._wake.is_set())
+        assert [one.getMessage() for one in caplog.records] == ["the disk is full"] * 2
+        assert supervisor.status().failures == 5
 
 
 def read_state(model: Path) -> dict[str, Any]:

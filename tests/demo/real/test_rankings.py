@@ -16,7 +16,7 @@ from rlchat.__main__ import main
 from rlchat.conversation import Check, Conversation, Message
 from rlchat.data.formats import ranked_pairs
 from rlchat.demo.real.measure import Sampled, read_data
-from rlchat.demo.real.pairs import bootstrap_interval, correct_pairs, length_score, pair_figures, read_rankings
+from rlchat.demo.real.pairs import correct_pairs, length_score, pair_figures, read_rankings, share_interval
 from rlchat.demo.real.rankings import Replies, scored_beside
 from rlchat.rewards import MissingEnd, Reply, Reward
 from rlchat.rewards.base import ReplyFactor
@@ -85,14 +85,14 @@ def test_the_share_is_of_pairs_and_certain_figures_have_no_width() -> None:
 def test_the_interval_is_that_of_a_share_of_prompts_with_one_pair_each() -> None:
     """100 prompts, 60 of them correct: 0.6 ± 1.96 √(0.6 · 0.4 / 100) = 0.504 to 0.696."""
     correct = torch.tensor([1.0] * 60 + [0.0] * 40)
-    low, high = bootstrap_interval(correct, torch.ones(100), seed=0)
+    low, high = share_interval(correct, torch.ones(100), seed=0)
     assert low == pytest.approx(0.504, abs=0.01)
     assert high == pytest.approx(0.696, abs=0.01)
 
 
 def test_pairs_that_agree_within_a_prompt_widen_the_interval() -> None:
-    once = bootstrap_interval(torch.tensor([1.0, 0.0] * 20), torch.ones(40), seed=0)
-    thrice = bootstrap_interval(torch.tensor([3.0, 0.0] * 20), torch.full((40,), 3.0), seed=0)
+    once = share_interval(torch.tensor([1.0, 0.0] * 20), torch.ones(40), seed=0)
+    thrice = share_interval(torch.tensor([3.0, 0.0] * 20), torch.full((40,), 3.0), seed=0)
     assert thrice == once  # three times the pairs, and not more information
 
 

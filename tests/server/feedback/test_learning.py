@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,27 @@ def test_too_many_verdicts_are_refused(model: Path) -> None:
         assert [rate(server, number).status_code for number in range(2)] == [200, 429]  # the address is the client
         wait_until(lambda: supervisor.status().verdicts == 2)
         assert len(server.feedback.read_text().splitlines()) == 4
+
+
+def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
+    limits = Caps(per_client=2, in_all=4)
+    with learning_server(model, every=99, caps=limits) as (server, _):
+        assert [rate(server, number, client="a").status_code for number in range(3)] == [200, 200, 429]
+        assert rate(server, 0, client="b").status_code == 200
+        assert rate(server, 0, client="b", verdict="none").status_code == 200  # is not counted
+    for _ in range(2):
+        with learning_server(model, every=99, caps=limits) as (server, _):
+            refused = rate(server, 3, client="a")
+            assert refused.json()["error"]["message"].startswith("this server takes 2 verdicts per hour from a client")
+            assert 3500 < int(refused.headers["Retry-After"]) <= 3600
+    with learning_server(model, every=99, caps=limits) as (server, _):
+        assert [rate(server, number).status_code for number in range(2)] == [200, 429]
+        feedback = server.feedback
+    assert "address" not in feedback.read_text()  # nor any other name of a client
+    hour_ago = (datetime.now(timezone.utc) - timedelta(hours=1)).isoformat(timespec="seconds")
+    feedback.write_text(re.sub('"created_date":"[^"]+"', f'"created_date":"{hour_ago}"', feedback.read_text()))
+    with learning_server(model, every=99, caps=limits) as (server, _):
+        assert rate(server, 3, client="a").status_code == 200
 
 
 def test_anonymous_clients_are_their_addresses(learner: tuple[Server, Supervisor]) -> None:

@@ -91,6 +91,25 @@ def test_teach_and_roll_back(browser: Any, model: Path) -> None:
         assert names(server) == ["tiny.pt", "tiny.pt", "1.pt"]
 
 
+def test_a_response_is_scored_by_the_version_that_generated_it(browser: Any, model: Path) -> None:
+    for name, words in (("tiny.pt", 4), ("new.pt", 2)):
+        bundle = load_policy(model.with_name(name), "cpu")
+        bundle.about["reward"] = [{"class_path": "rlchat.rewards.TooShort", "init_args": {"min_words": words}}]
+        save_bundle(model.with_name(name), bundle)
+    with learning_server(model, "--copy", str(model.with_name("new.pt"))) as (server, _):
+        for page in opened(browser, server):
+            ask(page, "One", "old!")
+            page.get_by_role("button", name="Bad response").last.click()
+            ask(page, "Two", "old!")
+            page.get_by_role("button", name="Bad response").last.click()
+            expect(page.get_by_text("Version 1 answers from now on.")).to_be_visible()
+            ask(page, "Three", "new?")
+            for shown in (0, 2):
+                page.get_by_role("button", name="Reward").nth(shown).click()
+            expect(page.locator(".reward .sum")).to_have_text(["reward", "−0.750", "reward", "−0.500"])
+            expect(page.locator(".reward .wide")).to_have_count(0)
+
+
 def test_the_panel_on_a_phone(browser: Any, model: Path) -> None:
     phone = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True, "color_scheme": "dark"}
     with learning_server(model) as (server, _):
@@ -101,6 +120,22 @@ def test_the_panel_on_a_phone(browser: Any, model: Path) -> None:
             page.get_by_role("button", name="Close the learning panel").tap()
             expect(panel).to_be_hidden()
             assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_each_round_that_fails_is_reported(browser: Any, model: Path) -> None:
+    with learning_server(model, "--crash") as (server, _):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            for number, question in enumerate(("One", "Two", "Three")):
+                ask(page, question, "old!")
+                page.get_by_role("button", name="Bad response").last.click()
+                if number:
+                    expect(page.locator("#toast")).to_have_text(
+                        "No new version: feedback.jsonl: none of 2 verdicts can be used."
+                    )
+                    page.locator("#toast").evaluate("(toast) => { toast.textContent = '' }")
+            expect(panel).to_contain_text("none of 2 verdicts can be used")
 
 
 def test_an_error_and_damaged_lines_are_shown_as_text(browser: Any, model: Path) -> None:

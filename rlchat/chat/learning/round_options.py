@@ -1,0 +1,352 @@
+"""The options of a round, `rlchat learn`: its parser, and checks that need no model.
+
+`rlchat chat --learn` and `rlchat serve --learn` check ``--learn-args`` with them before they load a model. Without
+this, a wrong option would be an error of the first round, minutes later.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from rlchat.data.jsonl import MAX_LINE_BYTES
+from rlchat.data.sources import data_file, file_size, is_pipe, numbered_lines
+from rlchat.errors import UserError
+from rlchat.utils.imports import install_command
+from rlchat.utils.ranges import check_room, fractions, not_negative, positive, positive_integers
+
+if TYPE_CHECKING:
+    from rlchat.models.model_file import PolicyBundle
+
+Method = Literal["dpo", "ppo"]
+Part = Literal["lora", "full"]
+
+FULL_BELOW = 20_000_000
+"""Models with fewer weights are trained in full by default, others with LoRA."""
+
+# Of a new version; a LoRA needs a higher one, see docs/lora.md, and so do all weights of a small model.
+_LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
+_SMALL_RATE = 3e-4
+
+# What a chat that learns sets itself, and why it does.
+_SET_BY_CHAT = {
+    "model": "a round learns for the model of the chat",
+    "feedback": "a round reads the --feedback of the chat",
+    "out": "the chat finds versions only in the folder beside its model",
+    "current": "it is the version that answers",
+    "on_bad_line": "damaged lines are skipped and counted",
+    "base_model": "pass --base-model to the chat",
+    "threads": "a round has one thread, so that the chat stays fast",
+    "background": "a round always runs in the background",
+    "max_memory": "set --learn-memory",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a version is trained.
+
+    Attributes:
+        method: dpo, or ppo after an update of the reward model.
+        part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
+        learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for all weights of a
+            model below :data:`FULL_BELOW` weights.
+        passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
+        beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
+        iterations: of PPO.
+        lora_rank: the rank of the adapters.
+        batch_size: prompts in a batch of DPO and of the reward model.
+        max_new_tokens: the largest number of tokens in a response; None: a quarter of the model's, at most 100.
+        seed: of the order, the adapter's initial values and sampling.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    method: Method = "dpo"
+    part: Part | None = None
+    learning_rate: float | None = None
+    passes: int | None = None
+    beta: float = 0.1
+    iterations: int = 16
+    lora_rank: int = 16
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(learning_rate=self.learning_rate, beta=self.beta)
+        not_negative(seed=self.seed)
+        positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
+        positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+
+    def for_model(self, original: PolicyBundle) -> Training:
+        """These options with defaults that suit ``original``.
+
+        Raises:
+            UserError: a response can fill the whole ``max_length`` of the model.
+        """
+        size = sum(weight.numel() for weight in original.model.backbone.parameters())
+        part: Part = self.part or ("full" if size < FULL_BELOW else "lora")
+        tokens = self.max_new_tokens or max(1, min(100, original.max_length // 4))
+        check_room(tokens, original.max_length)
+        is_small = part == "full" and size < FULL_BELOW
+        rate = self.learning_rate or (_SMALL_RATE if is_small else _LEARNING_RATES[part])
+        return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
+
+    @property
+    def tokens(self) -> int:
+        """``max_new_tokens`` after :meth:`for_model`."""
+        assert self.max_new_tokens is not None
+        return self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much worse than the original model a version may be, and how well it must have learned.
+
+    Attributes:
+        perplexity_rise: of the perplexity on human replies, as a share of it.
+        control_drop: of the share of controls that are answered correctly.
+        kl: in nats per token, from the original model to the version, on responses of the original to controls.
+        reward_accuracy: the least :func:`rlchat.learn.measure.reward_accuracy`, if enough verdicts are held back.
+
+    Raises:
+        UserError: a bound is negative, or the reward accuracy is above 1.
+    """
+
+    perplexity_rise: float = 0.05
+    control_drop: float = 0.02
+    kl: float = 0.1
+    reward_accuracy: float = 0.6
+
+    def __post_init__(self) -> None:
+        not_negative(perplexity_rise=self.perplexity_rise, control_drop=self.control_drop, kl=self.kl)
+        fractions(reward_accuracy=self.reward_accuracy)
+
+
+def add_round_options(parser: argparse.ArgumentParser) -> None:
+    """Adds all options of `rlchat learn` to ``parser``."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model file (.pt) of a chat model")
+    parser.add_argument(
+        "--feedback", type=Path, required=True, metavar="FILE", help="the verdicts, as `rlchat chat` writes them"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="a new file (.pt) for the version, or a folder for versions (default: MODEL-stem.versions/N.pt)",
+    )
+    parser.add_argument(
+        "--current",
+        type=Path,
+        metavar="FILE",
+        help="the version that is in use: agreement with the verdicts must not fall below its own (default: MODEL)",
+    )
+    parser.add_argument(
+        "--on-bad-line", choices=("error", "skip"), default="error", help="stop at a damaged line, or skip it"
+    )
+    parser.add_argument("--any-model", action="store_true", help="also use verdicts on responses of other models")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest available)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 1, or more if that is faster)")
+    parser.add_argument("--base-model", metavar="PATH", help="the base of an adapter file (default: as in training)")
+    parser.add_argument(
+        "--background", action="store_true", help="run at low priority, and end when standard input ends"
+    )
+    parser.add_argument(
+        "--max-memory", type=float, metavar="GIB", help="fail rather than use more memory than this (default: no limit)"
+    )
+    _add_training(parser.add_argument_group("training"))
+    _add_gate(parser.add_argument_group("gate"))
+
+
+def check_round(options: argparse.Namespace) -> tuple[Training, Bounds]:
+    """How a version is trained and judged, from the options of :func:`add_round_options`.
+
+    Raises:
+        UserError: an option is out of range; a file of ``--replay`` is missing; ``--train lora`` needs a package.
+    """
+    counts = {"--replay-prompts": options.replay_prompts, "--control-prompts": options.control_prompts}
+    positive_integers(**counts, **{"--threads": options.threads})
+    positive(**{"--max-memory": options.max_memory})
+    if options.out is not None and options.out.absolute() == options.model.absolute():
+        raise UserError(f"--out {options.out} is MODEL, which is never changed; choose another path")
+    if options.train == "lora" and find_spec("peft") is None:
+        raise UserError(f"--train lora needs peft: install it with {install_command('lora')}")
+    for path in options.replay or ():
+        file_size(data_file(path))
+    training = Training(
+        method=options.method,
+        part=None if options.train == "auto" else options.train,
+        learning_rate=options.learning_rate,
+        passes=options.passes,
+        beta=options.beta,
+        iterations=options.iterations,
+        lora_rank=options.lora_rank,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    bounds = Bounds(
+        perplexity_rise=options.max_perplexity_rise,
+        control_drop=options.max_control_drop,
+        kl=options.max_kl,
+        reward_accuracy=options.min_reward_accuracy,
+    )
+    return training, bounds
+
+
+def check_chat_round(words: Sequence[str]) -> None:
+    """Checks ``words``, the further options of the rounds of a chat, without torch.
+
+    Raises:
+        UserError: an option is unknown, out of range, or set by the chat itself; a data file cannot be read each time.
+    """
+    try:
+        options = _parsed(words)
+        for name, why in _SET_BY_CHAT.items():
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}" if name != "model" else f"the model {options.model}"
+                raise UserError(f"{flag} cannot be set here: {why}")
+        check_round(options)
+        for path in options.replay or ():
+            file = data_file(path)
+            if is_pipe(file):
+                raise UserError(f"{file} is a pipe, which only the first round could read; save it to a file")
+            with closing(numbered_lines(file, MAX_LINE_BYTES, lambda _: None)) as lines:
+                next(lines, None)  # raises an error for a file of a kind that cannot be read
+    except UserError as error:
+        raise UserError(f"--learn-args: {error}") from error
+
+
+def check_for_model(words: Sequence[str], model: str | Path) -> None:
+    """Checks the options ``words`` of the rounds of a chat for the file ``model``. Imports torch.
+
+    Raises:
+        UserError: a device is not available; responses would fill the ``max_length`` of the model; it is no chat model.
+    """
+    from rlchat.models.file_content import read_content
+    from rlchat.utils.devices import choose_device
+
+    options = _parsed(words)
+    content = read_content(model, "policy", weights=False)
+    choose_device(options.device)
+    try:
+        check_room(options.max_new_tokens or 0, content["max_length"])
+    except UserError as error:
+        raise UserError(f"--learn-args: {error}") from error
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The options in ``words``. What a chat sets itself is not required, and None by default."""
+    parser = _Parser(add_help=False)
+    add_round_options(parser)
+    for action in parser._actions:
+        if action.dest in _SET_BY_CHAT:
+            action.required, action.default = False, None
+            action.nargs = "?" if action.dest == "model" else action.nargs
+    return parser.parse_args(words)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are sentences, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `rlchat learn --help` shows all options")
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--method",
+        choices=("dpo", "ppo"),
+        default="dpo",
+        help="dpo: learn from pairs and labels directly; ppo: update the reward model, then the policy with PPO "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--train",
+        choices=("auto", "lora", "full"),
+        default="auto",
+        help="lora: low-rank adapters, merged into the version; full: all weights; auto: full for a model with fewer "
+        "than 20 million weights (default: %(default)s)",
+    )
+    group.add_argument(
+        "--replay",
+        nargs="+",
+        metavar="FILE",
+        help="data of MODEL's training, split as in training: its training prompts are replayed, and its held-out "
+        "conversations are what the gate measures on (default: the files that MODEL names, or else packaged prompts)",
+    )
+    group.add_argument(
+        "--replay-prompts", type=int, default=256, metavar="N", help="replay at most N prompts (default: %(default)s)"
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="LR",
+        help="peak learning rate (default: lora 5e-4, full 1e-4, but 3e-4 below 20 million weights)",
+    )
+    group.add_argument(
+        "--passes", type=int, metavar="N", help="passes over the data (default: for 100 steps, from 4 to 12 passes)"
+    )
+    group.add_argument(
+        "--beta",
+        type=float,
+        default=0.1,
+        metavar="β",
+        help="KL penalty to MODEL: β of DPO, kl_coef of PPO (default: %(default)s)",
+    )
+    group.add_argument(
+        "--iterations", type=int, default=16, metavar="N", help="iterations of PPO (default: %(default)s)"
+    )
+    group.add_argument("--lora-rank", type=int, default=16, metavar="R", help="rank of LoRA (default: %(default)s)")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens in a sampled response (default: a quarter of MODEL's max_length, at most 100)",
+    )
+
+
+def _add_gate(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--control-prompts",
+        type=int,
+        default=256,
+        metavar="N",
+        help="measure on at most N held-out conversations and N controls (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-perplexity-rise",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="reject a version whose perplexity on human replies rises by more than this share (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-control-drop",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="reject a version whose share of correct controls falls by more than this (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-kl",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="reject a version with a higher KL to MODEL on controls, in nats per token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-reward-accuracy",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="reject a version that has raised a liked response more than a disliked one in a smaller share of the "
+        "pairs of held-back responses, if 10 or more verdicts are held back (default: %(default)s)",
+    )
