@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlchat.errors import UserError
+from rlchat.errors import UserError, limit_reached
 
 COMMANDS = {
     "demo": "run all stages in a few minutes: conversations, SFT, reward model, PPO",
@@ -64,6 +64,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nrlchat: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (limit := limit_reached(error)) is None:
+            raise
+        print(f"rlchat: {limit}", file=sys.stderr)
+        return 2
 
 
 def _with_homes(words: Sequence[str]) -> list[str]:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlchat.chat.learning.round_options import add_round_options, check_round
+from rlchat.chat.learning.round_options import Bounds, Training, add_round_options, check_round
+from rlchat.errors import UserError, limit_reached
 from rlchat.utils.background import end_with_stdin, limit_memory, lower_priority
 
 _DESCRIPTION = """\
@@ -19,6 +20,8 @@ Learn from the verdicts in a feedback file: 👍, 👎 and corrections of `rlcha
 A new version of MODEL is trained on them and compared with MODEL on data that did not train it. It is written only if
 it passes. MODEL is never changed. The last line says `accepted as version N: PATH` or `rejected: REASON`.
 """
+
+_MORE_MEMORY = "raise --max-memory, or --learn-memory of a chat that learns"
 
 
 def main(args: Sequence[str]) -> int:
@@ -32,6 +35,18 @@ def main(args: Sequence[str]) -> int:
         return int(stop.code or 0)
     training, bounds = check_round(options)
     _restrict(options)
+    try:
+        return _run(options, training, bounds)
+    except UserError:
+        raise
+    except Exception as error:
+        # The learner of a chat is started with --max-memory, which the user sets with another option.
+        if options.max_memory is None or (limit := limit_reached(error, _MORE_MEMORY)) is None:
+            raise
+        raise limit from error
+
+
+def _run(options: argparse.Namespace, training: Training, bounds: Bounds) -> int:
     # Importing the stages takes seconds, which `rlchat learn --help` should not.
     import torch
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.chat.versions import Versions
+from rlchat.errors import says_no_memory
 
 LEARN = (sys.executable, "-m", "rlchat", "learn")
 """The command of a round, without its arguments."""
 
 _LAST_BYTES = 4_000  # of the log, in which the reason of a failure is
-_MEMORY_SIGNS = ("MemoryError", "std::bad_alloc", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ class Round:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if code == 2 and lines:
             return lines[-1].removeprefix("rlchat: ").rstrip(".")
-        if any(sign in text for sign in _MEMORY_SIGNS):
-            return f"learning needs more memory than it may use; raise the limit, or see {self.log}"
+        if says_no_memory(text):
+            return f"learning needs more memory than it may use; raise --learn-memory, or see {self.log}"
         if code is not None and code < 0:
             killed = f"learning was ended by signal {-code}"
             return killed + (", as the system does when memory runs out" if code == -9 else f"; see {self.log}")

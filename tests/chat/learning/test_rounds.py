@@ -27,10 +27,10 @@ def failure(tmp_path: Path, code: str) -> str:
         ("print('rlchat: a.jsonl:3: no verdict; fix it'); raise SystemExit(2)", "a.jsonl:3: no verdict; fix it"),
         ("raise SystemExit(2)", "learning failed with exit code 2; see …/learn.log"),
         ("1 / 0", "learning failed with exit code 1; see …/learn.log"),
-        ("raise MemoryError", "learning needs more memory than it may use; raise the limit, or see …/learn.log"),
+        ("raise MemoryError", "learning needs more memory than it may use; raise --learn-memory, or see …/learn.log"),
         (
             "raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried …')",
-            "learning needs more memory than it may use; raise the limit, or see …/learn.log",
+            "learning needs more memory than it may use; raise --learn-memory, or see …/learn.log",
         ),
         (
             "import os; os.kill(os.getpid(), 9)",
