@@ -63,6 +63,7 @@ def main(args: Sequence[str]) -> int:
             beta=options.beta,
             iterations=options.iterations,
             lora_rank=options.lora_rank,
+            train_layers=options.train_layers,
             max_new_tokens=options.max_new_tokens,
             seed=options.seed,
         ),
@@ -214,6 +215,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "--iterations", type=int, default=16, metavar="N", help="iterations of PPO (default: %(default)s)"
     )
     group.add_argument("--lora-rank", type=int, default=16, metavar="R", help="rank of LoRA (default: %(default)s)")
+    group.add_argument(
+        "--train-layers",
+        type=int,
+        metavar="N",
+        help="train the last N layers of MODEL only, or their adapters, which takes less time (default: all layers)",
+    )
     group.add_argument(
         "--max-new-tokens",
         type=int,

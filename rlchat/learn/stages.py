@@ -63,6 +63,7 @@ class Training:
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
         lora_rank: the rank of the adapters.
+        train_layers: the last N layers are trained only, or their adapters; None: all layers.
         batch_size: prompts in a batch of DPO and of the reward model.
         max_new_tokens: the largest number of tokens in a response; None: a quarter of the model's, at most 100.
         seed: of the order, the adapter's initial values and sampling.
@@ -78,6 +79,7 @@ class Training:
     beta: float = 0.1
     iterations: int = 16
     lora_rank: int = 16
+    train_layers: int | None = None
     batch_size: int = 16
     max_new_tokens: int | None = None
     seed: int = 0
@@ -86,7 +88,8 @@ class Training:
         positive(learning_rate=self.learning_rate, beta=self.beta)
         not_negative(seed=self.seed)
         positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
-        positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        positive_integers(train_layers=self.train_layers, batch_size=self.batch_size)
+        positive_integers(max_new_tokens=self.max_new_tokens)
 
     def for_model(self, original: PolicyBundle) -> Training:
         """These options with defaults that suit ``original``.
@@ -166,6 +169,7 @@ def train(
         "adapter": "lora" if options.part == "lora" else None,
         "lora_rank": options.lora_rank,
         "lora_alpha": 2.0 * options.lora_rank,
+        "train_layers": options.train_layers,
     }
     device = original.model.backbone.device.type
     place = _Place(scratch, "gpu" if device == "cuda" else device)
@@ -185,7 +189,13 @@ class _Place:
 def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]) -> Trained:
     rows = [*map(_softened, lesson.judged), *lesson.replay]
     module = DPOModule(
-        **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
+        **common,
+        beta=options.beta,
+        label_coef=_LABEL_COEF,
+        sft_coef=_SFT_COEF,
+        schedule="cosine",
+        warmup=0.1,
+        keep_ref_logprobs=options.part == "lora",  # a large model, whose passes take most of the time
     )
     alarms = _fit(module, _data(rows, place.scratch / "dpo", options), _passes(len(rows), options), place, [], clip=1.0)
     return Trained(module.bundle(), None, alarms)
