@@ -193,7 +193,10 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "conversations are what the gate measures on (default: the files that MODEL names, or else packaged prompts)",
     )
     group.add_argument(
-        "--replay-prompts", type=int, default=256, metavar="N", help="replay at most N prompts (default: %(default)s)"
+        "--replay-prompts",
+        type=int,
+        metavar="N",
+        help="replay at most N prompts (default: 256, and 32 for DPO with LoRA)",
     )
     group.add_argument(
         "--learning-rate",
@@ -202,7 +205,10 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="peak learning rate (default: lora 5e-4, full 1e-4, but 3e-4 below 20 million weights)",
     )
     group.add_argument(
-        "--passes", type=int, metavar="N", help="passes over the data (default: for 100 steps, from 4 to 12 passes)"
+        "--passes",
+        type=int,
+        metavar="N",
+        help="passes over the data (default: for 100 steps, from 4 to 12 passes; DPO with LoRA: for 24, from 2 to 12)",
     )
     group.add_argument(
         "--beta",

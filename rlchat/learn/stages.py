@@ -36,7 +36,10 @@ FULL_BELOW = 20_000_000
 # Of a new version; a LoRA needs a higher one, see docs/lora.md, and so do all weights of a small model.
 _LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
 _SMALL_RATE = 3e-4
-_FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
+_BATCH, _FEWEST_STEPS, _FEWEST_PASSES, _MOST_PASSES = 16, 100, 4, 12
+# Of DPO with LoRA. A model that is trained with LoRA is large, and the time of a round is that of its rows: smaller
+# batches make as many steps from fewer rows, which teaches as much in a third of the time. See docs/learn.md.
+_LORA_BATCH, _LORA_STEPS, _LORA_PASSES = 4, 24, 2
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
 # The label of a 👎. Its loss is smallest at β · log ratio = log(0.45 / 0.55) = -0.2: at β = 0.1, where the response is
@@ -59,12 +62,13 @@ class Training:
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
         learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for all weights of a
             model below :data:`FULL_BELOW` weights.
-        passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
+        passes: passes over the data; None: as many as 100 steps need, from 4 to 12, and for DPO with LoRA as many as 24
+            steps need, from 2 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
         lora_rank: the rank of the adapters.
         train_layers: the last N layers are trained only, or their adapters; None: all layers.
-        batch_size: prompts in a batch of DPO and of the reward model.
+        batch_size: prompts in a batch of DPO and of the reward model; None: 16, and 4 for DPO with LoRA.
         max_new_tokens: the largest number of tokens in a response; None: a quarter of the model's, at most 100.
         seed: of the order, the adapter's initial values and sampling.
 
@@ -80,7 +84,7 @@ class Training:
     iterations: int = 16
     lora_rank: int = 16
     train_layers: int | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     max_new_tokens: int | None = None
     seed: int = 0
 
@@ -103,7 +107,8 @@ class Training:
         check_room(tokens, original.max_length)
         is_small = part == "full" and size < FULL_BELOW
         rate = self.learning_rate or (_SMALL_RATE if is_small else _LEARNING_RATES[part])
-        return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
+        batch = self.batch_size or (_LORA_BATCH if part == "lora" and self.method == "dpo" else _BATCH)
+        return replace(self, part=part, learning_rate=rate, batch_size=batch, max_new_tokens=tokens)
 
     @property
     def tokens(self) -> int:
@@ -259,9 +264,11 @@ def _alarms(iterations: int, truncated: float) -> Alarms:
 
 
 def _passes(rows: int, options: Training) -> int:
-    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, from 4 to 12."""
-    steps = -(-rows // options.batch_size)
-    return options.passes or min(max(-(-_FEWEST_STEPS // steps), _FEWEST_PASSES), _MOST_PASSES)
+    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, or :data:`_LORA_STEPS`."""
+    lora = options.part == "lora" and options.method == "dpo"
+    wanted, fewest = (_LORA_STEPS, _LORA_PASSES) if lora else (_FEWEST_STEPS, _FEWEST_PASSES)
+    steps = -(-rows // (options.batch_size or _BATCH))
+    return options.passes or min(max(-(-wanted // steps), fewest), _MOST_PASSES)
 
 
 def _data(prompts: Sequence[Conversation], folder: Path, options: Training, batch_size: int = 0) -> OASST2DataModule:
@@ -270,7 +277,7 @@ def _data(prompts: Sequence[Conversation], folder: Path, options: Training, batc
     write_prompts(folder / "rows.jsonl", prompts)
     return OASST2DataModule(
         path=str(folder / "rows.jsonl"),
-        batch_size=batch_size or options.batch_size,
+        batch_size=batch_size or options.batch_size or _BATCH,
         lang=None,
         loss_on="last",
         val_fraction=0.0,

@@ -1,4 +1,4 @@
-"""`benchmarks/learn_while_chatting/real`: the user's verdicts and corrections, stored runs, the table and the figure."""
+"""`benchmarks.learn_while_chatting.real`: the user's verdicts and corrections, stored runs, the table, the figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.learn_while_chatting.real.user import PREFERENCES, THANKS, Prefe
 from rlchat.chat.feedback import Correction
 from rlchat.chat.verdicts import read_verdicts
 from rlchat.conversation import Check, Conversation, Message
-from rlchat.demo.real.measure import Measured, Sampled, read_data
+from rlchat.demo.real.measure import Sampled, read_data
 from rlchat.models.model_file import identity, save_bundle
 from rlchat.rewards import Reply
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -100,10 +100,9 @@ def sample(text: str, check: Check | None = None) -> Sampled:
 def test_the_figures_of_replies() -> None:
     greedy = [sample("Bees see colours."), sample(f"Yes. {THANKS}"), sample("a"), sample("One. Two three four.")]
     control = [sample("It is Rome.", Check(("Rome",))), sample("It is Oslo.", Check(("Rome",)))]
-    found = figures_of(Measured(greedy, greedy[:1], control, 7.5), PREFERENCES)
+    found = figures_of(greedy, control)
     assert found["taught"] == {"short": 0.25, "thanks": 0.25}
-    assert found["taught_sampled"] == {"short": 1, "thanks": 0}
-    assert (found["correct"], found["controls"], found["perplexity"]) == (1, 2, 7.5)
+    assert (found["correct"], found["controls"]) == (1, 2)
     assert found["words"] == (3 + 4 + 1 + 4) / 4
 
 

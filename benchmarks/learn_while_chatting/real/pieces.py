@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.learn_while_chatting.real.user import Preference, accepts, verdict
+from benchmarks.learn_while_chatting.real.user import PREFERENCES, Preference, accepts, verdict
 from rlchat.chat.feedback import append_feedback
-from rlchat.conversation import Conversation
 from rlchat.demo.real.base import find_base_model
-from rlchat.demo.real.measure import Measured, is_correct, mean_kl, measure, read_data
-from rlchat.learn.learner import Request, learn
+from rlchat.demo.real.measure import Sampled, is_correct, mean_kl, perplexity, read_data, sample_replies
+from rlchat.learn.gate import Bounds, judge
+from rlchat.learn.learner import Outcome, Request, learn
 from rlchat.learn.measure import respond
 from rlchat.learn.stages import Training
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
@@ -34,9 +34,12 @@ VERDICTS = (8, 25, 50)
 MAX_LENGTH = 256
 JUDGED = Sampling(max_new_tokens=64, temperature=0.7)
 """How the responses are sampled that the user judges: at the temperature of a chat."""
-TRAINING = Training(part="lora", passes=4)
-REPLAY_PROMPTS = 32
+TRAINING = Training()  # the defaults, which are LoRA for a model of this size
+BOUNDS = Bounds(control_drop=0.05, kl=0.2)
+"""The preference is about all responses, so that the KL has to rise; one control is 2 points."""
 _REPLAYED = ("train.jsonl", "facts.jsonl")  # packaged with `rlchat demo --real`; disjoint from what is measured
+_SPLIT = {"val_fraction": 0.2, "test_fraction": 0.2}  # of the replayed files: two fifths are for the gate
+_KL_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class Piece:
 
 
 def all_pieces(seeds: Sequence[int] = SEEDS, preferences: Sequence[Preference] = ("short",)) -> list[Piece]:
-    """All runs, first the one without verdicts, then one seed after the other."""
-    return [Piece(0)] + [Piece(n, preference, seed) for preference in preferences for seed in seeds for n in VERDICTS]
+    """All runs, first the one without verdicts, then those with the fewest."""
+    return [Piece(0)] + [Piece(n, preference, seed) for preference in preferences for n in VERDICTS for seed in seeds]
 
 
 def base_model(path: Path) -> Path:
@@ -71,7 +74,9 @@ def base_model(path: Path) -> Path:
         UserError: a package is missing.
     """
     if not path.exists():
-        save_bundle(path, open_policy(str(find_base_model()), None, MAX_LENGTH, None, None))
+        bundle = open_policy(str(find_base_model()), None, MAX_LENGTH, None, None)
+        bundle.about["data"] = _SPLIT  # as if it had been trained on the replayed files
+        save_bundle(path, bundle)
     return path
 
 
@@ -85,7 +90,7 @@ def run(piece: Piece, model: Path, folder: Path) -> dict[str, Any]:
     path = folder / f"{piece.name}.json"
     about = {**asdict(piece), "model": identity(base)}
     if piece.verdicts:
-        about |= {"training": asdict(TRAINING), "replay_prompts": REPLAY_PROMPTS}
+        about |= {"options": asdict(TRAINING), "bounds": asdict(BOUNDS)}
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if {name: found.get(name) for name in about} != about:
@@ -115,24 +120,26 @@ def give_feedback(piece: Piece, model: PolicyBundle, name: str, path: Path) -> d
     return counts
 
 
-def figures_of(measured: Measured, preferences: Sequence[Preference]) -> dict[str, Any]:
-    """The share of replies as the user wants by preference, right answers, words per reply, and the perplexity."""
+def figures_of(greedy: Sequence[Sampled], control: Sequence[Sampled]) -> dict[str, Any]:
+    """The share of replies as the user wants, by preference, words per reply, and right answers to questions."""
     return {
-        "taught": {p: mean(accepts(p, sample.reply) for sample in measured.greedy) for p in preferences},
-        "taught_sampled": {p: mean(accepts(p, sample.reply) for sample in measured.sampled) for p in preferences},
-        "correct": sum(is_correct(sample) for sample in measured.control),
-        "controls": len(measured.control),
-        "words": mean(len(words(sample.reply.text)) for sample in measured.greedy),
-        "perplexity": measured.perplexity,
+        "taught": {p: mean(accepts(p, sample.reply) for sample in greedy) for p in PREFERENCES},
+        "words": mean(len(words(sample.reply.text)) for sample in greedy),
+        "correct": sum(is_correct(sample) for sample in control),
+        "controls": len(control),
     }
 
 
 def _figures(policy: PolicyBundle, base: PolicyBundle, seed: int) -> dict[str, Any]:
     """What is reported of ``policy``, on prompts that neither training nor the gate uses; ``base`` is the original."""
-    measured = measure(policy, read_data("held_out.jsonl"), read_data("control.jsonl"), seed=seed)
-    kl = 0.0 if policy is base else mean_kl(policy, base, measured.sampled)
-    replies = [{"prompt": s.prompt.messages[-1].text, "reply": s.reply.text} for s in measured.greedy]
-    return {**figures_of(measured, ("short", "thanks")), "kl": kl, "replies": replies}
+    held_out = read_data("held_out.jsonl")
+    greedy = sample_replies(policy, held_out, temperature=0.0)
+    control = sample_replies(policy, read_data("control.jsonl"), temperature=0.0)
+    kl = 0.0
+    if policy is not base:
+        kl = mean_kl(policy, base, sample_replies(policy, held_out[:_KL_PROMPTS], temperature=1.0, seed=seed))
+    replies = [{"prompt": s.prompt.messages[-1].text, "reply": s.reply.text} for s in greedy]
+    return {**figures_of(greedy, control), "perplexity": perplexity(policy, held_out), "kl": kl, "replies": replies}
 
 
 def _learned(piece: Piece, base: PolicyBundle, model: Path) -> dict[str, Any]:
@@ -145,8 +152,8 @@ def _learned(piece: Piece, base: PolicyBundle, model: Path) -> dict[str, Any]:
             feedback=feedback,
             out=Path(folder, "versions"),
             replay=[str(replay / name) for name in _REPLAYED],
-            replay_prompts=REPLAY_PROMPTS,
             training=replace(TRAINING, seed=piece.seed),
+            bounds=BOUNDS,
             device="cpu",
         )
         began = _cpu_seconds()
@@ -154,14 +161,22 @@ def _learned(piece: Piece, base: PolicyBundle, model: Path) -> dict[str, Any]:
         seconds = _cpu_seconds() - began
         # A rejected version is measured too: it is what there would be without the gate.
         found = _figures(outcome.policy, base, piece.seed)
-    gate = {name: outcome.figures[name] for name in ("reasons", "notes", "before", "after", "feedback", "seconds")}
+    names = ("reasons", "notes", "before", "after", "feedback", "training", "seconds")
+    gate = {name: outcome.figures[name] for name in names}
     return {
         "counts": counts,
         "accepted": outcome.decision.accepted,
+        "accepted_by_default": _default_gate(outcome),
         "figures": found,
         "round_cpu_seconds": round(seconds, 1),
         "gate": gate,
     }
+
+
+def _default_gate(outcome: Outcome) -> bool:
+    """Whether the gate would accept the version with its default bounds too."""
+    alarms = [reason for reason in outcome.decision.reasons if reason.startswith("alarm")]
+    return judge(outcome.original, outcome.current, outcome.new, Bounds(), "", alarms).accepted
 
 
 def _loaded(model: Path) -> PolicyBundle:

@@ -84,7 +84,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     for axes, preference in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=True):
         found = {verdicts: rows for (name, verdicts), rows in sorted(results.groups.items()) if name == preference}
         for gate, label in ((False, "without the gate"), (True, "with the gate")):
-            points = {0: [100 * results.start["taught"][preference]]} | {n: [results.taught(run, gate=gate) for run in rows] for n, rows in found.items()}
+            points = {0: [100 * results.start["taught"][preference]]} | {
+                n: [results.taught(run, gate=gate) for run in rows] for n, rows in found.items()
+            }
             places = sorted(points)
             shifted = [place + (0.4 if gate else -0.4) for place in places]
             axes.plot(shifted, [statistics.mean(points[n]) for n in places], color=_COLOURS[gate], label=label)

@@ -18,8 +18,8 @@ THANKS = "Thanks for asking."
 
 _LIST_MARK = re.compile(r"^\s*(?:[-*•#>]+|\d+[.)])\s+")
 _EMPHASIS = re.compile(r"[*_`]{1,3}")
-_CLAUSE_END = re.compile(r"[,;:]\s|\s[-–—]\s|\s(?=(?:and|but|because|which|while|so)\s)")  # noqa: RUF001
-_LAST_MARKS = " \t\n,;:-–—…"  # noqa: RUF001
+_CLAUSE_END = re.compile(r"[,;:]\s|\s[-–—]\s|\s(?=(?:and|but|because|which|while|so)\s)")
+_LAST_MARKS = " \t\n,;:-–—…"
 
 
 def accepts(preference: Preference, reply: Reply) -> bool:
