@@ -211,8 +211,9 @@ def test_benchmark_parses(line: str, folder: Path, stop_after_parsing: None, mon
     if words[0] == "-m":
         words.pop(0)
         start = partial(runpy.run_module, words[0])
-        for name in (words[0], f"{words[0]}.__main__"):  # runpy warns about an imported module
-            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in (words[0], f"{words[0]}.__main__"):  # runpy warns about an imported module, not about a package
+            if name in sys.modules and not hasattr(sys.modules[name], "__path__"):
+                monkeypatch.delitem(sys.modules, name)
     else:
         start = partial(runpy.run_path, str(ROOT / words[0]))
     monkeypatch.setattr(sys, "argv", words)

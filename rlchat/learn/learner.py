@@ -28,6 +28,7 @@ from rlchat.models.sampling import Sampling
 from rlchat.utils.devices import choose_device
 
 _MOST_CORRECTED = 0.1
+_REPLAYED, _FEW_REPLAYED = 256, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Request:
         out: a file or a folder for the version; None: the folder of versions beside ``model``.
         current: the model file that the version would replace, for the gate; None: ``model``.
         replay: data files of the original training; empty: those that the model file names.
-        replay_prompts: the largest number of training prompts that are replayed.
+        replay_prompts: the largest number of training prompts that are replayed; None: 256, and 32 for DPO with LoRA.
         control_prompts: the largest number of held-out conversations, and of controls.
         any_model: whether verdicts on responses of other models count.
         on_bad_line: stop at a damaged line of ``feedback``, or skip it.
@@ -55,7 +56,7 @@ class Request:
     out: Path | None = None
     current: Path | None = None
     replay: Sequence[str] = ()
-    replay_prompts: int = 256
+    replay_prompts: int | None = None
     control_prompts: int = 256
     any_model: bool = False
     on_bad_line: Literal["error", "skip"] = "error"
@@ -204,6 +205,8 @@ class _Round:
         self.request, self.versions, self.original, self.say = request, versions, original, say
         self.current = current  # None: the original
         self.training = request.training.for_model(original)
+        few = self.training.method == "dpo" and self.training.part == "lora"  # of a large model; each needs a response
+        self.replay_prompts = request.replay_prompts or (_FEW_REPLAYED if few else _REPLAYED)
         self.seconds: dict[str, float] = {}
         self._began = time.monotonic()
 
@@ -281,7 +284,7 @@ class _Round:
 
     def _replay(self, openings: set[str]) -> Replay:
         data = data_of(self.original.about)
-        limits = {"limit": self.request.replay_prompts, "held_out_limit": self.request.control_prompts}
+        limits = {"limit": self.replay_prompts, "held_out_limit": self.request.control_prompts}
         if self.request.replay:
             return read_replay(replace(data, paths=[*map(str, self.request.replay)]), openings, **limits)
         paths = data.paths
@@ -289,7 +292,7 @@ class _Round:
             return read_replay(data, openings, **limits)
         missing = f"{', '.join(paths)}, which the model file names, was not found" if paths else "no --replay"
         self.say(f"{missing}: replaying packaged everyday prompts, without human replies")
-        return everyday_replay(self.request.replay_prompts, openings)
+        return everyday_replay(self.replay_prompts, openings)
 
     def _yardstick(
         self, replay: Replay, verdicts: Sequence[JudgedResponse], held_back: Sequence[JudgedResponse]

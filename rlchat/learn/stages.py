@@ -27,7 +27,8 @@ from rlchat.training.base import StageModule
 from rlchat.training.dpo import DPOModule
 from rlchat.training.reward_model import RewardModelModule
 
-_FEWEST_PASSES, _MOST_PASSES, _FEWEST_STEPS = 4, 12, 100
+_FEWEST_STEPS, _FEWEST_PASSES, _MOST_PASSES = 100, 4, 12
+_LORA_STEPS, _LORA_PASSES = 24, 2  # of DPO with LoRA, see `Training.rows_per_batch`
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
 # The label of a 👎. Its loss is smallest at β · log ratio = log(0.45 / 0.55) = -0.2: at β = 0.1, where the response is
@@ -98,6 +99,7 @@ def train(
         "adapter": "lora" if options.part == "lora" else None,
         "lora_rank": options.lora_rank,
         "lora_alpha": 2.0 * options.lora_rank,
+        "train_layers": options.train_layers,
     }
     device = original.model.backbone.device.type
     place = _Place(scratch, "gpu" if device == "cuda" else device)
@@ -117,7 +119,13 @@ class _Place:
 def _train_dpo(lesson: Lesson, options: Training, place: _Place, common: dict[str, Any]) -> Trained:
     rows = [*map(_softened, lesson.judged), *lesson.replay]
     module = DPOModule(
-        **common, beta=options.beta, label_coef=_LABEL_COEF, sft_coef=_SFT_COEF, schedule="cosine", warmup=0.1
+        **common,
+        beta=options.beta,
+        label_coef=_LABEL_COEF,
+        sft_coef=_SFT_COEF,
+        schedule="cosine",
+        warmup=0.1,
+        keep_ref_logprobs=options.part == "lora",  # a large model, whose passes take most of the time
     )
     alarms = _fit(module, _data(rows, place.scratch / "dpo", options), _passes(len(rows), options), place, [], clip=1.0)
     return Trained(module.bundle(), None, alarms)
@@ -181,9 +189,11 @@ def _alarms(iterations: int, truncated: float) -> Alarms:
 
 
 def _passes(rows: int, options: Training) -> int:
-    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, from 4 to 12."""
-    steps = -(-rows // options.batch_size)
-    return options.passes or min(max(-(-_FEWEST_STEPS // steps), _FEWEST_PASSES), _MOST_PASSES)
+    """Passes over ``rows`` that make about :data:`_FEWEST_STEPS` optimizer steps, or :data:`_LORA_STEPS`."""
+    lora = options.part == "lora" and options.method == "dpo"
+    wanted, fewest = (_LORA_STEPS, _LORA_PASSES) if lora else (_FEWEST_STEPS, _FEWEST_PASSES)
+    steps = -(-rows // options.rows_per_batch)
+    return options.passes or min(max(-(-wanted // steps), fewest), _MOST_PASSES)
 
 
 def _data(prompts: Sequence[Conversation], folder: Path, options: Training, batch_size: int = 0) -> OASST2DataModule:
@@ -192,7 +202,7 @@ def _data(prompts: Sequence[Conversation], folder: Path, options: Training, batc
     write_prompts(folder / "rows.jsonl", prompts)
     return OASST2DataModule(
         path=str(folder / "rows.jsonl"),
-        batch_size=batch_size or options.batch_size,
+        batch_size=batch_size or options.rows_per_batch,
         lang=None,
         loss_on="last",
         val_fraction=0.0,

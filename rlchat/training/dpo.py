@@ -100,6 +100,7 @@ class DPOOptions(StageOptions):
     label_smoothing: float
     label_coef: float
     sft_coef: float
+    keep_ref_logprobs: bool
 
     def __post_init__(self) -> None:
         StageOptions.__post_init__(self)
@@ -137,6 +138,8 @@ class DPOModule(PolicyModule):
             as the score (binary classifier optimization, Jung et al. 2024, arXiv 2404.04656, without its shift).
         sft_coef: the weight of an SFT loss on the responses of rank 0, also of those without a pair: their mean
             negative log-prob per token, as in RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1).
+        keep_ref_logprobs: compute the reference model's log-prob of each response once, in the first epoch, and keep it
+            (precompute_ref_log_probs of TRL). The same up to rounding, so a resumed run is not bit-exact.
         learning_rate: the peak learning rate of AdamW.
         schedule: the learning rate schedule after the warm-up.
         warmup: the fraction of the steps in which the learning rate rises from 0.
@@ -181,6 +184,7 @@ class DPOModule(PolicyModule):
         label_smoothing: float = 0.0,
         label_coef: float = 0.0,
         sft_coef: float = 0.0,
+        keep_ref_logprobs: bool = False,
         learning_rate: float = 5e-6,
         schedule: Schedule = "linear",
         warmup: float = 0.1,
@@ -210,6 +214,7 @@ class DPOModule(PolicyModule):
         self.save_hyperparameters()
         self.model.value_head.requires_grad_(False)  # DPO does not train it; DDP fails on a parameter without gradient
         self.reference: RLChatModel = reference.train()
+        self._known_ref_logprobs: dict[bytes, float] = {}  # by the tokens of a response with its prompt
         self.partly.leave_out(reference, self.model)
         if options.label_coef or options.sft_coef:
             self.monitor = ("val/loss", "min")  # the validation split may have no pair
@@ -246,8 +251,7 @@ class DPOModule(PolicyModule):
         """The loss of each pair in ``batch``, and what it is made of."""
         o = self.options
         logprobs = self.response_logprobs(self.model, batch)
-        with torch.no_grad():
-            ref_logprobs = self.response_logprobs(self.reference, batch)
+        ref_logprobs = self.ref_logprobs(batch)
         tokens = batch.response_mask.sum(1)
         rewards = implicit_rewards(logprobs, ref_logprobs, tokens, o.beta, o.loss_type)
         rank = batch.rank.float()
@@ -279,6 +283,21 @@ class DPOModule(PolicyModule):
         """The log-prob [N] of each response: the sum over its tokens, its end marker included."""
         model.eval()  # also in training: dropout would change the policy, and the first loss would not be log 2
         return model.sequence_logprobs(batch.ids, batch.attention_mask, batch.response_mask)
+
+    @torch.no_grad()
+    def ref_logprobs(self, batch: PreferenceBatch | JudgedBatch) -> Tensor:
+        """The log-prob [N] of each response under the reference model.
+
+        With ``keep_ref_logprobs``, a batch whose responses have all been seen needs no forward pass.
+        """
+        if not self.options.keep_ref_logprobs:
+            return self.response_logprobs(self.reference, batch)
+        masks = zip(batch.ids.cpu(), batch.attention_mask.cpu(), batch.response_mask.cpu(), strict=True)
+        keys = [torch.stack([ids[real], response[real].long()]).numpy().tobytes() for ids, real, response in masks]
+        known = self._known_ref_logprobs
+        if not all(key in known for key in keys):
+            known.update(zip(keys, self.response_logprobs(self.reference, batch).tolist(), strict=True))
+        return torch.tensor([known[key] for key in keys], device=self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Resets the number of prompts seen: each validation samples with the same random numbers."""

@@ -250,6 +250,34 @@ def test_the_reference_model_shares_frozen_weights(encoding: str) -> None:
     assert not share_frozen(dpo(encoding).reference, module.model)
 
 
+def test_the_reference_model_runs_once_per_response(encoding: str) -> None:
+    """With keep_ref_logprobs, in any batch and with any padding; the policy is the same up to rounding."""
+    policies, passes = [], []
+    for keep in (False, True):
+        module = dpo(encoding, keep_ref_logprobs=keep, **LORA)
+        whole, first, last = (pairs_batch(module.tokenizer, rows) for rows in (FRUIT, FRUIT[:1], FRUIT[1:]))
+        calls: list[int] = []
+        module.reference.register_forward_hook(lambda _, args, __, calls=calls: calls.append(len(args[0])))
+        trainer().fit(module, serve([whole, first, last, whole]))
+        policies.append([weight.detach() for weight in module.model.parameters()])
+        passes.append(calls)
+    assert passes == [[9, 2, 7, 9], [9]]
+    for one, other in zip(*policies, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_kept_log_probs_depend_on_the_prompt_and_its_response(encoding: str) -> None:
+    """The same tokens with another response mask are another response."""
+    module = dpo(encoding, keep_ref_logprobs=True)
+    batch = pairs_batch(module.tokenizer, FRUIT)
+    module.ref_logprobs(batch)
+    shorter = batch._replace(response_mask=batch.response_mask.clone())
+    shorter.response_mask[:, :-2] = False
+    assert not torch.equal(shorter.response_mask, batch.response_mask)
+    expected = module.response_logprobs(module.reference, shorter).detach()
+    torch.testing.assert_close(module.ref_logprobs(shorter), expected)
+
+
 # ---- labels and imitation --------------------------------------------------------------------------------------------
 
 

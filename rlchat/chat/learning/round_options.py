@@ -32,6 +32,9 @@ FULL_BELOW = 20_000_000
 # Of a new version; a LoRA needs a higher one, see docs/lora.md, and so do all weights of a small model.
 _LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
 _SMALL_RATE = 3e-4
+# A model that is trained with LoRA is large, and the time of a round is that of its rows. With DPO, smaller batches
+# make as many steps from fewer rows, which teaches as much in a third of the time. See docs/learn.md.
+_BATCH, _LORA_BATCH = 16, 4
 
 # What a chat that learns sets itself, and why it does.
 _SET_BY_CHAT = {
@@ -56,11 +59,13 @@ class Training:
         part: lora, or full for all weights; None: full for a model below :data:`FULL_BELOW` weights.
         learning_rate: the peak learning rate; None: 5e-4 for LoRA, 1e-4 for all weights, and 3e-4 for all weights of a
             model below :data:`FULL_BELOW` weights.
-        passes: passes over the data; None: as many as 100 steps need, from 4 to 12.
+        passes: passes over the data; None: as many as 100 steps need, from 4 to 12, and for DPO with LoRA as many as 24
+            steps need, from 2 to 12.
         beta: the KL penalty to the original model: β of DPO, or the coefficient of PPO.
         iterations: of PPO.
         lora_rank: the rank of the adapters.
-        batch_size: prompts in a batch of DPO and of the reward model.
+        train_layers: the last N layers are trained only, or their adapters; None: all layers.
+        batch_size: prompts in a batch of DPO and of the reward model; None: 16, and 4 for DPO with LoRA.
         max_new_tokens: the largest number of tokens in a response; None: a quarter of the model's, at most 100.
         seed: of the order, the adapter's initial values and sampling.
 
@@ -75,7 +80,8 @@ class Training:
     beta: float = 0.1
     iterations: int = 16
     lora_rank: int = 16
-    batch_size: int = 16
+    train_layers: int | None = None
+    batch_size: int | None = None
     max_new_tokens: int | None = None
     seed: int = 0
 
@@ -84,7 +90,8 @@ class Training:
         if not 0 <= self.seed < 2**32:  # Lightning's and NumPy's bounds
             raise UserError(f"invalid value {self.seed} for seed: expected an integer from 0 to 2**32 - 1")
         positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
-        positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        positive_integers(train_layers=self.train_layers, batch_size=self.batch_size)
+        positive_integers(max_new_tokens=self.max_new_tokens)
 
     def for_model(self, original: PolicyBundle) -> Training:
         """These options with defaults that suit ``original``.
@@ -98,13 +105,20 @@ class Training:
         check_room(tokens, original.max_length)
         is_small = part == "full" and size < FULL_BELOW
         rate = self.learning_rate or (_SMALL_RATE if is_small else _LEARNING_RATES[part])
-        return replace(self, part=part, learning_rate=rate, max_new_tokens=tokens)
+        batch = self.batch_size or (_LORA_BATCH if part == "lora" and self.method == "dpo" else _BATCH)
+        return replace(self, part=part, learning_rate=rate, batch_size=batch, max_new_tokens=tokens)
 
     @property
     def tokens(self) -> int:
         """``max_new_tokens`` after :meth:`for_model`."""
         assert self.max_new_tokens is not None
         return self.max_new_tokens
+
+    @property
+    def rows_per_batch(self) -> int:
+        """``batch_size`` after :meth:`for_model`."""
+        assert self.batch_size is not None
+        return self.batch_size
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,9 @@ def add_round_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory", type=float, metavar="GIB", help="fail rather than use more memory than this (default: no limit)"
     )
-    _add_training(parser.add_argument_group("training"))
+    training = parser.add_argument_group("training")
+    _add_training(training)
+    _add_replay(training)
     _add_gate(parser.add_argument_group("gate"))
 
 
@@ -190,6 +206,7 @@ def check_round(options: argparse.Namespace) -> tuple[Training, Bounds]:
         beta=options.beta,
         iterations=options.iterations,
         lora_rank=options.lora_rank,
+        train_layers=options.train_layers,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
     )
@@ -277,23 +294,16 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         "than 20 million weights (default: %(default)s)",
     )
     group.add_argument(
-        "--replay",
-        nargs="+",
-        metavar="FILE",
-        help="data of MODEL's training, split as in training: its training prompts are replayed, and its held-out "
-        "conversations are what the gate measures on (default: the files that MODEL names, or else packaged prompts)",
-    )
-    group.add_argument(
-        "--replay-prompts", type=int, default=256, metavar="N", help="replay at most N prompts (default: %(default)s)"
-    )
-    group.add_argument(
         "--learning-rate",
         type=float,
         metavar="LR",
         help="peak learning rate (default: lora 5e-4, full 1e-4, but 3e-4 below 20 million weights)",
     )
     group.add_argument(
-        "--passes", type=int, metavar="N", help="passes over the data (default: for 100 steps, from 4 to 12 passes)"
+        "--passes",
+        type=int,
+        metavar="N",
+        help="passes over the data (default: for 100 steps, from 4 to 12 passes; DPO with LoRA: for 24, from 2 to 12)",
     )
     group.add_argument(
         "--beta",
@@ -307,10 +317,32 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--lora-rank", type=int, default=16, metavar="R", help="rank of LoRA (default: %(default)s)")
     group.add_argument(
+        "--train-layers",
+        type=int,
+        metavar="N",
+        help="train the last N layers of MODEL only, or their adapters, which takes less time (default: all layers)",
+    )
+    group.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
         help="tokens in a sampled response (default: a quarter of MODEL's max_length, at most 100)",
+    )
+
+
+def _add_replay(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--replay",
+        nargs="+",
+        metavar="FILE",
+        help="data of MODEL's training, split as in training: its training prompts are replayed, and its held-out "
+        "conversations are what the gate measures on (default: the files that MODEL names, or else packaged prompts)",
+    )
+    group.add_argument(
+        "--replay-prompts",
+        type=int,
+        metavar="N",
+        help="replay at most N prompts (default: 256, and 32 for DPO with LoRA)",
     )
 
 
