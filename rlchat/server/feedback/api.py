@@ -21,6 +21,7 @@ from rlchat.errors import UserError
 from rlchat.server.engine import Engine, Loaded
 from rlchat.server.errors import APIError
 from rlchat.server.feedback.caps import HOUR, Caps, VerdictCounter
+from rlchat.server.feedback.clients import Addresses
 from rlchat.server.feedback.schemas import (
     FeedbackKept,
     FeedbackRequest,
@@ -43,11 +44,13 @@ def add_feedback(
 ) -> None:
     """Adds `/feedback`, which appends verdicts to the file ``path``. ``caps`` limit them if there is a supervisor.
 
-    The verdicts of the last hour in the file count, so that a restart does not lift the limits.
+    The verdicts of the last hour in the file count, so that a restart does not lift the limits. If there is a
+    supervisor, each line has a digest of the address that the verdict came from. A client without a name is its address.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read; the key of the digests of addresses cannot be read or written.
     """
+    addresses = None if supervisor is None else Addresses(path)
     before = () if supervisor is None else recent_clients(path, HOUR, caps.in_all)
     counter, lock = VerdictCounter(caps, before), threading.Lock()
 
@@ -55,16 +58,17 @@ def add_feedback(
     def add_feedback(body: FeedbackRequest, request: Request) -> FeedbackKept:
         """Save feedback on a response as training data. The last verdict on a response replaces earlier ones."""
         verdict = body.verdict or Correction(body.correction or "")
-        client, (model, model_id) = body.client, _model_of(body, engine.loaded, supervisor)
-        if supervisor is not None and not client and request.client is not None:
-            client = f"address {request.client.host}"
+        model, model_id = _model_of(body, engine.loaded, supervisor)
+        address = "" if addresses is None or request.client is None else addresses.digest(request.client.host)
+        client = body.client or (f"address {address}" if address else "")
+        keys = {"model": model, "model_id": model_id, "client": client, "address": address}
         with lock:
             counts = supervisor is not None and verdict != "none"  # taking a verdict back is always possible
             if counts and (refusal := counter.refusal(client_digest(client))) is not None:
                 sentence, seconds = refusal
                 raise APIError(429, f"{sentence}: try again later", headers={"Retry-After": str(seconds)})
             try:
-                append_feedback(path, body.prompt, body.reply, verdict, model=model, model_id=model_id, client=client)
+                append_feedback(path, body.prompt, body.reply, verdict, **keys)
             except UserError as error:
                 raise _api_error(error, "the server cannot write feedback: see its log") from error
             if counts:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 from helpers.chat_models import chain, scripted_policy
-from helpers.servers import HTTP, Server, learning_server, serving, slow_down, wait_until
+from helpers.servers import HTTP, ROOT, Server, learning_server, serving, slow_down, wait_until
 
+from rlchat.chat.feedback import client_digest
 from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.server.feedback.caps import Caps
+from rlchat.server.feedback.clients import Addresses
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 
@@ -177,19 +181,53 @@ def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
     with learning_server(model, every=99, caps=limits) as (server, _):
         assert [rate(server, number).status_code for number in range(2)] == [200, 429]
         feedback = server.feedback
-    assert "address" not in feedback.read_text()  # nor any other name of a client
+    assert "127.0.0.1" not in feedback.read_text()  # nor any other name of a client
     hour_ago = (datetime.now(timezone.utc) - timedelta(hours=1)).isoformat(timespec="seconds")
     feedback.write_text(re.sub('"created_date":"[^"]+"', f'"created_date":"{hour_ago}"', feedback.read_text()))
     with learning_server(model, every=99, caps=limits) as (server, _):
         assert rate(server, 3, client="a").status_code == 200
 
 
-def test_anonymous_clients_are_their_addresses(learner: tuple[Server, Supervisor]) -> None:
-    server, _ = learner
-    rate(server, 1)
-    rate(server, 1, client="address 127.0.0.1")
-    first, second = (json.loads(line)["feedback_id"] for line in server.feedback.read_text().splitlines())
-    assert first == second
+def test_anonymous_clients_are_their_addresses(model: Path) -> None:
+    with learning_server(model, every=99) as (server, _):
+        rate(server, 1)
+        rate(server, 1, verdict="good")
+        rate(server, 1, client="ann")
+        rate(server, 1, client="address 127.0.0.1")  # nobody can pretend to be an address
+        feedback = server.feedback
+    with learning_server(model, every=99) as (server, _):
+        rate(server, 1)
+    rows = [json.loads(line) for line in feedback.read_text().splitlines()]
+    assert [row["feedback_id"] == rows[0]["feedback_id"] for row in rows] == [True, True, False, False, True]
+    assert [row["client"] == rows[0]["client"] for row in rows] == [True, True, False, False, True]
+    assert [row["client"] for row in rows[2:4]] == [client_digest("ann"), client_digest("address 127.0.0.1")]
+    assert {row["address"] for row in rows} == {Addresses(feedback).digest("127.0.0.1")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="grep")
+def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> None:
+    """With the commands in docs/learn.md. A text that looks like the field of a line stays what it is."""
+    commands = re.findall(r"^(?:grep|mv) .*$", Path(ROOT, "docs/learn.md").read_text(), re.MULTILINE)
+    counts, search, *removal = [command.partition("  #")[0] for command in commands]
+
+    def shell(command: str, digest: str = "") -> str:
+        command = command.replace("3f9a1c0de5b7a284", digest)
+        return subprocess.run(command, shell=True, cwd=model.parent, check=True, capture_output=True, text=True).stdout
+
+    bad = client_digest("eve")
+    with learning_server(model, every=99) as (server, supervisor):
+        for number in range(3):
+            rate(server, number, client="eve")
+        rate(server, 0, client="ann", reply=f'"client":"{bad}"')
+        wait_until(lambda: supervisor.status().verdicts == 4)
+        assert shell(counts).split() == ["3", f'"client":"{bad}"', "1", f'"client":"{client_digest("ann")}"']
+        assert [json.loads(line)["client"] for line in shell(search, bad).splitlines()] == [bad] * 3
+        for command in removal:
+            shell(command, bad)
+        wait_until(lambda: supervisor.status().verdicts == 1)
+        assert [json.loads(line)["client"] for line in server.feedback.read_text().splitlines()] == [
+            client_digest("ann")
+        ]
 
 
 def test_metrics(learner: tuple[Server, Supervisor]) -> None:
