@@ -6,8 +6,8 @@ ranked above the model's response. The file can be used as training data directl
     rlchat fit --config reward --data.path feedback.jsonl
 
 A response has one verdict per client: the terminal is one client, and each browser is another. The file
-is append-only: every line has a ``feedback_id``, a hash of the conversation, the response and the client, and the date.
-Verdicts that a server takes also have a digest of the client, and those of a server that learns a digest of its address.
+is append-only: every line has the date and a ``feedback_id``, a hash of the conversation, the response and the client.
+Verdicts that a server takes also have a digest of the client, and those of a server that learns of its address.
 :func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
 """
 
@@ -146,6 +146,15 @@ def feedback_row(
         "created_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "prompt": replies[0],
     }
+
+
+def feedback_id(prompt: Conversation, reply: str, client: str = "") -> str:
+    """Equal for verdicts of one client on the same response to the same conversation.
+
+    Raises:
+        UserError: the message is empty.
+    """
+    return _feedback_id(_context(prompt), _clean(reply), client)
 
 
 def client_digest(client: str) -> str:

@@ -57,6 +57,10 @@ class Tally:
         """The number of verdicts that count and were not used."""
         return len(self.digests - self._used)
 
+    def has(self, feedback_id: str) -> bool:
+        """Whether the response with this id has a verdict that was not taken back, of whichever model it is."""
+        return feedback_id in self._digests or feedback_id in self._other_ids
+
     def use(self, digests: Collection[str]) -> None:
         """Verdicts with these ``digests`` are no longer new, and all others are."""
         self._used = frozenset(digests)

@@ -13,9 +13,10 @@ from fastapi import FastAPI, Request
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rlchat.chat.feedback import Correction, append_feedback, client_digest
+from rlchat.chat.feedback import Correction, append_feedback, client_digest, feedback_id
 from rlchat.chat.learning.rounds import Outcome
 from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.chat.learning.tally import Tally
 from rlchat.chat.verdicts import recent_clients
 from rlchat.errors import UserError
 from rlchat.server.engine import Engine, Loaded
@@ -45,7 +46,7 @@ def add_feedback(
     """Adds `/feedback`, which appends verdicts to the file ``path``. ``caps`` limit them if there is a supervisor.
 
     The verdicts of the last hour in the file count, so that a restart does not lift the limits. If there is a
-    supervisor, each line has a digest of the address that the verdict came from. A client without a name is its address.
+    supervisor, each line has a digest of the address that it came from. A client without a name is its address.
 
     Raises:
         UserError: the file cannot be read; the key of the digests of addresses cannot be read or written.
@@ -53,6 +54,7 @@ def add_feedback(
     addresses = None if supervisor is None else Addresses(path)
     before = () if supervisor is None else recent_clients(path, HOUR, caps.in_all)
     counter, lock = VerdictCounter(caps, before), threading.Lock()
+    standing = Tally(path, lambda _: True)
 
     @app.post("/feedback")
     def add_feedback(body: FeedbackRequest, request: Request) -> FeedbackKept:
@@ -63,15 +65,18 @@ def add_feedback(
         client = body.client or (f"address {address}" if address else "")
         keys = {"model": model, "model_id": model_id, "client": client, "address": address}
         with lock:
-            counts = supervisor is not None and verdict != "none"  # taking a verdict back is always possible
-            if counts and (refusal := counter.refusal(client_digest(client))) is not None:
-                sentence, seconds = refusal
-                raise APIError(429, f"{sentence}: try again later", headers={"Retry-After": str(seconds)})
             try:
+                if verdict == "none":  # always possible, but only once for each verdict: a client cannot fill the disk
+                    standing.update()
+                    if not standing.has(feedback_id(body.prompt, body.reply, client)):
+                        return FeedbackKept(kept=False)
+                elif supervisor is not None and (refusal := counter.refusal(client_digest(client))) is not None:
+                    sentence, seconds = refusal
+                    raise APIError(429, f"{sentence}: try again later", headers={"Retry-After": str(seconds)})
                 append_feedback(path, body.prompt, body.reply, verdict, **keys)
             except UserError as error:
                 raise _api_error(error, "the server cannot write feedback: see its log") from error
-            if counts:
+            if supervisor is not None:
                 counter.take(client_digest(client))
         metrics.feedback.labels(body.verdict or "corrected").inc()
         if supervisor is not None:

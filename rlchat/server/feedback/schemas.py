@@ -27,7 +27,11 @@ class FeedbackRequest(RatedReply):
 
 
 class FeedbackKept(BaseModel):
-    kept: Literal[True] = True
+    """What became of a verdict."""
+
+    kept: bool = Field(
+        default=True, description="False: this client had no verdict on the response that it could take back."
+    )
 
 
 class Measures(BaseModel):

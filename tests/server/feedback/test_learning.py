@@ -161,10 +161,38 @@ def test_too_many_verdicts_are_refused(model: Path) -> None:
             "this server takes 2 verdicts per hour from a client: try again later"
         )
         assert 3500 < int(refused.headers["Retry-After"]) <= 3600
-        assert rate(server, 0, client="a", verdict="none").status_code == 200  # it can be taken back
         assert [rate(server, number).status_code for number in range(2)] == [200, 429]  # the address is the client
+        taken_back = rate(server, 0, client="a", verdict="none")  # always possible
+        assert (taken_back.status_code, taken_back.json()) == (200, {"kept": True})
         wait_until(lambda: supervisor.status().verdicts == 2)
         assert len(server.feedback.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_only_a_verdict_that_there_is_can_be_taken_back(model: Path, learns: bool) -> None:
+    if learns:
+        context: Any = learning_server(model, every=99, caps=Caps(per_client=3, in_all=9))
+    else:
+        context = serving(load_policy(model, "cpu"), model.with_name("feedback.jsonl"))
+    with context as started:
+        server = started[0] if learns else started
+
+        def size() -> int:
+            return server.feedback.stat().st_size if server.feedback.exists() else 0
+
+        for number in range(5):
+            assert rate(server, number, client="a", verdict="none").json() == {"kept": False}
+        assert size() == 0
+        rate(server, 1, client="a", model="other.pt")
+        assert rate(server, 1, client="b", verdict="none").json() == {"kept": False}
+        assert rate(server, 1, client="a", reply="Yes.", verdict="none").json() == {"kept": False}
+        assert [rate(server, 1, client="a", verdict="none").json()["kept"] for _ in range(3)] == [True, False, False]
+        before = size()
+        assert rate(server, 1, client="a", verdict="none").json() == {"kept": False}
+        assert size() == before
+        assert rate(server, 1, client="a").status_code == 200
+        assert rate(server, 2, client="a").status_code == (429 if learns else 200)  # what was taken back counts
+        assert rate(server, 1, client="a", verdict="none").json() == {"kept": True}  # always possible
 
 
 def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
@@ -172,7 +200,6 @@ def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
     with learning_server(model, every=99, caps=limits) as (server, _):
         assert [rate(server, number, client="a").status_code for number in range(3)] == [200, 200, 429]
         assert rate(server, 0, client="b").status_code == 200
-        assert rate(server, 0, client="b", verdict="none").status_code == 200  # is not counted
     for _ in range(2):
         with learning_server(model, every=99, caps=limits) as (server, _):
             refused = rate(server, 3, client="a")
