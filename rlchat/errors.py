@@ -24,3 +24,8 @@ def at_least_one(owner: str, option: str, value: int) -> int:
 def one_line(error: Exception) -> str:
     """The message of ``error`` on one line, or the name of its class if there is no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def counted(number: int, thing: str) -> str:
+    """``number`` and the word ``thing``, which gets an s for the plural: 1 verdict, 1,000 verdicts."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -86,6 +86,11 @@ def read_verdicts(
     return counting, report
 
 
+def namesake(name: str) -> str:
+    """How errors name another model whose file has the same ``name`` as the one that learns."""
+    return f"another model named {name} (as when it was trained again)"
+
+
 def recent_clients(path: str | Path, seconds: float, most: int) -> list[tuple[float, str]]:
     """The age in seconds and the client of each verdict of the last ``seconds``, the oldest first.
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlchat.chat.learning.round_options import Bounds, Training
-from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
+from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, namesake, read_verdicts
 from rlchat.chat.versions import Versions
 from rlchat.conversation import Conversation
-from rlchat.errors import NonFiniteError, UserError
+from rlchat.errors import NonFiniteError, UserError, counted
 from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
 from rlchat.learn.gate import Decision, judge, kl_between
 from rlchat.learn.held_back import split, trained_prompts
@@ -135,7 +135,7 @@ def usable_verdicts(
     for verdict in verdicts:
         if not request.any_model and not _is_own(verdict, request, versions, ids):
             same_name = verdict.model == request.model.name
-            others.add(f"another model named {verdict.model}" if same_name else verdict.model)
+            others.add(namesake(verdict.model) if same_name else verdict.model)
             left_out["on responses of other models"] += 1
         elif not fits(verdict, original.tokenizer, original.max_length):
             left_out[f"longer than max_length {original.max_length}"] += 1
@@ -144,15 +144,17 @@ def usable_verdicts(
     if usable:
         return usable, report, left_out
     if others and len(verdicts) == left_out["on responses of other models"]:
+        every = f"all {len(verdicts)} verdicts are" if len(verdicts) > 1 else "the only verdict is"
         raise UserError(
-            f"{request.feedback}: all {len(verdicts)} verdicts are on responses of {', '.join(sorted(others))}, not of "
+            f"{request.feedback}: {every} on responses of {', '.join(sorted(others))}, not of "
             f"{request.model.name}; pass the feedback of this model, or --any-model"
         )
     if verdicts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise UserError(f"{request.feedback}: none of {len(verdicts)} verdicts can be used ({reasons})")
+        none = f"none of {len(verdicts)} verdicts can" if len(verdicts) > 1 else "the only verdict cannot"
+        raise UserError(f"{request.feedback}: {none} be used ({reasons})")
     raise UserError(
-        f"{request.feedback}: no verdict that counts in {report.lines - report.bad_lines} lines "
+        f"{request.feedback}: no verdict that counts in {counted(report.lines - report.bad_lines, 'line')} "
         f"({report.withdrawn} taken back); rate or correct responses first"
     )
 

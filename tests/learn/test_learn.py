@@ -263,7 +263,7 @@ def test_feedback_of_another_model(place: Path, capsys: pytest.CaptureFixture[st
     Path("feedback.jsonl").unlink()
     give("Hello", "Hi.", "good", model="other.pt")
     assert refused(capsys) == (
-        "rlchat: feedback.jsonl: all 1 verdicts are on responses of other.pt, not of chat.pt; pass the feedback of "
+        "rlchat: feedback.jsonl: the only verdict is on responses of other.pt, not of chat.pt; pass the feedback of "
         "this model, or --any-model"
     )
     give("Hello", "Bye.", "bad", model="chat.pt")
@@ -285,9 +285,9 @@ def test_a_response_is_known_by_the_weights_of_its_model(
     Path("feedback.jsonl").unlink()
     shutil.rmtree("chat.versions")
     give("Hello", "Hi.", "good", model="3.pt", model_id=foreign)
-    assert "all 1 verdicts are on responses of 3.pt, not of chat.pt" in refused(capsys)
+    assert "the only verdict is on responses of 3.pt, not of chat.pt" in refused(capsys)
     give("Hi", "Hi.", "good", model=MODEL, model_id=foreign)
-    assert "of 3.pt, another model named chat.pt, not of chat.pt" in refused(capsys)
+    assert "of 3.pt, another model named chat.pt (as when it was trained again), not of chat.pt" in refused(capsys)
     give("Bye", "Bye.", "good", model="3.pt", model_id=own)
     give("Old", "Bye.", "good", model="3.pt")  # of version 0.1
     assert learn(*SAFE) == 0
@@ -318,7 +318,7 @@ def test_damaged_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verdicts_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("feedback.jsonl").unlink()
     give("Hello", "word " * 99, "bad")
-    assert refused(capsys) == ("rlchat: feedback.jsonl: none of 1 verdicts can be used (1 longer than max_length 64)")
+    assert refused(capsys) == ("rlchat: feedback.jsonl: the only verdict cannot be used (1 longer than max_length 64)")
     give("Hello", "Hi.", "good")
     assert learn(*SAFE) == 0
     assert "1 longer than max_length 64" in capsys.readouterr().out

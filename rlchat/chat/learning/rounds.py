@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.chat.versions import Versions
+from rlchat.errors import counted
 
 LEARN = (sys.executable, "-m", "rlchat", "learn")
 """The command of a round, without its arguments."""
@@ -36,6 +37,7 @@ class Outcome:
         seconds: the time of the whole round.
         feedback_file: the name of the file of verdicts that it has read.
         left_out: how many verdicts it could not use, by reason.
+        kinds: how many of the verdicts were good, bad and corrected.
     """
 
     number: int | None
@@ -48,6 +50,7 @@ class Outcome:
     seconds: float = 0.0
     feedback_file: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -59,10 +62,28 @@ class Outcome:
             now, of, before = self.after["agrees"], self.after.get("verdicts"), self.before.get("agrees")
             changes.append(f"agrees with {now} of {of} held-back verdicts, before: {before}")
         if self.after.get("correct") is not None:
-            now, of, before = self.after["correct"], self.after.get("controls"), self.before.get("correct")
-            changes.append(f"{now} of {of} controls are correct, before: {before}")
-        learned = f"version {self.number} has learned from {self.verdicts} verdict{'s' * (self.verdicts != 1)}"
+            changes.append(self._controls)
+        learned = f"version {self.number} has learned from {self.learned_from}"
         return ": ".join([learned, *(["; ".join(changes)] if changes else [])])
+
+    @property
+    def learned_from(self) -> str:
+        """The verdicts that it used, as in ``3 verdicts (1 good, 2 corrected)``."""
+        kinds = ", ".join(f"{self.kinds[kind]} {kind}" for kind in ("good", "bad", "corrected") if self.kinds.get(kind))
+        return counted(self.verdicts, "verdict") + (f" ({kinds})" if kinds else "")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was left out and what the gate did not measure, as clauses."""
+        left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
+        return (*([f"left out: {left_out}"] if left_out else []), *self.notes)
+
+    @property
+    def _controls(self) -> str:
+        """The correct controls of an accepted version. They may have fallen, but not by more than the gate allows."""
+        now, of, before = self.after["correct"], self.after.get("controls"), self.before.get("correct")
+        has_fallen = isinstance(now, int) and isinstance(before, int) and now < before
+        return f"{now} of {of} controls are correct, before: {before}{', which is within the bound' * has_fallen}"
 
 
 class Round:
@@ -186,6 +207,7 @@ def _outcome(figures: Any) -> Outcome | None:
             seconds=float(sum((figures.get("seconds") or {}).values())),
             feedback_file=str(figures.get("feedback_file", "")),
             left_out={str(why): int(n) for why, n in (figures["feedback"].get("left_out") or {}).items()},
+            kinds={str(kind): int(n) for kind, n in (figures["feedback"].get("kinds") or {}).items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

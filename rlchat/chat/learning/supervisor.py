@@ -11,7 +11,7 @@ from pathlib import Path
 from rlchat.chat.learning.folder import VersionFolder
 from rlchat.chat.learning.rounds import LEARN, Outcome, Round
 from rlchat.chat.learning.state import State
-from rlchat.chat.learning.tally import Tally
+from rlchat.chat.learning.tally import Tally, names_of
 from rlchat.errors import UserError, one_line
 from rlchat.utils.background import machine_memory
 
@@ -30,6 +30,7 @@ class Status:
         verdicts: the number of verdicts that count.
         new: how many of them no round has used.
         bad_lines: damaged lines of the feedback file, which are skipped.
+        others: the number of verdicts on responses of other models, which do not count, by the name of the model.
         active: the number of the version that answers; 0: the original model.
         path: its model file.
         previous: the versions that were active before it, the last one last.
@@ -47,6 +48,7 @@ class Status:
     verdicts: int
     new: int
     bad_lines: int
+    others: dict[str, int]
     active: int
     path: Path
     previous: tuple[int, ...]
@@ -181,6 +183,7 @@ class Supervisor:
                 verdicts=self._tally.total,
                 new=self._tally.new,
                 bad_lines=self._tally.bad_lines,
+                others=dict(self._tally.others),
                 active=number,
                 path=path,
                 previous=self._state.previous,
@@ -275,7 +278,7 @@ class Supervisor:
     def _problem(self) -> str | None:
         """Why there is nothing to learn from, or why learning has failed."""
         if self._unreadable is None and not self._tally.total and self._tally.others:
-            names = ", ".join(sorted(self._tally.others))
+            names = names_of(self._tally.others)
             return f"the verdicts in {self.feedback} are on responses of {names}, not of {self.model.name}"
         return self._unreadable or self._error
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from rlchat.chat.verdicts import JudgedResponse, verdict_of
+from rlchat.chat.verdicts import JudgedResponse, namesake, verdict_of
 from rlchat.data.jsonl import MAX_LINE_BYTES, BadLineError, parse_object
 from rlchat.errors import UserError
 
@@ -130,9 +130,16 @@ class Tally:
         if verdict.model_id == self.model_id if verdict.model_id and self.model_id else has_name:
             self._digests[verdict.feedback_id] = _digest(verdict)
         else:
-            self._other_ids[verdict.feedback_id] = f"another model named {verdict.model}" if has_name else verdict.model
+            self._other_ids[verdict.feedback_id] = namesake(verdict.model) if has_name else verdict.model
 
 
 def _digest(verdict: JudgedResponse) -> str:
     parts = "\0".join((verdict.feedback_id, verdict.kind, verdict.correction))
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def names_of(others: Mapping[str, int], most: int = 3) -> str:
+    """The names of other models, by the number of their verdicts, on one line. Names are text from a file."""
+    names = [" ".join(name.split()) for name, _ in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])

@@ -229,6 +229,58 @@ def test_bad_feedback(model: Path) -> None:
         assert said(session) == "old old "
 
 
+def test_what_was_left_out_and_not_measured_is_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model.with_name("feedback.jsonl")
+    prompt = Conversation((Message("user", "a"),))
+    for number in range(6):
+        append_feedback(path, prompt, str(number), "bad", model="a\nb.pt" if number else "old.pt")
+    note = "agreement is not part of the gate: 2 verdicts are fewer than 10"
+    feedback = {
+        "verdicts": 2,
+        "kinds": {"bad": 2},
+        "left_out": {"on responses of other models": 6, "longer than max_length 64": 1},
+    }
+    with chatting(model, "--figures", json.dumps({"notes": [note], "feedback": feedback})) as session:
+        assert len(wait_for_news(session)) == 1  # none counts
+        teach(session, "b")
+        assert session.learning is not None
+        learning = session.learning
+        wait_until(lambda: "1 of 2 new verdicts" in learning.describe())
+        with path.open("a") as file:
+            file.write("{\n")
+        append_feedback(path, prompt, "7", "bad", model="old.pt")
+        assert wait_for_news(session, 2) == [
+            f"1 damaged line in {path} cannot be used",
+            "left out: 1 verdict on responses of a b.pt, old.pt, not of chat.pt",
+        ]
+        notes(capsys)
+        run(session, "/learning")
+        assert notes(capsys) == [
+            "learning: 1 of 2 new verdicts for the next version; 1 verdict in all; the original model answers",
+            "  left out: 7 verdicts on responses of a b.pt, old.pt, 1 damaged line",
+        ]
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if line != "{\n"))
+        teach(session, "c")
+        first, second = wait_for_news(session, 2)
+        assert first.startswith("version 1 has learned from 2 verdicts (2 bad): agrees with 2 of 2")
+        assert second == f"  left out: 6 on responses of other models, 1 longer than max_length 64; {note}"
+
+
+def test_learning_shows_why_the_last_round_failed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chatting(model, "--crash") as session:
+        teach(session, "a", "b")
+        wait_for_news(session)
+        notes(capsys)
+        run(session, "/learning", "/learning off")
+        failure = f"  no new version: {session.feedback}: none of 2 verdicts can be used"
+        assert notes(capsys) == [
+            "learning: 2 of 2 new verdicts for the next version; 2 verdicts in all; the original model answers",
+            failure,
+            "learning: off; 2 verdicts in all; the original model answers",
+            failure,
+        ]
+
+
 def test_quitting_ends_a_round_and_the_next_chat_goes_on(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gate = model.with_name("go")
     with chatting(model, "--wait", str(gate), "--copy", str(model.with_name("new.pt"))) as session:

@@ -77,6 +77,28 @@ def test_outcomes_are_read_from_the_figures(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_version_has_learned_from_and_what_was_left_out(tmp_path: Path) -> None:
+    """Without agreement, the sentence says what was taught, and that a fall of the controls is allowed."""
+    versions = Versions(tmp_path / "chat.pt")
+    feedback = {
+        "verdicts": 8,
+        "kinds": {"corrected": 5, "good": 3},
+        "left_out": {"on responses of other models": 2, "longer than max_length 64": 1},
+    }
+    note = "agreement is not part of the gate: 8 verdicts are fewer than 10"
+    none = {"agrees": None, "verdicts": 0, "controls": 255}
+    versions.accept(
+        lambda path: write_atomically(path, lambda file: file.write(b"")),
+        figures(feedback=feedback, notes=[note], before={**none, "correct": 233}, after={**none, "correct": 232}),
+    )
+    (outcome,) = outcomes(versions)
+    assert outcome.sentence == (
+        "version 1 has learned from 8 verdicts (3 good, 5 corrected): "
+        "232 of 255 controls are correct, before: 233, which is within the bound"
+    )
+    assert outcome.remarks == ("left out: 2 on responses of other models, 1 longer than max_length 64", note)
+
+
 def test_the_sentence_without_measures() -> None:
     assert Outcome(3, (), (), "", 1).sentence == "version 3 has learned from 1 verdict"
 

@@ -115,4 +115,4 @@ def test_the_identity_of_a_model_counts_more_than_its_name(path: Path) -> None:
     tally = Tally(path, lambda name: name == "chat.pt")
     tally.model_id = "mine"
     tally.update()
-    assert (tally.total, dict(tally.others)) == (2, {"another model named chat.pt": 1})
+    assert (tally.total, dict(tally.others)) == (2, {"another model named chat.pt (as when it was trained again)": 1})
