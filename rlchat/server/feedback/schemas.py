@@ -49,7 +49,8 @@ class LearningRound(BaseModel):
 
     version: int | None = Field(description="The number of the new version; null if it was rejected.")
     sentence: str
-    notes: list[str] = Field(description="What the gate did not measure, and why.")
+    remarks: list[str] = Field(description="What was left out, and what the gate did not measure, and why.")
+    learned_from: str = Field(description="The verdicts that it used, with their kinds.")
     date: str
     verdicts: int = Field(description="The number of verdicts that it used.")
     before: Measures = Field(description="The version that was active before.")
@@ -65,6 +66,8 @@ class LearningStatus(BaseModel):
     verdicts: int = Field(description="The number of verdicts that count.")
     new: int = Field(description="How many of them no round has used.")
     bad_lines: int = Field(description="Damaged lines of the feedback file, which are skipped.")
+    others: int = Field(description="Verdicts on responses of other models, which do not count.")
+    other_models: str = Field(description="The names of these models.")
     version: int = Field(description="The number of the active version; 0: the original model.")
     file: str = Field(description=FINGERPRINT.replace("generated the response", "generates new responses"))
     versions: list[int] = Field(description="The versions that can be rolled back to.")

@@ -158,7 +158,7 @@ def test_too_many_verdicts_are_refused(model: Path) -> None:
         assert [rate(server, number, client="a").status_code for number in range(3)] == [200, 200, 429]
         refused = rate(server, 3, client="a")
         assert refused.json()["error"]["message"] == (
-            "this server takes 2 verdicts per hour from a client: try again later"
+            "this server takes 2 verdicts per hour from a client: try again in 60 minutes"
         )
         assert 3500 < int(refused.headers["Retry-After"]) <= 3600
         assert [rate(server, number).status_code for number in range(2)] == [200, 429]  # the address is the client
@@ -282,6 +282,48 @@ def test_an_error_shows_no_folders(model: Path) -> None:
         wait_until(lambda: supervisor.status().error is not None)
         assert status(server)["error"] == "the verdicts in feedback.jsonl are on responses of other.pt, not of tiny.pt"
         assert ask(server).status_code == 200
+
+
+def test_no_folder_reaches_a_client(tmp_path: Path, model: Path) -> None:
+    """In errors, outcomes and what a factor of the reward says; what is left out is named."""
+    home = tmp_path / "my secret folder"
+    home.mkdir()
+    bundle = load_policy(model, "cpu")
+    factor = {"class_path": "rlchat.rewards.LearnedQuality", "init_args": {"bundle": "/home/my secret folder/x"}}
+    bundle.about["reward"] = [factor]
+    save_bundle(home / "tiny.pt", bundle)
+    figures = {
+        "reasons": [f"{home / 'tiny.versions'}/1.json is missing", "it forgets"],
+        "notes": [f"{home}/other thing was not found"],
+        "feedback": {"left_out": {"longer than max_length 64": 1}, "kinds": {"bad": 2}},
+    }
+    with learning_server(home / "tiny.pt", "--reject", "--figures", json.dumps(figures)) as (server, supervisor):
+        rate(server, 1, model="other.pt")
+        with server.feedback.open("a") as file:
+            file.write("{\n")
+        wait_until(lambda: status(server)["bad_lines"] == 1)
+        found = status(server)
+        assert (found["others"], found["other_models"], found["bad_lines"]) == (1, "other.pt", 1)
+        kept = [line for line in server.feedback.read_text().splitlines(True) if line != "{\n"]
+        server.feedback.write_text("".join(kept))
+        learn(server, supervisor)
+        found = status(server)
+        assert found["rounds"][0]["sentence"] == "rejected: 1.json is missing; it forgets"
+        assert found["rounds"][0]["learned_from"] == "3 verdicts (2 bad)"
+        assert found["rounds"][0]["remarks"] == [
+            "left out: 1 longer than max_length 64",
+            "a figure of this round is only in the server's folder of versions",
+        ]
+        scored = HTTP.post(
+            f"{server.url}/reward", json={"messages": [{"role": "user", "content": "Hi"}], "reply": "No."}
+        )
+        assert scored.json()["error"]["message"] == "it cannot be computed: see the server's log"
+        (home / "tiny.versions" / "1.pt").write_bytes(b"half")
+        (home / "tiny.versions" / "1.json").write_text("{}")
+        refused = HTTP.post(f"{server.url}/learning/rollback", json={"version": 1})
+        assert refused.json()["error"]["message"].startswith("1.pt: damaged")
+        supervisor._error = "FileNotFoundError: [Errno 2] No such file or directory: '/home/my secret folder/x'"
+        assert status(server)["error"] == "learning has failed: see the server's log"
 
 
 def test_without_learning_there_is_no_such_endpoint(model: Path) -> None:
