@@ -61,16 +61,17 @@ class Versions:
         """Whether responses of ``model_name`` are responses of this model: the name of its file, or of a version's."""
         return model_name in ("", self.model.name) or re.fullmatch(r"\d+\.pt", model_name) is not None
 
-    def accept(self, write: Callable[[Path], object], figures: dict[str, Any]) -> tuple[int, Path]:
+    def accept(self, write: Callable[[Path], object], figures: dict[str, Any]) -> tuple[int | None, Path]:
         """Writes the next version with ``write(path)`` and its figures; returns its number and path.
 
-        ``write`` must write atomically. The figures are written first, so that a version without figures cannot be.
+        A version in a file of another name, ``out``, has no number. ``write`` must write atomically. The figures are written
+        first, so that a version without figures cannot be.
 
         Raises:
             UserError: a file cannot be written; then there is no new version.
         """
-        number = self.next_number()
-        path = self._file or self.path(number)
+        path = self._file or self.path(self.next_number())
+        number = int(path.stem) if path.stem.isdecimal() else None
         record = path.with_suffix(".json")
         figures = {"version": number, "path": str(path), **figures}
         text = json.dumps(figures, ensure_ascii=False, indent=1) + "\n"

@@ -71,7 +71,7 @@ class Outcome:
 
     Attributes:
         decision: of the gate.
-        number: the number of the accepted version; None if it was rejected.
+        number: the number of the accepted version; None if it was rejected, or is in a file that ``out`` names.
         path: its model file; None if it was rejected.
         figures: everything that was measured, as plain values, as written beside the versions.
         original, current, new: the figures of the three models.
@@ -90,6 +90,8 @@ class Outcome:
     @property
     def last_line(self) -> str:
         """The outcome in one line."""
+        if self.path is not None and self.number is None:
+            return f"accepted as a version of {self.figures['model']}: {self.path}"
         if self.path is not None:
             return f"accepted as version {self.number}: {self.path}"
         return f"rejected: {'; '.join(self.decision.reasons)}"

@@ -105,13 +105,16 @@ def test_the_same_seed_gives_the_same_version(place: Path) -> None:
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
-def test_it_learns_a_correction_and_forgets_one_that_was_taken_back(place: Path) -> None:
+def test_it_learns_a_correction_and_forgets_one_that_was_taken_back(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loose = ["--learning-rate", "1e-2", "--passes", "8", "--max-kl", "99", "--max-perplexity-rise", "1e9"]
     assert learn(*loose, "--max-control-drop", "1", "--out", "a.pt") == 0
     asked = ["What is 0?", "What is 1?"]
     assert ChatInterface("a.pt", device="cpu").batch(asked, 4, 0.0) == ["Yes.", "Yes."]
     give("What is 1?", "No.", "none")
     assert learn(*loose, "--max-control-drop", "1", "--out", "b.pt") == 0
+    assert last_line(capsys) == "accepted as a version of chat.pt: b.pt"
     assert figures("b.json")["feedback"]["verdicts"] == 1
     assert figures("b.json")["feedback"]["withdrawn"] == 1
 

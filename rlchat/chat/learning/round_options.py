@@ -12,13 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rlchat.data.jsonl import MAX_LINE_BYTES
 from rlchat.data.sources import data_file, file_size, is_pipe, numbered_lines
 from rlchat.errors import UserError
 from rlchat.utils.imports import install_command
-from rlchat.utils.ranges import check_room, not_negative, positive, positive_integers
+from rlchat.utils.ranges import check_room, check_seed, finite, not_negative, positive, positive_integers
 
 if TYPE_CHECKING:
     from rlchat.models.model_file import PolicyBundle
@@ -81,8 +81,7 @@ class Training:
 
     def __post_init__(self) -> None:
         positive(learning_rate=self.learning_rate, beta=self.beta)
-        if not 0 <= self.seed < 2**32:  # Lightning's and NumPy's bounds
-            raise UserError(f"invalid value {self.seed} for seed: expected an integer from 0 to 2**32 - 1")
+        check_seed("seed", self.seed)
         positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
         positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
 
@@ -170,9 +169,7 @@ def check_round(options: argparse.Namespace) -> tuple[Training, Bounds]:
     Raises:
         UserError: an option is out of range; a file of ``--replay`` is missing; ``--train lora`` needs a package.
     """
-    counts = {"--replay-prompts": options.replay_prompts, "--control-prompts": options.control_prompts}
-    positive_integers(**counts, **{"--threads": options.threads})
-    positive(**{"--max-memory": options.max_memory})
+    _check_ranges(options)
     if options.out is not None and options.out.absolute() == options.model.absolute():
         raise UserError(f"--out {options.out} is MODEL, which is never changed; choose another path")
     if options.train == "lora" and find_spec("peft") is None:
@@ -191,6 +188,20 @@ def check_round(options: argparse.Namespace) -> tuple[Training, Bounds]:
         seed=options.seed,
     )
     return training, Bounds(options.max_perplexity_rise, options.max_control_drop, options.max_kl)
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
+    """Raises :class:`UserError` for an option that is out of range; it names the option as it is typed."""
+
+    def flags(*names: str) -> dict[str, Any]:
+        return {f"--{name}": getattr(options, name.replace("-", "_")) for name in names}
+
+    counts = ("replay-prompts", "control-prompts", "threads", "passes", "iterations", "lora-rank", "max-new-tokens")
+    positive_integers(**flags(*counts))
+    positive(**(rates := flags("max-memory", "learning-rate", "beta")))
+    finite(**rates)
+    not_negative(**flags("max-perplexity-rise", "max-control-drop", "max-kl"))
+    check_seed("--seed", options.seed)
 
 
 def check_chat_round(words: Sequence[str]) -> None:
