@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlchat.chat.learning.round_options import Bounds, Training
 from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
-from rlchat.chat.versions import Versions
+from rlchat.chat.versions import Versions, number_of
 from rlchat.conversation import Conversation
 from rlchat.errors import NonFiniteError, UserError
 from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
@@ -168,6 +168,14 @@ def _is_own(verdict: JudgedResponse, request: Request, versions: Versions, ids: 
     return in_use or versions.owns(verdict.model)
 
 
+def _highest(verdicts: Sequence[JudgedResponse]) -> int:
+    """The highest number of a version that ``verdicts`` name; 0 without any. Files of these versions may be deleted.
+
+    Only a verdict with an id counts: any client may name a version, but only a chat that knows it records an id.
+    """
+    return max((number_of(verdict.model) or 0 for verdict in verdicts if verdict.model_id), default=0)
+
+
 def uncorrected(
     controls: list[Conversation], replies: Sequence[str], verdicts: Sequence[JudgedResponse]
 ) -> list[Conversation]:
@@ -253,7 +261,9 @@ class _Round:
         number, path = None, None
         if decision.accepted:
             recorded = {**finite(figures), "trained_prompts": sides.trained_prompts}
-            number, path = self.versions.accept(lambda file: self._write(file, version, counts), recorded)
+            number, path = self.versions.accept(
+                lambda file: self._write(file, version, counts), recorded, above=_highest(verdicts)
+            )
         else:
             self.versions.reject(finite(figures))
         return Outcome(decision, number, path, figures, original, current, new, version.policy)

@@ -291,10 +291,21 @@ def test_a_response_is_known_by_the_weights_of_its_model(
     give("Bye", "Bye.", "good", model="3.pt", model_id=own)
     give("Old", "Bye.", "good", model="3.pt")  # of version 0.1
     assert learn(*SAFE) == 0
-    assert figures()["feedback"]["verdicts"] == 2
+    assert figures("chat.versions/4.json")["feedback"]["verdicts"] == 2
     assert learn(*SAFE, "--current", "other.pt", "--max-kl", "99") == 0
-    assert [*Path("chat.versions").glob("2.json"), *Path("chat.versions").glob("rejected.jsonl")]
+    assert [*Path("chat.versions").glob("5.json"), *Path("chat.versions").glob("rejected.jsonl")]
     assert learn(*SAFE, "--any-model") == 0
+
+
+def test_a_number_that_the_feedback_names_is_not_given_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder of versions was deleted. A name without the id of MODEL may be that of another model's version."""
+    own = identity(load_policy(MODEL))
+    give("Hello", "Hi.", "good", model="4.pt", model_id=own)
+    give("Hi", "Hi.", "good", model="7.pt", model_id="another")
+    give("Bye", "Hi.", "good", model="9.pt")
+    assert learn(*SAFE) == 0
+    assert last_line(capsys) == "accepted as version 5: chat.versions/5.pt"
+    assert figures("chat.versions/5.json")["version"] == 5
 
 
 def test_the_chat_records_the_model(place: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from rlchat.chat.learning.rounds import Outcome, outcomes
-from rlchat.chat.learning.state import State, read_state
+from rlchat.chat.learning.state import ROUND, State, read_state
 from rlchat.chat.learning.tally import Tally
 from rlchat.chat.versions import Versions
 from rlchat.errors import UserError
@@ -22,8 +22,8 @@ from rlchat.utils.files import write_atomically
 _log = logging.getLogger(__name__)
 
 # Files that a process which was killed left behind: those of an atomic write have a random end.
-_UNFINISHED = re.compile(r"\.(\d+(\.reward)?\.(pt|json)|state\.json|round-\d+\.jsonl)\.\w+")
-_SNAPSHOT = re.compile(r"round-\d+\.jsonl")
+_SNAPSHOT = re.compile(rf"round-{ROUND}\.jsonl")
+_UNFINISHED = re.compile(rf"\.(\d+(\.reward)?\.(pt|json)|state\.json|{_SNAPSHOT.pattern})\.\w+")
 _END_SECONDS = 10.0  # a round whose supervisor was killed ends in less time
 
 
@@ -94,7 +94,7 @@ class VersionFolder:
                 tally.update()
                 state = replace(state, used=tally.digests)
                 state = state.activate(outcome.number) if outcome.number is not None else state
-            state = replace(state, running=None)
+        state = replace(state, running=None, highest=max(state.highest, self.versions.next_number() - 1))
         while state.active and not _loads(self.path(state.active)):
             *before, last = state.previous or (0,)
             _log.warning("version %d cannot be loaded; version %d is active", state.active, last)
@@ -109,13 +109,13 @@ class VersionFolder:
             self._lock.close()
             self._lock = None
 
-    def snapshot(self, number: int, feedback: Path, size: int) -> Path:
-        """Copies the first ``size`` bytes of ``feedback`` for round ``number``, which is to read just these.
+    def snapshot(self, name: str, feedback: Path, size: int) -> Path:
+        """Copies the first ``size`` bytes of ``feedback`` for the round ``name``, which is to read just these.
 
         Raises:
             UserError: a file cannot be read or written.
         """
-        path = self.snapshot_path(number)
+        path = self.snapshot_path(name)
         try:
             with feedback.open("rb") as source:
                 write_atomically(path, lambda file: _copy(source, file, size))
@@ -123,14 +123,14 @@ class VersionFolder:
             raise UserError(f"{feedback}: cannot be read: {error.strerror}") from error
         return path
 
-    def settle(self, number: int) -> Outcome | None:
-        """The outcome of round ``number``, whose process has ended; None if it has none.
+    def settle(self, name: str) -> Outcome | None:
+        """The outcome of the round ``name``, whose process has ended; None if it has none.
 
         Figures of a version whose model file was not written are deleted.
         """
-        name = self.snapshot_path(number).name
-        for outcome in reversed(self.outcomes()):
-            if outcome.feedback_file == name:
+        file = self.snapshot_path(name).name
+        for outcome in self.outcomes():
+            if outcome.feedback_file == file:
                 if outcome.number is None or self.path(outcome.number).exists():
                     return outcome
                 self.path(outcome.number).with_suffix(".json").unlink(missing_ok=True)
@@ -157,9 +157,9 @@ class VersionFolder:
                 self.path(number).unlink(missing_ok=True)
                 self.path(number).with_suffix(".reward.pt").unlink(missing_ok=True)
 
-    def snapshot_path(self, number: int) -> Path:
-        """The copy of the feedback file for round ``number``."""
-        return self.versions.folder / f"round-{number}.jsonl"
+    def snapshot_path(self, name: str) -> Path:
+        """The copy of the feedback file for the round ``name``."""
+        return self.versions.folder / f"round-{name}.jsonl"
 
     def _wait_for_round(self) -> None:
         """Waits until a round of a supervisor that was killed has ended."""

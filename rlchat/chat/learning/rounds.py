@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import shutil
@@ -145,22 +146,32 @@ def _apart() -> dict[str, Any]:
 
 
 def outcomes(versions: Versions) -> list[Outcome]:
-    """All outcomes whose figures are in the folder of ``versions``, the oldest first. Damaged figures are left out."""
-    found = [outcome for figures in _all_figures(versions) if (outcome := _outcome(figures)) is not None]
-    return sorted(found, key=lambda outcome: outcome.date)
+    """All outcomes whose figures are in the folder of ``versions``, the oldest first. Damaged figures are left out.
+
+    Accepted versions are in the order of their numbers and rejected ones in that of their lines, also if the clock was
+    set back; dates decide only between the two.
+    """
+    accepted = sorted(_whole(_numbered_figures(versions)), key=lambda outcome: outcome.number or 0)
+    return list(heapq.merge(accepted, _whole(_rejected_figures(versions)), key=lambda outcome: outcome.date))
 
 
-def _all_figures(versions: Versions) -> Iterator[Any]:
+def _numbered_figures(versions: Versions) -> Iterator[Any]:
     for path in versions.folder.glob("*.json"):
         if path.stem.isdigit():
             yield _parsed(path)
-    rejected = versions.folder / "rejected.jsonl"
+
+
+def _rejected_figures(versions: Versions) -> Iterator[Any]:
     try:
-        lines = rejected.read_bytes().splitlines()
+        lines = (versions.folder / "rejected.jsonl").read_bytes().splitlines()
     except OSError:
         lines = []
     for line in lines:
         yield _parsed(line)
+
+
+def _whole(all_figures: Iterator[Any]) -> list[Outcome]:
+    return [outcome for figures in all_figures if (outcome := _outcome(figures)) is not None]
 
 
 def _parsed(source: Path | bytes) -> Any:

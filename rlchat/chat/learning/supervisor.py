@@ -286,9 +286,10 @@ class Supervisor:
         return self._tried is None or bool(self._tally.digests - self._tried)
 
     def _begin_round(self) -> None:
-        begun = replace(self._state, rounds=self._state.rounds + 1, running=self._state.rounds + 1)
+        begun = self._state.begin()
+        assert begun.running is not None
         self._tried = self._tally.digests
-        snapshot = self._folder.snapshot(begun.rounds, self.feedback, self._tally.size)
+        snapshot = self._folder.snapshot(begun.running, self.feedback, self._tally.size)
         self._folder.write(begun)
         self._state = begun
         arguments = [str(self.model), "--feedback", str(snapshot), "--on-bad-line", "skip", "--threads", "1"]
@@ -303,9 +304,9 @@ class Supervisor:
             with self._lock:
                 if self._round is None or self._round.code is None:  # ended by a rollback in the meantime
                     return
-                ended, number = self._round, self._state.running
-                assert number is not None
-                outcome = self._folder.settle(number)
+                ended, name = self._round, self._state.running
+                assert name is not None
+                outcome = self._folder.settle(name)
             if outcome is not None and outcome.number is not None:
                 try:
                     self._on_version(outcome.number, self._folder.path(outcome.number))
@@ -314,11 +315,11 @@ class Supervisor:
                         _log.exception("the swap failed")
                     self._finish(ended, outcome, f"version {outcome.number} is not in use: {one_line(error)}")
                     return
-            self._finish(ended, outcome, self._failure(ended, number) if outcome is None else None)
+            self._finish(ended, outcome, self._failure(ended, name) if outcome is None else None)
 
-    def _failure(self, ended: Round, number: int) -> str:
+    def _failure(self, ended: Round, name: str) -> str:
         """Why a round has failed. It names the feedback file, not the copy that the round has read."""
-        return ended.failure().replace(str(self._folder.snapshot_path(number)), str(self.feedback))
+        return ended.failure().replace(str(self._folder.snapshot_path(name)), str(self.feedback))
 
     def _finish(self, ended: Round, outcome: Outcome | None, error: str | None) -> None:
         with self._lock:
@@ -331,7 +332,7 @@ class Supervisor:
             if outcome is not None:
                 self._outcomes.append(outcome)
                 used = self._tried or frozenset()
-                state = replace(state, used=used)
+                state = replace(state, used=used, highest=max(state.highest, outcome.number or 0))
                 if outcome.number is not None and error is None:
                     state = state.activate(outcome.number)
                 self._tally.use(used)

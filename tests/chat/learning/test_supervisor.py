@@ -279,7 +279,8 @@ def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
     with supervising(model, "--wait", str(gate)) as (supervisor, _):
         wait_until(lambda: supervisor.status().training_since is not None)
         begun = (folder_of(model) / "state.json").read_bytes()
-        snapshot = (folder_of(model) / "round-1.jsonl").read_bytes()
+        (snapshot,) = folder_of(model).glob("round-1-*.jsonl")
+        copied = snapshot.read_bytes()
         if killed == "round":
             assert supervisor._round is not None
             os.kill(supervisor._round.pid, signal.SIGKILL)
@@ -292,8 +293,9 @@ def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
             wait_for_rounds(supervisor, 1)
     # What a killed supervisor leaves: the state of the moment when the round began, and unfinished files.
     (folder_of(model) / "state.json").write_bytes(begun)
-    (folder_of(model) / "round-1.jsonl").write_bytes(snapshot)
-    (folder_of(model) / ".2.pt.abc").touch()
+    snapshot.write_bytes(copied)
+    for unfinished in (".2.pt.abc", f".{snapshot.name}.abc"):
+        (folder_of(model) / unfinished).touch()
     gate.touch()
     with supervising(model) as (supervisor, swaps):
         if killed == "after":
@@ -310,6 +312,23 @@ def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("clock", ["2026-01-01", "2099-01-01"])
+def test_no_round_takes_the_outcome_of_another(model: Path, clock: str) -> None:
+    """State.json was deleted, so the numbers of rounds begin again, and the clock was changed. Then a round fails."""
+    give(model, "a", "b")
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+    (folder_of(model) / "state.json").unlink()
+    figures = json.loads((folder_of(model) / "1.json").read_text())
+    assert figures["feedback_file"].startswith("round-1-")
+    (folder_of(model) / "1.json").write_text(json.dumps({**figures, "date": f"{clock}T00:00:00+00:00"}))
+    with supervising(model, "--crash") as (supervisor, swaps):
+        wait_for_failures(supervisor, 1)
+        assert read_state(model)["rounds"] == 1
+        status = supervisor.status()
+        assert (status.active, status.new, len(status.rounds), swaps) == (0, 2, 1, [])
+
+
 def test_figures_without_a_model_file_are_no_version(model: Path) -> None:
     """A round that was killed between the figures and the model file."""
     give(model, "a", "b")
@@ -317,8 +336,8 @@ def test_figures_without_a_model_file_are_no_version(model: Path) -> None:
         wait_for_rounds(supervisor, 1)
         assert read_state(model)["rounds"] == 1
     figures = json.loads((folder_of(model) / "1.json").read_text())
-    (folder_of(model) / "2.json").write_text(json.dumps({**figures, "version": 2, "feedback_file": "round-2.jsonl"}))
-    state = {**read_state(model), "rounds": 2, "running": 2}
+    (folder_of(model) / "2.json").write_text(json.dumps({**figures, "version": 2, "feedback_file": "round-2-ab.jsonl"}))
+    state = {**read_state(model), "rounds": 2, "running": "2-ab"}
     (folder_of(model) / "state.json").write_text(json.dumps(state))
     with supervising(model) as (supervisor, _):
         assert supervisor.active()[0] == 1
