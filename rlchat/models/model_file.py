@@ -95,16 +95,16 @@ def identity(bundle: PolicyBundle) -> str:
     return _inherited(bundle.about) or ("" if bundle.base is None else bundle.base.fingerprint[:20])
 
 
-def stored_identity(path: str | Path) -> tuple[str, str]:
-    """The :func:`identity` of the chat model in ``path`` and a digest of its own weights, without loading the model.
+def stored_identity(path: str | Path, weights: bool = False) -> tuple[str, str]:
+    """The :func:`identity` of the chat model in ``path`` and a digest of its own weights, without its base.
 
-    They differ for a version, which has the identity of the model that it was learned from. The base of an adapter need
-    not exist.
+    The digest begins with the identity, except for a version, which has the identity of its original model. Without
+    ``weights``, the file is mapped, only a sample of its weights is read, and NaN among them is not noticed.
 
     Raises:
-        UserError: the file is missing, damaged, or holds another kind of model. NaN among the weights is not noticed.
+        UserError: the file is missing, damaged, or holds another kind of model.
     """
-    content = read_content(path, "policy", weights=False)
+    content = read_content(path, "policy", weights)
     digest = _backbone_digest(content)
     if content["version"] == ADAPTER_VERSION and (base := BaseWeights.from_values(content["base"])) is not None:
         digest = _adapter_digest(base.fingerprint, content, digest)
