@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.chat.versions import Versions
+from rlchat.errors import UserError
 
 LEARN = (sys.executable, "-m", "rlchat", "learn")
 """The command of a round, without its arguments."""
@@ -37,6 +38,7 @@ class Outcome:
         seconds: the time of the whole round.
         feedback_file: the name of the file of verdicts that it has read.
         left_out: how many verdicts it could not use, by reason.
+        model_id: the :func:`rlchat.models.model_file.identity` of the original model; empty in older figures.
     """
 
     number: int | None
@@ -49,6 +51,7 @@ class Outcome:
     seconds: float = 0.0
     feedback_file: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+    model_id: str = ""
 
     @property
     def sentence(self) -> str:
@@ -66,6 +69,16 @@ class Outcome:
         return ": ".join([learned, *(["; ".join(changes)] if changes else [])])
 
 
+def arguments_of(model: Path, feedback: Path, current: Path | None, memory: float) -> list[str]:
+    """The arguments of a round in the background: what it learns for and from, and its ``memory`` in GiB, 0: no limit.
+
+    ``current`` is the version in use; None: the original model.
+    """
+    words = [str(model), "--feedback", str(feedback), "--on-bad-line", "skip", "--threads", "1", "--background"]
+    words += ["--max-memory", f"{memory:g}"] if memory else []
+    return words + (["--current", str(current)] if current is not None else [])
+
+
 class Round:
     """A round that runs: `rlchat learn` at low priority. It ends when this process ends, however that happens.
 
@@ -74,21 +87,28 @@ class Round:
         arguments: of the command, without those that follow from being a child.
         log: the file for its output, which is replaced.
         scratch: a folder for its temporary files, which is emptied.
+
+    Raises:
+        UserError: a file cannot be written, or the process cannot be started.
     """
 
     def __init__(self, command: Sequence[str], arguments: Sequence[str], log: Path, scratch: Path) -> None:
         self.since = time.time()
         self.log = log
         self._began = time.monotonic()
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch.absolute()))}
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as output:
-            # `--background` ends when this pipe is closed, also by the end of this process.
-            self._process = subprocess.Popen(
-                [*command, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, **_apart()
-            )
+        shutil.rmtree(scratch, ignore_errors=True)
+        words = [*command, *arguments]
+        try:
+            scratch.mkdir(parents=True)
+            with log.open("wb") as output:
+                # `--background` ends when this pipe is closed, also by the end of this process.
+                self._process = subprocess.Popen(
+                    words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, **_apart()
+                )
+        except OSError as error:
+            raise UserError(f"{log.parent}: a round of learning cannot begin here: {error.strerror}") from error
 
     @property
     def pid(self) -> int:
@@ -197,6 +217,7 @@ def _outcome(figures: Any) -> Outcome | None:
             seconds=float(sum((figures.get("seconds") or {}).values())),
             feedback_file=str(figures.get("feedback_file", "")),
             left_out={str(why): int(n) for why, n in (figures["feedback"].get("left_out") or {}).items()},
+            model_id=str(figures.get("model_id", "")),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,21 @@ class State:
         before = (*self.previous, self.active)
         kept = before[: before.index(number)] if number in before else before
         return replace(self, active=number, previous=kept, highest=max(self.highest, number))
+
+    def earlier(self, number: int | None, usable: Collection[int]) -> int:
+        """The version to roll back to: ``number``; for None, the one of ``usable`` that was active before.
+
+        Raises:
+            UserError: there is none, or ``number`` is not among ``usable``.
+        """
+        if number is None:
+            before = [one for one in self.previous if one in usable]
+            if not before:
+                raise UserError("there is no earlier version to roll back to")
+            return before[-1]
+        if number not in usable:
+            raise UserError(f"there is no version {number}; expected one of {', '.join(map(str, usable))}")
+        return number
 
     def write(self, path: Path) -> None:
         """Writes it atomically. Raises :class:`UserError` if that fails."""
