@@ -261,7 +261,8 @@ class VersionFolder:
         if state.active in foreign:  # and so are those that were active before it
             state = replace(state, active=0, previous=())
         while state.active and not self._loads(state.active):
-            lost.append(state.active)
+            if not lost or self.condition(state.active) == "damaged":  # older ones are deleted by `prune`
+                lost.append(state.active)
             *before, last = state.previous or (0,)
             state = replace(state, active=last, previous=tuple(before))
         usable = self.usable()

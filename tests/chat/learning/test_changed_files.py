@@ -202,6 +202,16 @@ def test_a_damaged_version_is_reported(model: Path, caplog: pytest.LogCaptureFix
         )
 
 
+def test_versions_that_were_pruned_are_not_reported(model: Path) -> None:
+    learn(model, "ab", "cd", "ef")
+    (folder_of(model) / "3.pt").write_bytes(b"half")
+    (folder_of(model) / "2.pt").unlink()
+    with supervising(model) as (supervisor, _):
+        assert supervisor.status().notices == (
+            f"version 3 in {folder_of(model)} cannot be loaded, so version 1 answers",
+        )
+
+
 def test_the_file_of_the_active_version_is_deleted_while_serving(model: Path) -> None:
     learn(model, "ab")
     with supervising(model) as (supervisor, _):

@@ -286,6 +286,9 @@ def test_through_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["chat", str(model.with_name("half.pt")), "--learn"]) == 2
     assert "half.pt: damaged" in capsys.readouterr().err
     assert not model.with_name("half.versions").exists()
+    model.with_name("1.pt").write_bytes(model.read_bytes())
+    assert main(["chat", str(model.with_name("1.pt")), "--learn"]) == 2
+    assert "1.pt has the name of a version: copy it to a file with another name" in capsys.readouterr().err
     assert chat("", "--every", "3") == 2
     assert "--every has an effect only with --learn" in capsys.readouterr().err
     assert chat("", "--learn", "--learn-args", "'") == 2
