@@ -342,7 +342,7 @@ def test_arbitrary_bytes_only_raise_user_errors(content: bytes, zipped: bool) ->
 def test_a_valid_row_is_read_between_invalid_ones(before: list[bytes], after: list[bytes]) -> None:
     good = json.dumps({"messages": [{"content": "Is it me?"}, {"content": "It is."}]}).encode()
     content = b"\n".join([*before, good, *after])
-    content = b"\n" + content  # so that the first bytes are not those of a compressed file or another encoding
+    content = b"0\n" + content  # not the first bytes of a compressed file, another encoding or a JSON array
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows")
         path.write_bytes(content)

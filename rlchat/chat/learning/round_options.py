@@ -81,7 +81,8 @@ class Training:
 
     def __post_init__(self) -> None:
         positive(learning_rate=self.learning_rate, beta=self.beta)
-        not_negative(seed=self.seed)
+        if not 0 <= self.seed < 2**32:  # Lightning's and NumPy's bounds
+            raise UserError(f"invalid value {self.seed} for seed: expected an integer from 0 to 2**32 - 1")
         positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
         positive_integers(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
 
