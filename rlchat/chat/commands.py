@@ -90,6 +90,19 @@ def find(line: str, *, slash_only: bool = False) -> tuple[Command, str] | None:
     return None
 
 
+def hint(line: str, given: set[str]) -> list[str]:
+    """A line about a message that begins like a command with an argument, once for each command.
+
+    ``given`` has the commands with a hint so far.
+    """
+    word, space, _ = line.partition(" ")
+    for known in COMMANDS:
+        if space and known.argument and word.lower() in known.names and word.lower() not in given:
+            given.add(word.lower())
+            return [f"(sent as a message; for the command, type undo, and then /{known.usage})"]
+    return []
+
+
 @command("quit", "exit", "bye", help="leave")
 def _quit(session: Session, _: str) -> bool:
     return True

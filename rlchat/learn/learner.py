@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlchat.chat.learning.round_options import Bounds, Training
 from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, namesake, read_verdicts
-from rlchat.chat.versions import Versions
+from rlchat.chat.versions import Versions, number_of
 from rlchat.conversation import Conversation
 from rlchat.errors import NonFiniteError, UserError, counted
 from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
@@ -104,12 +104,18 @@ def learn(request: Request, say: Callable[[str], object] = lambda line: None) ->
     is called with a line about each step.
 
     Raises:
-        UserError: a file cannot be read or written; no verdict can be used; an option does not fit the model.
+        UserError: a file cannot be read or written; no verdict can be used; an option does not fit the model; the
+            version in use is one of another model.
     """
     versions = Versions(request.model, request.out)
     device = choose_device(request.device)
     original = load_policy(request.model, device, request.base_model)
     current = None if request.current is None else load_policy(request.current, device)
+    if current is not None and identity(current) != identity(original):
+        raise UserError(
+            f"--current {request.current} is not a version of {request.model}, but of another model; pass a version of "
+            f"{request.model}, or leave out --current"
+        )
     if isinstance(learned := original.about.get("learned"), dict):
         before = learned.get("from")
         say(f"{request.model} was learned from {before}: the KL penalty and the gate's bounds refer to {request.model}")
@@ -118,24 +124,24 @@ def learn(request: Request, say: Callable[[str], object] = lambda line: None) ->
 
 
 def usable_verdicts(
-    request: Request, versions: Versions, original: PolicyBundle, ids: Collection[str]
+    request: Request, versions: Versions, original: PolicyBundle
 ) -> tuple[list[JudgedResponse], FeedbackReport, Counter[str]]:
     """The verdicts that can be used, what was read, and how many verdicts were left out, by reason.
 
     Args:
         request: what to learn from what.
         versions: of the model.
-        original: the model.
-        ids: the :func:`rlchat.models.model_file.identity` of the model and of the one in use.
+        original: the model. Its versions have the same :func:`rlchat.models.model_file.identity`.
 
     Raises:
         UserError: the file cannot be read; no verdict can be used; the error says why.
     """
+    model_id = identity(original)
     verdicts, report = read_verdicts(request.feedback, on_bad_line=request.on_bad_line)
     left_out: Counter[str] = Counter()
     usable, others = [], set()
     for verdict in verdicts:
-        if not request.any_model and not _is_own(verdict, request, versions, ids):
+        if not request.any_model and not _is_own(verdict, request, versions, model_id):
             same_name = verdict.model == request.model.name
             others.add(namesake(verdict.model) if same_name else verdict.model)
             left_out["on responses of other models"] += 1
@@ -161,15 +167,23 @@ def usable_verdicts(
     )
 
 
-def _is_own(verdict: JudgedResponse, request: Request, versions: Versions, ids: Collection[str]) -> bool:
-    """Whether ``verdict`` is on a response of the model, of one of its versions, or of the one in use.
+def _is_own(verdict: JudgedResponse, request: Request, versions: Versions, model_id: str) -> bool:
+    """Whether ``verdict`` is on a response of the model or of one of its versions, which have the same ``model_id``.
 
     The file name decides only for verdicts without an id, which rlchat 0.1 wrote.
     """
     if verdict.model_id:
-        return verdict.model_id in ids
+        return verdict.model_id == model_id
     in_use = request.current is not None and verdict.model == request.current.name
     return in_use or versions.owns(verdict.model)
+
+
+def _highest(verdicts: Sequence[JudgedResponse]) -> int:
+    """The highest number of a version that ``verdicts`` name; 0 without any. Files of these versions may be deleted.
+
+    Only a verdict with an id counts: any client may name a version, but only a chat that knows it records an id.
+    """
+    return max((number_of(verdict.model) or 0 for verdict in verdicts if verdict.model_id), default=0)
 
 
 def uncorrected(
@@ -212,8 +226,7 @@ class _Round:
 
     def run(self) -> Outcome:
         """All steps."""
-        ids = {identity(model) for model in (self.original, self.current) if model is not None}
-        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original, ids)
+        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original)
         trained, unknown = self._trained_prompts()
         sides = split(verdicts, trained)
         judged = judged_prompts(sides.training)
@@ -257,7 +270,9 @@ class _Round:
         number, path = None, None
         if decision.accepted:
             recorded = {**finite(figures), "trained_prompts": sides.trained_prompts}
-            number, path = self.versions.accept(lambda file: self._write(file, version, counts), recorded)
+            number, path = self.versions.accept(
+                lambda file: self._write(file, version, counts), recorded, above=_highest(verdicts)
+            )
         else:
             self.versions.reject(finite(figures))
         return Outcome(decision, number, path, figures, original, current, new, version.policy)
@@ -337,6 +352,7 @@ class _Round:
             "notes": decision.notes,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": self.request.model.name,
+            "model_id": identity(self.original),
             "current": None if self.request.current is None else self.request.current.name,
             "feedback": counts,
             "feedback_file": self.request.feedback.name,

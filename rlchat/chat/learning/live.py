@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlchat.chat.learning.folder import VersionFolder
+from rlchat.chat.learning.original import version_at
 from rlchat.chat.learning.rounds import Outcome
-from rlchat.chat.learning.supervisor import Status, Supervisor
+from rlchat.chat.learning.status import Status
+from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.chat.learning.table import version_table
 from rlchat.chat.learning.tally import names_of
 from rlchat.errors import counted
@@ -47,6 +49,7 @@ class LiveLearning:
         status = self._supervisor.status()
         self._begun_with, self.path = status.active, status.path
         self._told = len(status.rounds)
+        self._noticed = len(status.notices)
         self._error: str | None = None
         self._failures = self._bad_lines = self._others = 0
 
@@ -67,7 +70,7 @@ class LiveLearning:
         lines = [f"learning from good, bad and edit: after {counted(every, 'new verdict')}, a version is trained"]
         if self._begun_with:
             lines.append(f"version {self._begun_with} of {self.model.name} answers, as at the end of the last chat")
-        return lines
+        return [*lines, *self._supervisor.status().notices[: self._noticed]]
 
     def close(self) -> list[str]:
         """Ends learning, with a round that runs; returns lines to be printed."""
@@ -87,7 +90,8 @@ class LiveLearning:
         status = self._supervisor.status()
         self._swap(status)
         lines = [line for outcome in status.rounds[self._told :] for line in _lines(outcome, status)]
-        self._told = len(status.rounds)
+        lines += status.notices[self._noticed :]
+        self._told, self._noticed = len(status.rounds), len(status.notices)
         if status.error is not None and (status.error != self._error or status.failures > self._failures):
             lines.append(f"no new version: {status.error}")
         if (bad := status.bad_lines - self._bad_lines) > 0:
@@ -106,13 +110,17 @@ class LiveLearning:
         Raises:
             UserError: as :meth:`Supervisor.rollback`.
         """
-        was_training = self._supervisor.status().training_since is not None
+        before = self._supervisor.status()
         try:
             number, path = self._supervisor.rollback(number)
         finally:
             self._swap(self._supervisor.status())
-        more = "; the round of learning was ended" if was_training else ""
-        return f"{_named(number)} ({path.name}) answers from now on{more}"
+        if number == before.active:
+            return f"{_named(number)} ({path.name}) answers already; nothing has changed"
+        ended = "; the round of learning was ended" if before.training_since is not None else ""
+        every = f"after {counted(before.every, 'new verdict')}"
+        following = f"the next round begins {every}" if before.on else "learning is off"
+        return f"{_named(number)} ({path.name}) answers from now on{ended}; {following}"
 
     def set_learning(self, on: bool) -> str:
         """Turns learning on or off; returns a line about it. Raises :class:`UserError` if that cannot be saved."""
@@ -140,9 +148,8 @@ class LiveLearning:
         return f"{_named(status.active)} · {state}"
 
     def table(self) -> list[str]:
-        """The versions, as :func:`version_table` shows them."""
-        status = self._supervisor.status()
-        return version_table(status.rounds, status.active, status.versions)
+        """All versions, as :func:`version_table` shows them."""
+        return self._supervisor.table()
 
     def _load(self, number: int, path: Path) -> None:
         from rlchat.models.model_file import load_policy
@@ -169,11 +176,9 @@ class LiveLearning:
 
 def table_of(model: Path) -> list[str]:
     """The versions of ``model`` that there are, for a chat that does not learn; ``model`` may be one of them."""
-    number, original = 0, model.parent.with_suffix(".pt")
-    if model.stem.isdecimal() and model.parent.suffix == ".versions" and original.exists():
-        number, model = int(model.stem), original
+    number, model = version_at(model) or (0, model)
     folder = VersionFolder(model, keep=1)
-    return version_table(folder.outcomes(), number, folder.usable())
+    return version_table(folder.outcomes(), number, folder.remark)
 
 
 class _Silent(logging.NullHandler):

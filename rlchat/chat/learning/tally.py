@@ -25,18 +25,17 @@ class Tally:
         path: the feedback file. It need not exist yet.
         owns: whether verdicts on responses of the model file with this name count.
         used: digests of verdicts that are not new, see :attr:`digests`.
+        model_id: of the model, see :func:`rlchat.models.model_file.identity`; empty: only names are compared.
 
     Attributes:
-        model_id: of the model, see :func:`rlchat.models.model_file.identity`; empty: only names are compared. Set it
-            before the first call of :meth:`update`.
         size: bytes that were read: whole lines only.
         bad_lines: lines that are not verdicts.
         others: verdicts on responses of other models, by the name of the model.
     """
 
-    def __init__(self, path: Path, owns: Callable[[str], bool], used: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, owns: Callable[[str], bool], used: Collection[str] = (), model_id: str = "") -> None:
         self.path = path
-        self.model_id = ""
+        self._model_id = model_id
         self._owns = owns
         self._used = frozenset(used)
         self._stamp: tuple[int, int, int] | None = None  # inode, size and time of the file when it was read
@@ -127,7 +126,7 @@ class Tally:
             return
         has_name = self._owns(verdict.model)
         # The name of a file decides only where an identity is not known, as in `rlchat learn`.
-        if verdict.model_id == self.model_id if verdict.model_id and self.model_id else has_name:
+        if verdict.model_id == self._model_id if verdict.model_id and self._model_id else has_name:
             self._digests[verdict.feedback_id] = _digest(verdict)
         else:
             self._other_ids[verdict.feedback_id] = namesake(verdict.model) if has_name else verdict.model

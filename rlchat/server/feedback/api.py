@@ -126,9 +126,9 @@ class LearningCollector(Collector):
 
 def _model_of(body: FeedbackRequest, active: Loaded, supervisor: Supervisor | None) -> tuple[str, str]:
     """The file name and the identity of the model that generated the judged response; it may be another server's."""
-    if body.model in (None, active.version) or (supervisor is not None and supervisor.owns(body.model)):
-        return body.model or active.version, active.model_id
-    return body.model, ""
+    if body.model in (None, active.version):
+        return active.version, active.model_id
+    return body.model, "" if supervisor is None else supervisor.model_id_of(body.model)
 
 
 def _changed(supervisor: Supervisor, names: FileNames, change: Callable[[], object]) -> LearningStatus:
@@ -167,6 +167,7 @@ def _status(supervisor: Supervisor, names: FileNames) -> LearningStatus:
         training_seconds=None if status.training_since is None else max(0.0, time.time() - status.training_since),
         rounds=[_round(outcome, names) for outcome in status.rounds],
         error=None if status.error is None else names.public(status.error, f"learning has failed: {_SEE_LOG}"),
+        notices=[names.public(notice, f"a file of a version has changed: {_SEE_LOG}") for notice in status.notices],
         failures=status.failures,
     )
 

@@ -51,7 +51,7 @@ class Rewards:
     def score(self, request: RewardRequest) -> RewardReply:
         """The reward of a response by the version that ``request.model`` names, or else by the active one.
 
-        That is also so if the file of the named version was deleted. The reply names the file.
+        That is also so if the file of the named version was deleted or replaced. The reply names the file.
 
         Raises:
             UserError: the file contains no reward, or no factor of it can be used.
@@ -74,7 +74,10 @@ class Rewards:
         bundle = active.bundle
         if name is not None and name != active.version and name not in self._scorers:
             try:
-                bundle = self._load(self._path(name))
+                path = self._path(name)
+                if self._supervisor is not None and path == self._file:
+                    self._supervisor.check_original()
+                bundle = self._load(path)
             except UserError:
                 name = None
         name = name or active.version

@@ -75,6 +75,9 @@ class LearningStatus(BaseModel):
     training_seconds: float | None = Field(description="Time of the round that runs now; null if none runs.")
     rounds: list[LearningRound] = Field(description="All rounds so far, the oldest first.")
     error: str | None = Field(description="Why the last round or swap failed; null after a success.")
+    notices: list[str] = Field(
+        description="What has happened to the files of the model and its versions, as sentences."
+    )
     failures: int = Field(description="Rounds and swaps that have failed since the start, also for the same reason.")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,16 @@ def test_a_version_is_used_from_the_next_response_on(model: Path, capsys: pytest
         assert said(session) == "new!new!"
         notes(capsys)
         run(session, "/rollback", "/bad", f"/save {talk}", "e")
-        assert notes(capsys)[0] == "the original model (chat.pt) answers from now on"
+        assert notes(capsys)[0] == (
+            "the original model (chat.pt) answers from now on; the next round begins after 2 new verdicts"
+        )
         assert said(session) == "old old "
         run(session, "/versions", "/rollback 1", "f", "/rollback 7", "/rollback one")
         assert said(session) == "new!new!"
         table = notes(capsys)
         assert [line.split()[:2] for line in table[1:3]] == [["*", "0"], ["1", table[2].split()[1]]]
         assert table[3:] == [
-            "version 1 (1.pt) answers from now on",
+            "version 1 (1.pt) answers from now on; the next round begins after 2 new verdicts",
             "there is no version 7; expected one of 0, 1",
             "invalid version 'one': expected a number, as in: rollback 1",
         ]
@@ -335,10 +338,35 @@ def test_through_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["chat", str(model.with_name("half.pt")), "--learn"]) == 2
     assert "half.pt: damaged" in capsys.readouterr().err
     assert not model.with_name("half.versions").exists()
+    model.with_name("1.pt").write_bytes(model.read_bytes())
+    assert main(["chat", str(model.with_name("1.pt")), "--learn"]) == 2
+    assert "1.pt has the name of a version: copy it to a file with another name" in capsys.readouterr().err
     assert chat("", "--every", "3") == 2
     assert "--every has an effect only with --learn" in capsys.readouterr().err
     assert chat("", "--learn", "--learn-args", "'") == 2
     assert "--learn-args: no closing quotation; quote it as for a shell" in capsys.readouterr().err
+
+
+def test_news_of_files_that_have_changed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A version is damaged before the start, and the folder is deleted while chatting."""
+    with chatting(model, "--copy", str(model.with_name("new.pt"))) as session:
+        teach(session, "a", "b")
+        learned(session, 1)
+        session.news()
+        run(session, "/rollback 1")
+    assert notes(capsys)[-1] == "version 1 (1.pt) answers already; nothing has changed"
+    folder = model.with_name("chat.versions")
+    (folder / "1.pt").write_bytes(b"half")
+    with chatting(model) as session:
+        assert notes(capsys)[1:] == [f"version 1 in {folder} cannot be loaded, so the original model answers"]
+        assert session.news() == []
+        shutil.rmtree(folder)
+        assert wait_for_news(session) == [
+            f"{folder} was deleted, with the versions in it; the original model still answers"
+        ]
+        assert session.news() == []
+        run(session, "/learning off", "/rollback 0")
+    assert notes(capsys)[-1] == "the original model (chat.pt) answers already; nothing has changed"
 
 
 def test_the_table_without_learning(model: Path) -> None:
@@ -355,10 +383,10 @@ def test_the_table_of_versions() -> None:
     first = Outcome(1, (), (), "2026-11-26T12:00:00+00:00", 24, figures, after)
     rejected = Outcome(None, ("it forgets",), (), "soon", 30, figures, {})
     second = Outcome(2, (), (), "later", 32, {}, {})
-    lines = version_table([first, rejected, second], 2, (0, 2))
+    lines = version_table([first, rejected, second], 2, lambda one: "its file was deleted" if one is first else "")
     assert [line.startswith("*") for line in lines] == [False, False, False, False, True]
     assert re.fullmatch(
-        r"  1        2026-11-2\d \d\d:\d\d  accepted  24        11 → 17 of 20  237 → 240 of 256  its model file was "
+        r"  1        2026-11-2\d \d\d:\d\d  accepted  24        11 → 17 of 20  237 → 240 of 256  its file was "
         "deleted",
         lines[2],
     )

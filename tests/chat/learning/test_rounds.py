@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlchat.chat.learning.rounds import Outcome, Round, outcomes
+from rlchat.chat.learning.state import State
 from rlchat.chat.versions import Versions
 from rlchat.utils.files import write_atomically
 
@@ -107,3 +108,27 @@ def test_the_sentence_without_measures() -> None:
 def test_ctrl_c_does_not_reach_it_and_it_stays_in_the_session(tmp_path: Path) -> None:
     code = "import os; print(os.getpgid(0) == os.getpid(), os.getsid(0), flush=True); raise SystemExit(2)"
     assert failure(tmp_path, code) == f"True {os.getsid(0)}"
+
+
+def test_outcomes_keep_their_order_if_the_clock_is_set_back(tmp_path: Path) -> None:
+    versions = Versions(tmp_path / "chat.pt")
+    for verdicts, date, accepted in ((1, "09", True), (2, "04", True), (3, "03", False), (4, "01", False)):
+        row = figures(feedback={"verdicts": verdicts}, date=f"2026-11-{date}", accepted=accepted)
+        if accepted:
+            versions.accept(lambda path: write_atomically(path, lambda file: file.write(b"")), row)
+        else:
+            versions.reject(row)
+    order = [outcome.verdicts for outcome in outcomes(versions)]
+    assert [one for one in order if one < 3] == [1, 2]
+    assert [one for one in order if one > 2] == [3, 4]
+
+
+def test_no_number_is_given_twice(tmp_path: Path) -> None:
+    versions = Versions(tmp_path / "chat.pt")
+    assert versions.next_number() == 1
+    State(highest=4).write(versions.folder / "state.json")
+    assert versions.next_number() == 5
+    for above, number in ((0, 5), (7, 8), (2, 9)):
+        assert versions.accept(lambda path: path.write_bytes(b""), figures(), above)[0] == number
+    (versions.folder / "state.json").write_text("{")
+    assert versions.next_number() == 10

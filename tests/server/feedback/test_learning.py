@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_b
 from rlchat.server.feedback.caps import Caps
 from rlchat.server.feedback.clients import Addresses
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.utils.files import write_atomically
 
 
 @pytest.fixture
@@ -231,6 +233,14 @@ def test_anonymous_clients_are_their_addresses(model: Path) -> None:
     assert {row["address"] for row in rows} == {Addresses(feedback).digest("127.0.0.1")}
 
 
+def test_behind_a_proxy_on_this_machine_the_address_is_that_of_the_client(model: Path) -> None:
+    with learning_server(model, every=99) as (server, _):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "reply": "No.", "verdict": "bad"}
+        HTTP.post(f"{server.url}/feedback", json=body, headers={"X-Forwarded-For": "203.0.113.7"})
+        (row,) = map(json.loads, server.feedback.read_text().splitlines())
+        assert row["address"] == Addresses(server.feedback).digest("203.0.113.7")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="grep")
 def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> None:
     """With the commands in docs/learn.md. A text that looks like the field of a line stays what it is."""
@@ -274,6 +284,49 @@ def test_metrics(learner: tuple[Server, Supervisor]) -> None:
         "rlchat_training_seconds_total": 0.75,
     }
     assert {name: found[name] for name in wanted} == wanted
+
+
+def test_a_model_that_was_trained_again(model: Path, byte_tokenizer: ChatTokenizer) -> None:
+    """The new model answers, `/learning` says why, and a verdict on a version of the old one is none on the new one."""
+    with learning_server(model, "--copy", str(model.with_name("new.pt"))) as (server, supervisor):
+        old = server.engine.loaded.model_id
+        learn(server, supervisor)
+    save_bundle(model, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"next"), endless=True)))
+    with learning_server(model) as (server, supervisor):
+        now = status(server)
+        assert now["notices"] == [
+            "version 1 in tiny.versions is of another model named tiny.pt, and not used; no file is replaced: the next "
+            "version has the number 2"
+        ]
+        assert (now["version"], now["versions"], now["previous"], now["rounds"]) == (0, [0], None, [])
+        assert ask(server).json()["choices"][0]["message"]["content"] == "nextnext"
+        assert HTTP.post(f"{server.url}/learning/rollback", json={"version": 1}).status_code == 400
+        for number, name in enumerate(("1.pt", "tiny.pt", "5.pt")):
+            assert rate(server, number, model=name).status_code == 200
+        rows = [json.loads(line) for line in server.feedback.read_text().splitlines()[-3:]]
+        assert [row.get("model_id") for row in rows] == [old, server.engine.loaded.model_id, None]
+        assert old != server.engine.loaded.model_id
+
+
+def test_a_full_disk_changes_nothing(
+    learner: tuple[Server, Supervisor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, supervisor = learner
+    learn(server, supervisor)
+    before = status(server)
+
+    def full(file: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write = "rlchat.chat.learning.state.write_atomically"
+    monkeypatch.setattr(write, lambda path, _: write_atomically(path, full))
+    for path, body in (("learning", {"on": False}), ("learning/rollback", {"version": 0})):
+        answer = HTTP.post(f"{server.url}/{path}", json=body)
+        assert answer.status_code == 507
+        assert answer.json()["error"]["message"] == "the server cannot write its state: see its log"
+        assert status(server) == before
+        assert ask(server).json()["system_fingerprint"] == "1.pt"
+    assert "state.json: cannot be written: No space left on device" in caplog.text
 
 
 def test_an_error_shows_no_folders(model: Path) -> None:

@@ -196,14 +196,14 @@ def test_any_version_can_be_used_again(browser: Any, model: Path) -> None:
             expect(panel).to_contain_text("Training now")
             choice.select_option("0")
             panel.get_by_role("button", name="Roll back to the original model").click()
-            expect(panel).to_contain_text("A training is running. To change the version ends it.")
+            expect(panel).to_contain_text("A training is running. It ends if you change the version.")
             expect(panel.get_by_role("button", name="Keep training")).to_be_focused()
             page.keyboard.press("Enter")
             expect(panel.get_by_role("button", name="Roll back to the original model")).to_be_focused()
             assert supervisor.status().training_since is not None
             assert supervisor.status().active == 2
             page.keyboard.press("Enter")
-            panel.get_by_role("button", name="End the training").click()
+            panel.get_by_role("button", name="End it and change the version").click()
             expect(panel).to_contain_text("The original model is in use")
             assert supervisor.status().training_since is None
 
