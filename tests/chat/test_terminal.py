@@ -64,7 +64,8 @@ def test_a_correction_without_a_slash_is_not_lost(screen: Screen, folder: Path) 
     screen.see("removed: edit In Rome.")
     screen.say("/edit In Rome.")
     screen.see("saved in feedback.jsonl: corrected response")
-    row = json.loads((folder / "feedback.jsonl").read_text().splitlines()[-1])
+    (row,) = map(json.loads, (folder / "feedback.jsonl").read_text().splitlines())
+    (folder / "feedback.jsonl").unlink()
     assert row["prompt"]["text"] == "Where is Anna?"
     assert row["prompt"]["replies"][0]["text"] == "In Rome."
 

@@ -49,8 +49,8 @@ def test_a_version_that_agrees_more_is_accepted() -> None:
         ({"original_nll": 0.59}, ""),
         (
             {"original_nll": 0.7},
-            "its responses to controls have moved too far from those of the original model: the KL is 0.2 nats per token, "
-            "above 0.1",
+            "its responses to controls have moved too far from those of the original model: the KL is 0.2 nats per "
+            "token, above 0.1",
         ),
     ],
 )
