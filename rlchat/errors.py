@@ -37,6 +37,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def counted(number: int, thing: str) -> str:
+    """``number`` and the word ``thing``, which gets an s for the plural: 1 verdict, 1,000 verdicts."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def limit_reached(
     error: BaseException, more_memory: str = "use smaller batches or a smaller model"
 ) -> UserError | None:

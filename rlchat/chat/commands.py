@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlchat.chat.feedback import Correction
-from rlchat.errors import UserError
+from rlchat.errors import UserError, counted
 
 if TYPE_CHECKING:
     from rlchat.chat.repl import Session
@@ -90,6 +90,19 @@ def find(line: str, *, slash_only: bool = False) -> tuple[Command, str] | None:
     return None
 
 
+def hint(line: str, given: set[str]) -> list[str]:
+    """A line about a message that begins like a command with an argument, once for each command.
+
+    ``given`` has the commands with a hint so far.
+    """
+    word, space, _ = line.partition(" ")
+    for known in COMMANDS:
+        if space and known.argument and word.lower() in known.names and word.lower() not in given:
+            given.add(word.lower())
+            return [f"(sent as a message; for the command, type undo, and then /{known.usage})"]
+    return []
+
+
 @command("quit", "exit", "bye", help="leave")
 def _quit(session: Session, _: str) -> bool:
     return True
@@ -143,14 +156,14 @@ def _save(session: Session, name: str) -> None:
         session.note("not saved")
         return
     session.chat.save(path, overwrite=True)
-    session.note(f"saved {_count(len(session.chat.history), 'message')} to {path}")
+    session.note(f"saved {counted(len(session.chat.history), 'message')} to {path}")
 
 
 @command("load", help="load a conversation from a file", argument="<filename>", arguments=r"\S+", completes="files")
 def _load(session: Session, name: str) -> None:
     saved = session.chat.load(_required(name, "a file name", "/load chat.json"))
     model = f" (model: {saved.model})" if saved.model else ""
-    session.note(f"loaded {_count(len(session.chat.history), 'message')} from {name}{model}")
+    session.note(f"loaded {counted(len(session.chat.history), 'message')} from {name}{model}")
     if session.chat.system is not None:
         session.note(f"system message: {session.chat.system}")
     if saved.sampling:
@@ -270,10 +283,6 @@ def _required(argument: str, what: str, example: str) -> str:
     if not argument.strip():
         raise UserError(f"this command needs {what}, for example: {example}")
     return argument
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _short(text: str) -> str:

@@ -6,8 +6,8 @@ ranked above the model's response. The file can be used as training data directl
     rlchat fit --config reward --data.path feedback.jsonl
 
 A response has one verdict per client: the terminal is one client, and each browser is another. The file
-is append-only: every line has a ``feedback_id``, a hash of the conversation, the response and the client, the date, and
-a digest of the client, if that is not the terminal.
+is append-only: every line has the date and a ``feedback_id``, a hash of the conversation, the response and the client.
+Verdicts that a server takes also have a digest of the client, and those of a server that learns of its address.
 :func:`rlchat.data.formats.read_trees` uses only the last line of each ``feedback_id``.
 """
 
@@ -58,6 +58,7 @@ def append_feedback(
     model: str = "",
     model_id: str = "",
     client: str = "",
+    address: str = "",
 ) -> None:
     """Append a verdict on the response ``reply`` to ``prompt`` to the file ``path``, which is created if needed.
 
@@ -65,14 +66,14 @@ def append_feedback(
     rank 0, the response with rank 1. ``none`` withdraws the verdict. A later verdict on the same response to the same
     prompt by the same ``client`` replaces an earlier one when the file is read; verdicts by different clients are all
     kept. ``model`` is the name of the model that generated the response, and ``model_id`` its
-    :func:`rlchat.models.model_file.identity`.
+    :func:`rlchat.models.model_file.identity`. ``address`` is a digest of the address that the verdict came from.
     Several processes may append at once; a line is written as a whole or not at all.
 
     Raises:
         UserError: the message, the response or its correction is empty; the correction is identical to the response;
             the file cannot be written.
     """
-    row = feedback_row(prompt, reply, verdict, model=model, model_id=model_id, client=client)
+    row = feedback_row(prompt, reply, verdict, model=model, model_id=model_id, client=client, address=address)
     line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise UserError(f"the feedback has {len(line):,} bytes: a line of data may have at most {MAX_LINE_BYTES:,}")
@@ -102,7 +103,14 @@ def _write_error(path: Path, error: OSError) -> UserError:
 
 
 def feedback_row(
-    prompt: Conversation, reply: str, verdict: Verdict, *, model: str = "", model_id: str = "", client: str = ""
+    prompt: Conversation,
+    reply: str,
+    verdict: Verdict,
+    *,
+    model: str = "",
+    model_id: str = "",
+    client: str = "",
+    address: str = "",
 ) -> dict[str, Any]:
     """The OASST tree that :func:`append_feedback` writes."""
     response, messages = _clean(reply), _context(prompt)
@@ -132,6 +140,7 @@ def feedback_row(
         "feedback_id": _feedback_id(messages, response, client),
         **({"model_id": model_id} if model_id else {}),
         **({"client": client_digest(client)} if client else {}),
+        **({"address": address} if address else {}),
         "verdict": "corrected" if isinstance(verdict, Correction) else verdict,
         "tree_state": "ready_for_export",
         "created_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -139,8 +148,17 @@ def feedback_row(
     }
 
 
+def feedback_id(prompt: Conversation, reply: str, client: str = "") -> str:
+    """Equal for verdicts of one client on the same response to the same conversation.
+
+    Raises:
+        UserError: the message is empty.
+    """
+    return _feedback_id(_context(prompt), _clean(reply), client)
+
+
 def client_digest(client: str) -> str:
-    """What the file has in place of the ``client``, which may be an address."""
+    """What the file has in place of the name of a ``client``."""
     return hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

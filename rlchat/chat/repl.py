@@ -183,6 +183,7 @@ class Session:
     failed: bool = False
     _reported_dropped: bool = field(default=False, init=False)
     _seconds: float = field(default=0.0, init=False)
+    _hints: set[str] = field(default_factory=set, init=False)
 
     def run(self) -> None:
         """Respond to one message after another, until a command or the end of the input ends the chat."""
@@ -235,6 +236,7 @@ class Session:
                 return bool(command.run(self, argument))
             if text:
                 self.respond(text)
+                self._note_all([] if self.terminal is None else commands.hint(text, self._hints))
         except OutputError:
             raise
         except UserError as error:

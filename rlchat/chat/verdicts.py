@@ -86,11 +86,16 @@ def read_verdicts(
     return counting, report
 
 
+def namesake(name: str) -> str:
+    """How errors name another model whose file has the same ``name`` as the one that learns."""
+    return f"another model named {name} (as when it was trained again)"
+
+
 def recent_clients(path: str | Path, seconds: float, most: int) -> list[tuple[float, str]]:
     """The age in seconds and the client of each verdict of the last ``seconds``, the oldest first.
 
     Only the newest ``most`` are returned, and only the last :data:`TAIL_BYTES` of the file are read. Verdicts without a
-    client, such as those of the terminal, and those that take another one back are left out. Damaged lines are skipped.
+    client, such as those of the terminal, are left out. Damaged lines are skipped.
 
     Args:
         path: the feedback file. If it is missing, there are no verdicts.
@@ -112,7 +117,7 @@ def recent_clients(path: str | Path, seconds: float, most: int) -> list[tuple[fl
             age = (now - date.replace(tzinfo=date.tzinfo or timezone.utc)).total_seconds()
             if age >= seconds or len(found) == most:
                 break
-            if row.get("verdict") in ("good", "bad", "corrected") and isinstance(row.get("client"), str):
+            if row.get("verdict") in _KINDS and isinstance(row.get("client"), str):
                 found.append((max(age, 0.0), row["client"]))  # the clock may have been set back
     except FileNotFoundError:
         pass

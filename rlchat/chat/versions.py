@@ -50,8 +50,8 @@ class Versions:
         return sorted(int(path.stem) for path in self._numbered() if path.suffix == ".pt")
 
     def next_number(self) -> int:
-        """One more than the highest number so far, also of versions whose model file was deleted."""
-        return 1 + max((int(path.stem) for path in self._numbered()), default=0)
+        """One more than the highest number so far, also of a version whose files were deleted, if a chat knows it."""
+        return 1 + max([self._remembered(), *(int(path.stem) for path in self._numbered())])
 
     def path(self, number: int) -> Path:
         """The model file of version ``number``."""
@@ -59,18 +59,21 @@ class Versions:
 
     def owns(self, model_name: str) -> bool:
         """Whether responses of ``model_name`` are responses of this model: the name of its file, or of a version's."""
-        return model_name in ("", self.model.name) or re.fullmatch(r"\d+\.pt", model_name) is not None
+        return model_name in ("", self.model.name) or number_of(model_name) is not None
 
-    def accept(self, write: Callable[[Path], object], figures: dict[str, Any]) -> tuple[int, Path]:
-        """Writes the next version with ``write(path)`` and its figures; returns its number and path.
+    def accept(
+        self, write: Callable[[Path], object], figures: dict[str, Any], above: int = 0
+    ) -> tuple[int | None, Path]:
+        """Writes the next version with ``write(path)`` and its figures; returns its number, over ``above``, and path.
 
-        ``write`` must write atomically. The figures are written first, so that a version without figures cannot be.
+        A version in a file of another name, ``out``, has no number. ``write`` must write atomically. The figures are
+        written first, so that a version without figures cannot be.
 
         Raises:
             UserError: a file cannot be written; then there is no new version.
         """
-        number = self.next_number()
-        path = self._file or self.path(number)
+        path = self._file or self.path(max(self.next_number(), above + 1))
+        number = int(path.stem) if path.stem.isdecimal() else None
         record = path.with_suffix(".json")
         figures = {"version": number, "path": str(path), **figures}
         text = json.dumps(figures, ensure_ascii=False, indent=1) + "\n"
@@ -107,10 +110,24 @@ class Versions:
             _lock(lock, folder)
             yield
 
+    def _remembered(self) -> int:
+        """The highest number that a chat which learns has seen. It remembers it also if the folder is deleted."""
+        try:
+            highest = json.loads((self.folder / "state.json").read_bytes())["highest"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        return highest if type(highest) is int else 0
+
     def _numbered(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if _NUMBER.fullmatch(path.name)]
+
+
+def number_of(model_name: str) -> int | None:
+    """The number of the version whose model file is called ``model_name``; None for another name."""
+    found = re.fullmatch(r"(\d{1,9})\.pt", model_name, re.ASCII)
+    return None if found is None else int(found[1])
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:

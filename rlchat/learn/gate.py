@@ -54,7 +54,10 @@ def judge(
         )
     kl = kl_between(original, new)
     if (new.correct is None or original.correct is None) and kl is not None:
-        notes.append("no control has an answer that can be checked: the gate uses the KL to the original model instead")
+        notes.append(
+            "no control has an answer that can be checked: the gate only measures how far responses have moved from "
+            "those of the original model (the KL)"
+        )
     elif new.correct is None or original.correct is None:
         notes.append("there are no controls: neither correct answers nor the KL are part of the gate")
     elif (original.correct - new.correct) / new.controls > bounds.control_drop:
@@ -65,7 +68,10 @@ def judge(
     if kl is None and (new.perplexity is None or original.perplexity is None):
         reasons.append("there are no prompts or replies to measure it on; pass --replay FILE with other conversations")
     if kl is not None and not kl <= bounds.kl:
-        reasons.append(f"the KL to the original model is {kl:.3g} nats per token on controls, above {bounds.kl:.3g}")
+        reasons.append(
+            f"its responses to controls have moved too far from those of the original model: the KL is {kl:.3g} nats "
+            f"per token, above {bounds.kl:.3g}"
+        )
     return Decision(reasons, notes)
 
 

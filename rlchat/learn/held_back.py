@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlchat.chat.verdicts import JudgedResponse
 from rlchat.data.splits import unit_hash
+from rlchat.errors import counted
 
 HELD_BACK_FRACTION = 0.2
 MIN_VERDICTS = 10
@@ -54,7 +55,8 @@ def split(verdicts: Sequence[JudgedResponse], trained: Collection[str] = ()) -> 
     fifth = [verdict for verdict in verdicts if in_held_back_fifth(verdict)]
     held_back = [verdict for verdict in fifth if verdict.opening_id not in trained]
     if len(verdicts) < MIN_VERDICTS:
-        why = f"{len(verdicts)} verdicts are fewer than {MIN_VERDICTS}"
+        is_one = len(verdicts) == 1
+        why = f"{counted(len(verdicts), 'verdict')} {'is' if is_one else 'are'} fewer than {MIN_VERDICTS}"
     elif not fifth:
         why = "all verdicts are on prompts of the four fifths that train"
     elif not held_back:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from rlchat.chat.learning.round_options import Bounds, Training
-from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, read_verdicts
-from rlchat.chat.versions import Versions
+from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, namesake, read_verdicts
+from rlchat.chat.versions import Versions, number_of
 from rlchat.conversation import Conversation
-from rlchat.errors import NonFiniteError, UserError
+from rlchat.errors import NonFiniteError, UserError, counted
 from rlchat.learn.examples import fits, held, judged_prompts, rejected_texts, words_of
 from rlchat.learn.gate import Decision, judge, kl_between
 from rlchat.learn.held_back import split, trained_prompts
@@ -72,7 +72,7 @@ class Outcome:
 
     Attributes:
         decision: of the gate.
-        number: the number of the accepted version; None if it was rejected.
+        number: the number of the accepted version; None if it was rejected, or is in a file that ``out`` names.
         path: its model file; None if it was rejected.
         figures: everything that was measured, as plain values, as written beside the versions.
         original, current, new: the figures of the three models.
@@ -91,6 +91,8 @@ class Outcome:
     @property
     def last_line(self) -> str:
         """The outcome in one line."""
+        if self.path is not None and self.number is None:
+            return f"accepted as a version of {self.figures['model']}: {self.path}"
         if self.path is not None:
             return f"accepted as version {self.number}: {self.path}"
         return f"rejected: {'; '.join(self.decision.reasons)}"
@@ -103,12 +105,18 @@ def learn(request: Request, say: Callable[[str], object] = lambda line: None) ->
     is called with a line about each step.
 
     Raises:
-        UserError: a file cannot be read or written; no verdict can be used; an option does not fit the model.
+        UserError: a file cannot be read or written; no verdict can be used; an option does not fit the model; the
+            version in use is one of another model.
     """
     versions = Versions(request.model, request.out)
     device = choose_device(request.device)
     original = load_policy(request.model, device, request.base_model)
     current = None if request.current is None else load_policy(request.current, device)
+    if current is not None and identity(current) != identity(original):
+        raise UserError(
+            f"--current {request.current} is not a version of {request.model}, but of another model; pass a version of "
+            f"{request.model}, or leave out --current"
+        )
     if isinstance(learned := original.about.get("learned"), dict):
         before = learned.get("from")
         say(f"{request.model} was learned from {before}: the KL penalty and the gate's bounds refer to {request.model}")
@@ -117,26 +125,26 @@ def learn(request: Request, say: Callable[[str], object] = lambda line: None) ->
 
 
 def usable_verdicts(
-    request: Request, versions: Versions, original: PolicyBundle, ids: Collection[str]
+    request: Request, versions: Versions, original: PolicyBundle
 ) -> tuple[list[JudgedResponse], FeedbackReport, Counter[str]]:
     """The verdicts that can be used, what was read, and how many verdicts were left out, by reason.
 
     Args:
         request: what to learn from what.
         versions: of the model.
-        original: the model.
-        ids: the :func:`rlchat.models.model_file.identity` of the model and of the one in use.
+        original: the model. Its versions have the same :func:`rlchat.models.model_file.identity`.
 
     Raises:
         UserError: the file cannot be read; no verdict can be used; the error says why.
     """
+    model_id = identity(original)
     verdicts, report = read_verdicts(request.feedback, on_bad_line=request.on_bad_line)
     left_out: Counter[str] = Counter()
     usable, others = [], set()
     for verdict in verdicts:
-        if not request.any_model and not _is_own(verdict, request, versions, ids):
+        if not request.any_model and not _is_own(verdict, request, versions, model_id):
             same_name = verdict.model == request.model.name
-            others.add(f"another model named {verdict.model}" if same_name else verdict.model)
+            others.add(namesake(verdict.model) if same_name else verdict.model)
             left_out["on responses of other models"] += 1
         elif not fits(verdict, original.tokenizer, original.max_length):
             left_out[f"longer than max_length {original.max_length}"] += 1
@@ -145,28 +153,38 @@ def usable_verdicts(
     if usable:
         return usable, report, left_out
     if others and len(verdicts) == left_out["on responses of other models"]:
+        every = f"all {len(verdicts)} verdicts are" if len(verdicts) > 1 else "the only verdict is"
         raise UserError(
-            f"{request.feedback}: all {len(verdicts)} verdicts are on responses of {', '.join(sorted(others))}, not of "
+            f"{request.feedback}: {every} on responses of {', '.join(sorted(others))}, not of "
             f"{request.model.name}; pass the feedback of this model, or --any-model"
         )
     if verdicts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise UserError(f"{request.feedback}: none of {len(verdicts)} verdicts can be used ({reasons})")
+        none = f"none of {len(verdicts)} verdicts can" if len(verdicts) > 1 else "the only verdict cannot"
+        raise UserError(f"{request.feedback}: {none} be used ({reasons})")
     raise UserError(
-        f"{request.feedback}: no verdict that counts in {report.lines - report.bad_lines} lines "
+        f"{request.feedback}: no verdict that counts in {counted(report.lines - report.bad_lines, 'line')} "
         f"({report.withdrawn} taken back); rate or correct responses first"
     )
 
 
-def _is_own(verdict: JudgedResponse, request: Request, versions: Versions, ids: Collection[str]) -> bool:
-    """Whether ``verdict`` is on a response of the model, of one of its versions, or of the one in use.
+def _is_own(verdict: JudgedResponse, request: Request, versions: Versions, model_id: str) -> bool:
+    """Whether ``verdict`` is on a response of the model or of one of its versions, which have the same ``model_id``.
 
     The file name decides only for verdicts without an id, which rlchat 0.1 wrote.
     """
     if verdict.model_id:
-        return verdict.model_id in ids
+        return verdict.model_id == model_id
     in_use = request.current is not None and verdict.model == request.current.name
     return in_use or versions.owns(verdict.model)
+
+
+def _highest(verdicts: Sequence[JudgedResponse]) -> int:
+    """The highest number of a version that ``verdicts`` name; 0 without any. Files of these versions may be deleted.
+
+    Only a verdict with an id counts: any client may name a version, but only a chat that knows it records an id.
+    """
+    return max((number_of(verdict.model) or 0 for verdict in verdicts if verdict.model_id), default=0)
 
 
 def uncorrected(
@@ -212,8 +230,7 @@ class _Round:
 
     def run(self) -> Outcome:
         """All steps."""
-        ids = {identity(model) for model in (self.original, self.current) if model is not None}
-        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original, ids)
+        verdicts, report, left_out = usable_verdicts(self.request, self.versions, self.original)
         trained, unknown = self._trained_prompts()
         sides = split(verdicts, trained)
         judged = judged_prompts(sides.training)
@@ -257,7 +274,9 @@ class _Round:
         number, path = None, None
         if decision.accepted:
             recorded = {**finite(figures), "trained_prompts": sides.trained_prompts}
-            number, path = self.versions.accept(lambda file: self._write(file, version, counts), recorded)
+            number, path = self.versions.accept(
+                lambda file: self._write(file, version, counts), recorded, above=_highest(verdicts)
+            )
         else:
             self.versions.reject(finite(figures))
         return Outcome(decision, number, path, figures, original, current, new, version.policy)
@@ -339,6 +358,7 @@ class _Round:
             "notes": decision.notes,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": self.request.model.name,
+            "model_id": identity(self.original),
             "current": None if self.request.current is None else self.request.current.name,
             "feedback": counts,
             "feedback_file": self.request.feedback.name,

@@ -6,19 +6,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlchat.errors import counted
 from rlchat.learn.stages import Trained
 
-_UNUSED = {"replaced": "replaced by a later verdict", "withdrawn": "taken back", "bad_lines": "damaged lines"}
+_UNUSED = {"replaced": "replaced by a later verdict", "withdrawn": "taken back"}
 
 
 def describe(counts: dict[str, Any]) -> str:
     """The numbers of verdicts, in one line."""
     kinds = counts["kinds"]
     found = [f"{kinds[kind]} {kind}" for kind in ("good", "bad", "corrected") if kind in kinds]
-    text = f"{counts['verdicts']} verdicts: {', '.join(found)}"
+    text = f"{counted(counts['verdicts'], 'verdict')}: {', '.join(found)}"
     if counts["held_back"]:
         text += f"; {counts['held_back']} of them held back for the gate"
     extra = [f"{counts[name]} {what}" for name, what in _UNUSED.items() if counts[name]]
+    extra += [counted(counts["bad_lines"], "damaged line")] if counts["bad_lines"] else []
     extra += [f"{count} {reason}" for reason, count in counts["left_out"].items()]
     return text + (f" (left out: {', '.join(extra)})" if extra else "")
 

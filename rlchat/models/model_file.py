@@ -92,11 +92,37 @@ def identity(bundle: PolicyBundle) -> str:
     It is a digest of the weights in the file. A version records the id of the model that it was learned from. Empty for
     a model that was not loaded from a file.
     """
-    learned = bundle.about.get("learned")
-    inherited = learned.get("model_id") if isinstance(learned, dict) else None
-    if isinstance(inherited, str) and inherited:
-        return inherited
-    return "" if bundle.base is None else bundle.base.fingerprint[:20]
+    return _inherited(bundle.about) or ("" if bundle.base is None else bundle.base.fingerprint[:20])
+
+
+def stored_identity(path: str | Path, weights: bool = False) -> tuple[str, str]:
+    """The :func:`identity` of the chat model in ``path`` and a digest of its own weights, without its base.
+
+    The digest begins with the identity, except for a version, which has the identity of its original model. Without
+    ``weights``, the file is mapped, only a sample of its weights is read, and NaN among them is not noticed.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds another kind of model.
+    """
+    content = read_content(path, "policy", weights)
+    digest = _backbone_digest(content)
+    if content["version"] == ADAPTER_VERSION and (base := BaseWeights.from_values(content["base"])) is not None:
+        digest = _adapter_digest(base.fingerprint, content, digest)
+    return _inherited(content["about"]) or digest[:20], digest
+
+
+def _inherited(about: dict[str, Any]) -> str:
+    learned = about.get("learned")
+    model_id = learned.get("model_id") if isinstance(learned, dict) else None
+    return model_id if isinstance(model_id, str) else ""
+
+
+def _backbone_digest(content: dict[str, Any]) -> str:
+    return weights_digest((name, weight) for name, weight in content["state"].items() if name.startswith("backbone."))
+
+
+def _adapter_digest(base: str, content: dict[str, Any], digest: str) -> str:
+    return hashlib.sha256(f"{base} {content['alpha']} {digest}".encode()).hexdigest()
 
 
 def save_bundle(path: str | Path, bundle: PolicyBundle | RewardBundle, merge_adapter: bool = True) -> None:
@@ -245,8 +271,7 @@ def _base(
     The backbone is None if the file contains a whole model. Without ``weights`` it only has the shape, and whether it
     is the right one is left to the process that reads the weights.
     """
-    own = {name: weight for name, weight in content["state"].items() if name.startswith("backbone.")}
-    digest = weights_digest(own.items()) if weights else ""
+    digest = _backbone_digest(content) if weights else ""
     if content["version"] != ADAPTER_VERSION:
         if base_model is not None:
             raise UserError(
@@ -286,8 +311,7 @@ def _base(
             f"{path} contains an adapter for another base than {place}: it belongs to {base} with the fingerprint "
             f"{base.fingerprint[:12]}, got {found[:12]}; pass the path of the base that it was trained on ({_HOW})"
         )
-    both = hashlib.sha256(f"{found} {content['alpha']} {digest}".encode()).hexdigest()
-    return trunk, BaseWeights("init_from", str(path), both)
+    return trunk, BaseWeights("init_from", str(path), _adapter_digest(found, content, digest))
 
 
 def new_policy(backbone: Backbone, tokenizer: ChatTokenizer, hidden_dim: int = 0) -> RLChatModel:

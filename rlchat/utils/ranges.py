@@ -29,6 +29,19 @@ def positive(**options: float | None) -> None:
             raise UserError(f"invalid value {value} for {name}: expected a positive number")
 
 
+def finite(**options: float | None) -> None:
+    """Raises :class:`UserError` for an option that is infinite or NaN; None is allowed."""
+    for name, value in options.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"invalid value {value} for {name}: expected a finite number")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises :class:`UserError` for a seed outside the bounds of Lightning and NumPy."""
+    if not 0 <= value < 2**32:
+        raise UserError(f"invalid value {value} for {name}: expected an integer from 0 to 2**32 - 1")
+
+
 def fractions(**options: float) -> None:
     """Raises :class:`UserError` for an option outside [0, 1]."""
     for name, value in options.items():

@@ -11,7 +11,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from rlchat.chat.commands import COMMANDS, SETTINGS, find
+from rlchat.chat.commands import COMMANDS, SETTINGS, find, hint
 from rlchat.chat.repl import Session
 from rlchat.chat.terminal import CommandCompleter
 from rlchat.errors import UserError
@@ -134,3 +134,16 @@ def test_the_registry_needs_no_model() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "False False\n"
+
+
+def test_a_message_that_begins_like_a_command_gets_a_hint_once() -> None:
+    given: set[str] = set()
+    assert hint("edit Anna lives in Rome.", given) == [
+        "(sent as a message; for the command, type undo, and then /edit <text>)"
+    ]
+    assert hint("Edit it again", given) == []
+    assert hint("learning status", given) == [
+        "(sent as a message; for the command, type undo, and then /learning on|off)"
+    ]
+    for line in ("good morning", "edit", "edited text", "What is an edit text?", "help me"):
+        assert hint(line, set()) == []

@@ -55,6 +55,21 @@ def saved(screen: Screen, folder: Path) -> list[tuple[str, str]]:
     return [(message.role, message.text) for message in messages]
 
 
+def test_a_correction_without_a_slash_is_not_lost(screen: Screen, folder: Path) -> None:
+    screen.say("Where is Anna?")
+    screen.see("model> abc abc")
+    screen.say("edit In Rome.")
+    screen.see("(sent as a message; for the command, type undo, and then /edit <text>)")
+    screen.say("undo")
+    screen.see("removed: edit In Rome.")
+    screen.say("/edit In Rome.")
+    screen.see("saved in feedback.jsonl: corrected response")
+    (row,) = map(json.loads, (folder / "feedback.jsonl").read_text().splitlines())
+    (folder / "feedback.jsonl").unlink()
+    assert row["prompt"]["text"] == "Where is Anna?"
+    assert row["prompt"]["replies"][0]["text"] == "In Rome."
+
+
 def test_ctrl_c_stops_the_reply_and_keeps_the_chat(screen: Screen, folder: Path) -> None:
     screen.say("set max_new_tokens 100000")
     screen.say("Hello")

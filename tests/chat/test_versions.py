@@ -47,8 +47,9 @@ def test_another_file_or_folder(tmp_path: Path) -> None:
     Versions(model).accept(write, {})
     one = Versions(model, tmp_path / "new.pt")
     assert one.reject({}) == tmp_path / "new.rejected.jsonl"
-    assert one.accept(write, {}) == (2, tmp_path / "new.pt")
-    assert json.loads((tmp_path / "new.json").read_text())["version"] == 2
+    assert one.accept(write, {}) == (None, tmp_path / "new.pt")  # the numbers are those of a folder
+    assert json.loads((tmp_path / "new.json").read_text())["version"] is None
+    assert Versions(model, tmp_path / "chat.versions" / "7.pt").accept(write, {})[0] == 7
     with pytest.raises(UserError, match="no version replaces a file"):
         Versions(model, tmp_path / "new.pt")
     with pytest.raises(UserError, match="expected a folder"):

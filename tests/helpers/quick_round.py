@@ -1,8 +1,8 @@
 """A stand-in for `rlchat learn` in tests of the supervisor: it copies the model instead of training it.
 
 It takes the same arguments, reads the same file, and writes the same files under the same lock. More arguments say what
-happens: ``--reject`` and ``--crash``, ``--wait FILE`` until there is such a file, ``--seconds S`` to take time, and
-``--copy FILE`` to copy another model.
+happens: ``--reject`` and ``--crash``, ``--wait FILE`` until there is such a file, ``--seconds S`` to take time,
+``--copy FILE`` to copy another model, and ``--figures JSON`` with more figures.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> int:
         parser.add_argument(name, required=True)
     parser.add_argument("--wait", type=Path)
     parser.add_argument("--copy", type=Path)
+    parser.add_argument("--figures", type=json.loads, default={})
     parser.add_argument("--seconds", type=float, default=0.0)
     for name in ("--background", "--reject", "--crash"):
         parser.add_argument(name, action="store_true")
@@ -62,6 +63,9 @@ def main() -> int:
             "after": {"agrees": 2, "verdicts": 2},
             "seconds": {"train": 0.5, "measure": 0.25},
         }
+        more = dict(options.figures)
+        figures["feedback"] |= more.pop("feedback", {})
+        figures |= more
         if options.reject:
             versions.reject(figures)
         else:

@@ -51,7 +51,11 @@ def test_a_version_that_agrees_more_is_accepted() -> None:
         ({"correct": 88}, ""),
         ({"correct": 87}, "87 of 100 controls are correct, before: 90, a drop of more than 0.02"),
         ({"original_nll": 0.59}, ""),
-        ({"original_nll": 0.7}, "the KL to the original model is 0.2 nats per token on controls, above 0.1"),
+        (
+            {"original_nll": 0.7},
+            "its responses to controls have moved too far from those of the original model: the KL is 0.2 nats per "
+            "token, above 0.1",
+        ),
     ],
 )
 def test_each_bound(change: dict[str, float], reason: str) -> None:

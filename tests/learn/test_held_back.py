@@ -45,6 +45,7 @@ def test_what_trained_the_version_in_use_is_not_held_back_later() -> None:
     ("verdicts", "trained", "why"),
     [
         (FIFTH[:9], [], "9 verdicts are fewer than 10"),
+        (FIFTH[:1], [], "1 verdict is fewer than 10"),
         (OTHERS[:12], [], "all verdicts are on prompts of the four fifths that train"),
         (FIFTH[:12], [], "all verdicts are on prompts of the fifth to hold back, and something must train"),
         ([*FIFTH[:2], *OTHERS[:10]], FIFTH[:2], "all verdicts of the fifth to hold back trained the version in use"),

@@ -105,13 +105,16 @@ def test_the_same_seed_gives_the_same_version(place: Path) -> None:
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
-def test_it_learns_a_correction_and_forgets_one_that_was_taken_back(place: Path) -> None:
+def test_it_learns_a_correction_and_forgets_one_that_was_taken_back(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loose = ["--learning-rate", "1e-2", "--passes", "8", "--max-kl", "99", "--max-perplexity-rise", "1e9"]
     assert learn(*loose, "--max-control-drop", "1", "--out", "a.pt") == 0
     asked = ["What is 0?", "What is 1?"]
     assert ChatInterface("a.pt", device="cpu").batch(asked, 4, 0.0) == ["Yes.", "Yes."]
     give("What is 1?", "No.", "none")
     assert learn(*loose, "--max-control-drop", "1", "--out", "b.pt") == 0
+    assert last_line(capsys) == "accepted as a version of chat.pt: b.pt"
     assert figures("b.json")["feedback"]["verdicts"] == 1
     assert figures("b.json")["feedback"]["withdrawn"] == 1
 
@@ -157,7 +160,7 @@ def test_a_version_that_forgets_is_rejected(place: Path, capsys: pytest.CaptureF
     assert learn("--learning-rate", "0.1") == 0
     line = last_line(capsys)
     assert line.startswith("rejected: ")
-    assert "the KL to the original model is" in line
+    assert "have moved too far from those of the original model: the KL is" in line
     (row,) = [json.loads(text) for text in Path("chat.versions/rejected.jsonl").read_text().splitlines()]
     assert not row["accepted"]
     assert "; ".join(row["reasons"]) == line.removeprefix("rejected: ")
@@ -186,7 +189,9 @@ def test_held_back_verdicts_are_part_of_the_gate(place: Path, capsys: pytest.Cap
 def test_the_version_in_use_sets_the_agreement(place: Path, tokenizer: ChatTokenizer) -> None:
     for n in range(20):
         give(f"Question {n}", f"Up {n}.", "good")
-    save_bundle("other.pt", random_policy(tokenizer, seed=5))
+    in_use = random_policy(tokenizer, seed=5)
+    in_use.about["learned"] = {"model_id": identity(load_policy(MODEL))}
+    save_bundle("other.pt", in_use)
     assert learn(*SAFE, "--current", "other.pt", "--max-kl", "99") == 0
     files = [*Path("chat.versions").glob("1.json"), *Path("chat.versions").glob("rejected.jsonl")]
     found = json.loads(files[0].read_text())
@@ -263,7 +268,7 @@ def test_feedback_of_another_model(place: Path, capsys: pytest.CaptureFixture[st
     Path("feedback.jsonl").unlink()
     give("Hello", "Hi.", "good", model="other.pt")
     assert refused(capsys) == (
-        "rlchat: feedback.jsonl: all 1 verdicts are on responses of other.pt, not of chat.pt; pass the feedback of "
+        "rlchat: feedback.jsonl: the only verdict is on responses of other.pt, not of chat.pt; pass the feedback of "
         "this model, or --any-model"
     )
     give("Hello", "Bye.", "bad", model="chat.pt")
@@ -285,16 +290,45 @@ def test_a_response_is_known_by_the_weights_of_its_model(
     Path("feedback.jsonl").unlink()
     shutil.rmtree("chat.versions")
     give("Hello", "Hi.", "good", model="3.pt", model_id=foreign)
-    assert "all 1 verdicts are on responses of 3.pt, not of chat.pt" in refused(capsys)
+    assert "the only verdict is on responses of 3.pt, not of chat.pt" in refused(capsys)
     give("Hi", "Hi.", "good", model=MODEL, model_id=foreign)
-    assert "of 3.pt, another model named chat.pt, not of chat.pt" in refused(capsys)
+    assert "of 3.pt, another model named chat.pt (as when it was trained again), not of chat.pt" in refused(capsys)
     give("Bye", "Bye.", "good", model="3.pt", model_id=own)
     give("Old", "Bye.", "good", model="3.pt")  # of version 0.1
     assert learn(*SAFE) == 0
-    assert figures()["feedback"]["verdicts"] == 2
-    assert learn(*SAFE, "--current", "other.pt", "--max-kl", "99") == 0
-    assert [*Path("chat.versions").glob("2.json"), *Path("chat.versions").glob("rejected.jsonl")]
+    assert figures("chat.versions/4.json")["feedback"]["verdicts"] == 2
+    assert figures("chat.versions/4.json")["model_id"] == own
     assert learn(*SAFE, "--any-model") == 0
+    assert figures("chat.versions/5.json")["feedback"]["verdicts"] == 4
+
+
+def test_a_number_that_the_feedback_names_is_not_given_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder of versions was deleted. A name without the id of MODEL may be that of another model's version."""
+    own = identity(load_policy(MODEL))
+    give("Hello", "Hi.", "good", model="4.pt", model_id=own)
+    give("Hi", "Hi.", "good", model="7.pt", model_id="another")
+    give("Bye", "Hi.", "good", model="9.pt")
+    assert learn(*SAFE) == 0
+    assert last_line(capsys) == "accepted as version 5: chat.versions/5.pt"
+    assert figures("chat.versions/5.json")["version"] == 5
+
+
+def test_the_version_in_use_is_one_of_the_model(
+    place: Path, tokenizer: ChatTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MODEL was trained again: its old versions are not compared with it, and verdicts on them do not count."""
+    assert learn(*SAFE) == 0
+    save_bundle(MODEL, random_policy(tokenizer, seed=5))
+    assert learn(*SAFE, "--current", "chat.versions/1.pt") == 2
+    assert capsys.readouterr().err == (
+        "rlchat: --current chat.versions/1.pt is not a version of chat.pt, but of another model; pass a version of "
+        "chat.pt, or leave out --current\n"
+    )
+    old, new = identity(load_policy("chat.versions/1.pt")), identity(load_policy(MODEL))
+    give("Hello", "Hi.", "good", model="1.pt", model_id=old)
+    give("Bye", "Hi.", "good", model_id=new)
+    assert learn(*SAFE) == 0
+    assert figures("chat.versions/2.json")["feedback"]["left_out"] == {"on responses of other models": 1}
 
 
 def test_the_chat_records_the_model(place: Path) -> None:
@@ -318,7 +352,7 @@ def test_damaged_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verdicts_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("feedback.jsonl").unlink()
     give("Hello", "word " * 99, "bad")
-    assert refused(capsys) == ("rlchat: feedback.jsonl: none of 1 verdicts can be used (1 longer than max_length 64)")
+    assert refused(capsys) == ("rlchat: feedback.jsonl: the only verdict cannot be used (1 longer than max_length 64)")
     give("Hello", "Hi.", "good")
     assert learn(*SAFE) == 0
     assert "1 longer than max_length 64" in capsys.readouterr().out

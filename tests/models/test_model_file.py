@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.adapters import base_folder, ppo_with_adapter, save
 from helpers.full_disk import largest_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -23,10 +25,12 @@ from rlchat.models.backbones import Backbone
 from rlchat.models.model_file import (
     PolicyBundle,
     RewardBundle,
+    identity,
     load_policy,
     load_reward_model,
     new_policy,
     save_bundle,
+    stored_identity,
 )
 from rlchat.models.networks import Critic, RewardModel
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
@@ -134,6 +138,33 @@ def test_a_model_file_needs_no_other_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_identity_of_a_file_is_read_without_loading_it(
+    byte_tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a whole model, of a version, and of an adapter whose base is not there."""
+    path, version, adapter = (tmp_path / name for name in ("model.pt", "version.pt", "adapter.pt"))
+    save_bundle(path, policy_bundle(byte_tokenizer))
+    original = load_policy(path)
+    original.about["learned"] = {"model_id": identity(original)}
+    next(original.model.backbone.parameters()).data.add_(1)
+    save_bundle(version, original)
+    for weights in (False, True):
+        model_id, digest = stored_identity(path, weights)
+        assert (model_id, digest[:20]) == (identity(load_policy(path)), model_id)
+        inherited, other = stored_identity(version, weights)
+        assert inherited == identity(load_policy(version)) == model_id
+        assert other != digest
+    save_bundle(tmp_path / "reward.pt", reward_bundle(byte_tokenizer))
+    with pytest.raises(UserError, match=r"reward\.pt: contains a reward model, expected a chat model"):
+        stored_identity(tmp_path / "reward.pt")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    save(ppo_with_adapter(base_model=base_folder(tmp_path / "base")), adapter)
+    expected = identity(load_policy(adapter))
+    shutil.rmtree(tmp_path / "base")
+    assert stored_identity(adapter)[0] == expected != ""
 
 
 @pytest.mark.parametrize(

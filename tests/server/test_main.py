@@ -154,6 +154,10 @@ def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
         ),
         (["parrot.pt", "--learn", "--learn-args=--device abacus"], "device 'abacus' is not available on this machine"),
         (["nothing.pt", "--learn"], r"nothing\.pt: no such model file; train one with `rlchat demo`"),
+        (
+            ["1.pt", "--learn"],
+            r"1\.pt has the name of a version: copy it to a file with another name, to learn from that",
+        ),
         (["parrot.pt", "--host", "no.such.host.invalid"], r"cannot listen on no\.such\.host\.invalid:0: "),
     ],
 )
@@ -167,6 +171,7 @@ def test_startup_errors(
     monkeypatch.chdir(folder)
     torch.save({"a": torch.zeros(3)}, "foreign.pt")
     Path("damaged.pt").write_bytes(Path("parrot.pt").read_bytes()[:5000])
+    Path("1.pt").write_bytes(Path("parrot.pt").read_bytes())
     assert main(["serve", *words, "--port", "0"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

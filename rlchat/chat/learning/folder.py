@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
 import re
 import shutil
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
+from rlchat.chat.learning.original import Original, Stamp, stamp_of, version_at
 from rlchat.chat.learning.rounds import Outcome, outcomes
-from rlchat.chat.learning.state import State, read_state
+from rlchat.chat.learning.state import ROUND, State, read_state
 from rlchat.chat.learning.tally import Tally
-from rlchat.chat.versions import Versions
+from rlchat.chat.versions import Versions, number_of
 from rlchat.errors import UserError
 from rlchat.utils.files import write_atomically
 
-_log = logging.getLogger(__name__)
+Condition = Literal["usable", "deleted", "damaged", "foreign"]
+"""Of a version. A foreign one is of another model, which the file of the original model held before."""
 
+_REMARKS: dict[Condition, str] = {
+    "usable": "",
+    "deleted": "its model file was deleted",
+    "damaged": "its model file is damaged",
+    "foreign": "of another model with the same name",
+}
 # Files that a process which was killed left behind: those of an atomic write have a random end.
-_UNFINISHED = re.compile(r"\.(\d+(\.reward)?\.(pt|json)|state\.json|round-\d+\.jsonl)\.\w+")
-_SNAPSHOT = re.compile(r"round-\d+\.jsonl")
+_SNAPSHOT = re.compile(rf"round-{ROUND}\.jsonl")
+_UNFINISHED = re.compile(rf"\.(\d+(\.reward)?\.(pt|json)|state\.json|{_SNAPSHOT.pattern})\.\w+")
+_LOCK = ".supervisor"
 _END_SECONDS = 10.0  # a round whose supervisor was killed ends in less time
 
 
@@ -39,6 +48,15 @@ class VersionFolder:
         self.versions = Versions(model)
         self._keep = keep
         self._lock: IO[bytes] | None = None
+        self._original: Original | None = None
+        self._seen: dict[int, tuple[Stamp, str | None]] = {}  # the identity of each version; None: it is damaged
+
+    @property
+    def original(self) -> Original:
+        """The original model. Raises :class:`UserError` if it is missing, damaged, or no chat model."""
+        if self._original is None:
+            self._original = Original(self.versions.model)
+        return self._original
 
     @property
     def log(self) -> Path:
@@ -58,50 +76,104 @@ class VersionFolder:
         """The model file of version ``number``; of the original for 0."""
         return self.versions.path(number) if number else self.versions.model
 
+    def condition(self, number: int) -> Condition:
+        """Whether version ``number`` can be used. A file is read only if it has changed since the last call."""
+        path = self.path(number)
+        stamp = stamp_of(path)
+        if stamp is None or not path.with_suffix(".json").exists():
+            return "deleted"
+        identity = self._identity(number, stamp)
+        if identity is None:
+            return "damaged"
+        return "usable" if identity == self.original.model_id else "foreign"
+
     def usable(self) -> tuple[int, ...]:
-        """0, and the numbers of the versions with a model file and figures, in ascending order."""
-        return (0, *(n for n in self.versions.numbers() if self.path(n).with_suffix(".json").exists()))
+        """0, and the numbers of the versions of the original model that can be used, in ascending order."""
+        return (0, *self._numbers("usable"))
 
     def outcomes(self) -> list[Outcome]:
-        """The outcomes of all rounds so far, the oldest first."""
+        """The outcomes of all rounds so far, also of those of another model with the same name, the oldest first."""
         return outcomes(self.versions)
+
+    def is_own(self, outcome: Outcome) -> bool:
+        """Whether ``outcome`` is that of a round of the original model. Old figures do not say it; then it is."""
+        if outcome.model_id:
+            return outcome.model_id == self.original.model_id
+        return outcome.number is None or self.condition(outcome.number) != "foreign"
+
+    def own_outcomes(self) -> list[Outcome]:
+        """The outcomes of all rounds of the original model, the oldest first."""
+        return [outcome for outcome in self.outcomes() if self.is_own(outcome)]
+
+    def remark(self, outcome: Outcome) -> str:
+        """Why the version of ``outcome`` cannot be used, or empty."""
+        if not self.is_own(outcome):
+            return _REMARKS["foreign"]
+        return "" if outcome.number is None else _REMARKS[self.condition(outcome.number)]
+
+    def model_id(self, name: str) -> str:
+        """The identity of the model file called ``name``; empty if there is no such file here."""
+        number = number_of(name)
+        if not number:
+            return self.original.model_id if name == self.versions.model.name else ""
+        stamp = stamp_of(self.path(number))
+        return "" if stamp is None else self._identity(number, stamp) or ""
+
+    def has_state(self) -> bool:
+        """Whether a supervisor has worked here."""
+        return self._state_file.exists()
 
     def write(self, state: State) -> None:
         """Writes ``state`` atomically. Raises :class:`UserError` if that fails."""
         state.write(self._state_file)
 
-    def recover(self) -> State:
-        """Takes the folder, and finishes what a supervisor that was killed has begun; returns the state.
+    def recover(self) -> tuple[State, list[str]]:
+        """Takes the folder, and finishes what a supervisor that was killed has begun.
 
-        The active version is the last one that was accepted or rolled back to, if its file can be loaded; else the
-        one before.
+        The active version is the last one that was accepted or rolled back to, if it is a version of the model and its
+        file can be loaded; else the one before.
+
+        Returns:
+            The state, and a sentence about each thing that the user should know.
 
         Raises:
-            UserError: the model is missing or no chat model, and then no folder is made; another supervisor works here;
-                the folder cannot be written; its state is damaged.
+            UserError: the model is missing, no chat model, or a version, and then no folder is made; another supervisor
+                works here; the folder cannot be written; its state is damaged.
         """
-        from rlchat.models.file_content import read_content  # imports torch
-
-        read_content(self.versions.model, "policy", weights=False)
-        self._lock = _taken(self.versions.folder)
+        _refuse_version(self.versions.model)
+        original = self.original
+        self.take()
         state = read_state(self._state_file)
         if state.running is not None:
             self._wait_for_round()
-            snapshot = self.snapshot_path(state.running)
-            outcome = self.settle(state.running)
-            if outcome is not None:
-                tally = Tally(snapshot, self.versions.owns)
-                tally.update()
-                state = replace(state, used=tally.digests)
-                state = state.activate(outcome.number) if outcome.number is not None else state
-            state = replace(state, running=None)
-        while state.active and not _loads(self.path(state.active)):
-            *before, last = state.previous or (0,)
-            _log.warning("version %d cannot be loaded; version %d is active", state.active, last)
-            state = replace(state, active=last, previous=tuple(before))
+            state = self._settled(state, state.running)
+        state = replace(state, highest=max(state.highest, self.versions.next_number() - 1))
+        state, notices = self._usable_state(state)
+        if original.is_version:
+            notices.append(f"{original.path} was itself learned from feedback; its versions are compared with it")
         self.write(state)
         self.clean()
-        return state
+        return state, notices
+
+    def take(self) -> None:
+        """Makes the folder if it is missing, and keeps other supervisors out of it.
+
+        Raises:
+            UserError: another supervisor works here; the folder cannot be written.
+        """
+        self.release()
+        self._lock = _taken(self.versions.folder)
+
+    def is_taken(self) -> bool:
+        """Whether the folder is still the one that was taken. Somebody may have deleted it since."""
+        if self._lock is None:
+            return False
+        try:
+            now = (self.versions.folder / _LOCK).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        mine = os.fstat(self._lock.fileno())
+        return (now.st_dev, now.st_ino) == (mine.st_dev, mine.st_ino)
 
     def release(self) -> None:
         """Lets another supervisor take the folder."""
@@ -109,13 +181,13 @@ class VersionFolder:
             self._lock.close()
             self._lock = None
 
-    def snapshot(self, number: int, feedback: Path, size: int) -> Path:
-        """Copies the first ``size`` bytes of ``feedback`` for round ``number``, which is to read just these.
+    def snapshot(self, name: str, feedback: Path, size: int) -> Path:
+        """Copies the first ``size`` bytes of ``feedback`` for the round ``name``, which is to read just these.
 
         Raises:
             UserError: a file cannot be read or written.
         """
-        path = self.snapshot_path(number)
+        path = self.snapshot_path(name)
         try:
             with feedback.open("rb") as source:
                 write_atomically(path, lambda file: _copy(source, file, size))
@@ -123,14 +195,14 @@ class VersionFolder:
             raise UserError(f"{feedback}: cannot be read: {error.strerror}") from error
         return path
 
-    def settle(self, number: int) -> Outcome | None:
-        """The outcome of round ``number``, whose process has ended; None if it has none.
+    def settle(self, name: str) -> Outcome | None:
+        """The outcome of the round ``name``, whose process has ended; None if it has none.
 
         Figures of a version whose model file was not written are deleted.
         """
-        name = self.snapshot_path(number).name
-        for outcome in reversed(self.outcomes()):
-            if outcome.feedback_file == name:
+        file = self.snapshot_path(name).name
+        for outcome in self.outcomes():
+            if outcome.feedback_file == file:
                 if outcome.number is None or self.path(outcome.number).exists():
                     return outcome
                 self.path(outcome.number).with_suffix(".json").unlink(missing_ok=True)
@@ -149,17 +221,86 @@ class VersionFolder:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def prune(self, state: State) -> None:
-        """Deletes the model files of old versions that rounds have made, but not the active one. Their figures stay."""
+        """Deletes the model files of old versions that rounds have made, but not the active one. Their figures stay.
+
+        Versions of another model stay: it may come back.
+        """
         self.clean()
-        made = {one.number for one in self.outcomes() if _SNAPSHOT.fullmatch(one.feedback_file)}
+        made = {one.number for one in self.own_outcomes() if _SNAPSHOT.fullmatch(one.feedback_file)}
         for number in [one for one in self.versions.numbers() if one in made][: -self._keep]:
             if number != state.active:
                 self.path(number).unlink(missing_ok=True)
                 self.path(number).with_suffix(".reward.pt").unlink(missing_ok=True)
 
-    def snapshot_path(self, number: int) -> Path:
-        """The copy of the feedback file for round ``number``."""
-        return self.versions.folder / f"round-{number}.jsonl"
+    def snapshot_path(self, name: str) -> Path:
+        """The copy of the feedback file for the round ``name``."""
+        return self.versions.folder / f"round-{name}.jsonl"
+
+    def _settled(self, state: State, name: str) -> State:
+        """The state after the round ``name``, whose supervisor was killed."""
+        state = replace(state, running=None)
+        outcome = self.settle(name)
+        if outcome is None or not self.is_own(outcome):
+            return state
+        tally = Tally(self.snapshot_path(name), self.versions.owns, model_id=self.original.model_id)
+        tally.update()
+        state = replace(state, used=tally.digests)
+        return state if outcome.number is None else state.activate(outcome.number)
+
+    def _usable_state(self, state: State) -> tuple[State, list[str]]:
+        """``state`` with a version that can be used, and sentences about those that cannot."""
+        notices, lost = [], []
+        foreign = self._numbers("foreign")
+        if foreign:
+            was = f"versions {', '.join(map(str, foreign))} in {self.versions.folder} are"
+            was = was if len(foreign) > 1 else f"version {foreign[0]} in {self.versions.folder} is"
+            notices.append(
+                f"{was} of another model named {self.versions.model.name}, and not used; no file is replaced: "
+                f"the next version has the number {state.highest + 1}"
+            )
+        if state.active in foreign:  # and so are those that were active before it
+            state = replace(state, active=0, previous=())
+        while state.active and not self._loads(state.active):
+            if not lost or self.condition(state.active) == "damaged":  # older ones are deleted by `prune`
+                lost.append(state.active)
+            *before, last = state.previous or (0,)
+            state = replace(state, active=last, previous=tuple(before))
+        usable = self.usable()
+        state = replace(state, previous=tuple(number for number in state.previous if number in usable))
+        if lost:
+            now = f"version {state.active}" if state.active else "the original model"
+            names = " and ".join(f"version {number}" for number in lost)
+            notices.append(f"{names} in {self.versions.folder} cannot be loaded, so {now} answers")
+        return state, notices
+
+    def _loads(self, number: int) -> bool:
+        """Whether version ``number`` can be used. Its weights are checked too; a damaged file is remembered."""
+        from rlchat.models.model_file import load_policy
+
+        if self.condition(number) != "usable":
+            return False
+        path = self.path(number)
+        stamp = stamp_of(path)
+        try:
+            load_policy(path, "cpu")
+        except UserError:
+            if stamp is not None:
+                self._seen[number] = stamp, None
+            return False
+        return True
+
+    def _numbers(self, condition: Condition) -> list[int]:
+        return [number for number in self.versions.numbers() if self.condition(number) == condition]
+
+    def _identity(self, number: int, stamp: Stamp) -> str | None:
+        from rlchat.models.model_file import stored_identity
+
+        if number not in self._seen or self._seen[number][0] != stamp:
+            identity = None
+            with contextlib.suppress(UserError):
+                identity, _ = stored_identity(self.path(number))
+            self._seen[number] = stamp, identity
+        return self._seen[number][1]
 
     def _wait_for_round(self) -> None:
         """Waits until a round of a supervisor that was killed has ended."""
@@ -178,7 +319,7 @@ def _taken(folder: Path) -> IO[bytes]:
     """The lock of the folder, which is released when the file is closed. Windows has no such lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".supervisor").open("ab")
+        lock = (folder / _LOCK).open("ab")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; copy the model to another folder") from error
     if sys.platform != "win32":
@@ -200,11 +341,15 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int) -> None:
         size -= len(block)
 
 
-def _loads(path: Path) -> bool:
-    """Whether ``path`` and its figures are there, and a chat model can be loaded from it."""
-    from rlchat.models.model_file import load_policy
-
-    with contextlib.suppress(UserError):
-        load_policy(path, "cpu")
-        return path.with_suffix(".json").exists()
-    return False
+def _refuse_version(model: Path) -> None:
+    """Raises :class:`UserError` if ``model`` is a version: its own versions would have the same names."""
+    if number_of(model.name) is None:
+        return
+    found = version_at(model)
+    if found is not None and VersionFolder(found[1], keep=1).condition(found[0]) == "usable":
+        number, original = found
+        raise UserError(
+            f"{model} is version {number} of {original}, and learning begins with the original: pass {original} with "
+            f"--learn, and roll back to version {number} if another one answers"
+        )
+    raise UserError(f"{model} has the name of a version: copy it to a file with another name, to learn from that")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlchat.chat.learning.folder import VersionFolder
+from rlchat.chat.learning.original import version_at
 from rlchat.chat.learning.rounds import Outcome
-from rlchat.chat.learning.supervisor import Status, Supervisor
+from rlchat.chat.learning.status import Status
+from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.chat.learning.table import version_table
+from rlchat.chat.learning.tally import names_of
+from rlchat.errors import counted
 
 if TYPE_CHECKING:
     from rlchat.chat.interface import ChatInterface
@@ -46,8 +49,9 @@ class LiveLearning:
         status = self._supervisor.status()
         self._begun_with, self.path = status.active, status.path
         self._told = len(status.rounds)
+        self._noticed = len(status.notices)
         self._error: str | None = None
-        self._failures = self._bad_lines = 0
+        self._failures = self._bad_lines = self._others = 0
 
     @property
     def base_model(self) -> str | None:
@@ -63,10 +67,10 @@ class LiveLearning:
         _LOGGER.propagate = False
         self._supervisor.start(identity(chat.bundle))
         every = self._supervisor.every
-        lines = [f"learning from good, bad and edit: after {every} new verdict{_s(every)}, a version is trained"]
+        lines = [f"learning from good, bad and edit: after {counted(every, 'new verdict')}, a version is trained"]
         if self._begun_with:
             lines.append(f"version {self._begun_with} of {self.model.name} answers, as at the end of the last chat")
-        return lines
+        return [*lines, *self._supervisor.status().notices[: self._noticed]]
 
     def close(self) -> list[str]:
         """Ends learning, with a round that runs; returns lines to be printed."""
@@ -85,13 +89,19 @@ class LiveLearning:
         """Uses the version that became active since the last call; returns a line about each event since then."""
         status = self._supervisor.status()
         self._swap(status)
-        lines = [_sentence(outcome, status) for outcome in status.rounds[self._told :]]
-        self._told = len(status.rounds)
+        lines = [line for outcome in status.rounds[self._told :] for line in _lines(outcome, status)]
+        lines += status.notices[self._noticed :]
+        self._told, self._noticed = len(status.rounds), len(status.notices)
         if status.error is not None and (status.error != self._error or status.failures > self._failures):
             lines.append(f"no new version: {status.error}")
         if (bad := status.bad_lines - self._bad_lines) > 0:
-            lines.append(f"{bad} damaged line{_s(bad)} in {self._supervisor.feedback} cannot be used")
-        self._error, self._failures, self._bad_lines = status.error, status.failures, status.bad_lines
+            lines.append(f"{counted(bad, 'damaged line')} in {self._supervisor.feedback} cannot be used")
+        others = sum(status.others.values())
+        if others > self._others and status.verdicts:  # without verdicts that count, this is the error
+            new = f"{counted(others - self._others, 'verdict')} on responses of {names_of(status.others)}"
+            lines.append(f"left out: {new}, not of {self.model.name}")
+        self._error, self._failures = status.error, status.failures
+        self._bad_lines, self._others = status.bad_lines, others
         return lines
 
     def rollback(self, number: int | None) -> str:
@@ -100,13 +110,17 @@ class LiveLearning:
         Raises:
             UserError: as :meth:`Supervisor.rollback`.
         """
-        was_training = self._supervisor.status().training_since is not None
+        before = self._supervisor.status()
         try:
             number, path = self._supervisor.rollback(number)
         finally:
             self._swap(self._supervisor.status())
-        more = "; the round of learning was ended" if was_training else ""
-        return f"{_named(number)} ({path.name}) answers from now on{more}"
+        if number == before.active:
+            return f"{_named(number)} ({path.name}) answers already; nothing has changed"
+        ended = "; the round of learning was ended" if before.training_since is not None else ""
+        every = f"after {counted(before.every, 'new verdict')}"
+        following = f"the next round begins {every}" if before.on else "learning is off"
+        return f"{_named(number)} ({path.name}) answers from now on{ended}; {following}"
 
     def set_learning(self, on: bool) -> str:
         """Turns learning on or off; returns a line about it. Raises :class:`UserError` if that cannot be saved."""
@@ -114,13 +128,16 @@ class LiveLearning:
         return self.describe()
 
     def describe(self) -> str:
-        """Where learning stands, in one line."""
+        """Where learning stands, in one line, and below it what was left out and why the last round has failed."""
         status = self._supervisor.status()
         state = f"{status.new} of {status.every} new verdicts for the next version" if status.on else "off"
         if status.training_since is not None:
             state = f"a version is being trained, for {_seconds(status)} s"
-        total = f"{status.verdicts} verdict{_s(status.verdicts)} in all"
-        return f"learning: {state}; {total}; {_named(status.active)} answers"
+        total = f"{counted(status.verdicts, 'verdict')} in all"
+        lines = [f"learning: {state}; {total}; {_named(status.active)} answers"]
+        lines += [f"  left out: {left_out}"] if (left_out := _left_out(status)) else []
+        lines += [f"  no new version: {status.error}"] if status.error is not None else []
+        return "\n".join(lines)
 
     def toolbar(self) -> str:
         """Where learning stands, in a few words."""
@@ -131,9 +148,8 @@ class LiveLearning:
         return f"{_named(status.active)} · {state}"
 
     def table(self) -> list[str]:
-        """The versions, as :func:`version_table` shows them."""
-        status = self._supervisor.status()
-        return version_table(status.rounds, status.active, status.versions)
+        """All versions, as :func:`version_table` shows them."""
+        return self._supervisor.table()
 
     def _load(self, number: int, path: Path) -> None:
         from rlchat.models.model_file import load_policy
@@ -160,24 +176,28 @@ class LiveLearning:
 
 def table_of(model: Path) -> list[str]:
     """The versions of ``model`` that there are, for a chat that does not learn; ``model`` may be one of them."""
-    number, original = 0, model.parent.with_suffix(".pt")
-    if model.stem.isdecimal() and model.parent.suffix == ".versions" and original.exists():
-        number, model = int(model.stem), original
+    number, model = version_at(model) or (0, model)
     folder = VersionFolder(model, keep=1)
-    return version_table(folder.outcomes(), number, folder.usable())
+    return version_table(folder.outcomes(), number, folder.remark)
 
 
 class _Silent(logging.NullHandler):
     """Of this module, so that it can be removed."""
 
 
-def _sentence(outcome: Outcome, status: Status) -> str:
-    """What came of a round, in one line."""
+def _lines(outcome: Outcome, status: Status) -> list[str]:
+    """What came of a round: a line, and one below it about what was left out and not measured, if there is any."""
     line = outcome.sentence if outcome.number is not None else f"no new version: {'; '.join(outcome.reasons)}"
     if outcome.number is not None and outcome.number == status.active:
         line = f"{line}; now in use"
-    left_out: Sequence[str] = [f"{count} {reason}" for reason, count in outcome.left_out.items() if count]
-    return f"{line} (left out: {', '.join(left_out)})" if left_out else line
+    return [line, *([f"  {'; '.join(outcome.remarks)}"] if outcome.remarks else [])]
+
+
+def _left_out(status: Status) -> str:
+    """The lines of the feedback file that do not count, and why; empty if all do."""
+    others = f"{counted(sum(status.others.values()), 'verdict')} on responses of {names_of(status.others)}"
+    bad = counted(status.bad_lines, "damaged line")
+    return ", ".join([others] * bool(status.others) + [bad] * bool(status.bad_lines))
 
 
 def _named(number: int) -> str:
@@ -187,7 +207,3 @@ def _named(number: int) -> str:
 def _seconds(status: Status) -> str:
     assert status.training_since is not None
     return f"{max(0.0, time.time() - status.training_since):.0f}"
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"

@@ -12,13 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from rlchat.data.jsonl import MAX_LINE_BYTES
 from rlchat.data.sources import data_file, file_size, is_pipe, numbered_lines
 from rlchat.errors import UserError
 from rlchat.utils.imports import install_command
-from rlchat.utils.ranges import check_room, fractions, not_negative, positive, positive_integers
+from rlchat.utils.ranges import check_room, check_seed, finite, fractions, not_negative, positive, positive_integers
 
 if TYPE_CHECKING:
     from rlchat.models.model_file import PolicyBundle
@@ -87,8 +87,7 @@ class Training:
 
     def __post_init__(self) -> None:
         positive(learning_rate=self.learning_rate, beta=self.beta)
-        if not 0 <= self.seed < 2**32:  # Lightning's and NumPy's bounds
-            raise UserError(f"invalid value {self.seed} for seed: expected an integer from 0 to 2**32 - 1")
+        check_seed("seed", self.seed)
         positive_integers(passes=self.passes, iterations=self.iterations, lora_rank=self.lora_rank)
         positive_integers(train_layers=self.train_layers, batch_size=self.batch_size)
         positive_integers(max_new_tokens=self.max_new_tokens)
@@ -189,9 +188,7 @@ def check_round(options: argparse.Namespace) -> tuple[Training, Bounds]:
     Raises:
         UserError: an option is out of range; a file of ``--replay`` is missing; ``--train lora`` needs a package.
     """
-    counts = {"--replay-prompts": options.replay_prompts, "--control-prompts": options.control_prompts}
-    positive_integers(**counts, **{"--threads": options.threads})
-    positive(**{"--max-memory": options.max_memory})
+    _check_ranges(options)
     if options.out is not None and options.out.absolute() == options.model.absolute():
         raise UserError(f"--out {options.out} is MODEL, which is never changed; choose another path")
     if options.train == "lora" and find_spec("peft") is None:
@@ -217,6 +214,21 @@ def check_round(options: argparse.Namespace) -> tuple[Training, Bounds]:
         reward_accuracy=options.min_reward_accuracy,
     )
     return training, bounds
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
+    """Raises :class:`UserError` for an option that is out of range; it names the option as it is typed."""
+
+    def flags(*names: str) -> dict[str, Any]:
+        return {f"--{name}": getattr(options, name.replace("-", "_")) for name in names}
+
+    counts = ("replay-prompts", "control-prompts", "threads", "passes", "iterations", "lora-rank", "train-layers")
+    positive_integers(**flags(*counts, "max-new-tokens"))
+    positive(**(rates := flags("max-memory", "learning-rate", "beta")))
+    finite(**rates)
+    not_negative(**flags("max-perplexity-rise", "max-control-drop", "max-kl"))
+    fractions(**flags("min-reward-accuracy"))
+    check_seed("--seed", options.seed)
 
 
 def check_chat_round(words: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlchat.chat.versions import Versions
-from rlchat.errors import says_no_memory
+from rlchat.errors import UserError, counted, says_no_memory
 
 LEARN = (sys.executable, "-m", "rlchat", "learn")
 """The command of a round, without its arguments."""
@@ -36,6 +37,8 @@ class Outcome:
         seconds: the time of the whole round.
         feedback_file: the name of the file of verdicts that it has read.
         left_out: how many verdicts it could not use, by reason.
+        kinds: how many of the verdicts were good, bad and corrected.
+        model_id: the :func:`rlchat.models.model_file.identity` of the original model; empty in older figures.
     """
 
     number: int | None
@@ -48,6 +51,8 @@ class Outcome:
     seconds: float = 0.0
     feedback_file: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    model_id: str = ""
 
     @property
     def sentence(self) -> str:
@@ -59,10 +64,38 @@ class Outcome:
             now, of, before = self.after["agrees"], self.after.get("verdicts"), self.before.get("agrees")
             changes.append(f"agrees with {now} of {of} held-back verdicts, before: {before}")
         if self.after.get("correct") is not None:
-            now, of, before = self.after["correct"], self.after.get("controls"), self.before.get("correct")
-            changes.append(f"{now} of {of} controls are correct, before: {before}")
-        learned = f"version {self.number} has learned from {self.verdicts} verdict{'s' * (self.verdicts != 1)}"
+            changes.append(self._controls)
+        learned = f"version {self.number} has learned from {self.learned_from}"
         return ": ".join([learned, *(["; ".join(changes)] if changes else [])])
+
+    @property
+    def learned_from(self) -> str:
+        """The verdicts that it used, as in ``3 verdicts (1 good, 2 corrected)``."""
+        kinds = ", ".join(f"{self.kinds[kind]} {kind}" for kind in ("good", "bad", "corrected") if self.kinds.get(kind))
+        return counted(self.verdicts, "verdict") + (f" ({kinds})" if kinds else "")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was left out and what the gate did not measure, as clauses."""
+        left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
+        return (*([f"left out: {left_out}"] if left_out else []), *self.notes)
+
+    @property
+    def _controls(self) -> str:
+        """The correct controls of an accepted version. They may have fallen, but not by more than the gate allows."""
+        now, of, before = self.after["correct"], self.after.get("controls"), self.before.get("correct")
+        has_fallen = isinstance(now, int) and isinstance(before, int) and now < before
+        return f"{now} of {of} controls are correct, before: {before}{', which is within the bound' * has_fallen}"
+
+
+def arguments_of(model: Path, feedback: Path, current: Path | None, memory: float) -> list[str]:
+    """The arguments of a round in the background: what it learns for and from, and its ``memory`` in GiB, 0: no limit.
+
+    ``current`` is the version in use; None: the original model.
+    """
+    words = [str(model), "--feedback", str(feedback), "--on-bad-line", "skip", "--threads", "1", "--background"]
+    words += ["--max-memory", f"{memory:g}"] if memory else []
+    return words + (["--current", str(current)] if current is not None else [])
 
 
 class Round:
@@ -73,21 +106,28 @@ class Round:
         arguments: of the command, without those that follow from being a child.
         log: the file for its output, which is replaced.
         scratch: a folder for its temporary files, which is emptied.
+
+    Raises:
+        UserError: a file cannot be written, or the process cannot be started.
     """
 
     def __init__(self, command: Sequence[str], arguments: Sequence[str], log: Path, scratch: Path) -> None:
         self.since = time.time()
         self.log = log
         self._began = time.monotonic()
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch.absolute()))}
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("wb") as output:
-            # `--background` ends when this pipe is closed, also by the end of this process.
-            self._process = subprocess.Popen(
-                [*command, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, **_apart()
-            )
+        shutil.rmtree(scratch, ignore_errors=True)
+        words = [*command, *arguments]
+        try:
+            scratch.mkdir(parents=True)
+            with log.open("wb") as output:
+                # `--background` ends when this pipe is closed, also by the end of this process.
+                self._process = subprocess.Popen(
+                    words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, **_apart()
+                )
+        except OSError as error:
+            raise UserError(f"{log.parent}: a round of learning cannot begin here: {error.strerror}") from error
 
     @property
     def pid(self) -> int:
@@ -145,22 +185,32 @@ def _apart() -> dict[str, Any]:
 
 
 def outcomes(versions: Versions) -> list[Outcome]:
-    """All outcomes whose figures are in the folder of ``versions``, the oldest first. Damaged figures are left out."""
-    found = [outcome for figures in _all_figures(versions) if (outcome := _outcome(figures)) is not None]
-    return sorted(found, key=lambda outcome: outcome.date)
+    """All outcomes whose figures are in the folder of ``versions``, the oldest first. Damaged figures are left out.
+
+    Accepted versions are in the order of their numbers and rejected ones in that of their lines, also if the clock was
+    set back; dates decide only between the two.
+    """
+    accepted = sorted(_whole(_numbered_figures(versions)), key=lambda outcome: outcome.number or 0)
+    return list(heapq.merge(accepted, _whole(_rejected_figures(versions)), key=lambda outcome: outcome.date))
 
 
-def _all_figures(versions: Versions) -> Iterator[Any]:
+def _numbered_figures(versions: Versions) -> Iterator[Any]:
     for path in versions.folder.glob("*.json"):
         if path.stem.isdigit():
             yield _parsed(path)
-    rejected = versions.folder / "rejected.jsonl"
+
+
+def _rejected_figures(versions: Versions) -> Iterator[Any]:
     try:
-        lines = rejected.read_bytes().splitlines()
+        lines = (versions.folder / "rejected.jsonl").read_bytes().splitlines()
     except OSError:
         lines = []
     for line in lines:
         yield _parsed(line)
+
+
+def _whole(all_figures: Iterator[Any]) -> list[Outcome]:
+    return [outcome for figures in all_figures if (outcome := _outcome(figures)) is not None]
 
 
 def _parsed(source: Path | bytes) -> Any:
@@ -186,6 +236,8 @@ def _outcome(figures: Any) -> Outcome | None:
             seconds=float(sum((figures.get("seconds") or {}).values())),
             feedback_file=str(figures.get("feedback_file", "")),
             left_out={str(why): int(n) for why, n in (figures["feedback"].get("left_out") or {}).items()},
+            kinds={str(kind): int(n) for kind, n in (figures["feedback"].get("kinds") or {}).items()},
+            model_id=str(figures.get("model_id", "")),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

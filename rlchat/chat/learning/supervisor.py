@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rlchat.chat.learning.folder import VersionFolder
-from rlchat.chat.learning.rounds import LEARN, Outcome, Round
+from rlchat.chat.learning.rounds import LEARN, Outcome, Round, arguments_of
 from rlchat.chat.learning.state import State
-from rlchat.chat.learning.tally import Tally
+from rlchat.chat.learning.status import Status
+from rlchat.chat.learning.table import version_table
+from rlchat.chat.learning.tally import Tally, names_of
 from rlchat.errors import UserError, one_line
 from rlchat.utils.background import machine_memory
 
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Where learning stands.
-
-    Attributes:
-        on: whether new verdicts start a round.
-        every: the number of new verdicts that starts a round.
-        verdicts: the number of verdicts that count.
-        new: how many of them no round has used.
-        bad_lines: damaged lines of the feedback file, which are skipped.
-        active: the number of the version that answers; 0: the original model.
-        path: its model file.
-        previous: the versions that were active before it, the last one last.
-        versions: the numbers of the versions that :meth:`Supervisor.rollback` can take, 0 among them.
-        training_since: when the round began that runs now, in seconds since 1970; None if none runs.
-        rounds: the outcomes of all rounds so far, the oldest first.
-        accepted, rejected: how many outcomes of each kind there are.
-        training_seconds: the time of all rounds with an outcome.
-        error: why the last round or swap failed, in one sentence; None after a success.
-        failures: how many rounds and swaps have failed since the start. It rises also if the reason is the same again.
-    """
-
-    on: bool
-    every: int
-    verdicts: int
-    new: int
-    bad_lines: int
-    active: int
-    path: Path
-    previous: tuple[int, ...]
-    versions: tuple[int, ...]
-    training_since: float | None
-    rounds: tuple[Outcome, ...]
-    error: str | None
-    failures: int
-
-    @property
-    def accepted(self) -> int:
-        """The number of accepted versions."""
-        return sum(outcome.number is not None for outcome in self.rounds)
-
-    @property
-    def rejected(self) -> int:
-        """The number of rejected versions."""
-        return len(self.rounds) - self.accepted
-
-    @property
-    def training_seconds(self) -> float:
-        """The seconds of all rounds with an outcome."""
-        return sum(outcome.seconds for outcome in self.rounds)
 
 
 class Supervisor:
@@ -94,7 +45,8 @@ class Supervisor:
         command: runs a round; for tests.
 
     Raises:
-        UserError: another supervisor works here; the folder cannot be written; its state is damaged.
+        UserError: the model is missing, no chat model, or itself a version; another supervisor works here; the folder
+            cannot be written; its state is damaged.
     """
 
     def __init__(
@@ -116,7 +68,7 @@ class Supervisor:
         self._on_version = on_version
         self._folder = VersionFolder(self.model, keep)
         self._lock = threading.RLock()  # of everything that status() shows
-        self._swap = threading.RLock()  # held while a version becomes active; taken before _lock
+        self._swap = threading.RLock()  # held while the state or the active version changes; taken before _lock
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="rlchat-learning", daemon=True)
@@ -124,11 +76,15 @@ class Supervisor:
         self._error: str | None = None
         self._failures = 0
         self._unreadable: str | None = None
+        self._lost: str | None = None  # why the folder is not this supervisor's any more
         self._tried: frozenset[str] | None = None  # digests of the round that runs, or of the last one if it failed
         try:
-            self._state = self._folder.recover()
-            self._tally = Tally(self.feedback, self._folder.versions.owns, self._state.used)
-            self._outcomes = self._folder.outcomes()
+            self._state, notices = self._folder.recover()
+            self._written: State | None = self._state  # what is in state.json
+            self._notices = tuple(notices)
+            self._model_id = self._folder.original.model_id
+            self._tally = Tally(self.feedback, self._folder.versions.owns, self._state.used, self._model_id)
+            self._outcomes = self._folder.own_outcomes()
         except BaseException:
             self._folder.release()
             raise
@@ -137,10 +93,15 @@ class Supervisor:
         """Begins to watch the feedback file.
 
         Args:
-            model_id: the :func:`rlchat.models.model_file.identity` of the model. Verdicts on responses of a model with
-                another one do not count. Empty: only the names of model files are compared.
+            model_id: the :func:`rlchat.models.model_file.identity` of the model in use. Empty: that is not compared.
+
+        Raises:
+            UserError: the model in use is not :attr:`model` or a version of it.
         """
-        self._tally.model_id = model_id
+        if model_id not in ("", self._model_id):
+            raise UserError(f"{self.model} was replaced while it was loaded; start again to use it")
+        for notice in self._notices:
+            _log.warning("%s", notice)
         self._thread.start()
 
     def close(self) -> None:
@@ -151,7 +112,10 @@ class Supervisor:
         if self._thread.is_alive():
             self._thread.join()
         with self._swap, self._lock:
-            self._abandon_round()
+            if self._round is not None and self._folder.is_taken():
+                with contextlib.suppress(UserError):  # the next start finds out that the round has ended
+                    self._write(replace(self._state, running=None))
+            self._stop_round()
             self._folder.release()
 
     def active(self) -> tuple[int, Path]:
@@ -167,6 +131,22 @@ class Supervisor:
         """The model file with a ``name`` that :meth:`owns` accepts; it may have been deleted."""
         return self.model if name in ("", self.model.name) else self._folder.versions.folder / name
 
+    def model_id_of(self, name: str) -> str:
+        """The identity of the model file that is called ``name``; empty if it is not known."""
+        with self._lock:
+            is_pruned = any(name == f"{outcome.number}.pt" for outcome in self._outcomes)
+            return self._folder.model_id(name) or (self._model_id if is_pruned else "")
+
+    def check_original(self) -> None:
+        """Raises :class:`UserError` if the file of the original model was replaced since the start, or is damaged."""
+        with self._lock:
+            self._folder.original.check()
+
+    def table(self) -> list[str]:
+        """All versions, as :func:`version_table` shows them."""
+        with self._lock:
+            return version_table(self._folder.outcomes(), self._state.active, self._folder.remark)
+
     def notify(self) -> None:
         """Looks at the feedback file now, not only at the next of the regular times."""
         self._wake.set()
@@ -174,20 +154,21 @@ class Supervisor:
     def status(self) -> Status:
         """Where learning stands now."""
         with self._lock:
-            number, path = self.active()
             return Status(
                 on=self._state.on,
                 every=self.every,
                 verdicts=self._tally.total,
                 new=self._tally.new,
                 bad_lines=self._tally.bad_lines,
-                active=number,
-                path=path,
+                others=dict(self._tally.others),
+                active=self._state.active,
+                path=self._folder.path(self._state.active),
                 previous=self._state.previous,
                 versions=self._folder.usable(),
                 training_since=None if self._round is None else self._round.since,
                 rounds=tuple(self._outcomes),
                 error=self._problem(),
+                notices=self._notices,
                 failures=self._failures,
             )
 
@@ -195,51 +176,53 @@ class Supervisor:
         """Turns learning on or off, also for the next start. Off ends a round that runs; its verdicts stay new.
 
         Raises:
-            UserError: the state cannot be written.
+            UserError: the state cannot be written; then nothing changes.
         """
         with self._swap, self._lock:
+            self._keep_folder()
+            self._set_state(replace(self._state, on=on, running=self._state.running if on else None))
             if not on:
-                self._abandon_round()
-            self._set_state(replace(self._state, on=on))
+                self._stop_round()
         self._wake.set()
 
     def rollback(self, number: int | None = None) -> tuple[int, Path]:
         """Makes an earlier version active again; returns its number and model file.
 
         A round that runs is ended. The verdicts stay in the feedback file, but none of them is new any more: the next
-        round begins after :attr:`every` further ones, and trains on all.
+        round begins after :attr:`every` further ones, and trains on all. If the version is already in use, nothing
+        changes.
 
         Args:
             number: of the version, 0 for the original; None: the one that was active before.
 
         Raises:
-            UserError: there is no such version; it cannot be loaded; the state cannot be written.
+            UserError: there is no such version; it cannot be loaded; the state cannot be written. Nothing changes then.
         """
         with self._swap:
             with self._lock:
-                number = self._earlier(number)
+                self._keep_folder()
+                number = self._state.earlier(number, self._folder.usable())
                 path = self._folder.path(number)
-            self._on_version(number, path)
-            with self._lock:
-                self._abandon_round()
+                if number == self._state.active:
+                    return number, path
+                if number == 0:
+                    self._folder.original.check()
                 self._count()
-                used = self._tally.digests
-                self._set_state(replace(self._state.activate(number), used=used))
-                self._tally.use(used)
+                back = replace(self._state.activate(number), used=self._tally.digests, running=None)
+                self._write(back)
+            try:
+                self._on_version(number, path)
+            except BaseException:
+                with self._lock, contextlib.suppress(UserError):  # else the next step writes it
+                    self._write(self._state)
+                raise
+            with self._lock:
+                self._state = back
+                self._stop_round()
+                self._tally.use(back.used)
                 self._error = self._tried = None
         self._wake.set()
         return number, path
-
-    def _earlier(self, number: int | None) -> int:
-        usable = self._folder.usable()
-        if number is None:
-            before = [one for one in self._state.previous if one in usable]
-            if not before:
-                raise UserError("there is no earlier version to roll back to")
-            return before[-1]
-        if number not in usable:
-            raise UserError(f"there is no version {number}; expected one of {', '.join(map(str, usable))}")
-        return number
 
     def _work(self) -> None:
         while not self._closing:
@@ -254,16 +237,41 @@ class Supervisor:
             self._wake.clear()
 
     def _step(self) -> None:
-        with self._lock:
-            self._count()
-            has_ended = self._round is not None and self._round.code is not None
-            if self._round is None and self._is_due():
-                try:
-                    self._begin_round()
-                except UserError as error:
-                    self._fail(str(error))
-        if has_ended:
-            self._end_round()
+        with self._swap:
+            with self._lock:
+                self._count()
+                self._keep_folder()
+                if self._written != self._state:  # the disk was full
+                    self._write(self._state)
+                    self._folder.prune(self._state)
+                    self._error = None
+                has_ended = self._round is not None and self._round.code is not None
+                if self._round is None and self._is_due():
+                    try:
+                        self._begin_round()
+                    except UserError as error:
+                        self._fail(str(error))
+            if has_ended:
+                self._end_round()
+
+    def _keep_folder(self) -> None:
+        """Takes the folder again if it was deleted. A round that runs there is ended, and begins again.
+
+        Raises:
+            UserError: another supervisor works there, or has worked there; the folder cannot be made.
+        """
+        if self._lost is None and self._folder.is_taken():
+            return
+        self._stop_round()
+        self._state, self._written = replace(self._state, running=None), None
+        folder = self._folder.versions.folder
+        if self._lost is not None or self._folder.has_state():
+            self._lost = f"{folder} was replaced since the start; restart to learn again"
+            raise UserError(self._lost)
+        self._folder.take()
+        self._outcomes = self._folder.own_outcomes()
+        self._notice(f"{folder} was deleted, with the versions in it; {self._in_use} still answers")
+        self._write(self._state)
 
     def _count(self) -> None:
         try:
@@ -275,7 +283,7 @@ class Supervisor:
     def _problem(self) -> str | None:
         """Why there is nothing to learn from, or why learning has failed."""
         if self._unreadable is None and not self._tally.total and self._tally.others:
-            names = ", ".join(sorted(self._tally.others))
+            names = names_of(self._tally.others)
             return f"the verdicts in {self.feedback} are on responses of {names}, not of {self.model.name}"
         return self._unreadable or self._error
 
@@ -286,16 +294,24 @@ class Supervisor:
         return self._tried is None or bool(self._tally.digests - self._tried)
 
     def _begin_round(self) -> None:
-        begun = replace(self._state, rounds=self._state.rounds + 1, running=self._state.rounds + 1)
+        """Raises :class:`UserError` if that fails; then no round is begun, and there are no files of it."""
+        begun = self._state.begin()
+        assert begun.running is not None
         self._tried = self._tally.digests
-        snapshot = self._folder.snapshot(begun.rounds, self.feedback, self._tally.size)
-        self._folder.write(begun)
-        self._state = begun
-        arguments = [str(self.model), "--feedback", str(snapshot), "--on-bad-line", "skip", "--threads", "1"]
-        arguments += ["--background", *(["--max-memory", f"{self._memory:g}"] if self._memory else [])]
-        if begun.active:
-            arguments += ["--current", str(self._folder.path(begun.active))]
-        self._round = Round(self._command, [*arguments, *self._options], self._folder.log, self._folder.scratch)
+        self._folder.original.check()
+        snapshot = self._folder.snapshot(begun.running, self.feedback, self._tally.size)
+        current = self._folder.path(begun.active) if begun.active else None
+        if begun.active and self._folder.condition(begun.active) != "usable":
+            current = None
+            self._notice(f"the file of {self._in_use} is gone, so the next version is compared with the original model")
+        arguments = arguments_of(self.model, snapshot, current, self._memory)
+        try:
+            self._set_state(begun)
+            self._round = Round(self._command, [*arguments, *self._options], self._folder.log, self._folder.scratch)
+        except UserError:
+            self._state = replace(self._state, running=None)
+            self._folder.clean()
+            raise
 
     def _end_round(self) -> None:
         """Makes the version of a round that has ended active."""
@@ -303,9 +319,12 @@ class Supervisor:
             with self._lock:
                 if self._round is None or self._round.code is None:  # ended by a rollback in the meantime
                     return
-                ended, number = self._round, self._state.running
-                assert number is not None
-                outcome = self._folder.settle(number)
+                ended, name = self._round, self._state.running
+                assert name is not None
+                outcome = self._folder.settle(name)
+            if outcome is not None and not self._folder.is_own(outcome):
+                self._finish(ended, None, f"{self.model} was replaced since the start; restart to use it")
+                return
             if outcome is not None and outcome.number is not None:
                 try:
                     self._on_version(outcome.number, self._folder.path(outcome.number))
@@ -314,11 +333,10 @@ class Supervisor:
                         _log.exception("the swap failed")
                     self._finish(ended, outcome, f"version {outcome.number} is not in use: {one_line(error)}")
                     return
-            self._finish(ended, outcome, self._failure(ended, number) if outcome is None else None)
-
-    def _failure(self, ended: Round, number: int) -> str:
-        """Why a round has failed. It names the feedback file, not the copy that the round has read."""
-        return ended.failure().replace(str(self._folder.snapshot_path(number)), str(self.feedback))
+            failure = None
+            if outcome is None:  # it names the feedback file, not the copy that the round has read
+                failure = ended.failure().replace(str(self._folder.snapshot_path(name)), str(self.feedback))
+            self._finish(ended, outcome, failure)
 
     def _finish(self, ended: Round, outcome: Outcome | None, error: str | None) -> None:
         with self._lock:
@@ -331,23 +349,25 @@ class Supervisor:
             if outcome is not None:
                 self._outcomes.append(outcome)
                 used = self._tried or frozenset()
-                state = replace(state, used=used)
+                state = replace(state, used=used, highest=max(state.highest, outcome.number or 0))
                 if outcome.number is not None and error is None:
                     state = state.activate(outcome.number)
                 self._tally.use(used)
                 self._tried = None
-            self._set_state(state)
+            self._state = state  # also if it cannot be written: the version is in use, and the next start finds it
+            self._write(state)
             self._folder.prune(state)
         self._wake.set()
 
-    def _abandon_round(self) -> None:
+    def _stop_round(self) -> None:
+        """Ends the round that runs, if one does. The state no longer has it."""
         if self._round is not None:
             self._round.stop()
             self._round = None
             self._tried = None
-            self._set_state(replace(self._state, running=None))
-            self._folder.clean()
-            self._outcomes = self._folder.outcomes()
+            if self._folder.is_taken():
+                self._folder.clean()
+                self._outcomes = self._folder.own_outcomes()
 
     def _fail(self, error: str) -> None:
         """A round or a swap has failed. The reason is reported also if it is the same as before."""
@@ -360,7 +380,21 @@ class Supervisor:
             _log.warning("%s", error)
         self._error = error
 
+    def _notice(self, sentence: str) -> None:
+        """The user should know it. It is said once until something else is."""
+        if self._notices[-1:] != (sentence,):
+            self._notices = (*self._notices, sentence)
+            _log.warning("%s", sentence)
+
+    @property
+    def _in_use(self) -> str:
+        return f"version {self._state.active}" if self._state.active else "the original model"
+
     def _set_state(self, state: State) -> None:
-        """Also if it cannot be written: the next start then finds the outcome of the round on its own."""
+        """Writes ``state``, and then uses it. Raises :class:`UserError`, without a change, if it cannot be written."""
+        self._write(state)
         self._state = state
+
+    def _write(self, state: State) -> None:
         self._folder.write(state)
+        self._written = state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,16 +11,16 @@ from rlchat.chat.learning.rounds import Outcome
 _COLUMNS = ("version", "when", "outcome", "verdicts", "agreement", "correct controls", "")
 
 
-def version_table(outcomes: Sequence[Outcome], active: int, usable: Collection[int]) -> list[str]:
+def version_table(outcomes: Sequence[Outcome], active: int, remark: Callable[[Outcome], str]) -> list[str]:
     """One line per version, the original first, below a line of titles. ``*`` marks version ``active``.
 
     Args:
         outcomes: of all rounds, the oldest first. A rejected version has no number.
         active: the version that answers; 0 is the original.
-        usable: the numbers of the versions that can be loaded.
+        remark: why the version of an outcome cannot be used, or empty.
     """
     rows: list[Sequence[str]] = [_COLUMNS, ("0", "", "original", "", "", "", "")]
-    rows += [_row(outcome, usable) for outcome in outcomes]
+    rows += [_row(outcome, remark(outcome)) for outcome in outcomes]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = []
     for row in rows:
@@ -29,11 +29,8 @@ def version_table(outcomes: Sequence[Outcome], active: int, usable: Collection[i
     return lines
 
 
-def _row(outcome: Outcome, usable: Collection[int]) -> Sequence[str]:
+def _row(outcome: Outcome, remark: str) -> Sequence[str]:
     is_accepted = outcome.number is not None
-    note = "; ".join(outcome.reasons)
-    if is_accepted and outcome.number not in usable:
-        note = "its model file was deleted"
     return (
         str(outcome.number) if is_accepted else "",
         _local(outcome.date),
@@ -41,7 +38,7 @@ def _row(outcome: Outcome, usable: Collection[int]) -> Sequence[str]:
         str(outcome.verdicts),
         _change(outcome, "agrees", "verdicts"),
         _change(outcome, "correct", "controls"),
-        note,
+        "; ".join([*outcome.reasons, *([remark] if remark else [])]),
     )
 
 

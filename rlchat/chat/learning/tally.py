@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from rlchat.chat.verdicts import JudgedResponse, verdict_of
+from rlchat.chat.verdicts import JudgedResponse, namesake, verdict_of
 from rlchat.data.jsonl import MAX_LINE_BYTES, BadLineError, parse_object
 from rlchat.errors import UserError
 
@@ -25,18 +25,17 @@ class Tally:
         path: the feedback file. It need not exist yet.
         owns: whether verdicts on responses of the model file with this name count.
         used: digests of verdicts that are not new, see :attr:`digests`.
+        model_id: of the model, see :func:`rlchat.models.model_file.identity`; empty: only names are compared.
 
     Attributes:
-        model_id: of the model, see :func:`rlchat.models.model_file.identity`; empty: only names are compared. Set it
-            before the first call of :meth:`update`.
         size: bytes that were read: whole lines only.
         bad_lines: lines that are not verdicts.
         others: verdicts on responses of other models, by the name of the model.
     """
 
-    def __init__(self, path: Path, owns: Callable[[str], bool], used: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, owns: Callable[[str], bool], used: Collection[str] = (), model_id: str = "") -> None:
         self.path = path
-        self.model_id = ""
+        self._model_id = model_id
         self._owns = owns
         self._used = frozenset(used)
         self._stamp: tuple[int, int, int] | None = None  # inode, size and time of the file when it was read
@@ -56,6 +55,10 @@ class Tally:
     def new(self) -> int:
         """The number of verdicts that count and were not used."""
         return len(self.digests - self._used)
+
+    def has(self, feedback_id: str) -> bool:
+        """Whether the response with this id has a verdict that was not taken back, of whichever model it is."""
+        return feedback_id in self._digests or feedback_id in self._other_ids
 
     def use(self, digests: Collection[str]) -> None:
         """Verdicts with these ``digests`` are no longer new, and all others are."""
@@ -123,12 +126,19 @@ class Tally:
             return
         has_name = self._owns(verdict.model)
         # The name of a file decides only where an identity is not known, as in `rlchat learn`.
-        if verdict.model_id == self.model_id if verdict.model_id and self.model_id else has_name:
+        if verdict.model_id == self._model_id if verdict.model_id and self._model_id else has_name:
             self._digests[verdict.feedback_id] = _digest(verdict)
         else:
-            self._other_ids[verdict.feedback_id] = f"another model named {verdict.model}" if has_name else verdict.model
+            self._other_ids[verdict.feedback_id] = namesake(verdict.model) if has_name else verdict.model
 
 
 def _digest(verdict: JudgedResponse) -> str:
     parts = "\0".join((verdict.feedback_id, verdict.kind, verdict.correction))
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def names_of(others: Mapping[str, int], most: int = 3) -> str:
+    """The names of other models, by the number of their verdicts, on one line. Names are text from a file."""
+    names = [" ".join(name.split()) for name, _ in sorted(others.items(), key=lambda item: (-item[1], item[0]))]
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])

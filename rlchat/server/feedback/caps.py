@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from rlchat.errors import counted
 
 HOUR = 3600.0
 
@@ -39,17 +42,20 @@ class VerdictCounter:
             self._add(now - age, client)
 
     def refusal(self, client: str) -> tuple[str, int] | None:
-        """Why no verdict of ``client`` can be taken now, and in how many seconds one can; None if one can."""
+        """Why no verdict of ``client`` can be taken now, and in how many seconds one can; None if one can.
+
+        The sentence also says when, in minutes that are rounded up, or in seconds below two minutes.
+        """
         now = self._clock()
         while self._taken and now - self._taken[0][0] >= HOUR:
             _, gone = self._taken.popleft()
             self._by_client[gone] -= 1
             self._by_client += Counter()  # drops those without any
         if len(self._taken) >= self.caps.in_all:
-            return f"this server takes {self.caps.in_all:,} verdicts per hour", self._wait(now, self._taken[0][0])
+            return self._refused(self.caps.in_all, "", self._taken[0][0] - now)
         if self._by_client[client] >= self.caps.per_client:
             first = next(time for time, one in self._taken if one == client)
-            return f"this server takes {self.caps.per_client:,} verdicts per hour from a client", self._wait(now, first)
+            return self._refused(self.caps.per_client, " from a client", first - now)
         return None
 
     def take(self, client: str) -> None:
@@ -60,5 +66,8 @@ class VerdictCounter:
         self._taken.append((when, client))
         self._by_client[client] += 1
 
-    def _wait(self, now: float, first: float) -> int:
-        return max(1, round(first + HOUR - now))
+    def _refused(self, cap: int, of: str, first: float) -> tuple[str, int]:
+        """The sentence and the seconds, if the ``first`` verdict that counts was given that many seconds from now."""
+        seconds = max(1, math.ceil(first + HOUR))
+        when = counted(seconds, "second") if seconds < 120 else counted(math.ceil(seconds / 60), "minute")
+        return f"this server takes {counted(cap, 'verdict')} per hour{of}: try again in {when}", seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle
 from rlchat.server.engine import Engine
 from rlchat.server.errors import APIError
+from rlchat.server.feedback.names import FileNames
 from rlchat.server.schemas import RewardReply, RewardRequest
+
+log = logging.getLogger("rlchat")
 
 _KEPT = 2  # scorers in memory: of the active version, and of one before
 
@@ -35,6 +39,8 @@ class Rewards:
     ) -> None:
         self._engine, self._file, self._load, self._supervisor = engine, file, load, supervisor
         self._scorers: OrderedDict[str, RewardScorer] = OrderedDict()  # by the name of the file, the last used one last
+        folders = [] if supervisor is None else [supervisor.path_of("1.pt").parent]
+        self._names = FileNames([file], folders)
         self._lock = threading.Lock()  # one response at a time
 
     @property
@@ -45,7 +51,7 @@ class Rewards:
     def score(self, request: RewardRequest) -> RewardReply:
         """The reward of a response by the version that ``request.model`` names, or else by the active one.
 
-        That is also so if the file of the named version was deleted. The reply names the file.
+        That is also so if the file of the named version was deleted or replaced. The reply names the file.
 
         Raises:
             UserError: the file contains no reward, or no factor of it can be used.
@@ -53,16 +59,25 @@ class Rewards:
         with self._lock:
             name, scorer = self._scorer(request.model)
             factors, value = scorer.score_text(request.prompt, request.reply, ended=request.ended)
-            left_out = scorer.not_scored(request.prompt)
+            left_out = {factor: self.public(why) for factor, why in scorer.not_scored(request.prompt).items()}
         total = sum(factors.values())
         return RewardReply(reward=total, factors=factors, value=value, left_out=left_out, model=name)
+
+    def public(self, sentence: str) -> str:
+        """``sentence`` without folders of this machine; what a factor says may have any."""
+        if not (public := self._names.public(sentence, "")):
+            log.error("%s", sentence)
+        return public or "it cannot be computed: see the server's log"
 
     def _scorer(self, name: str | None) -> tuple[str, RewardScorer]:
         active = self._engine.loaded
         bundle = active.bundle
         if name is not None and name != active.version and name not in self._scorers:
             try:
-                bundle = self._load(self._path(name))
+                path = self._path(name)
+                if self._supervisor is not None and path == self._file:
+                    self._supervisor.check_original()
+                bundle = self._load(path)
             except UserError:
                 name = None
         name = name or active.version
@@ -90,4 +105,4 @@ def add_reward(app: FastAPI, rewards: Rewards) -> None:
         try:
             return rewards.score(body)
         except UserError as error:
-            raise APIError(400, str(error)) from error
+            raise APIError(400, rewards.public(str(error))) from error

@@ -27,7 +27,11 @@ class FeedbackRequest(RatedReply):
 
 
 class FeedbackKept(BaseModel):
-    kept: Literal[True] = True
+    """What became of a verdict."""
+
+    kept: bool = Field(
+        default=True, description="False: this client had no verdict on the response that it could take back."
+    )
 
 
 class Measures(BaseModel):
@@ -45,7 +49,8 @@ class LearningRound(BaseModel):
 
     version: int | None = Field(description="The number of the new version; null if it was rejected.")
     sentence: str
-    notes: list[str] = Field(description="What the gate did not measure, and why.")
+    remarks: list[str] = Field(description="What was left out, and what the gate did not measure, and why.")
+    learned_from: str = Field(description="The verdicts that it used, with their kinds.")
     date: str
     verdicts: int = Field(description="The number of verdicts that it used.")
     before: Measures = Field(description="The version that was active before.")
@@ -61,6 +66,8 @@ class LearningStatus(BaseModel):
     verdicts: int = Field(description="The number of verdicts that count.")
     new: int = Field(description="How many of them no round has used.")
     bad_lines: int = Field(description="Damaged lines of the feedback file, which are skipped.")
+    others: int = Field(description="Verdicts on responses of other models, which do not count.")
+    other_models: str = Field(description="The names of these models.")
     version: int = Field(description="The number of the active version; 0: the original model.")
     file: str = Field(description=FINGERPRINT.replace("generated the response", "generates new responses"))
     versions: list[int] = Field(description="The versions that can be rolled back to.")
@@ -68,6 +75,9 @@ class LearningStatus(BaseModel):
     training_seconds: float | None = Field(description="Time of the round that runs now; null if none runs.")
     rounds: list[LearningRound] = Field(description="All rounds so far, the oldest first.")
     error: str | None = Field(description="Why the last round or swap failed; null after a success.")
+    notices: list[str] = Field(
+        description="What has happened to the files of the model and its versions, as sentences."
+    )
     failures: int = Field(description="Rounds and swaps that have failed since the start, also for the same reason.")
 
 

@@ -10,7 +10,7 @@ from helpers.chat_models import chain, random_policy, scripted_policy
 from helpers.screens import Screen
 from helpers.servers import wait_until
 
-from rlchat.models.model_file import save_bundle
+from rlchat.models.model_file import identity, load_policy, save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
 
 LEARN = ("--learn", "--every", "2", "--max_new_tokens", "8")
@@ -26,7 +26,10 @@ def correct(screen: Screen, question: str, correction: str) -> None:
 def test_news_comes_between_prompts(tmp_path: Path, byte_tokenizer: ChatTokenizer) -> None:
     """With quick rounds: at an empty prompt at once, and after Enter if something is typed."""
     for name, text in (("chat.pt", b"old "), ("new.pt", b"new!")):
-        save_bundle(tmp_path / name, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True)))
+        bundle = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(text), endless=True))
+        if name == "new.pt":
+            bundle.about["learned"] = {"model_id": identity(load_policy(tmp_path / "chat.pt"))}
+        save_bundle(tmp_path / name, bundle)
     go = tmp_path / "go"
     program = ("-m", "helpers.quick_chat", f"--wait {go} --copy new.pt")
     screen = Screen("chat.pt", tmp_path, *LEARN, program=program)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,16 @@ def test_a_version_is_used_from_the_next_response_on(model: Path, capsys: pytest
         assert said(session) == "new!new!"
         notes(capsys)
         run(session, "/rollback", "/bad", f"/save {talk}", "e")
-        assert notes(capsys)[0] == "the original model (chat.pt) answers from now on"
+        assert notes(capsys)[0] == (
+            "the original model (chat.pt) answers from now on; the next round begins after 2 new verdicts"
+        )
         assert said(session) == "old old "
         run(session, "/versions", "/rollback 1", "f", "/rollback 7", "/rollback one")
         assert said(session) == "new!new!"
         table = notes(capsys)
         assert [line.split()[:2] for line in table[1:3]] == [["*", "0"], ["1", table[2].split()[1]]]
         assert table[3:] == [
-            "version 1 (1.pt) answers from now on",
+            "version 1 (1.pt) answers from now on; the next round begins after 2 new verdicts",
             "there is no version 7; expected one of 0, 1",
             "invalid version 'one': expected a number, as in: rollback 1",
         ]
@@ -229,6 +232,58 @@ def test_bad_feedback(model: Path) -> None:
         assert said(session) == "old old "
 
 
+def test_what_was_left_out_and_not_measured_is_said(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model.with_name("feedback.jsonl")
+    prompt = Conversation((Message("user", "a"),))
+    for number in range(6):
+        append_feedback(path, prompt, str(number), "bad", model="a\nb.pt" if number else "old.pt")
+    note = "agreement is not part of the gate: 2 verdicts are fewer than 10"
+    feedback = {
+        "verdicts": 2,
+        "kinds": {"bad": 2},
+        "left_out": {"on responses of other models": 6, "longer than max_length 64": 1},
+    }
+    with chatting(model, "--figures", json.dumps({"notes": [note], "feedback": feedback})) as session:
+        assert len(wait_for_news(session)) == 1  # none counts
+        teach(session, "b")
+        assert session.learning is not None
+        learning = session.learning
+        wait_until(lambda: "1 of 2 new verdicts" in learning.describe())
+        with path.open("a") as file:
+            file.write("{\n")
+        append_feedback(path, prompt, "7", "bad", model="old.pt")
+        assert wait_for_news(session, 2) == [
+            f"1 damaged line in {path} cannot be used",
+            "left out: 1 verdict on responses of a b.pt, old.pt, not of chat.pt",
+        ]
+        notes(capsys)
+        run(session, "/learning")
+        assert notes(capsys) == [
+            "learning: 1 of 2 new verdicts for the next version; 1 verdict in all; the original model answers",
+            "  left out: 7 verdicts on responses of a b.pt, old.pt, 1 damaged line",
+        ]
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if line != "{\n"))
+        teach(session, "c")
+        first, second = wait_for_news(session, 2)
+        assert first.startswith("version 1 has learned from 2 verdicts (2 bad): agrees with 2 of 2")
+        assert second == f"  left out: 6 on responses of other models, 1 longer than max_length 64; {note}"
+
+
+def test_learning_shows_why_the_last_round_failed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chatting(model, "--crash") as session:
+        teach(session, "a", "b")
+        wait_for_news(session)
+        notes(capsys)
+        run(session, "/learning", "/learning off")
+        failure = f"  no new version: {session.feedback}: none of 2 verdicts can be used"
+        assert notes(capsys) == [
+            "learning: 2 of 2 new verdicts for the next version; 2 verdicts in all; the original model answers",
+            failure,
+            "learning: off; 2 verdicts in all; the original model answers",
+            failure,
+        ]
+
+
 def test_quitting_ends_a_round_and_the_next_chat_goes_on(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gate = model.with_name("go")
     with chatting(model, "--wait", str(gate), "--copy", str(model.with_name("new.pt"))) as session:
@@ -283,10 +338,35 @@ def test_through_a_pipe(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["chat", str(model.with_name("half.pt")), "--learn"]) == 2
     assert "half.pt: damaged" in capsys.readouterr().err
     assert not model.with_name("half.versions").exists()
+    model.with_name("1.pt").write_bytes(model.read_bytes())
+    assert main(["chat", str(model.with_name("1.pt")), "--learn"]) == 2
+    assert "1.pt has the name of a version: copy it to a file with another name" in capsys.readouterr().err
     assert chat("", "--every", "3") == 2
     assert "--every has an effect only with --learn" in capsys.readouterr().err
     assert chat("", "--learn", "--learn-args", "'") == 2
     assert "--learn-args: no closing quotation; quote it as for a shell" in capsys.readouterr().err
+
+
+def test_news_of_files_that_have_changed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A version is damaged before the start, and the folder is deleted while chatting."""
+    with chatting(model, "--copy", str(model.with_name("new.pt"))) as session:
+        teach(session, "a", "b")
+        learned(session, 1)
+        session.news()
+        run(session, "/rollback 1")
+    assert notes(capsys)[-1] == "version 1 (1.pt) answers already; nothing has changed"
+    folder = model.with_name("chat.versions")
+    (folder / "1.pt").write_bytes(b"half")
+    with chatting(model) as session:
+        assert notes(capsys)[1:] == [f"version 1 in {folder} cannot be loaded, so the original model answers"]
+        assert session.news() == []
+        shutil.rmtree(folder)
+        assert wait_for_news(session) == [
+            f"{folder} was deleted, with the versions in it; the original model still answers"
+        ]
+        assert session.news() == []
+        run(session, "/learning off", "/rollback 0")
+    assert notes(capsys)[-1] == "the original model (chat.pt) answers already; nothing has changed"
 
 
 def test_the_table_without_learning(model: Path) -> None:
@@ -303,10 +383,10 @@ def test_the_table_of_versions() -> None:
     first = Outcome(1, (), (), "2026-11-26T12:00:00+00:00", 24, figures, after)
     rejected = Outcome(None, ("it forgets",), (), "soon", 30, figures, {})
     second = Outcome(2, (), (), "later", 32, {}, {})
-    lines = version_table([first, rejected, second], 2, (0, 2))
+    lines = version_table([first, rejected, second], 2, lambda one: "its file was deleted" if one is first else "")
     assert [line.startswith("*") for line in lines] == [False, False, False, False, True]
     assert re.fullmatch(
-        r"  1        2026-11-2\d \d\d:\d\d  accepted  24        11 → 17 of 20  237 → 240 of 256  its model file was "
+        r"  1        2026-11-2\d \d\d:\d\d  accepted  24        11 → 17 of 20  237 → 240 of 256  its file was "
         "deleted",
         lines[2],
     )

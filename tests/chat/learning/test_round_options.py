@@ -32,18 +32,20 @@ def files(workplace: Path) -> None:
         ("--help", f"unrecognized arguments: --help{SEE}"),
         ("--seed", f"argument --seed: expected one argument{SEE}"),
         ("--seed one", f"argument --seed: invalid int value: 'one'{SEE}"),
-        ("--seed -1", "invalid value -1 for seed: expected an integer from 0 to 2**32 - 1"),
-        ("--seed 4294967296", "invalid value 4294967296 for seed: expected an integer from 0 to 2**32 - 1"),
-        ("--learning-rate 0", "invalid value 0.0 for learning_rate: expected a positive number"),
-        ("--beta nan", "invalid value nan for beta: expected a positive number"),
-        ("--passes 0", "invalid value 0 for passes: expected a positive integer"),
-        ("--iterations 0", "invalid value 0 for iterations: expected a positive integer"),
-        ("--lora-rank 0", "invalid value 0 for lora_rank: expected a positive integer"),
-        ("--max-new-tokens 0", "invalid value 0 for max_new_tokens: expected a positive integer"),
+        ("--seed -1", "invalid value -1 for --seed: expected an integer from 0 to 2**32 - 1"),
+        ("--seed 4294967296", "invalid value 4294967296 for --seed: expected an integer from 0 to 2**32 - 1"),
+        ("--learning-rate 0", "invalid value 0.0 for --learning-rate: expected a positive number"),
+        ("--beta nan", "invalid value nan for --beta: expected a positive number"),
+        ("--learning-rate inf", "invalid value inf for --learning-rate: expected a finite number"),
+        ("--max-perplexity-rise -0.1", "invalid value -0.1 for --max-perplexity-rise: expected a non-negative number"),
+        ("--passes 0", "invalid value 0 for --passes: expected a positive integer"),
+        ("--iterations 0", "invalid value 0 for --iterations: expected a positive integer"),
+        ("--lora-rank 0", "invalid value 0 for --lora-rank: expected a positive integer"),
+        ("--max-new-tokens 0", "invalid value 0 for --max-new-tokens: expected a positive integer"),
         ("--replay-prompts 0", "invalid value 0 for --replay-prompts: expected a positive integer"),
         ("--control-prompts -3", "invalid value -3 for --control-prompts: expected a positive integer"),
-        ("--max-kl -1", "invalid value -1.0 for kl: expected a non-negative number"),
-        ("--max-control-drop nan", "invalid value nan for control_drop: expected a non-negative number"),
+        ("--max-kl -1", "invalid value -1.0 for --max-kl: expected a non-negative number"),
+        ("--max-control-drop nan", "invalid value nan for --max-control-drop: expected a non-negative number"),
         ("--replay gone.jsonl", "no such data file: gone.jsonl; check the path"),
         ("--replay data.jsonl gone.jsonl", "no such data file: gone.jsonl; check the path"),
         ("--replay .", ". is a directory; pass the .jsonl or .jsonl.gz files in it"),
@@ -94,6 +96,8 @@ def test_no_option_is_wrong_for_the_round_alone(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "rlchat: no such data file: gone.jsonl; check the path\n"
     assert main(["learn", "nothing.pt", "--feedback", "f.jsonl", "--max-memory", "-1"]) == 2
     assert capsys.readouterr().err == "rlchat: invalid value -1.0 for --max-memory: expected a positive number\n"
+    assert main(["learn", "nothing.pt", "--feedback", "f.jsonl", "--max-memory", "inf"]) == 2
+    assert capsys.readouterr().err == "rlchat: invalid value inf for --max-memory: expected a finite number\n"
 
 
 @pytest.mark.parametrize("command", ["serve", "chat"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlchat.chat.learning.rounds import Outcome, Round, outcomes
+from rlchat.chat.learning.state import State
 from rlchat.chat.versions import Versions
 from rlchat.utils.files import write_atomically
 
@@ -77,6 +78,28 @@ def test_outcomes_are_read_from_the_figures(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_version_has_learned_from_and_what_was_left_out(tmp_path: Path) -> None:
+    """Without agreement, the sentence says what was taught, and that a fall of the controls is allowed."""
+    versions = Versions(tmp_path / "chat.pt")
+    feedback = {
+        "verdicts": 8,
+        "kinds": {"corrected": 5, "good": 3},
+        "left_out": {"on responses of other models": 2, "longer than max_length 64": 1},
+    }
+    note = "agreement is not part of the gate: 8 verdicts are fewer than 10"
+    none = {"agrees": None, "verdicts": 0, "controls": 255}
+    versions.accept(
+        lambda path: write_atomically(path, lambda file: file.write(b"")),
+        figures(feedback=feedback, notes=[note], before={**none, "correct": 233}, after={**none, "correct": 232}),
+    )
+    (outcome,) = outcomes(versions)
+    assert outcome.sentence == (
+        "version 1 has learned from 8 verdicts (3 good, 5 corrected): "
+        "232 of 255 controls are correct, before: 233, which is within the bound"
+    )
+    assert outcome.remarks == ("left out: 2 on responses of other models, 1 longer than max_length 64", note)
+
+
 def test_the_sentence_without_measures() -> None:
     assert Outcome(3, (), (), "", 1).sentence == "version 3 has learned from 1 verdict"
 
@@ -85,3 +108,27 @@ def test_the_sentence_without_measures() -> None:
 def test_ctrl_c_does_not_reach_it_and_it_stays_in_the_session(tmp_path: Path) -> None:
     code = "import os; print(os.getpgid(0) == os.getpid(), os.getsid(0), flush=True); raise SystemExit(2)"
     assert failure(tmp_path, code) == f"True {os.getsid(0)}"
+
+
+def test_outcomes_keep_their_order_if_the_clock_is_set_back(tmp_path: Path) -> None:
+    versions = Versions(tmp_path / "chat.pt")
+    for verdicts, date, accepted in ((1, "09", True), (2, "04", True), (3, "03", False), (4, "01", False)):
+        row = figures(feedback={"verdicts": verdicts}, date=f"2026-11-{date}", accepted=accepted)
+        if accepted:
+            versions.accept(lambda path: write_atomically(path, lambda file: file.write(b"")), row)
+        else:
+            versions.reject(row)
+    order = [outcome.verdicts for outcome in outcomes(versions)]
+    assert [one for one in order if one < 3] == [1, 2]
+    assert [one for one in order if one > 2] == [3, 4]
+
+
+def test_no_number_is_given_twice(tmp_path: Path) -> None:
+    versions = Versions(tmp_path / "chat.pt")
+    assert versions.next_number() == 1
+    State(highest=4).write(versions.folder / "state.json")
+    assert versions.next_number() == 5
+    for above, number in ((0, 5), (7, 8), (2, 9)):
+        assert versions.accept(lambda path: path.write_bytes(b""), figures(), above)[0] == number
+    (versions.folder / "state.json").write_text("{")
+    assert versions.next_number() == 10

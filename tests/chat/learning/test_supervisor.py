@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helpers import quick_round
 from helpers.chat_models import random_policy
 from helpers.full_disk import largest_file
 from helpers.servers import wait_until
+from helpers.supervisors import folder_of, give, read_state, supervising, wait_for_failures, wait_for_rounds
 
-from rlchat.chat.feedback import append_feedback
 from rlchat.chat.learning.state import State
-from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.chat.versions import Versions
-from rlchat.conversation import Conversation, Message
 from rlchat.errors import UserError
 from rlchat.models.model_file import save_bundle
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
-
-Swaps = list[tuple[int, Path]]
 
 
 @pytest.fixture
@@ -34,41 +26,6 @@ def model(tmp_path: Path, tokenizer: ChatTokenizer) -> Path:
     path = tmp_path / "chat.pt"
     save_bundle(path, random_policy(tokenizer))
     return path
-
-
-def give(model: Path, *questions: str, client: str = "", name: str = "chat.pt") -> None:
-    for question in questions:
-        prompt = Conversation((Message("user", question),))
-        append_feedback(model.with_name("feedback.jsonl"), prompt, "No.", "bad", model=name, client=client)
-
-
-@contextlib.contextmanager
-def supervising(model: Path, *options: str, **more: Any) -> Iterator[tuple[Supervisor, Swaps]]:
-    swaps: Swaps = []
-    more = {"every": 2, "on_version": lambda *version: swaps.append(version), "command": quick_round.COMMAND, **more}
-    supervisor = Supervisor(model, model.with_name("feedback.jsonl"), options=options, **more)
-    supervisor.start()
-    try:
-        yield supervisor, swaps
-    finally:
-        supervisor.close()
-
-
-def folder_of(model: Path) -> Path:
-    return model.with_name("chat.versions")
-
-
-def wait_for_rounds(supervisor: Supervisor, number: int) -> None:
-    def is_done() -> bool:
-        supervisor.notify()
-        status = supervisor.status()
-        return len(status.rounds) == number and status.training_since is None
-
-    wait_until(is_done)
-
-
-def wait_for_failures(supervisor: Supervisor, number: int) -> None:
-    wait_until(lambda: supervisor.status().failures == number)
 
 
 def test_a_round_begins_with_enough_new_verdicts(model: Path) -> None:
@@ -161,11 +118,6 @@ def test_each_failure_is_reported(
             wait_until(lambda: not supervisor._wake.is_set())
         assert [one.getMessage() for one in caplog.records] == ["the disk is full"] * 2
         assert supervisor.status().failures == 5
-
-
-def read_state(model: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder_of(model) / "state.json").read_text())
-    return found
 
 
 def test_roll_back(model: Path) -> None:
@@ -279,7 +231,8 @@ def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
     with supervising(model, "--wait", str(gate)) as (supervisor, _):
         wait_until(lambda: supervisor.status().training_since is not None)
         begun = (folder_of(model) / "state.json").read_bytes()
-        snapshot = (folder_of(model) / "round-1.jsonl").read_bytes()
+        (snapshot,) = folder_of(model).glob("round-1-*.jsonl")
+        copied = snapshot.read_bytes()
         if killed == "round":
             assert supervisor._round is not None
             os.kill(supervisor._round.pid, signal.SIGKILL)
@@ -292,8 +245,9 @@ def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
             wait_for_rounds(supervisor, 1)
     # What a killed supervisor leaves: the state of the moment when the round began, and unfinished files.
     (folder_of(model) / "state.json").write_bytes(begun)
-    (folder_of(model) / "round-1.jsonl").write_bytes(snapshot)
-    (folder_of(model) / ".2.pt.abc").touch()
+    snapshot.write_bytes(copied)
+    for unfinished in (".2.pt.abc", f".{snapshot.name}.abc"):
+        (folder_of(model) / unfinished).touch()
     gate.touch()
     with supervising(model) as (supervisor, swaps):
         if killed == "after":
@@ -310,6 +264,23 @@ def test_a_kill_at_any_moment_loses_nothing(model: Path, killed: str) -> None:
         ]
 
 
+@pytest.mark.parametrize("clock", ["2026-01-01", "2099-01-01"])
+def test_no_round_takes_the_outcome_of_another(model: Path, clock: str) -> None:
+    """State.json was deleted, so the numbers of rounds begin again, and the clock was changed. Then a round fails."""
+    give(model, "a", "b")
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+    (folder_of(model) / "state.json").unlink()
+    figures = json.loads((folder_of(model) / "1.json").read_text())
+    assert figures["feedback_file"].startswith("round-1-")
+    (folder_of(model) / "1.json").write_text(json.dumps({**figures, "date": f"{clock}T00:00:00+00:00"}))
+    with supervising(model, "--crash") as (supervisor, swaps):
+        wait_for_failures(supervisor, 1)
+        assert read_state(model)["rounds"] == 1
+        status = supervisor.status()
+        assert (status.active, status.new, len(status.rounds), swaps) == (0, 2, 1, [])
+
+
 def test_figures_without_a_model_file_are_no_version(model: Path) -> None:
     """A round that was killed between the figures and the model file."""
     give(model, "a", "b")
@@ -317,8 +288,8 @@ def test_figures_without_a_model_file_are_no_version(model: Path) -> None:
         wait_for_rounds(supervisor, 1)
         assert read_state(model)["rounds"] == 1
     figures = json.loads((folder_of(model) / "1.json").read_text())
-    (folder_of(model) / "2.json").write_text(json.dumps({**figures, "version": 2, "feedback_file": "round-2.jsonl"}))
-    state = {**read_state(model), "rounds": 2, "running": 2}
+    (folder_of(model) / "2.json").write_text(json.dumps({**figures, "version": 2, "feedback_file": "round-2-ab.jsonl"}))
+    state = {**read_state(model), "rounds": 2, "running": "2-ab"}
     (folder_of(model) / "state.json").write_text(json.dumps(state))
     with supervising(model) as (supervisor, _):
         assert supervisor.active()[0] == 1
@@ -377,27 +348,111 @@ def test_a_disk_that_is_full_while_a_version_is_written(model: Path) -> None:
         assert supervisor.active()[0] == 1
 
 
-def test_a_disk_that_is_full_while_the_state_is_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The version is in use nevertheless, and the next start finds it."""
+class FullDisk:
+    """``State.write`` while the disk is full; :meth:`free` makes room."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._write, self._is_full = State.write, True
+        monkeypatch.setattr(State, "write", lambda state, path: self.write(state, path))
+
+    def write(self, state: State, path: Path) -> None:
+        if self._is_full:
+            raise UserError(f"{path}: cannot be written: No space left on device; the existing file is unchanged")
+        self._write(state, path)
+
+    def free(self) -> None:
+        self._is_full = False
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_disk_that_is_full_while_the_state_is_written(
+    model: Path, monkeypatch: pytest.MonkeyPatch, restart: bool
+) -> None:
+    """The version is in use nevertheless. It is written when there is room, and the next start finds it."""
     gate = model.with_name("go")
     give(model, "a", "b")
-
-    def full(self: State, path: Path) -> None:
-        raise UserError(f"{path}: cannot be written: No space left on device; the existing file is unchanged")
-
     with supervising(model, "--wait", str(gate)) as (supervisor, swaps):
         wait_until(lambda: supervisor.status().training_since is not None)
-        with monkeypatch.context() as patch:
-            patch.setattr(State, "write", full)
-            gate.touch()
-            wait_for_rounds(supervisor, 1)
-            wait_until(lambda: supervisor.status().error is not None)
-            assert "No space left on device" in str(supervisor.status().error)
-            assert supervisor.active()[0] == 1
-            assert len(swaps) == 1
-            with pytest.raises(UserError, match="No space left"):
-                supervisor.rollback()
-            with pytest.raises(UserError, match="No space left"):
-                supervisor.set_learning(False)
+        disk = FullDisk(monkeypatch)
+        gate.touch()
+        wait_for_rounds(supervisor, 1)
+        wait_until(lambda: supervisor.status().error is not None)
+        assert "No space left on device" in str(supervisor.status().error)
+        assert (supervisor.active()[0], len(swaps), read_state(model)["active"]) == (1, 1, 0)
+        if not restart:
+            disk.free()
+            wait_until(lambda: supervisor.status().error is None)
+            assert (read_state(model)["active"], read_state(model)["running"]) == (1, None)
+            assert not list(folder_of(model).glob("round-*"))
+    disk.free()
     with supervising(model) as (supervisor, _):
+        assert (supervisor.active()[0], supervisor.status().new) == (1, 0)
+
+
+def test_no_change_without_its_state(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, a switch and a rollback are errors that change nothing; a round that runs goes on."""
+    give(model, "a", "b")
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+    gate = model.with_name("go")
+    give(model, "c", "d")
+    with supervising(model, "--wait", str(gate)) as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        before, written = supervisor.status(), read_state(model)
+        disk = FullDisk(monkeypatch)
+        for change in (lambda: supervisor.set_learning(False), lambda: supervisor.rollback(0)):
+            with pytest.raises(UserError, match="No space left"):
+                change()
+            assert supervisor.status() == before
+            assert read_state(model) == written
+        assert (before.on, before.active, before.new, swaps) == (True, 1, 2, [])
+        disk.free()
+        gate.touch()
+        wait_for_rounds(supervisor, 2)
+        assert supervisor.active()[0] == 2
+
+
+def test_a_round_that_cannot_begin_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state cannot be written; then its process cannot be started."""
+    with supervising(model) as (supervisor, _):
+        disk = FullDisk(monkeypatch)
+        give(model, "a", "b")
+        wait_for_failures(supervisor, 1)
+        disk.free()
+        assert (read_state(model)["running"], supervisor.status().new) == (None, 2)
+        monkeypatch.setattr(supervisor, "_command", ("/no/such/program",))
+        give(model, "c")
+        wait_for_failures(supervisor, 2)
+        assert supervisor.status().error == (
+            f"{folder_of(model)}: a round of learning cannot begin here: No such file or directory"
+        )
+        wait_until(lambda: read_state(model)["running"] is None)
+        assert not list(folder_of(model).glob("round-*"))
+
+
+def test_a_rollback_that_cannot_load_the_version_changes_nothing(model: Path) -> None:
+    def refuse(number: int, path: Path) -> None:
+        raise UserError(f"{path.name} cannot be loaded")
+
+    give(model, "a", "b")
+    with supervising(model) as (supervisor, _):
+        wait_for_rounds(supervisor, 1)
+    with supervising(model, on_version=refuse) as (supervisor, _):
+        before = read_state(model)
+        with pytest.raises(UserError, match="cannot be loaded"):
+            supervisor.rollback(0)
+        assert (supervisor.active()[0], read_state(model)) == (1, before)
+
+
+def test_a_rollback_to_the_version_in_use_changes_nothing(model: Path) -> None:
+    gate = model.with_name("go")
+    give(model, "a", "b")
+    with supervising(model, "--wait", str(gate)) as (supervisor, swaps):
+        wait_until(lambda: supervisor.status().training_since is not None)
+        before = supervisor.status()
+        assert supervisor.rollback(0) == (0, model)
+        assert supervisor.status() == before
+        assert (before.new, swaps) == (2, [])
+        gate.touch()
+        wait_for_rounds(supervisor, 1)
         assert supervisor.active()[0] == 1

@@ -112,7 +112,6 @@ def test_the_identity_of_a_model_counts_more_than_its_name(path: Path) -> None:
     give(path, "a", "good", model_id="mine", model="copy.pt")
     give(path, "b", "good", model_id="another")
     give(path, "c", "good")  # of an earlier version of rlchat
-    tally = Tally(path, lambda name: name == "chat.pt")
-    tally.model_id = "mine"
+    tally = Tally(path, lambda name: name == "chat.pt", model_id="mine")
     tally.update()
-    assert (tally.total, dict(tally.others)) == (2, {"another model named chat.pt": 1})
+    assert (tally.total, dict(tally.others)) == (2, {"another model named chat.pt (as when it was trained again)": 1})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import Any
 
 import pytest
 from helpers.chat_models import chain, scripted_policy
-from helpers.servers import HTTP, Server, learning_server, serving, slow_down, wait_until
+from helpers.servers import HTTP, ROOT, Server, learning_server, serving, slow_down, wait_until
 
+from rlchat.chat.feedback import client_digest
 from rlchat.chat.learning.supervisor import Supervisor
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.server.feedback.caps import Caps
+from rlchat.server.feedback.clients import Addresses
 from rlchat.tokenizer.chat_tokenizer import ChatTokenizer
+from rlchat.utils.files import write_atomically
 
 
 @pytest.fixture
@@ -154,13 +160,41 @@ def test_too_many_verdicts_are_refused(model: Path) -> None:
         assert [rate(server, number, client="a").status_code for number in range(3)] == [200, 200, 429]
         refused = rate(server, 3, client="a")
         assert refused.json()["error"]["message"] == (
-            "this server takes 2 verdicts per hour from a client: try again later"
+            "this server takes 2 verdicts per hour from a client: try again in 60 minutes"
         )
         assert 3500 < int(refused.headers["Retry-After"]) <= 3600
-        assert rate(server, 0, client="a", verdict="none").status_code == 200  # it can be taken back
         assert [rate(server, number).status_code for number in range(2)] == [200, 429]  # the address is the client
+        taken_back = rate(server, 0, client="a", verdict="none")  # always possible
+        assert (taken_back.status_code, taken_back.json()) == (200, {"kept": True})
         wait_until(lambda: supervisor.status().verdicts == 2)
         assert len(server.feedback.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_only_a_verdict_that_there_is_can_be_taken_back(model: Path, learns: bool) -> None:
+    if learns:
+        context: Any = learning_server(model, every=99, caps=Caps(per_client=3, in_all=9))
+    else:
+        context = serving(load_policy(model, "cpu"), model.with_name("feedback.jsonl"))
+    with context as started:
+        server = started[0] if learns else started
+
+        def size() -> int:
+            return server.feedback.stat().st_size if server.feedback.exists() else 0
+
+        for number in range(5):
+            assert rate(server, number, client="a", verdict="none").json() == {"kept": False}
+        assert size() == 0
+        rate(server, 1, client="a", model="other.pt")
+        assert rate(server, 1, client="b", verdict="none").json() == {"kept": False}
+        assert rate(server, 1, client="a", reply="Yes.", verdict="none").json() == {"kept": False}
+        assert [rate(server, 1, client="a", verdict="none").json()["kept"] for _ in range(3)] == [True, False, False]
+        before = size()
+        assert rate(server, 1, client="a", verdict="none").json() == {"kept": False}
+        assert size() == before
+        assert rate(server, 1, client="a").status_code == 200
+        assert rate(server, 2, client="a").status_code == (429 if learns else 200)  # what was taken back counts
+        assert rate(server, 1, client="a", verdict="none").json() == {"kept": True}  # always possible
 
 
 def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
@@ -168,7 +202,6 @@ def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
     with learning_server(model, every=99, caps=limits) as (server, _):
         assert [rate(server, number, client="a").status_code for number in range(3)] == [200, 200, 429]
         assert rate(server, 0, client="b").status_code == 200
-        assert rate(server, 0, client="b", verdict="none").status_code == 200  # is not counted
     for _ in range(2):
         with learning_server(model, every=99, caps=limits) as (server, _):
             refused = rate(server, 3, client="a")
@@ -177,19 +210,61 @@ def test_a_restart_does_not_lift_the_limits(model: Path) -> None:
     with learning_server(model, every=99, caps=limits) as (server, _):
         assert [rate(server, number).status_code for number in range(2)] == [200, 429]
         feedback = server.feedback
-    assert "address" not in feedback.read_text()  # nor any other name of a client
+    assert "127.0.0.1" not in feedback.read_text()  # nor any other name of a client
     hour_ago = (datetime.now(timezone.utc) - timedelta(hours=1)).isoformat(timespec="seconds")
     feedback.write_text(re.sub('"created_date":"[^"]+"', f'"created_date":"{hour_ago}"', feedback.read_text()))
     with learning_server(model, every=99, caps=limits) as (server, _):
         assert rate(server, 3, client="a").status_code == 200
 
 
-def test_anonymous_clients_are_their_addresses(learner: tuple[Server, Supervisor]) -> None:
-    server, _ = learner
-    rate(server, 1)
-    rate(server, 1, client="address 127.0.0.1")
-    first, second = (json.loads(line)["feedback_id"] for line in server.feedback.read_text().splitlines())
-    assert first == second
+def test_anonymous_clients_are_their_addresses(model: Path) -> None:
+    with learning_server(model, every=99) as (server, _):
+        rate(server, 1)
+        rate(server, 1, verdict="good")
+        rate(server, 1, client="ann")
+        rate(server, 1, client="address 127.0.0.1")  # nobody can pretend to be an address
+        feedback = server.feedback
+    with learning_server(model, every=99) as (server, _):
+        rate(server, 1)
+    rows = [json.loads(line) for line in feedback.read_text().splitlines()]
+    assert [row["feedback_id"] == rows[0]["feedback_id"] for row in rows] == [True, True, False, False, True]
+    assert [row["client"] == rows[0]["client"] for row in rows] == [True, True, False, False, True]
+    assert [row["client"] for row in rows[2:4]] == [client_digest("ann"), client_digest("address 127.0.0.1")]
+    assert {row["address"] for row in rows} == {Addresses(feedback).digest("127.0.0.1")}
+
+
+def test_behind_a_proxy_on_this_machine_the_address_is_that_of_the_client(model: Path) -> None:
+    with learning_server(model, every=99) as (server, _):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "reply": "No.", "verdict": "bad"}
+        HTTP.post(f"{server.url}/feedback", json=body, headers={"X-Forwarded-For": "203.0.113.7"})
+        (row,) = map(json.loads, server.feedback.read_text().splitlines())
+        assert row["address"] == Addresses(server.feedback).digest("203.0.113.7")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="grep")
+def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> None:
+    """With the commands in docs/learn.md. A text that looks like the field of a line stays what it is."""
+    commands = re.findall(r"^(?:grep|mv) .*$", Path(ROOT, "docs/learn.md").read_text(), re.MULTILINE)
+    counts, search, *removal = [command.partition("  #")[0] for command in commands]
+
+    def shell(command: str, digest: str = "") -> str:
+        command = command.replace("3f9a1c0de5b7a284", digest)
+        return subprocess.run(command, shell=True, cwd=model.parent, check=True, capture_output=True, text=True).stdout
+
+    bad = client_digest("eve")
+    with learning_server(model, every=99) as (server, supervisor):
+        for number in range(3):
+            rate(server, number, client="eve")
+        rate(server, 0, client="ann", reply=f'"client":"{bad}"')
+        wait_until(lambda: supervisor.status().verdicts == 4)
+        assert shell(counts).split() == ["3", f'"client":"{bad}"', "1", f'"client":"{client_digest("ann")}"']
+        assert [json.loads(line)["client"] for line in shell(search, bad).splitlines()] == [bad] * 3
+        for command in removal:
+            shell(command, bad)
+        wait_until(lambda: supervisor.status().verdicts == 1)
+        assert [json.loads(line)["client"] for line in server.feedback.read_text().splitlines()] == [
+            client_digest("ann")
+        ]
 
 
 def test_metrics(learner: tuple[Server, Supervisor]) -> None:
@@ -211,12 +286,97 @@ def test_metrics(learner: tuple[Server, Supervisor]) -> None:
     assert {name: found[name] for name in wanted} == wanted
 
 
+def test_a_model_that_was_trained_again(model: Path, byte_tokenizer: ChatTokenizer) -> None:
+    """The new model answers, `/learning` says why, and a verdict on a version of the old one is none on the new one."""
+    with learning_server(model, "--copy", str(model.with_name("new.pt"))) as (server, supervisor):
+        old = server.engine.loaded.model_id
+        learn(server, supervisor)
+    save_bundle(model, scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"next"), endless=True)))
+    with learning_server(model) as (server, supervisor):
+        now = status(server)
+        assert now["notices"] == [
+            "version 1 in tiny.versions is of another model named tiny.pt, and not used; no file is replaced: the next "
+            "version has the number 2"
+        ]
+        assert (now["version"], now["versions"], now["previous"], now["rounds"]) == (0, [0], None, [])
+        assert ask(server).json()["choices"][0]["message"]["content"] == "nextnext"
+        assert HTTP.post(f"{server.url}/learning/rollback", json={"version": 1}).status_code == 400
+        for number, name in enumerate(("1.pt", "tiny.pt", "5.pt")):
+            assert rate(server, number, model=name).status_code == 200
+        rows = [json.loads(line) for line in server.feedback.read_text().splitlines()[-3:]]
+        assert [row.get("model_id") for row in rows] == [old, server.engine.loaded.model_id, None]
+        assert old != server.engine.loaded.model_id
+
+
+def test_a_full_disk_changes_nothing(
+    learner: tuple[Server, Supervisor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, supervisor = learner
+    learn(server, supervisor)
+    before = status(server)
+
+    def full(file: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write = "rlchat.chat.learning.state.write_atomically"
+    monkeypatch.setattr(write, lambda path, _: write_atomically(path, full))
+    for path, body in (("learning", {"on": False}), ("learning/rollback", {"version": 0})):
+        answer = HTTP.post(f"{server.url}/{path}", json=body)
+        assert answer.status_code == 507
+        assert answer.json()["error"]["message"] == "the server cannot write its state: see its log"
+        assert status(server) == before
+        assert ask(server).json()["system_fingerprint"] == "1.pt"
+    assert "state.json: cannot be written: No space left on device" in caplog.text
+
+
 def test_an_error_shows_no_folders(model: Path) -> None:
     with learning_server(model) as (server, supervisor):
         rate(server, 1, model="other.pt")
         wait_until(lambda: supervisor.status().error is not None)
         assert status(server)["error"] == "the verdicts in feedback.jsonl are on responses of other.pt, not of tiny.pt"
         assert ask(server).status_code == 200
+
+
+def test_no_folder_reaches_a_client(tmp_path: Path, model: Path) -> None:
+    """In errors, outcomes and what a factor of the reward says; what is left out is named."""
+    home = tmp_path / "my secret folder"
+    home.mkdir()
+    bundle = load_policy(model, "cpu")
+    factor = {"class_path": "rlchat.rewards.LearnedQuality", "init_args": {"bundle": "/home/my secret folder/x"}}
+    bundle.about["reward"] = [factor]
+    save_bundle(home / "tiny.pt", bundle)
+    figures = {
+        "reasons": [f"{home / 'tiny.versions'}/1.json is missing", "it forgets"],
+        "notes": [f"{home}/other thing was not found"],
+        "feedback": {"left_out": {"longer than max_length 64": 1}, "kinds": {"bad": 2}},
+    }
+    with learning_server(home / "tiny.pt", "--reject", "--figures", json.dumps(figures)) as (server, supervisor):
+        rate(server, 1, model="other.pt")
+        with server.feedback.open("a") as file:
+            file.write("{\n")
+        wait_until(lambda: status(server)["bad_lines"] == 1)
+        found = status(server)
+        assert (found["others"], found["other_models"], found["bad_lines"]) == (1, "other.pt", 1)
+        kept = [line for line in server.feedback.read_text().splitlines(True) if line != "{\n"]
+        server.feedback.write_text("".join(kept))
+        learn(server, supervisor)
+        found = status(server)
+        assert found["rounds"][0]["sentence"] == "rejected: 1.json is missing; it forgets"
+        assert found["rounds"][0]["learned_from"] == "3 verdicts (2 bad)"
+        assert found["rounds"][0]["remarks"] == [
+            "left out: 1 longer than max_length 64",
+            "a figure of this round is only in the server's folder of versions",
+        ]
+        scored = HTTP.post(
+            f"{server.url}/reward", json={"messages": [{"role": "user", "content": "Hi"}], "reply": "No."}
+        )
+        assert scored.json()["error"]["message"] == "it cannot be computed: see the server's log"
+        (home / "tiny.versions" / "1.pt").write_bytes(b"half")
+        (home / "tiny.versions" / "1.json").write_text("{}")
+        refused = HTTP.post(f"{server.url}/learning/rollback", json={"version": 1})
+        assert refused.json()["error"]["message"].startswith("1.pt: damaged")
+        supervisor._error = "FileNotFoundError: [Errno 2] No such file or directory: '/home/my secret folder/x'"
+        assert status(server)["error"] == "learning has failed: see the server's log"
 
 
 def test_without_learning_there_is_no_such_endpoint(model: Path) -> None:

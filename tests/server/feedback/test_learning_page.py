@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_teach_and_roll_back(browser: Any, model: Path) -> None:
             expect(panel).to_contain_text("Version 1 is in use")
             expect(page.get_by_text("Version 1 answers from now on.")).to_be_visible()
             expect(panel).to_contain_text(
+                "It has learned from 2 verdicts. "
                 "It agrees with 2 of 2 of your verdicts that it was not trained on, before: 1."
             )
             label = "Agreement with held-back verdicts: the original model 50 %, version 1 100 %"
@@ -148,9 +150,104 @@ def test_an_error_and_damaged_lines_are_shown_as_text(browser: Any, model: Path)
             page.get_by_role("button", name="Learning", exact=True).click()
             panel = page.get_by_role("complementary", name="Learning")
             expect(panel).to_contain_text("are on responses of <img src=x>.pt, not of tiny.pt.")
-            expect(panel).to_contain_text("Damaged lines of the feedback file, which are skipped: 1.")
+            expect(panel).to_contain_text("Left out: 1 verdict on responses of <img src=x>.pt, 1 damaged line.")
             assert panel.locator("img").count() == 0
             ask(page, "One", "old!")
+
+
+def teach(page: Any, first: str, second: str) -> None:
+    for question in (first, second):
+        page.get_by_label("Message", exact=True).fill(question)
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
+        expect(page.get_by_role("button", name="Bad response").last).to_have_attribute("aria-pressed", "false")
+        page.get_by_role("button", name="Bad response").last.click()
+
+
+def test_any_version_can_be_used_again(browser: Any, model: Path) -> None:
+    """Back by two versions and forward again, with the keyboard. A training is not ended without a question."""
+    gate = model.with_name("go")
+    gate.touch()
+    more = ("--copy", str(model.with_name("new.pt")), "--wait", str(gate))
+    with learning_server(model, *more) as (server, supervisor):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            choice = panel.get_by_label("Other versions")
+            expect(choice).to_be_hidden()
+            teach(page, "One", "Two")
+            expect(panel).to_contain_text("Version 1 is in use")
+            teach(page, "Three", "Four")
+            expect(panel).to_contain_text("Version 2 is in use")
+            expect(choice.locator("option")).to_have_text(["The original model", "Version 1"])
+            expect(choice).to_have_value("1")  # the one before
+            choice.focus()
+            page.keyboard.press("ArrowUp")
+            page.keyboard.press("Tab")
+            expect(panel.get_by_role("button", name="Roll back to the original model")).to_be_focused()
+            page.keyboard.press("Enter")
+            expect(panel).to_contain_text("The original model is in use")
+            expect(choice.locator("option")).to_have_text(["Version 1", "Version 2"])
+            choice.select_option("2")
+            panel.get_by_role("button", name="Go forward to version 2").click()
+            expect(panel).to_contain_text("Version 2 is in use")
+            gate.unlink()
+            teach(page, "Five", "Six")
+            expect(panel).to_contain_text("Training now")
+            choice.select_option("0")
+            panel.get_by_role("button", name="Roll back to the original model").click()
+            expect(panel).to_contain_text("A training is running. It ends if you change the version.")
+            expect(panel.get_by_role("button", name="Keep training")).to_be_focused()
+            page.keyboard.press("Enter")
+            expect(panel.get_by_role("button", name="Roll back to the original model")).to_be_focused()
+            assert supervisor.status().training_since is not None
+            assert supervisor.status().active == 2
+            page.keyboard.press("Enter")
+            panel.get_by_role("button", name="End it and change the version").click()
+            expect(panel).to_contain_text("The original model is in use")
+            assert supervisor.status().training_since is None
+
+
+def test_a_first_version_says_what_it_has_learned_from(browser: Any, model: Path) -> None:
+    none = {"agrees": None, "verdicts": 0, "controls": 255}
+    figures = {
+        "notes": ["agreement is not part of the gate: 2 verdicts are fewer than 10"],
+        "feedback": {"verdicts": 2, "kinds": {"bad": 2}, "left_out": {"longer than max_length 64": 1, "<b>": 1}},
+        "before": {**none, "correct": 233},
+        "after": {**none, "correct": 232},
+    }
+    with learning_server(model, "--figures", json.dumps(figures)) as (server, _):
+        for page in opened(browser, server):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            panel = page.get_by_role("complementary", name="Learning")
+            teach(page, "One", "Two")
+            expect(panel.locator("#learning-change")).to_have_text(
+                "It has learned from 2 verdicts (2 bad). "
+                "232 of 255 control questions are right, before: 233, which is within the bound."
+            )
+            expect(panel.locator("li small")).to_have_text(
+                "Left out: 1 longer than max_length 64, 1 <b>; "
+                "agreement is not part of the gate: 2 verdicts are fewer than 10."
+            )
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_the_bar_moves_while_a_version_is_trained(browser: Any, model: Path, motion: str) -> None:
+    with learning_server(model, "--wait", str(model.with_name("never"))) as (server, _):
+        for page in opened(browser, server, reduced_motion=motion):
+            page.get_by_role("button", name="Learning", exact=True).click()
+            bar = page.locator("#learning-bar")
+            teach(page, "One", "Two")
+            expect(page.get_by_role("progressbar", name="Training")).to_be_visible()
+            places = set()
+            for _ in range(3):
+                places.add(bar.evaluate("(bar) => getComputedStyle(bar).backgroundPosition"))
+                page.wait_for_timeout(100)
+            assert (len(places) > 1) == (motion == "no-preference")
+            animations = bar.evaluate("(bar) => bar.getAnimations().map((one) => one.currentTime)")
+            page.wait_for_timeout(1_700)  # longer than from one look at the server to the next
+            later = bar.evaluate("(bar) => bar.getAnimations().map((one) => one.currentTime)")
+            assert all(now > before for now, before in zip(later, animations, strict=True))  # it does not begin again
 
 
 def test_without_learning_there_is_no_panel(browser: Any, model: Path) -> None:

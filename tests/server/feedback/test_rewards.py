@@ -92,11 +92,25 @@ def test_the_reply_says_whose_reward_it_is(model: Path) -> None:
         assert score(server, model="../new.pt").status_code == 400
 
 
+def test_a_model_that_was_replaced_scores_nothing(model: Path, byte_tokenizer: ChatTokenizer) -> None:
+    with learning_server(model, "--copy", str(model.with_name("new.pt"))) as (server, supervisor):
+        learn(server, supervisor, 1)
+    with learning_server(model) as (server, _):
+        assert supervisor.active()[0] == 1
+        server.engine.swap(load_policy(model.with_name("tiny.versions") / "1.pt"), "1.pt")
+        other = scripted_policy(byte_tokenizer, chain(byte_tokenizer, list(b"next"), endless=True))
+        other.about["reward"] = reward_of(8)
+        save_bundle(model, other)
+        assert figures(server, model="tiny.pt") == AFTER
+
+
 def test_a_version_may_have_a_reward_that_the_model_has_not(model: Path, byte_tokenizer: ChatTokenizer) -> None:
     def has_reward(server: Server) -> Any:
         return HTTP.get(f"{server.url}/v1/models").json()["data"][0]["has_reward"]
 
     write(model, byte_tokenizer, [], 0.25)
+    learned = {"model_id": identity(load_policy(model))}
+    write(model.with_name("new.pt"), byte_tokenizer, reward_of(2), 0.75, learned=learned)
     with learning_server(model, "--copy", str(model.with_name("new.pt"))) as (server, supervisor):
         assert has_reward(server) is False
         assert score(server).status_code == 400
