@@ -178,13 +178,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="dpo: learn from pairs and labels directly; ppo: update the reward model, then the policy with PPO "
         "(default: %(default)s)",
     )
-    group.add_argument(
-        "--train",
-        choices=("auto", "lora", "full"),
-        default="auto",
-        help="lora: low-rank adapters, merged into the version; full: all weights; auto: full for a model with fewer "
-        "than 20 million weights (default: %(default)s)",
-    )
+    _add_trained_part(group)
     group.add_argument(
         "--replay",
         nargs="+",
@@ -220,18 +214,28 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--iterations", type=int, default=16, metavar="N", help="iterations of PPO (default: %(default)s)"
     )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens in a sampled response (default: a quarter of MODEL's max_length, at most 100)",
+    )
+
+
+def _add_trained_part(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--train",
+        choices=("auto", "lora", "full"),
+        default="auto",
+        help="lora: low-rank adapters, merged into the version; full: all weights; auto: full for a model with fewer "
+        "than 20 million weights (default: %(default)s)",
+    )
     group.add_argument("--lora-rank", type=int, default=16, metavar="R", help="rank of LoRA (default: %(default)s)")
     group.add_argument(
         "--train-layers",
         type=int,
         metavar="N",
         help="train the last N layers of MODEL only, or their adapters, which takes less time (default: all layers)",
-    )
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="tokens in a sampled response (default: a quarter of MODEL's max_length, at most 100)",
     )
 
 
