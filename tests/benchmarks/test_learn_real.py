@@ -131,7 +131,13 @@ def result(verdicts: int, seed: int, short: float, *, accepted: bool = True, **m
     held_back = {"agrees": 4, "verdicts": 5} if verdicts > 9 else {"agrees": None, "verdicts": 0}
     gate = {"before": {**held_back, "agrees": held_back["agrees"] and 1}, "after": held_back}
     common = {"verdicts": verdicts, "preference": "short", "seed": seed, "cpu_seconds": 90.0, "round_cpu_seconds": 60.0}
-    return {**common, "figures": figures(short, **more), "accepted": accepted, "gate": gate}
+    return {
+        **common,
+        "figures": figures(short, **more),
+        "accepted": accepted,
+        "accepted_by_default": not seed,
+        "gate": gate,
+    }
 
 
 RUNS = [
@@ -144,10 +150,10 @@ RUNS = [
 def test_the_table_has_changes_without_and_with_the_gate() -> None:
     rows = table(RUNS).splitlines()
     assert rows[2:] == [
-        "| short | 8 | 10 % | +60.0 ± 24.8 | 3 of 3 | +60.0 ± 24.8 | 28.0 → 28.0 | +5.0 ± 0.0 % | 2.0 | 40.0 → 20.0 "
-        "| – | 60 |",
-        "| short | 25 | 10 % | +80.0 ± 0.0 | 1 of 3 | +26.7 ± 114.7 | 28.0 → 26.0 | +0.0 ± 0.0 % | 2.0 | 40.0 → 20.0 "
-        "| 20% → 80% | 60 |",
+        "| short | 8 | 10 % | +60.0 ± 24.8 | 3 of 3 | 1 of 3 | +60.0 ± 24.8 | 28.0 → 28.0 | +5.0 ± 0.0 % "
+        "| 2.0 | 40.0 → 20.0 | – | 60 |",
+        "| short | 25 | 10 % | +80.0 ± 0.0 | 1 of 3 | 1 of 3 | +26.7 ± 114.7 | 28.0 → 26.0 | +0.0 ± 0.0 % "
+        "| 2.0 | 40.0 → 20.0 | 20% → 80% | 60 |",
     ]
 
 

@@ -131,6 +131,19 @@ def test_ratings_are_learned_with_lora(place: Path) -> None:
     assert figures("mine/1.json")["feedback"]["kinds"] == {"corrected": 2, "good": 4, "bad": 8}
 
 
+@pytest.mark.parametrize("part", ["lora", "full"])
+def test_the_first_layers_stay_as_they_are(place: Path, part: str) -> None:
+    pytest.importorskip("peft")
+    loose = ["--learning-rate", "1e-2", "--max-kl", "99", "--max-perplexity-rise", "1e9", "--max-control-drop", "1"]
+    assert learn("--train", part, "--train-layers", "1", *loose, "--out", "mine.pt") == 0
+    before, after = (load_policy(name).model.state_dict() for name in (MODEL, "mine.pt"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {int(part) for name in changed for part in name.split(".") if part.isdigit()}
+    last = max(int(part) for name in before for part in name.split(".") if part.isdigit())
+    assert layers == {last}
+    assert figures("mine.json")["training"]["train_layers"] == 1
+
+
 def test_ppo_updates_the_reward_model_and_names_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for n in range(3):
         give(f"Question {n}", "Up.", "good")

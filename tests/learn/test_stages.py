@@ -12,7 +12,7 @@ from helpers.chat_models import random_policy
 from rlchat.chat.learning.round_options import Training
 from rlchat.conversation import Conversation, Message
 from rlchat.learn.records import finite
-from rlchat.learn.stages import _alarms, _described_reward, _reward, _softened, _updated_row
+from rlchat.learn.stages import _alarms, _described_reward, _passes, _reward, _softened, _updated_row
 from rlchat.models.model_file import PolicyBundle, RewardBundle, save_bundle
 from rlchat.models.networks import RewardModel
 from rlchat.rewards import LearnedQuality
@@ -70,6 +70,28 @@ def test_alarms_can_be_raised_in_a_short_run(iterations: int, truncated: float, 
     watch = _alarms(iterations, truncated)
     assert (watch.patience, watch.max_truncated) == pytest.approx(expected)
     assert watch.patience <= iterations
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "batch", "passes"),
+    [
+        ({"part": "full"}, 24, 16, 12),
+        ({"part": "full"}, 264, 16, 6),
+        ({"part": "full"}, 2000, 16, 4),
+        ({"part": "lora"}, 18, 4, 5),
+        ({"part": "lora"}, 40, 4, 3),
+        ({"part": "lora"}, 500, 4, 2),
+        ({"part": "lora", "method": "ppo"}, 24, 16, 12),
+        ({"part": "lora", "passes": 7}, 24, 4, 7),
+        ({"part": "lora", "batch_size": 8}, 40, 8, 5),
+    ],
+)
+def test_lora_makes_fewer_steps_from_small_batches(
+    original: PolicyBundle, options: dict[str, Any], rows: int, batch: int, passes: int
+) -> None:
+    training = Training(**options, max_new_tokens=4).for_model(original)
+    assert training.batch_size == batch
+    assert _passes(rows, training) == passes
 
 
 def test_a_thumb_down_has_a_limit() -> None:

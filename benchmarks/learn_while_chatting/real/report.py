@@ -42,17 +42,18 @@ def table(runs: Sequence[Run]) -> str:
     """One row per preference and number of verdicts in Markdown: before, and the changes."""
     results = Results(runs)
     rows = [
-        "| preference | verdicts | as wanted before | no gate | accepted | gate | right answers | perplexity "
-        "| KL | words | agreement | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| preference | verdicts | as wanted before | no gate | accepted | by default | gate | right answers "
+        "| perplexity | KL | words | agreement | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (preference, verdicts), found in sorted(results.groups.items()):
         start = results.start
         before = 100 * start["taught"][preference]
         gains = [with_interval([results.taught(run, gate=gate) - before for run in found]) for gate in (False, True)]
-        accepted = f"{sum(run['accepted'] for run in found)} of {len(found)}"
+        names = ("accepted", "accepted_by_default")
+        accepted = [f"{sum(run[name] for run in found)} of {len(found)}" for name in names]
         rises = [100 * (run["figures"]["perplexity"] / start["perplexity"] - 1) for run in found]
-        cells = [preference, verdicts, f"{before:.0f} %", gains[0], accepted, gains[1]]
+        cells = [preference, verdicts, f"{before:.0f} %", gains[0], *accepted, gains[1]]
         cells += [_before_and_after(start, found, "correct"), f"{with_interval(rises)} %"]
         cells += [f"{statistics.mean(run['figures']['kl'] for run in found):.1f}"]
         cells += [_before_and_after(start, found, "words"), _agreement(found)]
