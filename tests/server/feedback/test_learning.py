@@ -139,8 +139,14 @@ def test_feedback_names_the_version_that_generated_the_response(learner: tuple[S
     assert "model_id" not in foreign
     assert [row["prompt"]["replies"][0]["model_name"] for row in rows] == ["tiny.pt", "tiny.pt", "tiny.pt", "1.pt"]
     assert {row["model_id"] for row in rows} == {server.engine.loaded.model_id} != {""}
-    assert rate(server, 7, model="../other.pt").status_code == 400
-    assert rate(server, 7, model="").status_code == 400
+    for name in ("../other.pt", "", "a" * 257, "a\nb"):
+        answer = rate(server, 7, model=name)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            400,
+            "model: expected the name of a file without its folder, of 1 to 256 characters",
+        )
+    assert rate(server, 7, client="a" * 65).json()["error"]["message"] == "client: expected at most 64 characters"
+    assert rate(server, 7, messages=[]).json()["error"]["message"] == "messages: expected at least 1 of them, got 0"
 
 
 def test_learning_is_turned_off_and_on(learner: tuple[Server, Supervisor]) -> None:
