@@ -250,11 +250,12 @@ def test_behind_a_proxy_on_this_machine_the_address_is_that_of_the_client(model:
 @pytest.mark.skipif(sys.platform == "win32", reason="grep")
 def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> None:
     """With the commands in docs/learn.md. A text that looks like the field of a line stays what it is."""
-    commands = re.findall(r"^(?:grep|mv) .*$", Path(ROOT, "docs/learn.md").read_text(), re.MULTILINE)
-    counts, search, *removal = [command.partition("  #")[0] for command in commands]
+    commands = re.findall(r"^(?:grep|mv|python -c) .*$", Path(ROOT, "docs/learn.md").read_text(), re.MULTILINE)
+    counts, search, *removal, address = [command.partition("  #")[0] for command in commands]
 
     def shell(command: str, digest: str = "") -> str:
         command = command.replace("3f9a1c0de5b7a284", digest)
+        command = re.sub("^python", sys.executable, command)
         return subprocess.run(command, shell=True, cwd=model.parent, check=True, capture_output=True, text=True).stdout
 
     bad = client_digest("eve")
@@ -265,6 +266,7 @@ def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> Non
         wait_until(lambda: supervisor.status().verdicts == 4)
         assert shell(counts).split() == ["3", f'"client":"{bad}"', "1", f'"client":"{client_digest("ann")}"']
         assert [json.loads(line)["client"] for line in shell(search, bad).splitlines()] == [bad] * 3
+        assert shell(address).strip() == Addresses(server.feedback).digest("203.0.113.7")
         for command in removal:
             shell(command, bad)
         wait_until(lambda: supervisor.status().verdicts == 1)
