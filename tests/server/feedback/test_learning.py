@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from helpers.chat_models import chain, scripted_policy
@@ -18,6 +19,7 @@ from helpers.servers import HTTP, ROOT, Server, learning_server, serving, slow_d
 
 from rlchat.chat.feedback import client_digest
 from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.server.feedback.caps import Caps
 from rlchat.server.feedback.clients import Addresses
@@ -345,7 +347,7 @@ def test_an_error_shows_no_folders(model: Path) -> None:
         assert ask(server).status_code == 200
 
 
-def test_no_folder_reaches_a_client(tmp_path: Path, model: Path) -> None:
+def test_no_folder_reaches_a_client(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In errors, outcomes and what a factor of the reward says; what is left out is named."""
     home = tmp_path / "my secret folder"
     home.mkdir()
@@ -379,10 +381,13 @@ def test_no_folder_reaches_a_client(tmp_path: Path, model: Path) -> None:
             f"{server.url}/reward", json={"messages": [{"role": "user", "content": "Hi"}], "reply": "No."}
         )
         assert scored.json()["error"]["message"] == "it cannot be computed: see the server's log"
-        (home / "tiny.versions" / "1.pt").write_bytes(b"half")
-        (home / "tiny.versions" / "1.json").write_text("{}")
-        refused = HTTP.post(f"{server.url}/learning/rollback", json={"version": 1})
-        assert refused.json()["error"]["message"].startswith("1.pt: damaged")
+        for path, message in (
+            (home / "tiny.versions" / "1.pt", "1.pt: damaged"),
+            (home / "other thing.pt", "the server cannot do that: see the server's log"),
+        ):
+            monkeypatch.setattr(supervisor, "rollback", Mock(side_effect=UserError(f"{path}: damaged")))
+            refused = HTTP.post(f"{server.url}/learning/rollback", json={"version": 1})
+            assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
         supervisor._error = "FileNotFoundError: [Errno 2] No such file or directory: '/home/my secret folder/x'"
         assert status(server)["error"] == "learning has failed: see the server's log"
 
