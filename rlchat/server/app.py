@@ -41,6 +41,16 @@ from rlchat.server.schemas import (
 log = logging.getLogger("rlchat")
 
 
+# Sentences in place of pydantic's, by its type of error. A name of a file is all that must have a pattern.
+_EXPECTED = {
+    "string_too_long": "expected at most {max_length} characters",
+    "string_too_short": "expected at least {min_length} characters",
+    "string_pattern_mismatch": "expected the name of a file without its folder, of 1 to 256 characters",
+    "too_long": "expected at most {max_length} of them, got {actual_length}",
+    "too_short": "expected at least {min_length} of them, got {actual_length}",
+}
+
+
 def create_api(
     engine: Engine,
     file: str,
@@ -184,6 +194,8 @@ def _answer_errors(app: FastAPI) -> None:
         # Names of fields and indices of items, without the types of a union, which pydantic also lists.
         where = ".".join(part for part in map(str, first["loc"][1:]) if re.fullmatch(r"\w+", part))
         message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] in _EXPECTED:
+            message = _EXPECTED[first["type"]].format(**first["ctx"])
         return APIError(400, f"{where}: {message}" if where else message, param=where or None).response
 
     @app.exception_handler(HTTPException)

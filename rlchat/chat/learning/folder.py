@@ -249,7 +249,8 @@ class VersionFolder:
 
     def _usable_state(self, state: State) -> tuple[State, list[str]]:
         """``state`` with a version that can be used, and sentences about those that cannot."""
-        notices, lost = [], []
+        notices: list[str] = []
+        lost: list[int] = []
         foreign = self._numbers("foreign")
         if foreign:
             was = f"versions {', '.join(map(str, foreign))} in {self.versions.folder} are"

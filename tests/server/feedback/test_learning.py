@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from helpers.chat_models import chain, scripted_policy
@@ -18,6 +19,7 @@ from helpers.servers import HTTP, ROOT, Server, learning_server, serving, slow_d
 
 from rlchat.chat.feedback import client_digest
 from rlchat.chat.learning.supervisor import Supervisor
+from rlchat.errors import UserError
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.server.feedback.caps import Caps
 from rlchat.server.feedback.clients import Addresses
@@ -139,8 +141,14 @@ def test_feedback_names_the_version_that_generated_the_response(learner: tuple[S
     assert "model_id" not in foreign
     assert [row["prompt"]["replies"][0]["model_name"] for row in rows] == ["tiny.pt", "tiny.pt", "tiny.pt", "1.pt"]
     assert {row["model_id"] for row in rows} == {server.engine.loaded.model_id} != {""}
-    assert rate(server, 7, model="../other.pt").status_code == 400
-    assert rate(server, 7, model="").status_code == 400
+    for name in ("../other.pt", "", "a" * 257, "a\nb"):
+        answer = rate(server, 7, model=name)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            400,
+            "model: expected the name of a file without its folder, of 1 to 256 characters",
+        )
+    assert rate(server, 7, client="a" * 65).json()["error"]["message"] == "client: expected at most 64 characters"
+    assert rate(server, 7, messages=[]).json()["error"]["message"] == "messages: expected at least 1 of them, got 0"
 
 
 def test_learning_is_turned_off_and_on(learner: tuple[Server, Supervisor]) -> None:
@@ -244,11 +252,12 @@ def test_behind_a_proxy_on_this_machine_the_address_is_that_of_the_client(model:
 @pytest.mark.skipif(sys.platform == "win32", reason="grep")
 def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> None:
     """With the commands in docs/learn.md. A text that looks like the field of a line stays what it is."""
-    commands = re.findall(r"^(?:grep|mv) .*$", Path(ROOT, "docs/learn.md").read_text(), re.MULTILINE)
-    counts, search, *removal = [command.partition("  #")[0] for command in commands]
+    commands = re.findall(r"^(?:grep|mv|python -c) .*$", Path(ROOT, "docs/learn.md").read_text(), re.MULTILINE)
+    counts, search, *removal, address = [command.partition("  #")[0] for command in commands]
 
     def shell(command: str, digest: str = "") -> str:
         command = command.replace("3f9a1c0de5b7a284", digest)
+        command = re.sub("^python", sys.executable, command)
         return subprocess.run(command, shell=True, cwd=model.parent, check=True, capture_output=True, text=True).stdout
 
     bad = client_digest("eve")
@@ -259,6 +268,7 @@ def test_the_verdicts_of_one_client_can_be_found_and_removed(model: Path) -> Non
         wait_until(lambda: supervisor.status().verdicts == 4)
         assert shell(counts).split() == ["3", f'"client":"{bad}"', "1", f'"client":"{client_digest("ann")}"']
         assert [json.loads(line)["client"] for line in shell(search, bad).splitlines()] == [bad] * 3
+        assert shell(address).strip() == Addresses(server.feedback).digest("203.0.113.7")
         for command in removal:
             shell(command, bad)
         wait_until(lambda: supervisor.status().verdicts == 1)
@@ -337,7 +347,7 @@ def test_an_error_shows_no_folders(model: Path) -> None:
         assert ask(server).status_code == 200
 
 
-def test_no_folder_reaches_a_client(tmp_path: Path, model: Path) -> None:
+def test_no_folder_reaches_a_client(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In errors, outcomes and what a factor of the reward says; what is left out is named."""
     home = tmp_path / "my secret folder"
     home.mkdir()
@@ -371,10 +381,13 @@ def test_no_folder_reaches_a_client(tmp_path: Path, model: Path) -> None:
             f"{server.url}/reward", json={"messages": [{"role": "user", "content": "Hi"}], "reply": "No."}
         )
         assert scored.json()["error"]["message"] == "it cannot be computed: see the server's log"
-        (home / "tiny.versions" / "1.pt").write_bytes(b"half")
-        (home / "tiny.versions" / "1.json").write_text("{}")
-        refused = HTTP.post(f"{server.url}/learning/rollback", json={"version": 1})
-        assert refused.json()["error"]["message"].startswith("1.pt: damaged")
+        for path, message in (
+            (home / "tiny.versions" / "1.pt", "1.pt: damaged"),
+            (home / "other thing.pt", "the server cannot do that: see the server's log"),
+        ):
+            monkeypatch.setattr(supervisor, "rollback", Mock(side_effect=UserError(f"{path}: damaged")))
+            refused = HTTP.post(f"{server.url}/learning/rollback", json={"version": 1})
+            assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
         supervisor._error = "FileNotFoundError: [Errno 2] No such file or directory: '/home/my secret folder/x'"
         assert status(server)["error"] == "learning has failed: see the server's log"
 
