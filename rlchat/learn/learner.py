@@ -27,7 +27,7 @@ from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_b
 from rlchat.models.sampling import Sampling
 from rlchat.utils.devices import choose_device
 
-_MOST_CORRECTED = 0.1
+_MOST_CORRECTED = 0.05
 _REPLAYED, _FEW_REPLAYED = 256, 32
 
 
@@ -193,8 +193,8 @@ def uncorrected(
     """``controls`` without those that the original model answers with the words of a corrected response.
 
     They would hold the version to what was corrected. Words with as many 👍 as corrections, on any prompt, are no
-    reason: a few wrong corrections must not take right answers out. At most a tenth is left out, the answers with the
-    most corrections first: who corrects everything must not switch the controls off.
+    reason: a few wrong corrections must not take right answers out. At most 5 % are left out, the answers with the most
+    corrections first: wrong corrections must not hide what they break.
 
     Args:
         controls: prompts with checks.

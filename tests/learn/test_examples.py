@@ -115,13 +115,13 @@ def test_what_fits(tokenizer: ChatTokenizer) -> None:
     assert fits(JudgedResponse(older, "Hi.", "good", "", "", ""), tokenizer, 32)  # older messages may go
 
 
-def test_controls_that_a_correction_contradicts_are_left_out_up_to_a_tenth() -> None:
-    controls = [Conversation((Message("user", f"Question {n}"),)) for n in range(20)]
-    replies = ["Go! go", "Stay.", "Yes", *["No."] * 17]
+def test_controls_that_a_correction_contradicts_are_left_out_up_to_five_percent() -> None:
+    controls = [Conversation((Message("user", f"Question {n}"),)) for n in range(40)]
+    replies = ["Go! go", "Stay.", "Yes", *["No."] * 37]
     judged = [verdict("go, Go.", "corrected", "Hello!"), verdict("Stay.", "bad"), verdict("Yes", "corrected", "Ja")]
-    assert uncorrected(controls, replies, judged) == [controls[1], *controls[3:]]  # two of twenty
+    assert uncorrected(controls, replies, judged) == [controls[1], *controls[3:]]  # two of forty
     many = ["yes", *replies[1:-2], "go go", "yes"]  # four, of which "Go, go" is corrected most
-    assert uncorrected(controls, many, [*judged, judged[0]]) == [*controls[1:18], controls[19]]
+    assert uncorrected(controls, many, [*judged, judged[0]]) == [*controls[1:38], controls[39]]
     assert uncorrected([], [], judged) == []
     liked = [*judged, verdict("Go go.", "good", question="Bye")]  # one correction of these words, one 👍
     assert uncorrected(controls, replies, liked) == [*controls[:2], *controls[3:]]

@@ -359,7 +359,7 @@ def test_damaged_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file.write('{"feedback_id": \n')
     assert refused(capsys).startswith("rlchat: feedback.jsonl:3: not JSON")
     assert learn(*SAFE, "--on-bad-line", "skip") == 0
-    assert "1 damaged lines" in capsys.readouterr().out
+    assert "1 damaged line)" in capsys.readouterr().out
 
 
 def test_verdicts_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -393,7 +393,7 @@ def test_a_full_disk(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         (["--out", MODEL], "--out chat.pt is MODEL, which is never changed"),
         (["--out", "data.pt"], "no version replaces a file"),
         (["--replay-prompts", "0"], "--replay-prompts"),
-        (["--learning-rate", "-1"], "learning_rate"),
+        (["--learning-rate", "-1"], "--learning-rate"),
         (["--max-kl", "-1"], "kl"),
         (["--max-new-tokens", "64"], "max_new_tokens"),
         (["--device", "abacus"], "abacus"),
