@@ -165,6 +165,7 @@ def test_the_figure_shows_every_run() -> None:
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert sum(len(line.get_ydata()) for line in dots) == 2 * 7
     assert Results(RUNS).preferences() == ["short"]
+    assert not draw(RUNS[:1]).axes[0].lines  # only the start has been run
 
 
 def test_the_pieces_have_different_names() -> None:
