@@ -38,7 +38,7 @@ _LEARNING_RATES: dict[Part, float] = {"full": 1e-4, "lora": 5e-4}
 _SMALL_RATE = 3e-4
 _BATCH, _FEWEST_STEPS, _FEWEST_PASSES, _MOST_PASSES = 16, 100, 4, 12
 # Of DPO with LoRA. A model that is trained with LoRA is large, and the time of a round is that of its rows: smaller
-# batches make as many steps from fewer rows, which teaches as much in a third of the time. See docs/learn.md.
+# batches make as many steps from fewer rows, which taught as much in less than half of the time. See docs/learn.md.
 _LORA_BATCH, _LORA_STEPS, _LORA_PASSES = 4, 24, 2
 # The gradient of a pair or a label is β times that of the SFT loss on corrections, which would otherwise outweigh them.
 _LABEL_COEF, _SFT_COEF = 2.0, 0.2
