@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.learn_while_chatting.user import Asked, Form, Preference, User
 from rlchat.chat import ChatInterface
 from rlchat.chat.feedback import append_feedback
-from rlchat.chat.learning.round_options import Method, Training
+from rlchat.chat.learning.settings import Method, Training
 from rlchat.conversation import Conversation, Message
 from rlchat.learn.learner import Request, learn
 from rlchat.models.model_file import identity, save_bundle

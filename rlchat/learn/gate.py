@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rlchat.chat.learning.round_options import Bounds
+from rlchat.chat.learning.settings import Bounds
 from rlchat.learn.measure import Figures
 
 ENOUGH_HELD_BACK = 10
@@ -60,7 +60,7 @@ def judge(
         )
     elif new.correct is None or original.correct is None:
         notes.append("there are no controls: neither correct answers nor the KL are part of the gate")
-    elif (original.correct - new.correct) / new.controls > bounds.control_drop:
+    elif original.correct - new.correct > bounds.controls_to_lose(new.controls):
         reasons.append(
             f"{new.correct} of {new.controls} controls are correct, before: {original.correct}, a drop of more than "
             f"{bounds.control_drop:.3g}"

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from rlchat.chat.learning.round_options import Bounds, Training
+from rlchat.chat.learning.settings import Bounds, Training
 from rlchat.chat.verdicts import FeedbackReport, JudgedResponse, namesake, read_verdicts
 from rlchat.chat.versions import Versions, number_of
 from rlchat.conversation import Conversation

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlchat.chat.learning.round_options import Bounds, Training, add_round_options, check_round
+from rlchat.chat.learning.round_options import add_round_options, check_round
+from rlchat.chat.learning.settings import Bounds, Training
 from rlchat.errors import UserError, limit_reached
 from rlchat.utils.background import end_with_stdin, limit_memory, lower_priority
 
@@ -107,9 +108,9 @@ def table(figures: dict[str, Any]) -> Table:
         values = [f"{figure['perplexity']:.3f}" for figure in (before, after)]
         shown.add_row("perplexity on human replies", *values, f"at most {limit:.3f}")
     if after["correct"] is not None:
-        least = original["correct"] / after["controls"] - bounds["control_drop"]
+        least = original["correct"] - Bounds(**bounds).controls_to_lose(after["controls"])
         counts = [f"{figure['correct']} of {figure['controls']}" for figure in (before, after)]
-        shown.add_row("correct controls", *counts, f"at least {max(least, 0):.1%}")
+        shown.add_row("correct controls", *counts, f"at least {max(least, 0)}")
     if after["kl"] is not None:
         start = before["original_nll"] - original["original_nll"]
         shown.add_row(

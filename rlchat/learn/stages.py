@@ -14,7 +14,7 @@ from rich import get_console
 
 from rlchat.callbacks.alarms import Alarms
 from rlchat.callbacks.progress_bar import OneLineProgressBar
-from rlchat.chat.learning.round_options import Training
+from rlchat.chat.learning.settings import Training
 from rlchat.conversation import Conversation
 from rlchat.data.datamodule import OASST2DataModule
 from rlchat.errors import NonFiniteError, UserError

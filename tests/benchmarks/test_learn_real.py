@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers.chat_models import random_policy
 
+from benchmarks.learn_while_chatting.real import pieces
 from benchmarks.learn_while_chatting.real.pieces import (
     _REPLAYED,
     Piece,
@@ -110,11 +111,10 @@ def test_a_run_is_stored_and_not_repeated(
     workplace: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_bundle("chat.pt", random_policy(tokenizer))
-    place = "benchmarks.learn_while_chatting.real.pieces._figures"
-    monkeypatch.setattr(place, lambda policy, base, seed: {"perplexity": 7.0})
+    monkeypatch.setattr(pieces, "_figures", lambda policy, base, seed: {"perplexity": 7.0})
     first = run(Piece(0), Path("chat.pt"), Path("out"))
     assert first["figures"] == {"perplexity": 7.0}
-    monkeypatch.setattr(place, lambda policy, base, seed: {})
+    monkeypatch.setattr(pieces, "_figures", lambda policy, base, seed: {})
     assert run(Piece(0), Path("chat.pt"), Path("out")) == first
     (path,) = Path("out").iterdir()
     path.write_text(json.dumps({**first, "model": "another"}))
@@ -165,9 +165,10 @@ def test_the_figure_shows_every_run() -> None:
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert sum(len(line.get_ydata()) for line in dots) == 2 * 7
     assert Results(RUNS).preferences() == ["short"]
+    assert not draw(RUNS[:1]).axes[0].lines  # only the start has been run
 
 
 def test_the_pieces_have_different_names() -> None:
-    pieces = all_pieces(preferences=PREFERENCES)
-    assert len({piece.name for piece in pieces}) == len(pieces)
-    assert pieces[0].verdicts == 0
+    runs = all_pieces(preferences=PREFERENCES)
+    assert len({piece.name for piece in runs}) == len(runs)
+    assert runs[0].verdicts == 0

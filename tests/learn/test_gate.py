@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlchat.chat.learning.round_options import Bounds
+from rlchat.chat.learning.settings import Bounds
 from rlchat.errors import UserError
 from rlchat.learn.gate import judge, kl_between
 from rlchat.learn.measure import Figures
@@ -87,6 +87,14 @@ def test_what_is_not_measured_is_said() -> None:
     unchecked = replace(BETTER, correct=None)
     assert "no control has an answer" in judge(unchecked, unchecked, unchecked, BOUNDS, "", ()).notes[0]
     assert kl_between(nothing, BEFORE) is None
+
+
+def test_one_of_a_few_controls_may_be_lost() -> None:
+    few = replace(BETTER, correct=10, controls=12)
+    assert reasons(replace(few, correct=9), original=few) == ""
+    assert reasons(replace(few, correct=8), original=few).startswith("8 of 12 controls are correct, before: 10")
+    assert [Bounds(control_drop=0.29).controls_to_lose(n) for n in (0, 3, 7, 100)] == [1, 1, 2, 29]
+    assert Bounds(control_drop=0).controls_to_lose(100) == 0
 
 
 def test_a_bound_out_of_range() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.chat_models import random_policy
 
-from rlchat.chat.learning.round_options import Training
+from rlchat.chat.learning.settings import Training
 from rlchat.conversation import Conversation, Message
 from rlchat.learn.records import finite
 from rlchat.learn.stages import _alarms, _described_reward, _passes, _reward, _softened, _updated_row

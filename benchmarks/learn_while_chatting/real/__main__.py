@@ -11,7 +11,8 @@ gives 👍 to those that are as it wants, and corrects the others to a part of t
 Measured on prompts that neither training nor the gate uses: the share of 102 held-out prompts whose greedy reply is as
 the user wants, right answers to 40 control questions, the perplexity on human replies, and the KL to the original model
 in nats per reply. A version that the gate rejects is measured too ("no gate"). The table has means over seeds; those
-with ± are changes in points or percent with 95 % t intervals.
+with ± are changes in points or percent with 95 % t intervals. "By default" is what the gate would do with its default
+bounds.
 
 A run is stored in --out when it has ended, and is not repeated by the next start.
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.learn_while_chatting.real.pieces import SEEDS, all_pieces, base_model, run
+from benchmarks.learn_while_chatting.real.pieces import SEEDS, VERDICTS, all_pieces, base_model, run
 from benchmarks.learn_while_chatting.real.report import draw, table
 from benchmarks.learn_while_chatting.real.user import PREFERENCES
 from rlchat.cli.messages import configure_messages
@@ -44,7 +45,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("learn_real"), help="the folder of the model and the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--preferences", nargs="+", choices=PREFERENCES, default=list(PREFERENCES))
+    parser.add_argument("--verdicts", type=int, nargs="+", default=list(VERDICTS), help="how many (default: 8 and 25)")
+    parser.add_argument("--preferences", nargs="+", choices=PREFERENCES, default=["short"])
     parser.add_argument("--minutes", type=float, help="start no further run after this time")
     parser.add_argument("--plot", type=Path, help="write a figure to this file")
     options = parser.parse_args()
@@ -52,7 +54,7 @@ def main() -> None:
     disable_progress_bar()  # of loading weights
     torch.set_num_threads(1)
     began = time.monotonic()
-    pieces = all_pieces(options.seeds, options.preferences)
+    pieces = all_pieces(options.seeds, options.verdicts, options.preferences)
     model, figures = base_model(options.out / "smollm2.pt"), []
     with DelayedProgress("learning", len(pieces), show=True) as bar:
         for done, piece in enumerate(pieces):

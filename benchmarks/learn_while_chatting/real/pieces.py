@@ -17,12 +17,12 @@ import torch
 
 from benchmarks.learn_while_chatting.real.user import PREFERENCES, Preference, accepts, verdict
 from rlchat.chat.feedback import append_feedback
+from rlchat.chat.learning.settings import Bounds, Training
 from rlchat.demo.real.base import find_base_model
 from rlchat.demo.real.measure import Sampled, is_correct, mean_kl, perplexity, read_data, sample_replies
-from rlchat.learn.gate import Bounds, judge
+from rlchat.learn.gate import judge
 from rlchat.learn.learner import Outcome, Request, learn
 from rlchat.learn.measure import respond
-from rlchat.learn.stages import Training
 from rlchat.models.model_file import PolicyBundle, identity, load_policy, save_bundle
 from rlchat.models.sampling import Sampling
 from rlchat.rewards import words
@@ -30,7 +30,7 @@ from rlchat.training.initial_model import open_policy
 from rlchat.utils.files import write_atomically
 
 SEEDS = (0, 1, 2)
-VERDICTS = (8, 25, 50)
+VERDICTS = (8, 25)
 MAX_LENGTH = 256
 JUDGED = Sampling(max_new_tokens=64, temperature=0.7)
 """How the responses are sampled that the user judges: at the temperature of a chat."""
@@ -62,9 +62,11 @@ class Piece:
         return f"{self.preference}-{self.verdicts}-seed{self.seed}" if self.verdicts else "start"
 
 
-def all_pieces(seeds: Sequence[int] = SEEDS, preferences: Sequence[Preference] = ("short",)) -> list[Piece]:
+def all_pieces(
+    seeds: Sequence[int] = SEEDS, verdicts: Sequence[int] = VERDICTS, preferences: Sequence[Preference] = ("short",)
+) -> list[Piece]:
     """All runs, first the one without verdicts, then those with the fewest."""
-    return [Piece(0)] + [Piece(n, preference, seed) for preference in preferences for n in VERDICTS for seed in seeds]
+    return [Piece(0)] + [Piece(n, preference, seed) for preference in preferences for n in verdicts for seed in seeds]
 
 
 def base_model(path: Path) -> Path:

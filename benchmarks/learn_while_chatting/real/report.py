@@ -82,7 +82,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     panels = results.preferences()
     figure = Figure((5.2 * max(len(panels), 1), 4.0), layout="constrained")
     titles = {"short": "One short sentence", "thanks": "Thanks for asking."}
-    for axes, preference in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=True):
+    row = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for axes, preference in zip(row, panels, strict=False):  # without a run, one empty panel
         found = {verdicts: rows for (name, verdicts), rows in sorted(results.groups.items()) if name == preference}
         for gate, label in ((False, "without the gate"), (True, "with the gate")):
             points = {0: [100 * results.start["taught"][preference]]} | {
